@@ -1,0 +1,231 @@
+"""What a run is: frozen dataclasses, checked completely on construction.
+
+Nothing here imports torch or transformers, reads a file or looks at the machine, so `--help` is quick and a mistake is found
+before a GPU or the network is touched, on every rank alike. On the command line the nesting disappears: `--rank`, `--data`.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import difflib
+import math
+from dataclasses import dataclass, field
+from typing import Any, Literal, get_type_hints
+
+
+@dataclass(frozen=True, kw_only=True)
+class ModelConfig:
+    """The frozen base."""
+
+    model: str = "meta-llama/Llama-2-7b-hf"
+    """Hugging Face directory or hub name of the base model."""
+    dtype: Literal["float32", "bfloat16"] = "float32"
+    """Compute and storage dtype of the base; trained cores are float32 always."""
+    attention: Literal["auto", "flash", "sdpa"] = "auto"
+    """flash needs flash-attn and a GPU; auto takes it where it is there, and says what it took and why."""
+    quantize: Literal["none", "int8", "nf4", "fp4"] = "none"
+    """Precision of the frozen base weights."""
+    gradient_checkpointing: bool = False
+    """Recompute each decoder layer in the backward pass: less memory, about a third more time."""
+    trust_remote_code: bool = False
+    """Run Python code that comes with the model. Only for sources you trust."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class DataConfig:
+    """The samples, and what of them carries loss."""
+
+    data: str = "tatsu-lab/alpaca"
+    """JSON, JSONL or parquet file, or a hub dataset name: Alpaca records, or messages / ShareGPT conversations."""
+    eval_data: str | None = None
+    """Held-out file of the same form; without it, eval_records are held out of data."""
+    eval_records: int = 0
+    """How many held-out records to evaluate on; 0 without eval_data: no evaluation."""
+    prompt_template: str = "auto"
+    """auto (the model's chat template for conversations, else alpaca), short, alpaca, chat, or a file with {instruction} and {input}."""
+    max_length: int = 512
+    """Tokens in a sample; a longer one loses the end of its answer, one whose prompt alone does not fit is dropped and counted."""
+    loss_on: Literal["answers", "all"] = "answers"
+    """Which tokens carry loss."""
+    packing: bool = False
+    """Put several samples in one row of max_length tokens, with no attention across samples."""
+    exact_match: bool = False
+    """At each evaluation also write every held-out answer greedily and count those that match to the letter."""
+    answer_tokens: int = 64
+    """Most tokens a generated answer may have when exact_match is counted."""
+
+    def __post_init__(self) -> None:
+        _at_least("data.eval_records", self.eval_records, 0)
+        _at_least("data.max_length", self.max_length, 8)
+        _at_least("data.answer_tokens", self.answer_tokens, 1)
+        if self.exact_match and not (self.eval_records or self.eval_data):
+            raise ValueError("exact_match counts held-out answers: give --eval-records N or --eval-data FILE as well")
+
+
+@dataclass(frozen=True, kw_only=True)
+class AdapterConfig:
+    """What is trained. `method` is one of ours (loldu) or any PEFT method's name; `full` trains the base itself."""
+
+    method: str = "loldu"
+    rank: int = 64
+    """Trained diagonal entries per weight, clamped to the weight's smaller side."""
+    targets: tuple[str, ...] = ("q_proj", "v_proj")
+    """Last parts of module names, or the one word all-linear."""
+    exclude: tuple[str, ...] = ()
+    """Modules left out although targets matches them."""
+    modules_to_save: tuple[str, ...] = ()
+    """Modules trained and saved whole beside the adapter, for example a new classification head."""
+    options: dict[str, Any] = field(default_factory=dict)
+    """Further fields of the method's PEFT config, as name and JSON value: scale, init_delta, lora_alpha, ..."""
+
+    def __post_init__(self) -> None:
+        _at_least("adapter.rank", self.rank, 1)
+        if not self.targets:
+            raise ValueError(
+                "adapter.targets is empty: name modules (--targets q_proj v_proj) or use --targets all-linear"
+            )
+        if "all-linear" in self.targets and len(self.targets) > 1:
+            raise ValueError(f"adapter.targets: all-linear stands alone, got {' '.join(self.targets)}")
+
+
+@dataclass(frozen=True, kw_only=True)
+class OptimizerConfig:
+    """AdamW and its schedule; every value is a pure function of the step."""
+
+    learning_rate: float = 1e-3
+    batch_size: int = 128
+    """Samples (rows, when packing) per optimizer step, over all processes."""
+    micro_batch_size: int = 0
+    """Samples per forward pass of one process; 0: the process's whole share of the batch at once."""
+    max_steps: int = 0
+    """Optimizer steps; 0: as many as epochs ask for."""
+    epochs: float = 3.0
+    """Passes over the data, when max_steps is 0."""
+    schedule: Literal["cosine", "linear", "constant"] = "cosine"
+    warmup_steps: int = 0
+    weight_decay: float = 0.0
+    """Decoupled decay; on our cores it pulls towards the base model."""
+    adam_beta1: float = 0.9
+    adam_beta2: float = 0.999
+    clip_norm: float = 1.0
+    """Largest gradient norm; 0: no clipping."""
+    seed: int = 42
+    """Decides the order of samples, dropout and random starting values."""
+
+    def __post_init__(self) -> None:
+        if not (math.isfinite(self.learning_rate) and self.learning_rate > 0):
+            raise ValueError(f"optimizer.learning_rate is a positive number, got {self.learning_rate}")
+        _at_least("optimizer.batch_size", self.batch_size, 1)
+        _at_least("optimizer.micro_batch_size", self.micro_batch_size, 0)
+        _at_least("optimizer.max_steps", self.max_steps, 0)
+        _at_least("optimizer.warmup_steps", self.warmup_steps, 0)
+        _at_least("optimizer.weight_decay", self.weight_decay, 0)
+        _at_least("optimizer.clip_norm", self.clip_norm, 0)
+        _at_least("optimizer.seed", self.seed, 0)
+        for name in ("adam_beta1", "adam_beta2"):
+            if not 0 <= getattr(self, name) < 1:
+                raise ValueError(f"optimizer.{name} lies in [0, 1), got {getattr(self, name)}")
+        if self.max_steps == 0 and not self.epochs > 0:
+            raise ValueError(f"nothing to train: --max-steps is 0 and --epochs is {self.epochs}; give one of them")
+        if self.max_steps and self.warmup_steps >= self.max_steps:
+            raise ValueError(
+                f"--warmup-steps {self.warmup_steps} leaves no step to train of --max-steps {self.max_steps}"
+            )
+
+
+@dataclass(frozen=True, kw_only=True)
+class RunConfig:
+    """Where the run lives, how it is spread, when it saves and stops."""
+
+    output: str | None = None
+    """Run folder; without it runs/<recipe>-<time>."""
+    sharding: Literal["none", "ddp", "fsdp2", "hsdp", "zero2", "zero3"] | None = None
+    """How base and factors lie over the processes; without it none for one process, ddp for several."""
+    cache: str | None = None
+    """Folder of the factor cache; without it the user's cache directory (XDG_CACHE_HOME/loldu)."""
+    verify_base: bool = False
+    """Hash the base weights again instead of trusting file size and time when factors are looked up."""
+    save_every: int = 0
+    """Steps between checkpoints; 0: one at the end, or when stopped."""
+    keep_last: int = 0
+    """Checkpoints kept, besides the best one; 0: all."""
+    eval_every: int = 0
+    """Steps between evaluations besides those at the start and the end; 0: none."""
+    patience: int = 0
+    """Stop after so many evaluations without a better loss; 0: never."""
+    max_seconds: float = 0.0
+    """Save and stop by itself after this time; 0: no limit."""
+    resume: str = "auto"
+    """auto: go on from the newest good checkpoint in output; never: a fresh run; or the path of a checkpoint."""
+    trackers: tuple[Literal["tensorboard", "wandb"], ...] = ()
+    """Besides events.jsonl."""
+    show_samples: int = 0
+    """Held-out questions answered on the screen before and after training."""
+
+    def __post_init__(self) -> None:
+        for name in ("save_every", "keep_last", "eval_every", "patience", "max_seconds", "show_samples"):
+            _at_least(f"run.{name}", getattr(self, name), 0)
+        if self.patience and not self.eval_every:
+            raise ValueError(f"--patience {self.patience} needs evaluations to watch: give --eval-every N")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Config:
+    """One complete run. A recipe returns it; a variation is the same with a field replaced."""
+
+    model: ModelConfig = field(default_factory=ModelConfig)
+    data: DataConfig = field(default_factory=DataConfig)
+    adapter: AdapterConfig = field(default_factory=AdapterConfig)
+    optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
+    run: RunConfig = field(default_factory=RunConfig)
+
+    def __post_init__(self) -> None:
+        evaluates = self.data.eval_records or self.data.eval_data
+        if self.run.eval_every and not evaluates:
+            raise ValueError(
+                f"--eval-every {self.run.eval_every} has nothing to evaluate on: give --eval-records N or --eval-data FILE"
+            )
+        if self.run.show_samples and not evaluates:
+            raise ValueError(
+                f"--show-samples {self.run.show_samples} shows held-out questions: give --eval-records N or --eval-data FILE"
+            )
+        if self.optimizer.micro_batch_size > self.optimizer.batch_size:
+            raise ValueError(
+                f"--micro-batch-size {self.optimizer.micro_batch_size} is larger than --batch-size {self.optimizer.batch_size}, "
+                "which counts the samples of a step over all processes"
+            )
+        if self.adapter.method == "full" and self.model.quantize != "none":
+            raise ValueError(
+                f"full fine-tuning writes the base, which --quantize {self.model.quantize} makes read-only: use an adapter, or --quantize none"
+            )
+
+
+def as_dict(config: Any) -> dict[str, Any]:
+    """The config as plain JSON data; tuples become lists."""
+    return dataclasses.asdict(
+        config, dict_factory=lambda pairs: {k: list(v) if isinstance(v, tuple) else v for k, v in pairs}
+    )
+
+
+def from_dict(cls: type, values: dict[str, Any], where: str = "") -> Any:
+    """Build a config dataclass from JSON data; an unknown name is an error that lists the nearest valid ones."""
+    hints, known = get_type_hints(cls), {f.name for f in dataclasses.fields(cls)}
+    built = {}
+    for name, value in values.items():
+        if name not in known:
+            raise ValueError(f"unknown setting {where}{name}; {_nearest(name, known)}")
+        hint = hints[name]
+        if dataclasses.is_dataclass(hint):
+            value = from_dict(hint, value, f"{where}{name}.")  # type: ignore[arg-type]
+        built[name] = tuple(value) if isinstance(value, list) else value
+    return cls(**built)
+
+
+def _nearest(name: str, known: set[str]) -> str:
+    near = difflib.get_close_matches(name, known, n=3, cutoff=0.5)
+    return f"did you mean {' or '.join(near)}?" if near else f"valid names: {', '.join(sorted(known))}"
+
+
+def _at_least(name: str, value: float, low: float) -> None:
+    if not value >= low:  # written so that NaN fails too
+        raise ValueError(f"{name} is at least {low}, got {value}")
