@@ -1,7 +1,7 @@
 """What a run is: frozen dataclasses, checked completely on construction.
 
-Nothing here imports torch or transformers, reads a file or looks at the machine, so `--help` is quick and a mistake is found
-before a GPU or the network is touched, on every rank alike. On the command line the nesting disappears: `--rank`, `--data`.
+Nothing here imports torch or transformers, reads a file or looks at the machine, so `--help` is quick and a mistake is
+found before a GPU or the network is touched, on every rank alike. On the command line the nesting disappears: `--rank`.
 """
 
 from __future__ import annotations
@@ -42,9 +42,11 @@ class DataConfig:
     eval_records: int = 0
     """How many held-out records to evaluate on; 0 without eval_data: no evaluation."""
     prompt_template: str = "auto"
-    """auto (the model's chat template for conversations, else alpaca), short, alpaca, chat, or a file with {instruction} and {input}."""
+    """auto (the model's chat template for conversations, else alpaca), short, alpaca, chat, or a FILE with {instruction}
+    and {input}."""
     max_length: int = 512
-    """Tokens in a sample; a longer one loses the end of its answer, one whose prompt alone does not fit is dropped and counted."""
+    """Tokens in a sample; a longer one loses the end of its answer, one whose prompt alone does not fit is dropped and
+    counted."""
     loss_on: Literal["answers", "all"] = "answers"
     """Which tokens carry loss."""
     packing: bool = False
@@ -75,15 +77,18 @@ class AdapterConfig:
     """Modules left out although targets matches them."""
     modules_to_save: tuple[str, ...] = ()
     """Modules trained and saved whole beside the adapter, for example a new classification head."""
-    options: dict[str, Any] = field(default_factory=dict)
-    """Further fields of the method's PEFT config, as name and JSON value: scale, init_delta, lora_alpha, ..."""
+    options: tuple[str, ...] = ()
+    """Further fields of the method's PEFT config as name=value, the value in JSON: scale=2, lora_alpha=16."""
 
     def __post_init__(self) -> None:
         _at_least("adapter.rank", self.rank, 1)
         if not self.targets:
             raise ValueError(
-                "adapter.targets is empty: name modules (--targets q_proj v_proj) or use --targets all-linear"
+                "adapter.targets is empty: name modules (--targets q_proj v_proj) or give --targets all-linear"
             )
+        for option in self.options:
+            if "=" not in option:
+                raise ValueError(f"adapter.options are written name=value (--options scale=2), got {option!r}")
         if "all-linear" in self.targets and len(self.targets) > 1:
             raise ValueError(f"adapter.targets: all-linear stands alone, got {' '.join(self.targets)}")
 
@@ -181,22 +186,18 @@ class Config:
 
     def __post_init__(self) -> None:
         evaluates = self.data.eval_records or self.data.eval_data
-        if self.run.eval_every and not evaluates:
-            raise ValueError(
-                f"--eval-every {self.run.eval_every} has nothing to evaluate on: give --eval-records N or --eval-data FILE"
-            )
-        if self.run.show_samples and not evaluates:
-            raise ValueError(
-                f"--show-samples {self.run.show_samples} shows held-out questions: give --eval-records N or --eval-data FILE"
-            )
+        for flag, value in (("eval-every", self.run.eval_every), ("show-samples", self.run.show_samples)):
+            if value and not evaluates:
+                raise ValueError(f"--{flag} {value} needs held-out records: give --eval-records N or --eval-data FILE")
         if self.optimizer.micro_batch_size > self.optimizer.batch_size:
             raise ValueError(
-                f"--micro-batch-size {self.optimizer.micro_batch_size} is larger than --batch-size {self.optimizer.batch_size}, "
-                "which counts the samples of a step over all processes"
+                f"--micro-batch-size {self.optimizer.micro_batch_size} is larger than --batch-size "
+                f"{self.optimizer.batch_size}, which counts the samples of a step over all processes"
             )
         if self.adapter.method == "full" and self.model.quantize != "none":
             raise ValueError(
-                f"full fine-tuning writes the base, which --quantize {self.model.quantize} makes read-only: use an adapter, or --quantize none"
+                f"full fine-tuning writes the base, which --quantize {self.model.quantize} makes read-only: "
+                "train an adapter, or give --quantize none"
             )
 
 
