@@ -42,8 +42,8 @@ class DataConfig:
     eval_records: int = 0
     """How many held-out records to evaluate on; 0 without eval_data: no evaluation."""
     prompt_template: str = "auto"
-    """auto (the model's chat template for conversations, else alpaca), short, alpaca, chat, or a FILE with {instruction}
-    and {input}."""
+    """auto (the model's chat template for conversations, else alpaca), short, alpaca, chat, or a FILE with
+    {instruction} and {input}."""
     max_length: int = 512
     """Tokens in a sample; a longer one loses the end of its answer, one whose prompt alone does not fit is dropped and
     counted."""
