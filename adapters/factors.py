@@ -1,0 +1,158 @@
+"""The page of maths: LoLDU's frozen factors from a panel of the weight, and the update they carry.
+
+Paper: LoLDU, arXiv 2410.13618. Letters: W (m, n) = out x in, k = min(m, n), r <= k the rank, y0 = W x.
+
+    W = P L diag(d) U                                 partially pivoted LU; L and U have unit diagonals
+    W' = W + P L_r diag(delta) U_r                    delta = scale * (z - z0): r trained numbers, zero at the start
+    U_r x = diag(1/d_r) L11^-1 (W x)[pivots]          for the first r rows of P^T W are L11 diag(d_r) U_r
+
+So the adapted layer reads its own base output: y = y0 + Write (delta * (Read y0[pivots])), with Write = P L_r (m, r)
+and Read = diag(1/d_r) L11^-1 (r, r). U_r is never stored, W is never written. The paper's residual form,
+(W - s P L_r diag(z0) U_r) + s P L_r diag(z) U_r, is the same function.
+
+Pivoting at column j looks at columns 1..j alone, so P, L_r and d_r are those of the panel W[:, :r]: m r^2 operations
+and m r numbers read, instead of m n k and m n.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+PROBE_BLOCKS, PROBE_WIDTH = 64, 16
+
+
+class Factors(NamedTuple):
+    """The frozen maps of one weight, and what lets a reload rebuild and check them."""
+
+    write: Tensor  # (out, r) what the core's r numbers are written through
+    read: Tensor  # (r, r) applied to r entries of the base layer's output
+    pivots: Tensor  # (r,) int32, the rows of W chosen, in order of elimination
+    values: Tensor  # (r,) float32, d_r
+    probe: Tensor  # (32,) uint8, digest of the whole weight (`probe_digest`)
+
+
+def lu_of_panel(panel: Tensor, pivots: Tensor | None = None) -> tuple[Tensor, Tensor, Tensor]:
+    """LU of a panel W[:, :r] (m, r): P L_r (m, r), the upper triangle diag(d) U11 (r, r), the pivot rows (r,) int32.
+
+    With pivots given, those rows are eliminated in that order: the same base in another precision may prefer other
+    rows, and a saved core belongs to these. Computed in float64 for a float64 panel, else in float32.
+
+    Raises ValueError for NaN or infinite entries, a zero pivot, or pivots that do not fit the panel.
+    """
+    panel = panel if panel.dtype == torch.float64 else panel.float()
+    m, r = panel.shape
+    if not torch.isfinite(panel).all():
+        bad = int((~torch.isfinite(panel)).sum())
+        raise ValueError(f"{bad} of the {panel.numel()} numbers in its first {r} columns are NaN or infinite")
+    if pivots is None:
+        packed, swaps, _ = torch.linalg.lu_factor_ex(panel)
+        order = _permutation(swaps, m)
+        pivots, lower = order[:r], torch.empty_like(packed)
+        lower[order] = packed
+    else:
+        pivots = pivots.to(panel.device, torch.long)
+        if not len(set(pivots.tolist())) == len(pivots) == r or int(pivots.min()) < 0 or int(pivots.max()) >= m:
+            raise ValueError(f"its {len(pivots)} saved pivots are not {r} different rows out of {m}")
+        packed = _eliminate(panel[pivots])
+        lower = torch.linalg.solve_triangular(packed.triu(), panel, upper=True, left=False)
+    upper = packed[:r].triu()
+    tiny = m * torch.finfo(panel.dtype).eps * panel.abs().max()
+    zeros = (~(upper.diagonal().abs() > tiny)).nonzero()  # written so that NaN counts
+    if len(zeros):
+        raise ValueError(
+            f"zero pivot in column {int(zeros[0])}: the columns up to there depend on each other, so it has no factors "
+            f"with unit diagonals beyond rank {int(zeros[0])}"
+        )
+    lower[pivots] = packed[:r].tril(-1) + torch.eye(r).to(packed)
+    return lower, upper, pivots.to(torch.int32)
+
+
+def loldu_factors(
+    panel: Tensor,
+    rows: Callable[[Tensor], Tensor],
+    *,
+    pivots: Tensor | None = None,
+    normalize: bool = False,
+    embedding: bool = False,
+) -> Factors:
+    """LoLDU's factors of W (m, n) from its panel W[:, :r]; probe is left empty.
+
+    rows(pivots) returns W[pivots] (r, n); it is called only where those are needed. normalize divides each direction by
+    its two norms, so that one learning rate suits all (they differ about 100 times). For an embedding, whose output is
+    a row of W, the parts change places: it reads its first r output features and writes through U_r^T (n, r).
+    """
+    lower, upper, pivots = lu_of_panel(panel, pivots)
+    d, one = upper.diagonal(), torch.eye(len(upper)).to(upper)
+    read = torch.linalg.solve_triangular(lower[pivots.long()], one, upper=False, unitriangular=True) / d[:, None]
+    if normalize or embedding:
+        right = read @ rows(pivots).to(read)  # U_r (r, n)
+        norms = lower.norm(dim=0) * right.norm(dim=1) if normalize else torch.ones_like(d)
+    if embedding:
+        write, read = right.T, torch.linalg.solve_triangular(upper, one, upper=True).T
+    else:
+        write = lower
+    if normalize:
+        write = write / norms
+    return Factors(write.contiguous(), read.contiguous(), pivots, d.float(), torch.zeros(32, dtype=torch.uint8))
+
+
+def lora_pair(weight: Tensor, factors: Factors, core: Tensor, *, embedding: bool = False) -> tuple[Tensor, Tensor]:
+    """The update as an ordinary low-rank product B A: A (r, n), B (m, r) with B A = Write diag(core) U_r.
+
+    weight is the unmerged W (m, n); core (r,) includes the scale. For an embedding A is (r, m) and B is (n, r), as
+    PEFT's LoRA has them: the update is (B A)^T.
+    """
+    W = weight.to(factors.read)
+    A = factors.read @ (W[:, : len(core)].T if embedding else W[factors.pivots.long()])  # (P L_r)^T or U_r
+    return A, factors.write.to(A) * core.to(A)
+
+
+def delta_weight(weight: Tensor, factors: Factors, core: Tensor, *, embedding: bool = False) -> Tensor:
+    """What the adapter adds to the unmerged W (m, n), in the precision of the read map."""
+    A, B = lora_pair(weight, factors, core, embedding=embedding)
+    return (B @ A).T if embedding else B @ A
+
+
+def probe_digest(weight: Any, shape: Sequence[int]) -> Tensor:
+    """Digest (32,) uint8 of a tensor's shape and 64 fixed blocks of up to 16 numbers, spread over rows and columns.
+
+    weight is a tensor or a safetensors slice of that shape. The numbers are hashed as float32, so a weight stored as
+    float16 and loaded as float32 keeps its digest; one rounded to another precision does not.
+    """
+    if len(shape) < 2:
+        blocks = weight[:].reshape(1, -1)
+    else:
+        count, width = shape[0], min(PROBE_WIDTH, shape[1])
+        places = [
+            (b * (count - 1) // (PROBE_BLOCKS - 1), int(b * 0.6180339887 % 1 * (shape[1] - width + 1)))
+            for b in range(PROBE_BLOCKS)
+        ]
+        blocks = torch.stack([weight[row : row + 1, at : at + width].reshape(-1) for row, at in places])
+    payload = repr(tuple(shape)).encode() + blocks.detach().float().cpu().contiguous().numpy().tobytes()
+    return torch.frombuffer(bytearray(hashlib.sha256(payload).digest()), dtype=torch.uint8)
+
+
+def _permutation(swaps: Tensor, m: int) -> Tensor:
+    """LAPACK's successive swaps (r,), counted from 1, as one order of the m rows; lu_unpack would build P as m x m."""
+    order = list(range(m))
+    for i, j in enumerate((swaps - 1).tolist()):
+        order[i], order[j] = order[j], order[i]
+    return torch.tensor(order, device=swaps.device)
+
+
+def _eliminate(square: Tensor) -> Tensor:
+    """LU of a square matrix without pivoting, packed in one (torch has that on CUDA alone); recursive, so in GEMMs."""
+    n = len(square)
+    if n == 1:
+        return square.clone()
+    h = n // 2
+    first = _eliminate(square[:h, :h])
+    above = torch.linalg.solve_triangular(first, square[:h, h:], upper=False, unitriangular=True)
+    below = torch.linalg.solve_triangular(first.triu(), square[h:, :h], upper=True, left=False)
+    rest = _eliminate(square[h:, h:] - below @ above)
+    return torch.cat([torch.cat([first, above], 1), torch.cat([below, rest], 1)])
