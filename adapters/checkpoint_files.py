@@ -21,7 +21,7 @@ class TensorInfo(NamedTuple):
 
 
 def local_folder(model: str) -> Path | None:
-    """The folder that holds a model's files: model itself, or its snapshot in the hub cache; None where neither exists."""
+    """The folder of a model's files: model itself, or its snapshot in the hub cache; None where neither exists."""
     if Path(model).is_dir():
         return Path(model)
     from huggingface_hub import try_to_load_from_cache
@@ -37,7 +37,7 @@ def local_folder(model: str) -> Path | None:
 def list_tensors(folder: Path) -> dict[str, TensorInfo]:
     """Every tensor of the checkpoint by name, from headers alone.
 
-    Raises ValueError naming the folder or file where there are no weights, only pickled ones, a missing or a damaged shard.
+    Raises ValueError naming the folder or file: no weights, only pickled ones, a missing or a damaged shard.
     """
     index = folder / "model.safetensors.index.json"
     if index.exists():
@@ -46,9 +46,9 @@ def list_tensors(folder: Path) -> dict[str, TensorInfo]:
         files = [folder / "model.safetensors"]
     elif pickled := sorted(folder.glob("*.bin")):
         raise ValueError(
-            f"{folder} holds its weights only as pickle ({pickled[0].name}), which can run code when read. Convert it once "
-            f'on a machine you trust it on: python -c "from transformers import AutoModelForCausalLM as M; '
-            f"M.from_pretrained('{folder}').save_pretrained('{folder}-safetensors')\" and use that folder"
+            f"{folder} holds its weights only as pickle ({pickled[0].name}), which can run code when read. Convert it "
+            'where you trust it: python -c "from transformers import AutoModelForCausalLM as M; '
+            f"M.from_pretrained('{folder}').save_pretrained('{folder}-safetensors')\" and give that folder"
         )
     else:
         raise ValueError(f"{folder} holds no weights: expected model.safetensors or model.safetensors.index.json there")
@@ -65,7 +65,7 @@ def open_tensor(info: TensorInfo) -> Any:
 
 
 def weight_of(tensors: Mapping[str, TensorInfo], module: str, parameter: str = "weight") -> TensorInfo | None:
-    """The checkpoint's tensor of a module, also where one of the two names carries the base model's prefix ("model.")."""
+    """The checkpoint's tensor of a module, also where one of the two names carries the base model's prefix (model.)."""
     name = f"{module}.{parameter}"
     if name in tensors:
         return tensors[name]

@@ -1,0 +1,121 @@
+"""Who am I, how many are we: the environment read once, and the few words processes exchange outside collectives.
+
+Waiting goes through the process group's key-value store, never through an NCCL collective: a watchdog would end a long
+wait there, and a store can say which rank is missing.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import time
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+POLL_S = 0.1
+
+
+@dataclass(frozen=True)
+class Ranks:
+    """This process among the others, as torchrun, accelerate launch or Slurm's entry set it in the environment."""
+
+    rank: int = 0
+    world_size: int = 1
+    local_rank: int = 0
+    local_world_size: int = 1
+
+    @property
+    def is_main(self) -> bool:
+        return self.rank == 0
+
+    @staticmethod
+    def from_environment(environ: Mapping[str, str] = os.environ) -> Ranks:
+        """Raises ValueError where the variables contradict each other."""
+        names = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE")
+        values = {name: environ[name] for name in names if name in environ}
+        if "WORLD_SIZE" not in values:
+            return Ranks()
+        shown = ", ".join(f"{name}={value}" for name, value in values.items())
+        if not all(value.isdigit() for value in values.values()) or "RANK" not in values:
+            raise ValueError(
+                f"expected whole numbers in RANK and WORLD_SIZE, got {shown}: start with accelerate launch"
+            )
+        rank, world = int(values["RANK"]), int(values["WORLD_SIZE"])
+        local, local_world = int(values.get("LOCAL_RANK", 0)), int(values.get("LOCAL_WORLD_SIZE", world))
+        if not (rank < world and local < local_world <= world):
+            raise ValueError(f"the process numbers contradict each other: {shown}")
+        return Ranks(rank, world, local, local_world)
+
+
+class Party:
+    """All processes of a run. With one process every call returns at once and nothing is opened."""
+
+    def __init__(self, ranks: Ranks, store: Any = None):
+        assert (store is None) == (ranks.world_size == 1)
+        self.ranks, self.store, self._round = ranks, store, 0
+
+    def gather(self, what: str, value: Any, timeout_s: float = 600.0) -> list[Any]:
+        """Every rank's value (JSON data), in rank order, on all ranks; the ranks come in any order and may take long.
+
+        Raises TimeoutError naming the ranks that did not come within timeout_s of this one.
+        """
+        self._round += 1
+        if self.store is None:
+            return [value]
+        key = f"loldu/{self._round}/{what}"
+        self.store.set(f"{key}/{self.ranks.rank}", json.dumps(value))
+        deadline = time.monotonic() + timeout_s
+        missing = list(range(self.ranks.world_size))
+        while missing := [rank for rank in missing if not self.store.check([f"{key}/{rank}"])]:
+            if time.monotonic() > deadline:
+                raise TimeoutError(
+                    f"waited {timeout_s:.0f} s at '{what}': no word from rank {', '.join(map(str, missing))} of "
+                    f"{self.ranks.world_size}; look at the log of that rank first"
+                )
+            time.sleep(POLL_S)
+        return [json.loads(self.store.get(f"{key}/{rank}")) for rank in range(self.ranks.world_size)]
+
+    def from_main(self, what: str, make: Callable[[], Any], timeout_s: float = 600.0) -> Any:
+        """Run make on rank 0 alone and give its value (JSON data) to all; an error there is raised on every rank."""
+        return self.together(what, lambda: make() if self.ranks.is_main else None, timeout_s)[0]
+
+    def together(self, what: str, do: Callable[[], Any], timeout_s: float = 600.0) -> list[Any]:
+        """Run do on every rank and return all values; if any rank fails, all raise, naming it.
+
+        The user's mistakes (ValueError, OSError) are ValueErrors elsewhere; anything else is raised as itself on its own
+        rank and as RuntimeError elsewhere.
+        """
+        failure: Exception | None = None
+        result: dict[str, Any] = {}
+        try:
+            result["value"] = do()
+        except Exception as error:
+            failure = error
+            result["error"] = f"{type(error).__name__}: {error}" if not isinstance(error, ValueError) else str(error)
+            result["mistake"] = isinstance(error, (ValueError, OSError))
+        answers = self.gather(what, result, timeout_s)
+        for rank, answer in enumerate(answers):
+            if "error" in answer:
+                if failure is not None and (rank == self.ranks.rank or not answer["mistake"]):
+                    raise failure
+                where = f"rank {rank}: " if self.ranks.world_size > 1 and rank > 0 else ""
+                raise (ValueError if answer["mistake"] else RuntimeError)(f"{where}{answer['error']}")
+        return [answer["value"] for answer in answers]
+
+
+def connect(ranks: Ranks) -> Party:
+    """Open the process group (NCCL with GPUs, else gloo) through accelerate, and check that it is the one asked for."""
+    if ranks.world_size == 1:
+        return Party(ranks)
+    import torch
+    from accelerate import PartialState
+    from torch.distributed.distributed_c10d import _get_default_store
+
+    state = PartialState(cpu=not torch.cuda.is_available())
+    if state.num_processes != ranks.world_size:
+        raise RuntimeError(
+            f"WORLD_SIZE is {ranks.world_size} but accelerate sees {state.num_processes}: each process would train "
+            "alone. On CPU start with: accelerate launch --multi_gpu --num_processes N (ACCELERATE_USE_CPU=true), or torchrun"
+        )
+    return Party(ranks, _get_default_store())
