@@ -219,6 +219,8 @@ def collate(
     max_length_* as transformers' flash attention takes them. The labels stand unshifted; the model shifts them.
     Call the model with use_cache=False: a cache would count the positions again.
     """
+    # transformers' eager attention would add a bool mask to the scores (True = +1) and hide nothing.
+    assert attention in ("sdpa", "flash"), f"packing has no mask for {attention} attention"
     packed: Any = rows if packing else [[sample] for sample in rows]
     if packing and attention == "flash":
         packed, multiple_of = [list(_flat(rows))], 1
