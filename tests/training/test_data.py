@@ -350,6 +350,14 @@ def test_loss_on_all_leaves_out_only_the_first_token():
     assert encoded.loss.tolist() == [False] + [True] * (len(encoded.loss) - 1)
 
 
+def test_a_first_token_is_never_predicted_even_in_an_answer_without_a_prompt():
+    tokenizer = byte_tokenizer("{% for m in messages if m.role == 'assistant' %}{{ m.content }}</s>{% endfor %}")
+
+    encoded = encode([ALPACA], tokenizer, prompt_template="chat")
+
+    assert shown(encoded, tokenizer) == ("3</s>", "</s>")
+
+
 @pytest.mark.parametrize("chat_template", [CHATML, CHATML_WITH_BLOCKS], ids=["prefixes", "generation blocks"])
 def test_every_assistant_turn_of_a_conversation_carries_loss(chat_template):
     tokenizer = byte_tokenizer(chat_template)
@@ -466,6 +474,14 @@ def test_every_epoch_visits_every_sample_once(count, batch_size):
 
     for epoch in range(len(visited) // count):
         assert sorted(visited[epoch * count : (epoch + 1) * count]) == list(range(count))
+
+
+def test_batches_follow_the_order_of_their_epoch():
+    batches = [data.batch_indices(3, step, 6, 9) for step in range(3)]
+
+    expected = data.epoch_order(3, 0, 9).tolist() + data.epoch_order(3, 1, 9).tolist()
+    assert [i for batch in batches for i in batch] == expected
+    assert data.batch_indices(3, 1, 6, 9) == batches[1]  # asked for alone, as after a resume
 
 
 def test_orders_differ_between_epochs_and_seeds_and_repeat_exactly():
