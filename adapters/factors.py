@@ -17,7 +17,7 @@ and m r numbers read, instead of m n k and m n.
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -49,9 +49,9 @@ def lu_of_panel(panel: Tensor, pivots: Tensor | None = None) -> tuple[Tensor, Te
     if not torch.isfinite(panel).all():
         bad = int((~torch.isfinite(panel)).sum())
         raise ValueError(f"{bad} of the {panel.numel()} numbers in its first {r} columns are NaN or infinite")
-    if pivots is None:
-        packed, swaps, _ = torch.linalg.lu_factor_ex(panel)
-        order = _permutation(swaps, m)
+    packed, swaps, _ = torch.linalg.lu_factor_ex(panel)
+    order = _permutation(swaps, m)
+    if pivots is None or pivots.tolist() == order[:r].tolist():
         pivots, lower = order[:r], torch.empty_like(packed)
         lower[order] = packed
     else:
@@ -135,6 +135,14 @@ def probe_digest(weight: Any, shape: Sequence[int]) -> Tensor:
         blocks = torch.stack([weight[row : row + 1, at : at + width].reshape(-1) for row, at in places])
     payload = repr(tuple(shape)).encode() + blocks.detach().float().cpu().contiguous().numpy().tobytes()
     return torch.frombuffer(bytearray(hashlib.sha256(payload).digest()), dtype=torch.uint8)
+
+
+def base_fingerprint(digests: Iterable[Tensor]) -> str:
+    """One hex digest of a base model from the probe digests of its tensors with two or more dimensions.
+
+    Names, order and repeats (tied weights) do not count: a model in memory and its files give the same.
+    """
+    return hashlib.sha256(b"".join(sorted({bytes(digest.tolist()) for digest in digests}))).hexdigest()
 
 
 def _permutation(swaps: Tensor, m: int) -> Tensor:

@@ -1,0 +1,68 @@
+"""A trained adapter of the family as an ordinary LoRA adapter, for stock PEFT and LoRA servers.
+
+Exact, because the update is a product B A of rank r: A = U_r, B = Write diag(scale delta). Files: adapter_config.json and
+adapter_model.safetensors in float32, rank and alpha per layer (alpha = rank, so that PEFT's own scaling is 1).
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import torch
+from peft import LoraConfig, PeftModel, get_peft_model_state_dict
+from safetensors.torch import save_file
+from torch import Tensor
+
+from adapters.layer import FactorLayer
+
+
+def as_lora(model: PeftModel, adapter_name: str = "default") -> tuple[LoraConfig, dict[str, Tensor]]:
+    """The LoRA config and its tensors, named as PEFT saves them."""
+    ours: Any = model.peft_config[adapter_name]
+    tensors: dict[str, Tensor] = {}
+    ranks: dict[str, int] = {}
+    for name, layer in model.named_modules():
+        if isinstance(layer, FactorLayer) and adapter_name in layer.maps:
+            A, B = layer.lora(adapter_name)
+            ranks[layer.name] = len(A)
+            if layer.embedding:
+                parts = {"lora_embedding_A": A, "lora_embedding_B": B}
+            elif len(layer.base.weight.shape) == 4:
+                kernel = layer.base.weight.shape[1:]
+                parts = {"lora_A.weight": A.view(-1, *kernel), "lora_B.weight": B[:, :, None, None]}
+            else:
+                parts = {"lora_A.weight": A, "lora_B.weight": B}
+            tensors |= {f"{name}.{part}": value.float().contiguous().cpu() for part, value in parts.items()}
+    family = type(model.base_model).prefix
+    saved = get_peft_model_state_dict(model, adapter_name=adapter_name, save_embedding_layers=False)
+    tensors |= {name: value.contiguous().cpu() for name, value in saved.items() if f".{family}" not in name}
+    r = max(ranks.values())
+    other = {name: rank for name, rank in ranks.items() if rank != r}
+    config = LoraConfig(
+        r=r,
+        lora_alpha=r,
+        rank_pattern=other,
+        alpha_pattern=dict(other),
+        target_modules=sorted(ranks),
+        modules_to_save=ours.modules_to_save,
+        task_type=ours.task_type,
+        base_model_name_or_path=ours.base_model_name_or_path,
+        inference_mode=True,
+    )
+    return config, tensors
+
+
+def export_lora(model: PeftModel, out: Path, adapter_name: str = "default") -> None:
+    """Write the adapter as a LoRA adapter into the folder out."""
+    config, tensors = as_lora(model, adapter_name)
+    out.mkdir(parents=True, exist_ok=True)
+    save_file(tensors, out / "adapter_model.safetensors", metadata={"format": "pt"})
+    config.save_pretrained(str(out))
+
+
+def logits_gap(ours: Any, exported: Any, vocabulary: int, *, sequences: int = 4, length: int = 32) -> float:
+    """Largest difference of the two models' logits over fixed random tokens, in float32."""
+    tokens = torch.randint(vocabulary, (sequences, length), generator=torch.Generator().manual_seed(0))
+    with torch.no_grad():
+        return float((ours(tokens).logits.float() - exported(tokens).logits.float()).abs().max())
