@@ -1,7 +1,7 @@
 """A trained adapter of the family as an ordinary LoRA adapter, for stock PEFT and LoRA servers.
 
-Exact, because the update is a product B A of rank r: A = U_r, B = Write diag(scale delta). Files: adapter_config.json and
-adapter_model.safetensors in float32, rank and alpha per layer (alpha = rank, so that PEFT's own scaling is 1).
+Exact, because the update is a product B A of rank r: A = U_r, B = Write diag(scale delta). Files: adapter_config.json
+and adapter_model.safetensors in float32, rank and alpha per layer (alpha = rank, so that PEFT's own scaling is 1).
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ def as_lora(model: PeftModel, adapter_name: str = "default") -> tuple[LoraConfig
             else:
                 parts = {"lora_A.weight": A, "lora_B.weight": B}
             tensors |= {f"{name}.{part}": value.float().contiguous().cpu() for part, value in parts.items()}
-    family = type(model.base_model).prefix
+    family = model.base_model.prefix
     saved = get_peft_model_state_dict(model, adapter_name=adapter_name, save_embedding_layers=False)
     tensors |= {name: value.contiguous().cpu() for name, value in saved.items() if f".{family}" not in name}
     r = max(ranks.values())

@@ -117,8 +117,8 @@ class LoLDUTuner(BaseTuner):
             matrix_shape(target, current_key)
             if id(target.weight) in self._shared:
                 raise ValueError(
-                    f"{current_key} shares its weight with another module (tied embeddings), an adapter would untie them: "
-                    f"leave it out (exclude_modules=['{target_name}']) or load with tie_word_embeddings=False"
+                    f"{current_key} shares its weight with another module (tied embeddings), an adapter would untie "
+                    f"them: leave it out (exclude_modules=['{target_name}']) or load with tie_word_embeddings=False"
                 )
             kind = FactorLinear if isinstance(target, (nn.Linear, Conv1D)) else FactorLayer
             model_name = getattr(getattr(self.model, "config", None), "_name_or_path", None)

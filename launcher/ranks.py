@@ -83,8 +83,7 @@ class Party:
     def together(self, what: str, do: Callable[[], Any], timeout_s: float = 600.0) -> list[Any]:
         """Run do on every rank and return all values; if any rank fails, all raise, naming it.
 
-        The user's mistakes (ValueError, OSError) are ValueErrors elsewhere; anything else is raised as itself on its own
-        rank and as RuntimeError elsewhere.
+        The user's mistakes (ValueError, OSError) are ValueErrors on the other ranks, anything else is a RuntimeError.
         """
         failure: Exception | None = None
         result: dict[str, Any] = {}
@@ -116,6 +115,6 @@ def connect(ranks: Ranks) -> Party:
     if state.num_processes != ranks.world_size:
         raise RuntimeError(
             f"WORLD_SIZE is {ranks.world_size} but accelerate sees {state.num_processes}: each process would train "
-            "alone. On CPU start with: accelerate launch --multi_gpu --num_processes N (ACCELERATE_USE_CPU=true), or torchrun"
+            "alone. On CPU start with torchrun, or with ACCELERATE_USE_CPU=true accelerate launch --multi_gpu"
         )
     return Party(ranks, _get_default_store())
