@@ -1,0 +1,305 @@
+"""Factors on disk, content-addressed: one safetensors file per weight, and a small index so a warm start reads headers.
+
+    factors/<key>.safetensors   key = sha256 over the recipe and the bytes the factors depend on (`content_key`)
+    index/<sha256>.json         (checkpoint file, its size and time, tensor, options) -> key, one tiny file per answer
+
+Nothing is locked (flock is a silent no-op on many shared filesystems). A file is written under a temporary name in its
+own folder, fsynced and renamed: readers see all of it or nothing, and of two jobs at once one valid file stands. One
+file per answer lets writers of the index neither corrupt nor lose each other's words.
+
+Every header carries a seal over itself and a sha256 for each MiB of rows, so that a rank that reads a few rows of
+`write` verifies just those. What fails is renamed *.damaged, said aloud, and missing from then on: the caller makes it
+again. The modification time of a file is the time of its last use. No pickle anywhere.
+"""
+
+from __future__ import annotations
+
+import errno
+import hashlib
+import json
+import logging
+import os
+import time
+import uuid
+from collections.abc import Callable, Mapping
+from contextlib import suppress
+from pathlib import Path
+from typing import Any, NamedTuple, TypeVar
+
+import safetensors
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor
+
+from adapters.factors import Factors
+
+log = logging.getLogger(__name__)
+T = TypeVar("T")
+
+FORMAT = 1  # part of every key, so that two versions of this file never read each other's entries
+BLOCK_BYTES = 1 << 20  # about the bytes under one checksum: 90 of them for 11008 x 4096 in bfloat16
+ABANDONED_S = 3600.0  # a temporary file this old belongs to a process that was killed
+
+
+class Entry(NamedTuple):
+    """One file of the cache, as its verified header tells."""
+
+    key: str
+    file: Path
+    about: dict[str, Any]  # recipe, name, shape, residual, norms, device, versions, checksums
+
+
+class Pruned(NamedTuple):
+    """What a pruning took and left."""
+
+    files: int
+    freed_bytes: int
+    left_bytes: int
+
+
+def default_folder(environ: Mapping[str, str] = os.environ) -> Path:
+    """$XDG_CACHE_HOME/loldu, or ~/.cache/loldu where that is unset or, against its specification, relative."""
+    base = Path(environ.get("XDG_CACHE_HOME", ""))
+    return (base if base.is_absolute() else Path.home() / ".cache") / "loldu"
+
+
+def content_key(recipe: Mapping[str, Any], *contents: Tensor) -> str:
+    """sha256 (hex) over the recipe as JSON and the bytes of the tensors, row by row, with their shapes and dtypes."""
+    digest = hashlib.sha256(json.dumps([FORMAT, recipe], sort_keys=True).encode())
+    for tensor in contents:
+        digest.update(f"{tuple(tensor.shape)} {tensor.dtype}".encode())
+        digest.update(_bytes(tensor))
+    return digest.hexdigest()
+
+
+def find(folder: Path, key: str) -> Entry | None:
+    """The entry of a key from its header alone; None where there is none, or a damaged one (now set aside)."""
+    return _reading(_file(folder, key), lambda opened, entry: entry)
+
+
+def load(folder: Path, key: str, rows: slice = slice(None)) -> Factors | None:
+    """The factors of a key, verified: all of them, or `write` (out, r) with only those rows and the rest whole.
+
+    None where there is no such file, or a damaged one (now set aside): make the factors again.
+    """
+
+    def read(opened: Any, entry: Entry) -> Factors:
+        return Factors(
+            *(_rows(opened, entry, name, rows if name == "write" else slice(None)) for name in Factors._fields)
+        )
+
+    return _reading(_file(folder, key), read)
+
+
+def store(folder: Path, key: str, factors: Factors, about: Mapping[str, Any]) -> Entry:
+    """Write factors under their key, in the dtypes they have.
+
+    Raises ValueError naming the folder and the remedy where it cannot be written or is full; nothing is left behind.
+    """
+    tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in factors._asdict().items()}
+    versions = {"torch": torch.__version__, "safetensors": safetensors.__version__}
+    checksums = {name: [_sha(part) for part in tensor.split(_block_rows(tensor))] for name, tensor in tensors.items()}
+    about = {**about, "key": key, "made": time.time(), "versions": versions, "checksums": checksums}
+    text = json.dumps(about, sort_keys=True)
+    file = _file(folder, key)
+    _put(folder, file, lambda temporary: save_file(tensors, temporary, {"about": text, "seal": _seal(text)}))
+    return Entry(key, file, about)
+
+
+def recall(folder: Path, identity: Mapping[str, Any]) -> Any | None:
+    """What the index remembers of an identity; None where it remembers nothing, or its file is damaged (said aloud)."""
+    file, question = _index_file(folder, identity)
+    try:
+        text, seal = json.loads(file.read_text())
+        asked, value = json.loads(text)
+        if seal != _seal(text) or asked != question:
+            raise ValueError("its seal or its question does not fit")
+    except (FileNotFoundError, NotADirectoryError):
+        return None
+    except (ValueError, TypeError) as error:
+        log.warning("the index entry %s is damaged (%s): it is made again", file, error)
+        return None
+    with suppress(OSError):
+        os.utime(file)
+    return value
+
+
+def remember(folder: Path, identity: Mapping[str, Any], value: Any) -> None:
+    """Let the index remember a value (JSON data) for an identity. Raises ValueError as `store` does."""
+    file, question = _index_file(folder, identity)
+    text = json.dumps([question, value])
+    _put(folder, file, lambda temporary: temporary.write_text(json.dumps([text, _seal(text)])))
+
+
+def entries(folder: Path) -> list[Entry]:
+    """Every entry from the headers, last used first; damaged ones are set aside."""
+    files = sorted((folder / "factors").glob("*.safetensors"), key=_used, reverse=True)
+    return [entry for file in files if (entry := _reading(file, lambda opened, entry: entry, use=False))]
+
+
+def verify(folder: Path, on_entry: Callable[[Entry], None] = lambda entry: None) -> list[Path]:
+    """Read every byte against its checksum; the files that failed, under the names they have now. Ages stay."""
+
+    def read(opened: Any, entry: Entry) -> None:
+        for name in Factors._fields:
+            for start in range(0, opened.get_slice(name).get_shape()[0], 4096):  # bounded memory
+                _rows(opened, entry, name, slice(start, start + 4096))
+        on_entry(entry)
+
+    before = set((folder / "factors").glob("*.damaged"))
+    for file in sorted((folder / "factors").glob("*.safetensors")):
+        _reading(file, read, use=False)
+    return sorted(set((folder / "factors").glob("*.damaged")) - before)
+
+
+def prune(folder: Path, max_bytes: float | None = None, older_than_s: float | None = None) -> Pruned:
+    """Remove what was not used for older_than_s seconds, then the longest unused until at most max_bytes are left.
+
+    Damaged files, abandoned temporary files and index entries that lead nowhere go as well. A job that is using the
+    cache at the same time makes again what it misses.
+    """
+    now, removed, freed = time.time(), 0, 0
+    for file in sorted(folder.glob("*/*.damaged")) + sorted(folder.glob("*/.*.tmp")):
+        if file.suffix == ".damaged" or now - _used(file) > ABANDONED_S:
+            removed, freed = removed + 1, freed + _remove(file)
+    files = sorted((folder / "factors").glob("*.safetensors"), key=_used)
+    left = sum(_size(file) for file in files)
+    for file in files:
+        too_old = older_than_s is not None and now - _used(file) > older_than_s
+        if too_old or (max_bytes is not None and left > max_bytes):
+            size = _remove(file)
+            removed, freed, left = removed + 1, freed + size, left - size
+    kept = {file.stem for file in (folder / "factors").glob("*.safetensors")}
+    for file in (folder / "index").glob("*.json"):
+        with suppress(OSError, ValueError, TypeError):
+            _, value = json.loads(json.loads(file.read_text())[0])
+            stale = older_than_s is not None and now - _used(file) > older_than_s
+            if stale or (isinstance(value, str) and value not in kept):
+                _remove(file)
+    return Pruned(removed, freed, left)
+
+
+class _Damaged(Exception):
+    """A file whose bytes are not those that were written."""
+
+
+def _reading(file: Path, read: Callable[[Any, Entry], T], use: bool = True) -> T | None:
+    try:
+        with safe_open(file, framework="pt") as opened:
+            result = read(opened, _header(opened, file))
+    except (FileNotFoundError, NotADirectoryError):
+        return None
+    except (SafetensorError, _Damaged) as error:
+        aside = file.with_suffix(".damaged")
+        with suppress(OSError):  # on a read-only cache it stays where it is
+            os.replace(file, aside)
+        log.warning("%s is damaged (%s): set aside as %s; these factors are made again", file, error, aside.name)
+        return None
+    except OSError as error:
+        raise ValueError(f"cannot read {file} ({error.strerror}): give another folder with --cache DIR") from error
+    if use:
+        with suppress(OSError):
+            os.utime(file)
+    return result
+
+
+def _header(opened: Any, file: Path) -> Entry:
+    header = opened.metadata() or {}
+    text = header.get("about", "")
+    if header.get("seal") != _seal(text):
+        raise _Damaged("its header does not fit its seal")
+    about = json.loads(text)
+    if about["key"] != file.stem:
+        raise _Damaged(f"it holds the factors of key {about['key'][:12]}")
+    return Entry(about["key"], file, about)
+
+
+def _rows(opened: Any, entry: Entry, name: str, rows: slice) -> Tensor:
+    """Those rows of a tensor, read in whole blocks and compared with their checksums."""
+    try:
+        part = opened.get_slice(name)
+        count = part.get_shape()[0]
+        start, stop, _ = rows.indices(count)
+        per_block = _block_rows(part[:1])
+        first = start // per_block * per_block
+        end = min(-(-stop // per_block) * per_block, count)
+        # a copy: what safetensors returns is a map of the file, and the bytes used must be the bytes verified
+        tensor = part[first:end].clone()
+        checksums = entry.about["checksums"][name][first // per_block : -(-end // per_block)]
+    except (KeyError, IndexError) as error:
+        raise _Damaged(f"{name} is not whole: {error}") from error
+    if len(tensor) and [_sha(block) for block in tensor.split(per_block)] != checksums:
+        raise _Damaged(f"{name} does not fit its checksum")
+    return tensor[start - first : stop - first]
+
+
+def _put(folder: Path, file: Path, write: Callable[[Path], Any]) -> None:
+    temporary = file.parent / f".{file.name}.{uuid.uuid4().hex}.tmp"
+    try:
+        file.parent.mkdir(parents=True, exist_ok=True)
+        temporary.touch()
+        mode = temporary.stat().st_mode  # what the umask allows; safetensors would leave it readable to its owner alone
+        write(temporary)
+        os.chmod(temporary, mode)
+        with open(temporary, "rb") as written:
+            os.fsync(written.fileno())
+        os.replace(temporary, file)
+    except (OSError, SafetensorError) as error:
+        full = getattr(error, "errno", None) in (errno.ENOSPC, errno.EDQUOT) or "No space left" in str(error)
+        reason = "no space is left" if full else getattr(error, "strerror", None) or str(error)
+        free = "free some with `loldu cache prune --max-gb X`, or " if full else ""
+        raise ValueError(
+            f"cannot write to the factor cache {folder}: {reason}; {free}give another folder with --cache DIR"
+        ) from error
+    finally:
+        with suppress(OSError):
+            temporary.unlink()
+
+
+def _file(folder: Path, key: str) -> Path:
+    return folder / "factors" / f"{key}.safetensors"
+
+
+def _index_file(folder: Path, identity: Mapping[str, Any]) -> tuple[Path, Any]:
+    question = json.loads(json.dumps(identity, sort_keys=True))
+    return folder / "index" / f"{_seal(json.dumps(question, sort_keys=True))}.json", question
+
+
+def _block_rows(tensor: Tensor) -> int:
+    return max(1, BLOCK_BYTES // max(1, tensor[0].numel() * tensor.element_size()))
+
+
+def _bytes(tensor: Tensor) -> Any:
+    return tensor.contiguous().view(-1).view(torch.uint8).numpy()
+
+
+def _sha(tensor: Tensor) -> str:
+    return hashlib.sha256(_bytes(tensor)).hexdigest()
+
+
+def _seal(text: str) -> str:
+    return hashlib.sha256(text.encode()).hexdigest()
+
+
+def _used(file: Path) -> float:
+    try:
+        return file.stat().st_mtime
+    except OSError:  # another job has just removed it
+        return 0.0
+
+
+def _size(file: Path) -> int:
+    try:
+        return file.stat().st_size
+    except OSError:
+        return 0
+
+
+def _remove(file: Path) -> int:
+    size = _size(file)
+    try:
+        file.unlink(missing_ok=True)
+    except OSError as error:
+        raise ValueError(f"cannot remove {file} ({error.strerror}): the cache belongs to somebody else") from error
+    return size

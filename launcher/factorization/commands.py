@@ -1,0 +1,193 @@
+"""`loldu factorize` and `loldu cache ls | verify | prune`: what the screen shows. Each returns an exit code."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+
+from rich.box import SIMPLE
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+from rich.table import Table
+
+from adapters.checkpoint_files import local_folder
+from launcher.factorization import cache, distribute
+from launcher.ranks import Party, Ranks, connect
+
+GB = 1e9
+LINE_EVERY_S = 10.0  # without a terminal: a line for a log file
+
+
+def factorize(
+    model: str,
+    rank: int,
+    targets: Sequence[str],
+    exclude: Sequence[str] = (),
+    *,
+    normalize: bool = False,
+    dtype: str = "float32",
+    cache_folder: str | None = None,
+    verify_base: bool = False,
+    party: Party | None = None,
+    console: Console | None = None,
+) -> int:
+    """Make the factors a run with these settings will need, with all processes that were started.
+
+    Raises ValueError for a model that is not there, targets that match nothing, a weight without factors, a cache that
+    cannot be written.
+    """
+    from launcher.factorization.targets import targets_of  # transformers takes seconds to import
+
+    party = party or connect(Ranks.from_environment())
+    console = (console or Console()) if party.ranks.is_main else Console(quiet=True)
+    started, folder, requests = time.monotonic(), _folder(cache_folder), []
+    if rank < 1:
+        raise ValueError(f"--rank is at least 1, got {rank}")
+
+    def look() -> None:
+        path = local_folder(model)
+        if path is None:
+            raise ValueError(
+                f"there is no model {model}, neither as a folder nor in the hub cache; fetch it: hf download {model}"
+            )
+        requests.extend(targets_of(path, targets, exclude, rank, normalize=normalize, dtype=dtype))
+
+    party.together("the weights to factor", look)  # a node without the model is named, nobody waits for it
+    if clamped := [request for request in requests if request.rank < rank]:
+        console.print(f"--rank {rank} is clamped to the smaller side of {len(clamped)} weights")
+    with _bar(console) as on_progress:
+        done = distribute.factorize(requests, folder, party, on_progress, verify_base=verify_base)
+    if not party.ranks.is_main:
+        return 0
+
+    kinds: dict[tuple[str, tuple[int, int], int], list[str]] = {}
+    for request in requests:
+        kind = (request.module.rpartition(".")[2], request.shape, request.rank)
+        kinds.setdefault(kind, []).append(request.module)
+    rows = []
+    for (name, (m, n), r), modules in kinds.items():
+        found = [entry for module in modules if (entry := cache.find(folder, done[module].key))]
+        residual = max((entry.about["residual"] for entry in found), default=float("nan"))
+        made, size = sum(done[module].made for module in modules), sum(entry.file.stat().st_size for entry in found)
+        rows.append((name, f"{m} x {n}", str(r), str(len(modules)), str(made), f"{residual:.1e}", _bytes(size)))
+    _show(console, ("module", "weight", "rank", "weights", "made now", "residual", "on disk"), rows)
+    made = sum(how.made for how in done.values())
+    console.print(
+        f"{len(done)} weights factored, {made} of them now, in {time.monotonic() - started:.1f} s with "
+        f"{party.ranks.world_size} process{'es' * (party.ranks.world_size > 1)}; they lie in {folder}",
+        soft_wrap=True,
+    )
+    return 0
+
+
+def cache_ls(cache_folder: str | None = None, console: Console | None = None) -> int:
+    """What the cache holds, last used first."""
+    console, folder = console or Console(), _folder(cache_folder)
+    total, found, rows = 0, cache.entries(folder), []
+    for entry in found:
+        about, stat = entry.about, entry.file.stat()
+        total += stat.st_size
+        marks = "".join(f" {word}" for word in ("normalize", "embedding", "transposed") if about[word])
+        used = time.strftime("%Y-%m-%d %H:%M", time.localtime(stat.st_mtime))
+        shape = " x ".join(map(str, about["shape"])) + marks
+        rows.append(
+            (used, about["name"], shape, str(about["rank"]), about["dtype"], _bytes(stat.st_size), entry.key[:8])
+        )
+    _show(console, ("used", "name", "weight", "rank", "dtype", "size", "key"), rows)
+    console.print(f"{len(found)} weights, {_bytes(total)} in {folder}", soft_wrap=True)
+    return 0
+
+
+def cache_verify(cache_folder: str | None = None, console: Console | None = None) -> int:
+    """Read every byte of the cache against its checksums; 1 where a file was damaged (it is set aside)."""
+    console, folder = console or Console(), _folder(cache_folder)
+    good = 0
+
+    def count(entry: cache.Entry) -> None:
+        nonlocal good
+        good += 1
+        bar(good, total, entry.about["name"])
+
+    total = len(list((folder / "factors").glob("*.safetensors")))
+    with _bar(console, "verifying") as bar:
+        damaged = cache.verify(folder, count)
+    for file in damaged:
+        console.print(f"damaged: {file}", soft_wrap=True)
+    made_again = "; the damaged ones are made again when they are needed" if damaged else ""
+    console.print(f"{good} weights are good, {len(damaged)} damaged{made_again}")
+    return 1 if damaged else 0
+
+
+def cache_prune(
+    cache_folder: str | None = None,
+    max_gb: float | None = None,
+    older_than_days: float | None = None,
+    console: Console | None = None,
+) -> int:
+    """Remove what was not used for so many days, then the longest unused until max_gb (10^9 bytes) are left."""
+    if max_gb is None and older_than_days is None:
+        raise ValueError(
+            "nothing to prune by: give --max-gb X, --older-than-days N or both (--max-gb 0 empties the cache)"
+        )
+    for option, value in (("--max-gb", max_gb), ("--older-than-days", older_than_days)):
+        if value is not None and not value >= 0:
+            raise ValueError(f"{option} is at least 0, got {value}")
+    console, folder = console or Console(), _folder(cache_folder)
+    days = None if older_than_days is None else older_than_days * 86400
+    pruned = cache.prune(folder, None if max_gb is None else max_gb * GB, days)
+    console.print(
+        f"removed {pruned.files} files, {_bytes(pruned.freed_bytes)}; {_bytes(pruned.left_bytes)} are left in {folder}",
+        soft_wrap=True,
+    )
+    return 0
+
+
+def _folder(cache_folder: str | None) -> Path:
+    return Path(cache_folder).expanduser() if cache_folder else cache.default_folder()
+
+
+def _show(console: Console, columns: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
+    """A table on a terminal, lines with tabs elsewhere."""
+    if console.is_terminal and rows:
+        table = Table(*columns, box=SIMPLE)
+        for row in rows:
+            table.add_row(*row)
+        console.print(table)
+    elif rows:
+        console.out("\n".join("\t".join(row) for row in [columns, *rows]), highlight=False)
+
+
+@contextmanager
+def _bar(console: Console, what: str = "factoring") -> Iterator[distribute.Progress]:
+    """One progress bar on a terminal; elsewhere a line now and then."""
+    if not console.is_terminal:
+        said = time.monotonic()
+
+        def say(done: int, total: int, weight: str) -> None:
+            nonlocal said
+            if time.monotonic() - said > LINE_EVERY_S:
+                said = time.monotonic()
+                console.print(f"{what}: {done} of {total} weights, now {weight}", soft_wrap=True)
+
+        yield say
+        return
+    columns = (
+        TextColumn(what),
+        BarColumn(),
+        MofNCompleteColumn(),
+        TimeRemainingColumn(),
+        TextColumn("{task.fields[weight]}"),
+    )
+    with Progress(*columns, console=console, transient=True) as progress:
+        task = progress.add_task(what, total=None, weight="")
+        yield lambda done, total, weight: progress.update(task, completed=done, total=total, weight=weight)
+
+
+def _bytes(count: float) -> str:
+    for unit in ("B", "kB", "MB"):
+        if count < 1000:
+            return f"{count:.0f} {unit}" if unit == "B" else f"{count:.1f} {unit}"
+        count /= 1000
+    return f"{count:.1f} GB"

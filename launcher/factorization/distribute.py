@@ -1,0 +1,393 @@
+"""Who factors what: look each weight up in the cache, share the missing ones out, and wait without a collective.
+
+Each rank reads only the slices of the weights it owns, factors them on its own device and stores one file per weight.
+Meanwhile every rank says a few times a second on the key-value store that it is alive and what it works on; rank 0 sums
+that up in one word that all read. So the others learn within seconds which rank failed at which weight, also where it
+was killed, and no NCCL watchdog sees a long wait.
+
+Letters: W (m, n) = out x in, r the rank.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import os
+import time
+import uuid
+from collections.abc import Callable, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor, wait
+from contextlib import suppress
+from dataclasses import dataclass
+from math import prod
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from adapters.checkpoint_files import TensorInfo, open_tensor
+from adapters.factors import Factors, base_fingerprint, loldu_factors, probe_digest
+from launcher.factorization import cache
+from launcher.ranks import Party
+
+log = logging.getLogger(__name__)
+Progress = Callable[[int, int, str], None]  # weights done on all ranks, weights to do, one being worked on
+
+ALGORITHM = ("loldu-panel-lu", 1)
+BEAT_S = 0.2  # how often a rank says that it is alive
+SILENCE_S = 7.0  # without a word for so long a rank counts as dead; all ranks say so within 10 s
+
+
+@dataclass(frozen=True)
+class FactorRequest:
+    """One weight to factor, from headers alone."""
+
+    module: str
+    tensor: TensorInfo
+    rank: int  # at most min(m, n)
+    transposed: bool = False  # transformers' Conv1D stores W as (in, out)
+    embedding: bool = False
+    normalize: bool = False
+    dtype: str = "float32"  # of the stored write map
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        """(m, n); a convolution counts as its channels x everything else."""
+        m, n = self.tensor.shape[0], prod(self.tensor.shape[1:])
+        return (n, m) if self.transposed else (m, n)
+
+    @property
+    def needs_all(self) -> bool:
+        """Whether the factors depend on more of W than its panel W[:, :r]."""
+        return self.normalize or self.embedding
+
+
+class Factored(NamedTuple):
+    """Where the factors of a module are."""
+
+    key: str
+    made: bool  # by this run; False: they were there
+
+
+def cost(request: FactorRequest) -> float:
+    """Multiplications of the panel's LU (m r^2, and r^2 n for norms), and m n for the pages a disk serves anyway."""
+    m, n = request.shape
+    return m * request.rank**2 + m * n + (n * request.rank**2 if request.needs_all else 0)
+
+
+def share_out(costs: Mapping[str, float], world: int) -> list[int]:
+    """The owner of each name, in the mapping's order: largest cost first, each to the least loaded rank.
+
+    Ties go by name and by rank, so every rank computes the same. A plain stride would hand one rank every MLP weight
+    where the number of ranks divides the layer pattern.
+    """
+    load, owner = [0.0] * world, {}
+    for name in sorted(costs, key=lambda name: (-costs[name], name)):
+        owner[name] = min(range(world), key=lambda rank: (load[rank], rank))
+        load[owner[name]] += costs[name]
+    return [owner[name] for name in costs]
+
+
+def factorize(
+    requests: Sequence[FactorRequest],
+    folder: Path,
+    party: Party,
+    on_progress: Progress = lambda done, total, weight: None,
+    *,
+    verify_base: bool = False,
+    device: torch.device | None = None,
+) -> dict[str, Factored]:
+    """Factors of every request in the cache folder, by module; what is there is not made again. Called by all ranks.
+
+    verify_base reads the weights again instead of trusting the file's size and time. on_progress is called on every
+    rank, a few times a second.
+
+    Raises, on all ranks, ValueError naming rank, module, tensor and file where a weight has no factors or the folder
+    cannot be written, and RuntimeError naming a rank that died.
+    """
+    rank, world = party.ranks.rank, party.ranks.world_size
+    by_module = {request.module: request for request in requests}
+    assert len(by_module) == len(requests), "one request per module"
+    token = party.from_main("a name for this factorisation", lambda: uuid.uuid4().hex)
+    group = _ranks_sharing(folder, party, token)
+
+    def look_up() -> dict[str, str]:
+        if verify_base or rank != group[0]:
+            return {}
+        return {name: key for name, request in by_module.items() if (key := lookup(request, folder))}
+
+    found = party.together("factors in the cache", look_up)[group[0]]
+    missing = {name: cost(request) for name, request in by_module.items() if name not in found}
+    owners = share_out(missing, len(group))
+    mine = [by_module[name] for name, owner in zip(missing, owners, strict=True) if group[owner] == rank]
+
+    watch = _Watch(party, token, len(mine), on_progress)
+    made: dict[str, Factored] = {}
+    # Work goes on in a second thread, so that this one can speak and listen while a long factorisation runs.
+    pool = ThreadPoolExecutor(1, thread_name_prefix="factorize")
+    try:
+        for request in mine:
+            future = pool.submit(make, request, folder, device or own_device(party.ranks.local_rank))
+            while not wait([future], timeout=BEAT_S).done:
+                watch.beat(len(made), request.module)
+            made[request.module] = future.result()
+            watch.beat(len(made), request.module)
+        while not watch.beat(len(made), "", finished=True):
+            time.sleep(BEAT_S)
+    except BaseException as error:
+        watch.tell(error)
+        raise
+    finally:
+        pool.shutdown(wait=False, cancel_futures=True)
+
+    parts = party.gather("factors made", made)  # tuples arrive as lists
+    together = {name: Factored(*how) for owner in group for name, how in parts[owner].items()}
+    assert world > 1 or len(together) == len(missing)
+    return {name: together.get(name) or Factored(found[name], False) for name in by_module}
+
+
+def lookup(request: FactorRequest, folder: Path) -> str | None:
+    """The key of a request whose factors are in the cache, reading headers alone; None where they must be made."""
+    key = cache.recall(folder, _identity(request))
+    return key if key and cache.find(folder, key) else None
+
+
+def make(request: FactorRequest, folder: Path, device: torch.device | None = None) -> Factored:
+    """Read what the factors depend on, and make and store them unless the same content is already there.
+
+    Raises ValueError naming module, tensor, file and the remedy.
+    """
+    # By slice: a panel of 4096 x 4096 in bfloat16 takes 1.7 ms (r = 64) or 2.7 ms (r = 1024) from the page cache and
+    # 14 ms from a cold local disk; one sequential read of the whole weight takes 23 ms and 32 ms. The cold disk serves
+    # all 33.6 MB either way (read-ahead), but a slice comes through the memory map and only r columns are copied.
+    opened, recipe = _open_matrix(request.tensor), _recipe(request)
+    if request.needs_all:
+        stored = opened[:].contiguous()
+    else:
+        stored = (opened[: request.rank] if request.transposed else opened[:, : request.rank]).contiguous()
+    # the probe belongs to the key: it is one of the factors, and the panel does not decide it
+    probe = probe_digest(_Turned(opened) if request.transposed else opened, request.shape)
+    key = cache.content_key(recipe, stored, probe)
+    made = cache.find(folder, key) is None
+    if made:
+        W = stored.T if request.transposed else stored
+        panel = W[:, : request.rank].to(device)
+        where = (
+            f"{request.module} ({request.tensor.name} in {request.tensor.file}, {' x '.join(map(str, request.shape))})"
+        )
+        try:
+            factors = loldu_factors(
+                panel,
+                lambda pivots: W[pivots.cpu().long()].to(device),
+                normalize=request.normalize,
+                embedding=request.embedding,
+            )
+        except ValueError as error:
+            raise ValueError(
+                f"{where}: {error}; leave the layer out with --exclude {request.module}, or lower --rank"
+            ) from error
+        about = recipe | {
+            "name": request.module,
+            "tensor": request.tensor.name,
+            "file": str(request.tensor.file),
+            "residual": _residual(panel, factors, request.embedding),
+            "norms": {"panel": float(panel.float().norm()), "write": float(factors.write.norm())}
+            | {"read": float(factors.read.norm())},
+            "device": torch.cuda.get_device_name(panel.device) if panel.is_cuda else "cpu",
+        }
+        dtype = getattr(torch, request.dtype)
+        try:
+            cache.store(folder, key, factors._replace(write=factors.write.to(dtype), probe=probe), about)
+        except ValueError as error:
+            raise ValueError(f"{where}: {error}") from error
+    cache.remember(folder, _identity(request), key)
+    return Factored(key, made)
+
+
+def factors_of(request: FactorRequest, folder: Path, rows: slice = slice(None)) -> Factors:
+    """Verified factors, with those rows of `write`; what turns out damaged or gone is made again, by this process."""
+    for _ in range(3):  # another job may prune between the making and the reading
+        key = lookup(request, folder) or make(request, folder).key
+        if factors := cache.load(folder, key, rows):
+            return factors
+    raise ValueError(
+        f"the factors of {request.module} in {folder} are damaged or gone each time they are made: check that disk, or "
+        "give another folder with --cache DIR"
+    )
+
+
+def fingerprint(tensors: Mapping[str, TensorInfo], folder: Path) -> str:
+    """The base's fingerprint (`adapters.factors.base_fingerprint`) from its files.
+
+    The digests of a file are remembered with its size and time, so that a second call reads no weights.
+    """
+    digests: list[str] = []
+    matrices = [info for info in tensors.values() if len(info.shape) >= 2]
+    for file in sorted({info.file for info in matrices}):
+        inside = sorted(info for info in matrices if info.file == file)
+        identity = {"probes": [info.name for info in inside], **_file_identity(file)}
+        if (known := cache.recall(folder, identity)) is None:
+            probes = [
+                probe_digest(_open_matrix(info), (info.shape[0], info.shape[1] * prod(info.shape[2:])))
+                for info in inside
+            ]
+            known = [bytes(probe.tolist()).hex() for probe in probes]
+            cache.remember(folder, identity, known)
+        digests += known
+    return base_fingerprint(torch.tensor(list(bytes.fromhex(digest))) for digest in digests)
+
+
+def own_device(local_rank: int) -> torch.device:
+    """This rank's GPU, or the CPU."""
+    return torch.device("cuda", local_rank) if torch.cuda.is_available() else torch.device("cpu")
+
+
+class _Turned:
+    """A slice of the file seen as its transpose."""
+
+    def __init__(self, stored: Any):
+        self.stored = stored
+
+    def __getitem__(self, place: tuple[slice, slice]) -> Tensor:
+        rows, columns = place
+        return self.stored[columns, rows].T
+
+
+def _open_matrix(info: TensorInfo) -> Any:
+    """Slices of a tensor (a, b) as the file has it; a convolution is read whole and counts as a x everything else."""
+    return open_tensor(info) if len(info.shape) == 2 else open_tensor(info)[:].flatten(1)
+
+
+class _Watch:
+    """What every rank is doing, on the key-value store: `beat` says it and hears how all are. Alone it needs none."""
+
+    def __init__(self, party: Party, token: str, total: int, on_progress: Progress):
+        self.ranks, self.store, self.prefix = party.ranks, party.store, f"loldu/factorize/{token}"
+        self.own: dict[str, Any] = {"beat": 0, "done": 0, "total": total, "weight": "", "error": None}
+        self.on_progress = on_progress
+        self.heard: dict[Any, tuple[int, float]] = {}  # who -> last beat and when it came
+        self.told = False
+
+    def beat(self, done: int, weight: str, finished: bool = False) -> bool:
+        """Say what this rank is doing; True when all ranks have finished. Raises what another rank failed with."""
+        self.own |= {"beat": self.own["beat"] + 1, "done": done, "weight": weight, "finished": finished}
+        news = self._exchange()
+        if news["error"]:
+            self.told = True
+            text = news["error"]["text"]
+            raise ValueError(text) if news["error"]["mistake"] else RuntimeError(text)
+        self.on_progress(news["done"], news["total"], news["weight"])
+        return bool(news["finished"])
+
+    def tell(self, error: BaseException) -> None:
+        """Let the others know that this rank failed, and stay until they have heard it: once one process has gone, a
+        launcher may end the others, and rank 0 may keep the store."""
+        if self.store is None:
+            return
+        if not self.told:
+            plain = str(error) if isinstance(error, ValueError) else f"{type(error).__name__}: {error}"
+            text = f"rank {self.ranks.rank} failed at {self.own['weight'] or 'the end'}: {plain}"
+            self.own["error"] = {"text": text, "mistake": isinstance(error, (ValueError, OSError))}
+            with suppress(RuntimeError, LookupError):
+                self._exchange()
+        if self.ranks.is_main or not self.told:
+            time.sleep(5 * BEAT_S)
+
+    def _exchange(self) -> dict[str, Any]:
+        if self.store is None:
+            return self.own
+        try:
+            self.store.set(f"{self.prefix}/{self.ranks.rank}", json.dumps(self.own))
+            if self.ranks.is_main:
+                news = self._sum_up()
+                self.store.set(f"{self.prefix}/all", json.dumps(news))
+                return news
+            if self.store.check([f"{self.prefix}/all"]):
+                news = json.loads(self.store.get(f"{self.prefix}/all"))
+            else:
+                news = {"beat": 0, "done": 0, "total": 0, "weight": "", "error": None, "finished": False}
+        except RuntimeError as error:  # torch's DistError: the process that keeps the store is gone
+            raise RuntimeError(f"lost the key-value store: rank 0 is gone, look at its log first ({error})") from error
+        if self._silent("all", news["beat"]):
+            raise RuntimeError(f"no word from rank 0 for {SILENCE_S:.0f} s: it died or hangs, look at its log first")
+        return news
+
+    def _sum_up(self) -> dict[str, Any]:
+        """What rank 0 tells all: how far the ranks are together, and the first that failed or fell silent."""
+        words = [self.own]
+        for rank in range(1, self.ranks.world_size):
+            key = f"{self.prefix}/{rank}"
+            words.append(json.loads(self.store.get(key)) if self.store.check([key]) else {"beat": 0})
+            if self._silent(rank, words[rank]["beat"]):
+                at = words[rank].get("weight") or "the start"
+                text = f"no word from rank {rank} for {SILENCE_S:.0f} s, last heard of at {at}: it died or hangs"
+                remedy = "look at its log, then start again: finished weights are kept"
+                words[rank]["error"] = {"text": f"{text}; {remedy}", "mistake": False}
+        return {
+            "beat": self.own["beat"],
+            "done": sum(word.get("done", 0) for word in words),
+            "total": sum(word.get("total", 0) for word in words),
+            "weight": next((word["weight"] for word in words if word.get("weight")), ""),
+            "error": next((word["error"] for word in words if word.get("error")), None),
+            "finished": all(word.get("finished") for word in words),
+        }
+
+    def _silent(self, who: Any, beat: int) -> bool:
+        now = time.monotonic()
+        if who not in self.heard or self.heard[who][0] != beat:
+            self.heard[who] = (beat, now)
+        return now - self.heard[who][1] > SILENCE_S
+
+
+def _ranks_sharing(folder: Path, party: Party, token: str) -> list[int]:
+    """The ranks that see the same cache folder as this one: all, or where it is node-local those of this node."""
+    ranks = party.ranks
+    if ranks.world_size == 1:
+        return [0]
+    probe = folder / f".{token}.probe"
+
+    def write() -> None:
+        try:
+            folder.mkdir(parents=True, exist_ok=True)
+            probe.touch()
+        except OSError as error:
+            raise ValueError(
+                f"cannot write to the factor cache {folder}: {error.strerror}; give another folder with --cache DIR"
+            ) from error
+
+    party.from_main("a probe of the cache folder", write)
+    node = ranks.rank - ranks.local_rank  # its first rank
+    sights = party.gather("who sees the cache folder", [probe.exists(), node])
+    with suppress(OSError):
+        probe.unlink()
+    if all(seen for seen, _ in sights):
+        return list(range(ranks.world_size))
+    if ranks.is_main:
+        log.warning("%s is not shared between the nodes: each node makes all factors for itself", folder)
+    return [rank for rank, (_, first) in enumerate(sights) if first == node]
+
+
+def _recipe(request: FactorRequest) -> dict[str, Any]:
+    names = ("rank", "normalize", "embedding", "transposed", "dtype")
+    how = {name: getattr(request, name) for name in names}
+    return how | {"algorithm": list(ALGORITHM), "method": "loldu", "shape": list(request.tensor.shape)}
+
+
+def _identity(request: FactorRequest) -> dict[str, Any]:
+    return _recipe(request) | {"tensor": request.tensor.name, **_file_identity(request.tensor.file)}
+
+
+def _file_identity(file: Path) -> dict[str, Any]:
+    stat = os.stat(file)
+    return {"file": os.path.realpath(file), "size": stat.st_size, "mtime_ns": stat.st_mtime_ns}
+
+
+def _residual(panel: Tensor, factors: Factors, embedding: bool) -> float:
+    """max |L11 diag(d) (read panel[pivots]) - panel[pivots]| over max |panel|, before `write` is rounded."""
+    chosen, r = panel[factors.pivots.long()].to(factors.read), len(factors.values)
+    square = factors.write[:r] if embedding else factors.write[factors.pivots.long()]
+    square = square / square.diagonal()  # normalize divided the columns of a unit triangle
+    d = factors.values.to(square)
+    again = (chosen @ factors.read.T * d) @ square.T if embedding else square @ (d[:, None] * (factors.read @ chosen))
+    return float((again - chosen).abs().max() / chosen.abs().max())

@@ -1,0 +1,133 @@
+"""Which weights a run factors: modules matched as PEFT matches them, on a skeleton without weights."""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Sequence
+from pathlib import Path
+
+import torch
+import transformers
+from peft import LoraConfig, PeftConfig
+from peft.tuners.tuners_utils import _maybe_include_all_linear_layers, check_target_module_exists
+from torch import nn
+from transformers.pytorch_utils import Conv1D
+
+from adapters.checkpoint_files import TensorInfo, list_tensors, weight_of
+from launcher.factorization.distribute import FactorRequest
+
+FULL_PRECISION = ("F64", "F32", "F16", "BF16")
+
+
+def skeleton(model_folder: Path, trust_remote_code: bool = False) -> nn.Module:
+    """The model of a folder on the meta device: shapes and names, no weights. Raises ValueError naming the folder."""
+    if not (model_folder / "config.json").is_file():
+        raise ValueError(f"{model_folder} has no config.json: give the folder of a Hugging Face model")
+    try:
+        config = transformers.AutoConfig.from_pretrained(model_folder, trust_remote_code=trust_remote_code)
+    except (OSError, KeyError) as error:
+        raise ValueError(f"{model_folder / 'config.json'} is not a model's configuration: {error}") from error
+    named = getattr(transformers, (config.architectures or [""])[0], None)
+    with torch.device("meta"):
+        if type(config) in transformers.AutoModelForCausalLM._model_mapping or named is None:
+            return transformers.AutoModelForCausalLM.from_config(config, trust_remote_code=trust_remote_code)
+        return named(config)
+
+
+def targets_of(
+    model_folder: Path,
+    targets: Sequence[str],
+    exclude: Sequence[str],
+    rank: int,
+    *,
+    normalize: bool = False,
+    dtype: str = "float32",
+    modules_to_save: Sequence[str] = (),
+    model: nn.Module | None = None,
+) -> list[FactorRequest]:
+    """One request per module that PEFT would adapt, in the model's order, from config.json and tensor headers alone.
+
+    model is the skeleton where it has been built already. Stricter than PEFT in one thing: a name in targets or exclude
+    that matches no module is an error, not half a success.
+
+    Raises ValueError listing the names there are, or naming a module that has no factors and why.
+    """
+    if model is None:
+        model = skeleton(model_folder)
+    tensors = list_tensors(model_folder)
+    modules = dict(model.named_modules())
+    names = matched(model, targets, exclude, modules_to_save)
+    same: dict[int, list[str]] = {}  # tied weights: the checkpoint has them under one of their names
+    for name, parameter in model.named_parameters(remove_duplicate=False):
+        same.setdefault(id(parameter), []).append(name)
+    requests = []
+    for name in names:
+        module = modules[name]
+        transposed, embedding = isinstance(module, Conv1D), isinstance(module, nn.Embedding)
+        twins = [twin.removesuffix(".weight") for twin in same[id(module.weight)]]
+        info = next((found for twin in [name, *twins] if (found := weight_of(tensors, twin))), None)
+        request = FactorRequest(name, _checked(name, module, info, model_folder), rank, transposed, embedding)
+        requests.append(
+            FactorRequest(name, request.tensor, min(rank, *request.shape), transposed, embedding, normalize, dtype)
+        )
+    return requests
+
+
+def matched(
+    model: nn.Module, targets: Sequence[str], exclude: Sequence[str], modules_to_save: Sequence[str] = ()
+) -> list[str]:
+    """The names of the modules PEFT would adapt: equal to a target or ending in .target; or all-linear."""
+    modules = dict(model.named_modules())
+    every = [name for name, module in modules.items() if _is_factorable(module)]
+    for option, asked in (("--targets", targets), ("--exclude", exclude)):
+        for word in asked:
+            if word != "all-linear" and not any(name == word or name.endswith(f".{word}") for name in modules):
+                last = sorted({name.rpartition(".")[2] for name in every})
+                near = difflib.get_close_matches(word, last, n=2)
+                hint = f"did you mean {' or '.join(near)}? " if near else ""
+                raise ValueError(f"{option} {word} matches no module; {hint}there are: {', '.join(last)}, all-linear")
+    config: PeftConfig = LoraConfig(
+        target_modules="all-linear" if "all-linear" in targets else list(targets),
+        exclude_modules=list(exclude) or None,
+        modules_to_save=list(modules_to_save) or None,
+    )
+    config = _maybe_include_all_linear_layers(config, model)
+    names = [name for name in modules if name and check_target_module_exists(config, name)]
+    if not names:
+        raise ValueError(
+            f"--targets {' '.join(targets)} with --exclude {' '.join([*exclude, *modules_to_save])} leaves no module"
+        )
+    for name in names:
+        if not _is_factorable(modules[name]):
+            inside = sorted({n.rpartition(".")[2] for n in every if n.startswith(f"{name}.")})
+            raise ValueError(
+                f"{name} is a {type(modules[name]).__name__}, which has no factors; name linear layers"
+                + (f" in it: {', '.join(inside)}" if inside else ", or leave it out with --exclude")
+            )
+    return names
+
+
+def _is_factorable(module: nn.Module) -> bool:
+    return isinstance(module, (nn.Linear, Conv1D, nn.Embedding)) or (
+        isinstance(module, nn.Conv2d) and module.groups == 1
+    )
+
+
+def _checked(name: str, module: nn.Module, info: TensorInfo | None, folder: Path) -> TensorInfo:
+    if info is None:
+        raise ValueError(
+            f"{folder} has no tensor for {name}.weight: it is stored under another name or fused with others; leave "
+            f"the layer out with --exclude {name}"
+        )
+    if info.dtype not in FULL_PRECISION:
+        raise ValueError(
+            f"{name} is stored as {info.dtype} in {info.file}; factors come from {', '.join(FULL_PRECISION)}: give the "
+            "full-precision checkpoint (--quantize makes it small while loading)"
+        )
+    shape = tuple(module.get_parameter("weight").shape)
+    if shape != info.shape:
+        raise ValueError(
+            f"{name} is {shape} by {folder / 'config.json'} but {info.shape} in {info.file}: the "
+            "two belong to different models"
+        )
+    return info
