@@ -100,7 +100,7 @@ def store(folder: Path, key: str, factors: Factors, about: Mapping[str, Any]) ->
     tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in factors._asdict().items()}
     versions = {"torch": torch.__version__, "safetensors": safetensors.__version__}
     checksums = {name: [_sha(part) for part in tensor.split(_block_rows(tensor))] for name, tensor in tensors.items()}
-    about = {**about, "key": key, "made": time.time(), "versions": versions, "checksums": checksums}
+    about = {**about, "key": key, "versions": versions, "checksums": checksums}
     text = json.dumps(about, sort_keys=True)
     file = _file(folder, key)
     _put(folder, file, lambda temporary: save_file(tensors, temporary, {"about": text, "seal": _seal(text)}))
@@ -185,19 +185,28 @@ class _Damaged(Exception):
 
 
 def _reading(file: Path, read: Callable[[Any, Entry], T], use: bool = True) -> T | None:
-    try:
-        with safe_open(file, framework="pt") as opened:
-            result = read(opened, _header(opened, file))
-    except (FileNotFoundError, NotADirectoryError):
-        return None
-    except (SafetensorError, _Damaged) as error:
-        aside = file.with_suffix(".damaged")
-        with suppress(OSError):  # on a read-only cache it stays where it is
-            os.replace(file, aside)
-        log.warning("%s is damaged (%s): set aside as %s; these factors are made again", file, error, aside.name)
-        return None
-    except OSError as error:
-        raise ValueError(f"cannot read {file} ({error.strerror}): give another folder with --cache DIR") from error
+    for attempt in range(10):
+        try:
+            before = _version(file)
+            with safe_open(file, framework="pt") as opened:
+                result = read(opened, _header(opened, file))
+            break
+        except (FileNotFoundError, NotADirectoryError):
+            return None
+        except OSError as error:
+            raise ValueError(f"cannot read {file} ({error.strerror}): give another folder with --cache DIR") from error
+        except (SafetensorError, RuntimeError, _Damaged) as error:
+            # safetensors opens a file twice: another job may have put an equal one in its place in between
+            with suppress(OSError):
+                if _version(file) != before and attempt < 9:
+                    continue
+            if not isinstance(error, (SafetensorError, _Damaged)):
+                raise  # no memory, say: nothing against the file
+            aside = file.with_suffix(".damaged")
+            with suppress(OSError):  # on a read-only cache it stays where it is
+                os.replace(file, aside)
+            log.warning("%s is damaged (%s): set aside as %s; these factors are made again", file, error, aside.name)
+            return None
     if use:
         with suppress(OSError):
             os.utime(file)
@@ -280,6 +289,11 @@ def _sha(tensor: Tensor) -> str:
 
 def _seal(text: str) -> str:
     return hashlib.sha256(text.encode()).hexdigest()
+
+
+def _version(file: Path) -> tuple[int, int, int]:
+    stat = os.stat(file)
+    return stat.st_ino, stat.st_size, stat.st_ctime_ns
 
 
 def _used(file: Path) -> float:

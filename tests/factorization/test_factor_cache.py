@@ -1,0 +1,328 @@
+"""The factor cache: verified, atomic, content-addressed, pruned by age of use."""
+
+import errno
+import json
+import logging
+import multiprocessing
+import os
+import subprocess
+import time
+from pathlib import Path
+
+import pytest
+import torch
+
+from adapters.factors import Factors, loldu_factors
+from launcher.factorization import cache
+
+KEY = "a" * 64
+
+
+def some_factors(m: int = 40, n: int = 24, r: int = 6, seed: int = 0) -> Factors:
+    weight = torch.randn(m, n, generator=torch.Generator().manual_seed(seed))
+    probe = torch.arange(32, dtype=torch.uint8)
+    factors = loldu_factors(weight[:, :r], lambda rows: weight[rows.long()])
+    return factors._replace(write=factors.write.bfloat16(), probe=probe)
+
+
+def stored(folder: Path, key: str = KEY, **shape: int) -> Path:
+    return cache.store(folder, key, some_factors(**shape), {"name": "q_proj", "rank": 6}).file
+
+
+def flip(file: Path, at: int) -> None:
+    data = bytearray(file.read_bytes())
+    data[at] ^= 0xFF
+    file.write_bytes(data)
+
+
+def assert_same(a: Factors | None, b: Factors) -> None:
+    assert a is not None
+    for name in Factors._fields:
+        ours, theirs = getattr(a, name), getattr(b, name)
+        assert ours.dtype == theirs.dtype, name
+        assert torch.equal(ours, theirs), name
+
+
+def test_stored_factors_come_back_bit_for_bit_in_their_dtypes(tmp_path):
+    factors = some_factors()
+
+    entry = cache.store(tmp_path, KEY, factors, {"name": "q_proj", "rank": 6})
+    again = cache.load(tmp_path, KEY)
+
+    assert_same(again, factors)
+    assert cache.find(tmp_path, KEY) == entry
+    assert [factors.write.dtype, factors.read.dtype] == [torch.bfloat16, torch.float32]
+
+
+@pytest.mark.parametrize("rows", [slice(0, 1), slice(5, 17), slice(39, 40), slice(0, 40), slice(40, 40)])
+def test_rows_read_alone_are_those_of_the_whole(tmp_path, monkeypatch, rows):
+    """With small blocks, so that the rows start and end inside blocks."""
+    monkeypatch.setattr(cache, "BLOCK_BYTES", 50)  # four rows of six bfloat16
+    stored(tmp_path)
+
+    part = cache.load(tmp_path, KEY, rows)
+
+    assert_same(part, some_factors()._replace(write=some_factors().write[rows]))
+
+
+def test_a_flipped_byte_anywhere_is_found_and_said_and_the_file_set_aside(tmp_path, caplog):
+    file = stored(tmp_path)
+    size, whole = file.stat().st_size, file.read_bytes()
+
+    for at in range(0, size, 7):
+        file.write_bytes(whole)
+        flip(file, at)
+        caplog.clear()
+
+        assert cache.load(tmp_path, KEY) is None, f"byte {at} of {size}"
+
+        assert "is damaged" in caplog.text
+        assert not file.exists()
+        assert file.with_suffix(".damaged").exists()
+
+
+def test_rows_are_verified_where_they_are_read_and_only_there(tmp_path, monkeypatch):
+    monkeypatch.setattr(cache, "BLOCK_BYTES", 50)
+    file = stored(tmp_path)
+    row = some_factors().write[20].view(torch.uint8).numpy().tobytes()
+    flip(file, file.read_bytes().index(row))
+
+    untouched = cache.load(tmp_path, KEY, slice(0, 20))
+    touched = cache.load(tmp_path, KEY, slice(20, 40))
+
+    assert untouched is not None
+    assert touched is None
+
+
+@pytest.mark.parametrize("left", [0, 5, 300, -1])
+def test_a_truncated_file_is_set_aside_by_its_header_alone(tmp_path, caplog, left):
+    file = stored(tmp_path)
+    file.write_bytes(file.read_bytes()[:left])
+
+    found = cache.find(tmp_path, KEY)
+
+    assert found is None
+    assert "is damaged" in caplog.text
+    assert cache.find(tmp_path, KEY) is None  # and now it is simply not there
+
+
+def test_a_file_under_another_key_is_damage(tmp_path):
+    file = stored(tmp_path)
+    os.rename(file, file.with_name(f"{'b' * 64}.safetensors"))
+
+    assert cache.find(tmp_path, "b" * 64) is None
+    assert cache.find(tmp_path, KEY) is None
+
+
+def test_the_key_depends_on_recipe_bytes_shape_and_dtype():
+    weight = torch.arange(12.0).reshape(3, 4)
+    recipe = {"rank": 2}
+
+    keys = [
+        cache.content_key(recipe, weight),
+        cache.content_key({"rank": 3}, weight),
+        cache.content_key(recipe, weight.reshape(4, 3)),
+        cache.content_key(recipe, weight.view(torch.int32)),
+        cache.content_key(recipe, weight + 1),
+        cache.content_key(recipe, weight, weight),
+    ]
+
+    assert len(set(keys)) == len(keys)
+    assert cache.content_key(recipe, weight.T.contiguous().T) == keys[0]  # not on the layout in memory
+
+
+def test_the_index_remembers_and_detects_a_changed_answer(tmp_path, caplog):
+    identity = {"file": "/w.safetensors", "rank": 4}
+    cache.remember(tmp_path, identity, KEY)
+    (file,) = (tmp_path / "index").iterdir()
+
+    right = cache.recall(tmp_path, identity)
+    file.write_text(file.read_text().replace(KEY, "b" * 64))
+    wrong = cache.recall(tmp_path, identity)
+
+    assert right == KEY
+    assert wrong is None
+    assert "is damaged" in caplog.text
+    assert cache.recall(tmp_path, {**identity, "rank": 5}) is None
+
+
+@pytest.mark.parametrize("text", ["", "{", "[]", "3", '["x"]', '["[1]", 2]'])
+def test_a_broken_index_file_is_no_answer(tmp_path, text):
+    cache.remember(tmp_path, {"rank": 4}, KEY)
+    (file,) = (tmp_path / "index").iterdir()
+    file.write_text(text)
+
+    assert cache.recall(tmp_path, {"rank": 4}) is None
+
+
+def test_an_answer_to_another_question_is_no_answer(tmp_path):
+    cache.remember(tmp_path, {"rank": 4}, KEY)
+    (first,) = (tmp_path / "index").iterdir()
+    cache.remember(tmp_path, {"rank": 5}, "b" * 64)
+    (second,) = set((tmp_path / "index").iterdir()) - {first}
+
+    first.write_bytes(second.read_bytes())
+
+    assert cache.recall(tmp_path, {"rank": 4}) is None
+
+
+def _store_again_and_again(folder: Path, start, failed) -> None:
+    start.wait()
+    for _ in range(20):
+        stored(folder, m=400)
+        if cache.load(folder, KEY) is None:
+            failed.set()
+
+
+def test_eight_processes_storing_one_key_at_once_leave_one_valid_file(tmp_path):
+    """Each also reads between its writes: at no moment is there a file that does not verify."""
+    fork = multiprocessing.get_context("fork")
+    start, failed = fork.Barrier(8), fork.Event()
+    writers = [fork.Process(target=_store_again_and_again, args=(tmp_path, start, failed)) for _ in range(8)]
+
+    for writer in writers:
+        writer.start()
+    for writer in writers:
+        writer.join(60)
+
+    assert [writer.exitcode for writer in writers] == [0] * 8
+    assert not failed.is_set()
+    assert [file.name for file in (tmp_path / "factors").iterdir()] == [f"{KEY}.safetensors"]
+    assert_same(cache.load(tmp_path, KEY), some_factors(m=400))
+
+
+def test_a_folder_that_cannot_be_written_is_named_with_the_remedy(tmp_path):
+    blocked = tmp_path / "file"
+    blocked.write_text("not a folder")
+
+    with pytest.raises(ValueError, match=r"cannot write to the factor cache .*/file/cache: .*--cache DIR"):
+        stored(blocked / "cache")
+
+    assert cache.find(blocked / "cache", KEY) is None
+    assert cache.recall(blocked / "cache", {"rank": 4}) is None
+
+
+@pytest.mark.parametrize("call", ["fsync", "replace", "chmod"])
+def test_no_space_left_leaves_nothing_half_written(tmp_path, monkeypatch, call):
+    def full(*_args):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(os, call, full)
+    with pytest.raises(ValueError, match=r"no space is left; free some with `loldu cache prune.*--cache DIR"):
+        stored(tmp_path)
+
+    assert list((tmp_path / "factors").iterdir()) == []
+
+
+def test_a_full_disk_leaves_what_was_there_and_nothing_half_written(tmp_path):
+    made = subprocess.run(
+        ["mount", "-t", "tmpfs", "-o", "size=256k", "tmpfs", tmp_path], capture_output=True, text=True
+    )
+    if made.returncode:
+        pytest.skip(f"needs the right to mount a small tmpfs: {made.stderr.strip()}")
+    try:
+        kept = stored(tmp_path)
+
+        with pytest.raises(ValueError, match="no space is left"):
+            stored(tmp_path, "b" * 64, m=40_000)
+
+        assert [file.name for file in (tmp_path / "factors").iterdir()] == [kept.name]
+        assert_same(cache.load(tmp_path, KEY), some_factors())
+    finally:
+        subprocess.run(["umount", tmp_path], check=True)
+
+
+def aged(folder: Path, days: dict[str, float]) -> dict[str, Path]:
+    files = {}
+    for name, age in days.items():
+        files[name] = stored(folder, name * 64)
+        cache.remember(folder, {"name": name}, name * 64)
+        os.utime(files[name], (time.time() - age * 86400,) * 2)
+    return files
+
+
+def test_pruning_to_a_size_removes_the_longest_unused_first(tmp_path):
+    files = aged(tmp_path, {"a": 4, "b": 3, "c": 2, "d": 1})
+    size = files["a"].stat().st_size
+    cache.load(tmp_path, "a" * 64)  # the oldest, used just now
+
+    pruned = cache.prune(tmp_path, max_bytes=2.5 * size)
+
+    assert [name for name, file in files.items() if file.exists()] == ["a", "d"]
+    assert pruned == cache.Pruned(2, 2 * size, 2 * size)
+    assert cache.recall(tmp_path, {"name": "a"}) == "a" * 64
+    assert cache.recall(tmp_path, {"name": "b"}) is None
+    assert len(list((tmp_path / "index").iterdir())) == 2
+
+
+def test_pruning_by_age_counts_from_the_last_use_and_looking_is_no_use(tmp_path):
+    files = aged(tmp_path, {"a": 4, "b": 3, "c": 2})
+    cache.find(tmp_path, "a" * 64)
+    cache.entries(tmp_path)
+    cache.verify(tmp_path)
+
+    cache.prune(tmp_path, older_than_s=2.5 * 86400)
+
+    assert [name for name, file in files.items() if file.exists()] == ["a", "c"]
+
+
+def test_pruning_takes_damaged_and_abandoned_files_but_not_one_being_written(tmp_path):
+    kept = stored(tmp_path)
+    folder = kept.parent
+    for name in ("x.damaged", ".x.safetensors.1.tmp", ".y.safetensors.2.tmp"):
+        (folder / name).write_bytes(b"123")
+    os.utime(folder / ".x.safetensors.1.tmp", (time.time() - 7200,) * 2)
+
+    pruned = cache.prune(tmp_path, max_bytes=1e9)
+
+    assert {file.name for file in folder.iterdir()} == {kept.name, ".y.safetensors.2.tmp"}
+    assert (pruned.files, pruned.freed_bytes) == (2, 6)
+
+
+def test_verify_reads_every_byte_and_entries_list_the_last_used_first(tmp_path, caplog):
+    files = aged(tmp_path, {"a": 1, "b": 3, "c": 2})
+    flip(files["c"], files["c"].stat().st_size - 1)  # which also makes it the last used
+    listed = [entry.key[0] for entry in cache.entries(tmp_path)]  # headers alone: the damage is not seen
+
+    damaged = cache.verify(tmp_path)
+
+    assert listed == ["c", "a", "b"]
+    assert damaged == [files["c"].with_suffix(".damaged")]
+    assert [entry.key[0] for entry in cache.entries(tmp_path)] == ["a", "b"]
+
+
+def test_a_read_only_cache_can_be_read(tmp_path, monkeypatch, caplog):
+    """Touching fails silently; a damaged file stays where it is, and is still said and refused."""
+    file = stored(tmp_path)
+    cache.remember(tmp_path, {"rank": 4}, KEY)
+
+    def read_only(*_args, **_options):
+        raise OSError(errno.EROFS, "Read-only file system")
+
+    monkeypatch.setattr(os, "utime", read_only)
+    monkeypatch.setattr(os, "replace", read_only)
+
+    assert cache.recall(tmp_path, {"rank": 4}) == KEY
+    assert_same(cache.load(tmp_path, KEY), some_factors())
+    flip(file, file.stat().st_size - 1)
+    with caplog.at_level(logging.WARNING):
+        assert cache.load(tmp_path, KEY) is None
+    assert "is damaged" in caplog.text
+    assert file.exists()
+
+
+def test_the_header_tells_where_factors_come_from(tmp_path):
+    stored(tmp_path)
+
+    entry = cache.find(tmp_path, KEY)
+
+    assert entry is not None
+    assert entry.about["name"] == "q_proj"
+    assert entry.about["versions"]["torch"] == torch.__version__
+    json.dumps(entry.about)
+
+
+def test_the_default_folder_follows_xdg(tmp_path):
+    assert cache.default_folder({"XDG_CACHE_HOME": str(tmp_path)}) == tmp_path / "loldu"
+    assert cache.default_folder({}) == Path.home() / ".cache" / "loldu"
+    assert cache.default_folder({"XDG_CACHE_HOME": "relative"}) == Path.home() / ".cache" / "loldu"
