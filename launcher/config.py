@@ -19,8 +19,9 @@ class ModelConfig:
 
     model: str = "meta-llama/Llama-2-7b-hf"
     """Hugging Face directory or hub name of the base model."""
-    dtype: Literal["float32", "bfloat16"] = "float32"
-    """Compute and storage dtype of the base; trained cores are float32 always."""
+    dtype: Literal["auto", "float32", "bfloat16"] = "auto"
+    """Compute and storage dtype of the base; auto is bfloat16 on a GPU that has it, else float32. Trained cores are
+    float32 always."""
     attention: Literal["auto", "flash", "sdpa"] = "auto"
     """flash needs flash-attn and a GPU; auto takes it where it is there, and says what it took and why."""
     quantize: Literal["none", "int8", "nf4", "fp4"] = "none"
@@ -43,7 +44,7 @@ class DataConfig:
     """How many held-out records to evaluate on; 0 without eval_data: no evaluation."""
     prompt_template: str = "auto"
     """auto (the model's chat template for conversations, else alpaca), short, alpaca, chat, or a FILE with
-    {instruction} and {input}."""
+    {instruction} and {input} (a part in [square brackets] is left out without input), or FILE.jinja: a chat template"""
     max_length: int = 512
     """Tokens in a sample; a longer one loses the end of its answer, one whose prompt alone does not fit is dropped and
     counted."""
@@ -101,7 +102,7 @@ class OptimizerConfig:
     batch_size: int = 128
     """Samples (rows, when packing) per optimizer step, over all processes."""
     micro_batch_size: int = 0
-    """Samples per forward pass of one process; 0: the process's whole share of the batch at once."""
+    """At most so many samples in one forward pass of a process; 0: its whole share of the batch at once."""
     max_steps: int = 0
     """Optimizer steps; 0: as many as epochs ask for."""
     epochs: float = 3.0
@@ -189,11 +190,6 @@ class Config:
         for flag, value in (("eval-every", self.run.eval_every), ("show-samples", self.run.show_samples)):
             if value and not evaluates:
                 raise ValueError(f"--{flag} {value} needs held-out records: give --eval-records N or --eval-data FILE")
-        if self.optimizer.micro_batch_size > self.optimizer.batch_size:
-            raise ValueError(
-                f"--micro-batch-size {self.optimizer.micro_batch_size} is larger than --batch-size "
-                f"{self.optimizer.batch_size}, which counts the samples of a step over all processes"
-            )
         if self.adapter.method == "full" and self.model.quantize != "none":
             raise ValueError(
                 f"full fine-tuning writes the base, which --quantize {self.model.quantize} makes read-only: "
@@ -214,7 +210,7 @@ def from_dict(cls: type, values: dict[str, Any], where: str = "") -> Any:
     built = {}
     for name, value in values.items():
         if name not in known:
-            raise ValueError(f"unknown setting {where}{name}; {_nearest(name, known)}")
+            raise ValueError(f"unknown setting {where}{name}; {nearest(name, known)}")
         hint = hints[name]
         if dataclasses.is_dataclass(hint):
             value = from_dict(hint, value, f"{where}{name}.")  # type: ignore[arg-type]
@@ -222,7 +218,8 @@ def from_dict(cls: type, values: dict[str, Any], where: str = "") -> Any:
     return cls(**built)
 
 
-def _nearest(name: str, known: set[str]) -> str:
+def nearest(name: str, known: set[str]) -> str:
+    """What to type instead of a misspelled name."""
     near = difflib.get_close_matches(name, known, n=3, cutoff=0.5)
     return f"did you mean {' or '.join(near)}?" if near else f"valid names: {', '.join(sorted(known))}"
 

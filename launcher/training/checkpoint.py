@@ -1,0 +1,221 @@
+"""Checkpoints of the trained state: sharded safetensors, a JSON index, checksums, one rename.
+
+    checkpoints/step-000123/rank-00000.safetensors   rows of named tensors, each rank its own
+                            index.json               which file holds which rows, checksums, and `meta` of the run
+                            COMPLETE                 sha256 of index.json, written last
+
+Everything is written to step-000123.tmp and renamed when complete, so a killed save leaves the older ones as they were.
+A reader of any world size takes the rows it needs. No pickle.
+"""
+
+from __future__ import annotations
+
+import errno
+import hashlib
+import json
+import logging
+import os
+import re
+import shutil
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import safe_open
+from safetensors.torch import save_file
+from torch import Tensor
+
+from launcher.ranks import Party
+
+log = logging.getLogger(__name__)
+
+FORMAT = 1
+FOLDER_NAME = re.compile(r"step-(\d{6,})$")
+
+
+@dataclass(frozen=True)
+class Piece:
+    """Rows start .. start + len(rows) of a tensor of the given full shape; the whole of it by default."""
+
+    rows: Tensor
+    shape: tuple[int, ...]
+    start: int = 0
+
+    @staticmethod
+    def whole(tensor: Tensor) -> Piece:
+        return Piece(tensor, tuple(tensor.shape))
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """A complete, verified checkpoint on disk."""
+
+    folder: Path
+    step: int
+    meta: dict[str, Any]
+    tensors: dict[str, dict[str, Any]]
+
+    def read(self, name: str, start: int = 0, count: int | None = None) -> Tensor:
+        """Rows start .. start + count of a tensor (all by default), whatever files they lie in."""
+        entry = self.tensors[name]
+        shape = entry["shape"]
+        if not shape:
+            start, count = 0, 1
+        stop = (shape[0] if shape else 1) if count is None else start + count
+        found = []
+        for piece in sorted(entry["pieces"], key=lambda piece: piece["start"]):
+            low, high = max(start, piece["start"]), min(stop, piece["start"] + piece["rows"])
+            if low < high:
+                with safe_open(self.folder / piece["file"], framework="pt") as opened:
+                    part = opened.get_slice(name)[low - piece["start"] : high - piece["start"]] if shape else opened.get_tensor(name)  # fmt: skip  # noqa: E501
+                found.append(part)
+        return found[0] if len(found) == 1 else torch.cat(found)
+
+
+def save(root: Path, step: int, pieces: Mapping[str, Piece], meta: dict[str, Any], party: Party) -> Path:
+    """Write one checkpoint; every rank calls it with the rows it holds (replicated tensors: rank 0 alone).
+
+    Raises ValueError on every rank where one of them cannot write; what was there before stays.
+    """
+    final = root / f"step-{step:06d}"
+    partial = final.with_suffix(".tmp")
+    file = f"rank-{party.ranks.rank:05d}.safetensors"
+
+    def write() -> dict[str, Any]:
+        if not pieces:
+            return {}
+        with _disk_errors(root):
+            save_file({name: piece.rows.detach().cpu().contiguous() for name, piece in pieces.items()}, partial / file)
+            return {
+                "file": file,
+                "sha256": _digest(partial / file, sync=True),
+                "pieces": {
+                    name: {
+                        "shape": list(piece.shape),
+                        "dtype": str(piece.rows.dtype).removeprefix("torch."),
+                        "start": piece.start,
+                        "rows": len(piece.rows) if piece.rows.ndim else 1,
+                    }
+                    for name, piece in pieces.items()
+                },
+            }
+
+    def begin() -> None:
+        with _disk_errors(root):
+            shutil.rmtree(partial, ignore_errors=True)
+            partial.mkdir(parents=True)
+
+    try:
+        party.from_main("checkpoint folder", begin)
+        written = [part for part in party.together("checkpoint rows", write) if part]
+        party.from_main("checkpoint index", lambda: _seal(partial, final, step, written, meta))
+    except ValueError:
+        if party.ranks.is_main:
+            shutil.rmtree(partial, ignore_errors=True)
+        raise
+    return final
+
+
+def newest(root: Path) -> Checkpoint | None:
+    """The newest complete and undamaged checkpoint; damaged ones are passed over, each with a warning that names it."""
+    folders = [(int(match[1]), path) for path in root.glob("step-*") if (match := FOLDER_NAME.match(path.name))]
+    for _, folder in sorted(folders, reverse=True):
+        try:
+            return load(folder)
+        except ValueError as error:
+            log.warning("%s; going back to the checkpoint before it", error)
+    return None
+
+
+def load(folder: Path) -> Checkpoint:
+    """Open and verify a checkpoint. Raises ValueError naming what is missing or damaged."""
+    try:
+        sealed = (folder / "COMPLETE").read_text().strip()
+        raw = (folder / "index.json").read_bytes()
+    except OSError as error:
+        raise ValueError(f"checkpoint {folder} is not complete: {error.strerror or error} ({error.filename})") from None
+    if hashlib.sha256(raw).hexdigest() != sealed:
+        raise ValueError(f"checkpoint {folder} is damaged: index.json differs from its checksum in COMPLETE")
+    index = json.loads(raw)
+    if index["format"] > FORMAT:
+        raise ValueError(
+            f"checkpoint {folder} has format {index['format']}, this version reads up to {FORMAT}: update it"
+        )
+    for name, checksum in index["files"].items():
+        if not (folder / name).is_file():
+            raise ValueError(f"checkpoint {folder} is damaged: {name} is missing")
+        if _digest(folder / name) != checksum:
+            raise ValueError(f"checkpoint {folder} is damaged: {name} differs from its checksum")
+    return Checkpoint(folder, index["step"], index["meta"], index["tensors"])
+
+
+def prune(root: Path, keep_last: int, best_step: int | None) -> None:
+    """Remove all but the last keep_last checkpoints and the best; 0 keeps all."""
+    steps = sorted(int(match[1]) for path in root.glob("step-*") if (match := FOLDER_NAME.match(path.name)))
+    for step in steps[:-keep_last] if keep_last else []:
+        if step != best_step:
+            shutil.rmtree(root / f"step-{step:06d}", ignore_errors=True)
+
+
+def write_atomically(path: Path, text: str) -> None:
+    """Replace a small file so that readers and crashes see the old text or the new."""
+    partial = path.with_name(f".{path.name}.tmp")
+    with open(partial, "w") as file:
+        file.write(text)
+        file.flush()
+        os.fsync(file.fileno())
+    os.replace(partial, path)
+
+
+def _seal(partial: Path, final: Path, step: int, written: list[dict[str, Any]], meta: dict[str, Any]) -> None:
+    tensors: dict[str, dict[str, Any]] = {}
+    for part in written:
+        for name, piece in part["pieces"].items():
+            entry = tensors.setdefault(name, {"shape": piece["shape"], "dtype": piece["dtype"], "pieces": []})
+            entry["pieces"].append({"file": part["file"], "start": piece["start"], "rows": piece["rows"]})
+    files = {part["file"]: part["sha256"] for part in written}
+    text = json.dumps({"format": FORMAT, "step": step, "meta": meta, "files": files, "tensors": tensors}, indent=1)
+    with _disk_errors(final.parent):
+        write_atomically(partial / "index.json", text)
+        write_atomically(partial / "COMPLETE", hashlib.sha256(text.encode()).hexdigest() + "\n")
+        shutil.rmtree(final, ignore_errors=True)  # of the same step, from before a resume
+        os.replace(partial, final)
+        _sync_folder(final.parent)
+
+
+def _digest(path: Path, *, sync: bool = False) -> str:
+    sha = hashlib.sha256()
+    with open(path, "rb+" if sync else "rb") as file:
+        if sync:
+            os.fsync(file.fileno())
+        while block := file.read(1 << 20):
+            sha.update(block)
+    return sha.hexdigest()
+
+
+def _sync_folder(folder: Path) -> None:
+    handle = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
+
+
+class _disk_errors:
+    """Turns a full or read-only disk into the user's mistake, with a remedy."""
+
+    def __init__(self, folder: Path):
+        self.folder = folder
+
+    def __enter__(self) -> None:
+        return None
+
+    def __exit__(self, kind: Any, error: BaseException | None, trace: Any) -> None:
+        full = isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT)
+        full = full or "No space left" in str(error)  # safetensors wraps it
+        if full:
+            raise ValueError(f"no space left for checkpoints in {self.folder}: free some, or give --output elsewhere") from None  # fmt: skip  # noqa: E501
+        if isinstance(error, OSError):
+            raise ValueError(f"cannot write checkpoints to {self.folder}: {error}") from None

@@ -1,0 +1,257 @@
+"""The training loop, to be read aloud: batch, loss, one all-reduce, clip, step; evaluate, save, stop when asked.
+
+Every rank computes the same plan from (seed, step). The loss is a sum over target tokens divided by the global batch's
+number of them, so 1, 2 and 4 processes give the same curve.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from launcher.config import Config, OptimizerConfig
+from launcher.inference.generate import answer
+from launcher.ranks import Party
+from launcher.training.checkpoint import Checkpoint, Piece, prune, save
+from launcher.training.data import Encoded, batch_indices, collate, share, target_tokens
+from launcher.training.model import trained_parameters
+from launcher.training.preemption import StopRequest
+from launcher.training.report import Events, Rate, Screen, memory_gib
+from launcher.training.sharding import sum_over_ranks
+
+
+@dataclass(frozen=True, kw_only=True)
+class Question:
+    """A held-out prompt and the answer it should get."""
+
+    prompt: str
+    prompt_ids: list[int]
+    expected: str
+
+
+@dataclass(frozen=True, kw_only=True)
+class Job:
+    """Everything a run needs, loaded and checked."""
+
+    config: Config
+    model: Any
+    tokenizer: Any
+    train: Encoded
+    rows: Sequence[Any]  # what batch_size counts: sample numbers, or lists of them when packing
+    held_out: Encoded | None
+    questions: list[Question]
+    steps: int
+    attention: str
+    device: torch.device
+    output: Path
+    identity: dict[str, Any]
+    party: Party
+    stop: StopRequest
+    screen: Screen
+    trackers: list[Any] = field(default_factory=list)
+
+
+@dataclass
+class Progress:
+    """Where a run stands; with the cores and the optimizer this is all a checkpoint holds."""
+
+    step: int = 0
+    tokens: int = 0
+    best_loss: float = math.inf
+    best_step: int = 0
+    worse: int = 0  # evaluations since the best one
+
+
+def learning_rate_at(step: int, steps: int, config: OptimizerConfig) -> float:
+    """The rate of step 1 .. steps: linear warm-up, then cosine or linear to zero after the last step, or constant."""
+    if step <= config.warmup_steps:
+        return config.learning_rate * step / config.warmup_steps
+    done = (step - 1 - config.warmup_steps) / max(1, steps - config.warmup_steps)
+    shape = {"cosine": (1 + math.cos(math.pi * done)) / 2, "linear": 1 - done, "constant": 1.0}[config.schedule]
+    return config.learning_rate * shape
+
+
+def train(job: Job, resume: Checkpoint | None) -> str:
+    """Train to the end or until asked to stop; returns "finished" or "stopped". Called by all ranks."""
+    config, ranks = job.config, job.party.ranks
+    parameters = trained_parameters(job.model)
+    optimizer = torch.optim.AdamW(
+        parameters.values(),
+        lr=config.optimizer.learning_rate,
+        betas=(config.optimizer.adam_beta1, config.optimizer.adam_beta2),
+        weight_decay=config.optimizer.weight_decay,
+    )
+    progress = restore(resume, parameters, optimizer) if resume else Progress()
+    events = Events(job.output / "events.jsonl", progress.step) if ranks.is_main else None
+    evaluated = {event["step"] for event in events.kept if "eval_loss" in event} if events else set()
+    last_save, rate, status = progress.step, Rate(), "finished"
+
+    def tell(event: dict[str, Any]) -> None:
+        if events is not None:
+            events.write(event)
+            for tracker in job.trackers:
+                tracker.log({name: value for name, value in event.items() if name != "step"}, step=event["step"])
+
+    def checkpoint() -> None:
+        if events is not None:
+            events.sync()
+        meta = {"identity": job.identity, "progress": vars(progress), "world_size": ranks.world_size}
+        pieces = state_pieces(parameters, optimizer) if ranks.is_main else {}
+        save(job.output / "checkpoints", progress.step, pieces, meta, job.party)
+        if ranks.is_main:
+            prune(job.output / "checkpoints", config.run.keep_last, progress.best_step)
+
+    def evaluation() -> None:
+        result = evaluate(job)
+        if result["eval_loss"] < progress.best_loss:
+            progress.best_loss, progress.best_step, progress.worse = result["eval_loss"], progress.step, 0
+        else:
+            progress.worse += 1
+        tell({"step": progress.step, **result})
+        evaluated.add(progress.step)
+        shown = ", ".join(f"{name.replace('_', ' ')} {_number(value)}" for name, value in result.items())
+        job.screen.say(f"step {progress.step}: {shown}")
+
+    if job.held_out is not None and progress.step == 0:
+        evaluation()
+    with job.screen.bar("training", job.steps, progress.step) as bar:
+        while progress.step < job.steps:
+            step = progress.step + 1
+            lr = learning_rate_at(step, job.steps, config.optimizer)
+            for group in optimizer.param_groups:
+                group["lr"] = lr
+            loss, norm, tokens, asked = one_step(job, step, list(parameters.values()))
+            if not math.isfinite(loss):
+                raise ValueError(
+                    f"the loss is {loss} at step {step}: lower --learning-rate {config.optimizer.learning_rate}"
+                )
+            optimizer.step()
+            optimizer.zero_grad()
+            progress.step, progress.tokens = step, progress.tokens + tokens
+            tell({"step": step, "loss": loss, "lr": lr, "grad_norm": norm, "tokens": tokens})
+            bar(step, f"loss {loss:.4f}  {rate.add(tokens):,.0f} tokens/s  {memory_gib():.1f} GiB")
+            last, due = step == job.steps, config.run.eval_every and step % config.run.eval_every == 0
+            if job.held_out is not None and (last or due) and not (asked and not last):
+                evaluation()
+            early = config.run.patience and progress.worse >= config.run.patience
+            if last or asked or early or (config.run.save_every and step % config.run.save_every == 0):
+                checkpoint()
+                last_save = step
+            if asked and not last:
+                status = "stopped"
+                break
+            if early:
+                job.screen.say(
+                    f"no better loss in {progress.worse} evaluations, the best was at step {progress.best_step}"
+                )
+                break
+    assert last_save == progress.step
+    if events is not None:
+        events.close()
+    return status
+
+
+def one_step(job: Job, step: int, parameters: list[nn.Parameter]) -> tuple[float, float, int, bool]:
+    """Gradients of global batch `step`: loss, gradient norm before clipping, tokens, and whether any rank must stop."""
+    optimizer, ranks = job.config.optimizer, job.party.ranks
+    rows = [job.rows[i] for i in batch_indices(optimizer.seed, step - 1, optimizer.batch_size, len(job.rows))]
+    targets = target_tokens(job.train, rows)
+    mine = share(rows, ranks.rank, ranks.world_size)
+    size = optimizer.micro_batch_size or len(mine)
+    total = torch.zeros((), device=job.device)
+    for start in range(0, len(mine), size):
+        torch.manual_seed(_seed(optimizer.seed, step, ranks.rank, start))  # dropout; so there is no state to save
+        loss = loss_of(job, job.train, mine[start : start + size], targets, packing=job.config.data.packing)
+        loss.backward()
+        total += loss.detach()
+    asked = torch.tensor(float(job.stop.asked()), device=job.device)
+    total, stops = sum_over_ranks(parameters, [total, asked], ranks.world_size)
+    norm = nn.utils.clip_grad_norm_(parameters, optimizer.clip_norm or math.inf)
+    return float(total), float(norm), tokens_in(job.train, rows), bool(stops > 0)
+
+
+def loss_of(job: Job, data: Encoded, rows: Sequence[Any], targets: int, *, packing: bool) -> Tensor:
+    """Sum of the rows' token losses divided by targets, a scalar on the device."""
+    kind: Any = "flash" if job.attention == "flash_attention_2" else "sdpa"
+    batch = collate(data, rows, pad_id=job.tokenizer.pad_token_id or 0, packing=packing, attention=kind)
+    batch = {name: part.to(job.device) if isinstance(part, Tensor) else part for name, part in batch.items()}
+    return job.model(**batch, num_items_in_batch=targets, use_cache=False).loss
+
+
+def evaluate(job: Job) -> dict[str, float]:
+    """Held-out loss per target token, and exact_match where asked for. Called by all ranks, which share the samples."""
+    assert job.held_out is not None
+    ranks, model = job.party.ranks, job.model
+    size = job.config.optimizer.micro_batch_size or 16
+    samples = sorted(range(len(job.held_out)), key=lambda i: job.held_out.lengths[i])  # type: ignore[union-attr]
+    mine = samples[ranks.rank :: ranks.world_size]
+    total, right = torch.zeros((), device=job.device), torch.zeros((), device=job.device)
+    model.eval()
+    with torch.no_grad():
+        for start in range(0, len(mine), size):
+            total += loss_of(job, job.held_out, mine[start : start + size], 1, packing=False)
+        if job.config.data.exact_match:
+            questions = job.questions[ranks.rank :: ranks.world_size]
+            written = write_answers(job, questions)
+            right += sum(text == question.expected.strip() for text, question in zip(written, questions, strict=True))
+    model.train()
+    total, right = sum_over_ranks([], [total, right], ranks.world_size)
+    result = {"eval_loss": float(total) / target_tokens(job.held_out, samples)}
+    if job.config.data.exact_match:
+        result["exact_match"] = float(right) / len(job.questions)
+    return result
+
+
+def write_answers(job: Job, questions: Sequence[Question]) -> list[str]:
+    """Greedy answers, stripped of surrounding blanks."""
+    ids = answer(
+        job.model,
+        job.tokenizer,
+        [question.prompt_ids for question in questions],
+        max_tokens=job.config.data.answer_tokens,
+    )
+    return [job.tokenizer.decode(part, skip_special_tokens=True).strip() for part in ids]
+
+
+def tokens_in(data: Encoded, rows: Sequence[Any]) -> int:
+    """Tokens of these rows, prompts included, padding not."""
+    samples = [sample for row in rows for sample in (row if isinstance(row, list) else [row])]
+    return int((data.offsets[torch.tensor(samples) + 1] - data.offsets[torch.tensor(samples)]).sum())
+
+
+def state_pieces(parameters: dict[str, nn.Parameter], optimizer: torch.optim.Optimizer) -> dict[str, Piece]:
+    """The trained state by name: model/NAME, and optimizer/NAME/exp_avg and exp_avg_sq once there was a step."""
+    pieces = {}
+    for name, parameter in parameters.items():
+        pieces[f"model/{name}"] = Piece.whole(parameter.data)
+        state = optimizer.state.get(parameter, {})
+        for part in ("exp_avg", "exp_avg_sq"):
+            if part in state:
+                pieces[f"optimizer/{name}/{part}"] = Piece.whole(state[part])
+    return pieces
+
+
+def restore(found: Checkpoint, parameters: dict[str, nn.Parameter], optimizer: torch.optim.Optimizer) -> Progress:
+    """Put a checkpoint's state back, bit for bit."""
+    progress = Progress(**found.meta["progress"])
+    for name, parameter in parameters.items():
+        parameter.data.copy_(found.read(f"model/{name}"))
+        if progress.step:
+            moments = {part: found.read(f"optimizer/{name}/{part}").to(parameter) for part in ("exp_avg", "exp_avg_sq")}
+            optimizer.state[parameter] = {"step": torch.tensor(float(progress.step)), **moments}
+    return progress
+
+
+def _seed(*parts: int) -> int:
+    return int.from_bytes(hashlib.sha256(repr(parts).encode()).digest()[:7], "big")
+
+
+def _number(value: float) -> str:
+    return f"{value:.4f}"

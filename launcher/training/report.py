@@ -1,0 +1,160 @@
+"""What a run tells: events.jsonl, trackers, and the screen. Rank 0 speaks, the others stay silent."""
+
+from __future__ import annotations
+
+import json
+import logging
+import os
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+from rich.console import Console
+from rich.logging import RichHandler
+from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
+from rich.table import Table
+
+from launcher.training.checkpoint import write_atomically
+
+log = logging.getLogger(__name__)
+
+
+class Events:
+    """events.jsonl: one JSON object per line, each step once also after a resume."""
+
+    def __init__(self, file: Path, resumed_step: int):
+        self.kept = [event for event in read_events(file) if event["step"] <= resumed_step] if resumed_step else []
+        write_atomically(file, "".join(json.dumps(event) + "\n" for event in self.kept))
+        self._file = open(file, "a")  # noqa: SIM115 (open for the whole run)
+
+    def write(self, event: dict[str, Any]) -> None:
+        self._file.write(json.dumps(event) + "\n")
+        self._file.flush()
+
+    def sync(self) -> None:
+        """Before a checkpoint is sealed: the steps it stands for are then on disk as well."""
+        os.fsync(self._file.fileno())
+
+    def close(self) -> None:
+        self._file.close()
+
+
+def read_events(file: Path) -> list[dict[str, Any]]:
+    """The events of a run; a last line cut short by a crash is left out."""
+    events = []
+    for line in file.read_text().splitlines() if file.exists() else []:
+        try:
+            events.append(json.loads(line))
+        except json.JSONDecodeError:
+            break
+    return events
+
+
+class Screen:
+    """Progress and results for a person; with is_main False nothing is shown."""
+
+    def __init__(self, is_main: bool):
+        self.console = Console(quiet=not is_main)
+        handler = RichHandler(console=self.console, show_path=False, show_time=False, markup=False)
+        logging.basicConfig(handlers=[handler], level=logging.WARNING, format="%(message)s", force=True)
+        logging.captureWarnings(True)
+        if not is_main:
+            logging.getLogger().setLevel(logging.ERROR)
+
+    def say(self, text: str) -> None:
+        """A line of plain text; nothing in it is markup."""
+        self.console.print(text, markup=False, highlight=False, soft_wrap=True)
+
+    @contextmanager
+    def bar(self, what: str, total: int, done: int = 0) -> Iterator[Any]:
+        """A progress bar as a function (done, note); on a screen that is a file, about twenty lines instead."""
+        if not self.console.is_terminal:
+            yield _Lines(self, what, total, done)
+            return
+        columns = (
+            TextColumn("{task.description}"),
+            BarColumn(bar_width=None),
+            TextColumn("{task.completed}/{task.total} {task.fields[note]}"),
+            TimeRemainingColumn(),
+        )
+        with Progress(*columns, console=self.console, expand=True) as progress:
+            task = progress.add_task(what, total=total, completed=done, note="")
+            yield lambda completed, note="": progress.update(task, completed=completed, total=total, note=note)
+
+    def table(self, title: str, header: list[str], rows: list[list[str]]) -> None:
+        table = Table(title=title, title_justify="left", show_lines=len(header) > 3)
+        for name in header:
+            table.add_column(name, overflow="fold")
+        for row in rows:
+            table.add_row(*(cell.replace("[", r"\[") for cell in row))
+        self.console.print(table)
+
+
+class _Lines:
+    def __init__(self, screen: Screen, what: str, total: int, done: int):
+        self.screen, self.what, self.total, self.every = screen, what, total, max(1, total // 20)
+        self.shown = done
+
+    def __call__(self, done: int, note: str = "") -> None:
+        if done - self.shown >= self.every or (done == self.total and done != self.shown):
+            self.shown = done
+            self.screen.say(f"{self.what} {done}/{self.total} {note}".rstrip())
+
+
+class Rate:
+    """Tokens per second over about the last ten seconds."""
+
+    def __init__(self) -> None:
+        self._marks: list[tuple[float, int]] = [(time.monotonic(), 0)]
+
+    def add(self, tokens: int) -> float:
+        now = time.monotonic()
+        self._marks.append((now, self._marks[-1][1] + tokens))
+        while len(self._marks) > 2 and now - self._marks[0][0] > 10:
+            self._marks.pop(0)
+        (since, before), total = self._marks[0], self._marks[-1][1]
+        return (total - before) / max(now - since, 1e-9)
+
+
+def memory_gib() -> float:
+    """Peak memory of this process: on the GPU where there is one, else resident."""
+    if torch.cuda.is_available():
+        return torch.cuda.max_memory_allocated() / 2**30
+    import resource
+    import sys
+
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak / (2**30 if sys.platform == "darwin" else 2**20)
+
+
+def open_trackers(names: tuple[str, ...], output: Path, config: dict[str, Any]) -> list[Any]:
+    """accelerate's trackers by name, writing into the run folder."""
+    if not names:
+        return []
+    from accelerate import PartialState
+    from accelerate.tracking import LOGGER_TYPE_TO_CLASS
+
+    PartialState(cpu=not torch.cuda.is_available())
+    flat = {f"{part}.{name}": str(value) for part, values in config.items() for name, value in values.items()}
+    trackers = []
+    for name in names:
+        cls = LOGGER_TYPE_TO_CLASS[name]
+        tracker = cls(output.name, logging_dir=str(output)) if cls.requires_logging_directory else cls(output.name)
+        if hasattr(tracker, "start"):
+            tracker.start()
+        tracker.store_init_configuration(flat)
+        trackers.append(tracker)
+    return trackers
+
+
+def check_trackers(names: tuple[str, ...]) -> None:
+    """Raises ValueError naming the install command of a tracker that is missing."""
+    from accelerate.tracking import is_tensorboard_available, is_wandb_available
+
+    there = {"tensorboard": is_tensorboard_available, "wandb": is_wandb_available}
+    for name in names:
+        if not there[name]():
+            raise ValueError(f"--trackers {name} is not installed: pip install {name}")

@@ -1,0 +1,390 @@
+"""From a config to a finished run folder: check, connect, read, factor, build, train, tell. The one place that acts."""
+
+from __future__ import annotations
+
+import gc
+import importlib.metadata
+import json
+import logging
+import math
+import os
+import sys
+import time
+import traceback
+import warnings
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+import transformers
+
+from adapters.checkpoint_files import list_tensors
+from launcher.config import Config, as_dict
+from launcher.factorization import cache
+from launcher.factorization.distribute import FactorRequest, factorize, factors_of, fingerprint
+from launcher.factorization.targets import targets_of
+from launcher.ranks import Party, Ranks, connect
+from launcher.training import checkpoint, data, records, templates
+from launcher.training.loop import Job, Question, train, write_answers
+from launcher.training.model import (
+    base_folder,
+    build,
+    choose_attention,
+    choose_dtype,
+    load_tokenizer,
+    peft_config,
+    trained_parameters,
+)
+from launcher.training.preemption import Stopped, StopRequest
+from launcher.training.report import Screen, check_trackers, open_trackers, read_events
+from launcher.training.sharding import check_sharding
+
+log = logging.getLogger(__name__)
+
+DONE, FAILED, MISTAKE, STOPPED = 0, 1, 2, 75  # exit codes
+PACKAGES = ("torch", "transformers", "peft", "accelerate", "safetensors", "datasets", "deepspeed", "bitsandbytes")
+
+
+def run(config: Config, name: str) -> int:
+    """One training run under whatever started this process; returns its exit code.
+
+    A single process that was stopped and saved returns 75 (run me again); under a launcher every rank returns 0 then,
+    and the run folder's `state` tells.
+    """
+    try:
+        ranks = Ranks.from_environment()
+    except ValueError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return MISTAKE
+    quiet_libraries()
+    screen = Screen(ranks.is_main)
+    state = _State(ranks, None)
+    with StopRequest(config.run.max_seconds) as stop:
+        try:
+            check(config, ranks)
+            party = connect(ranks)
+            try:
+                status = _run(config, name, party, stop, screen, state)
+            finally:
+                _disconnect(party)
+        except Stopped as reason:
+            screen.say(f"stopped by {reason} before training began: nothing to save")
+            status = "stopped"
+        except (ValueError, OSError) as error:
+            state.write("failed")
+            if ranks.is_main or not _started(ranks):
+                print(f"error: {error}", file=sys.stderr)
+            return MISTAKE
+        except Exception:
+            state.write("failed")
+            traceback.print_exc()
+            return FAILED
+    state.write(status)
+    return STOPPED if status == "stopped" and ranks.world_size == 1 else DONE
+
+
+def check(config: Config, ranks: Ranks) -> None:
+    """Everything that can be wrong before a file or a device is touched; the same on every rank."""
+    check_sharding(config.run.sharding, ranks.world_size)
+    data.check_batch(config.optimizer.batch_size, ranks.world_size)
+    peft_config(config.adapter)
+    check_trackers(config.run.trackers)
+    dtype = choose_dtype(config.model.dtype)
+    choose_attention(config.model.attention, on_gpu=torch.cuda.is_available(), dtype=dtype)
+    if config.model.quantize != "none":
+        raise ValueError(f"--quantize {config.model.quantize} is not built yet: give --quantize none")
+
+
+def _run(config: Config, name: str, party: Party, stop: StopRequest, screen: Screen, state: _State) -> str:
+    ranks, started = party.ranks, time.monotonic()
+    on_gpu = torch.cuda.is_available()
+    device = torch.device("cuda", ranks.local_rank) if on_gpu else torch.device("cpu")
+    dtype = choose_dtype(config.model.dtype)
+    attention, reason = choose_attention(config.model.attention, on_gpu=on_gpu, dtype=dtype)
+    output = Path(party.from_main("run folder", lambda: config.run.output or f"runs/{name}-{time.strftime('%Y%m%d-%H%M%S')}"))  # fmt: skip  # noqa: E501
+
+    # 1. The base's files and the data: read by every rank for itself, so nothing large travels.
+    folder = Path(party.together("base model", lambda: str(base_folder(config.model.model)))[0])
+    tokenizer = load_tokenizer(folder, trust_remote_code=config.model.trust_remote_code)
+    local: dict[str, Any] = {}
+    party.together("data", lambda: local.update(_read_data(config, tokenizer, folder, ranks)))
+    train_data, held_out, questions = local["train"], local["held_out"], local["questions"]
+    rows = _rows(config, train_data)
+    steps = config.optimizer.max_steps or math.ceil(config.optimizer.epochs * len(rows) / config.optimizer.batch_size)
+    stop.between_phases()
+
+    # 2. The factors of our own methods, by all ranks together.
+    adapter: Any = peft_config(config.adapter)
+    cache_folder = Path(config.run.cache) if config.run.cache else cache.default_folder()
+    ours = adapter is not None and adapter.peft_type == "LOLDU"
+    requests: list[FactorRequest] = []
+    if ours:
+        requests = party_local(
+            party,
+            "targets",
+            lambda: targets_of(
+                folder,
+                config.adapter.targets,
+                config.adapter.exclude,
+                config.adapter.rank,
+                normalize=adapter.normalize_directions,
+                dtype=dtype,
+            ),
+        )
+    identity = {
+        "base": party.from_main("fingerprint", lambda: fingerprint(list_tensors(folder), cache_folder)),
+        "adapter": as_dict(config.adapter),
+        "dtype": dtype,
+        "data": train_data.digest(),
+        "packing": config.data.packing,
+        "batch_size": config.optimizer.batch_size,
+        "seed": config.optimizer.seed,
+    }
+    if ours:
+        adapter.base_fingerprint = identity["base"]
+    resume = _prepare_output(config, output, identity, party)
+    state.folder = output
+    if resume is not None and _finished(output, resume, steps):
+        screen.say(f"{output} is already finished at step {resume.step}: nothing to do")
+        return "finished"
+    state.write("running")
+    if ranks.is_main:
+        checkpoint.write_atomically(output / "control", "run\n")
+        stop.control = output / "control"
+    factored = {}
+    if requests:
+        with screen.bar("factors", len(requests)) as bar:
+            factored = factorize(
+                requests,
+                cache_folder,
+                party,
+                lambda done, total, weight: bar(done, weight),
+                verify_base=config.run.verify_base,
+            )
+        made = sum(entry.made for entry in factored.values())
+        screen.say(f"factors of {len(factored)} weights: {made} made, {len(factored) - made} from {cache_folder}")
+    stop.between_phases()
+
+    # 3. The model.
+    by_module = {request.module: request for request in requests}
+
+    def source(module: str, shape: tuple[int, int]) -> Any:
+        return factors_of(by_module[module], cache_folder) if module in by_module else None
+
+    torch.manual_seed(config.optimizer.seed)
+    model = party_local(
+        party,
+        "model",
+        lambda: build(config.model, folder, adapter, dtype=dtype, attention=attention, factors=source, device=device),
+    )
+    trained = sum(parameter.numel() for parameter in trained_parameters(model).values())
+    total = sum(parameter.numel() for parameter in model.parameters())
+    _check_context(config, model)
+    if ranks.is_main:
+        resolved = {
+            "dtype": dtype, "attention": attention, "attention_reason": reason,
+            "steps": steps, "world_size": ranks.world_size,
+            "sharding": check_sharding(config.run.sharding, ranks.world_size), "base_folder": str(folder.resolve()),
+            "trained": trained, "device": torch.cuda.get_device_name(device) if on_gpu else "cpu",
+        }  # fmt: skip
+        whole = {"config": as_dict(config), "resolved": resolved, "identity": identity, "versions": versions()}
+        checkpoint.write_atomically(output / "config.json", json.dumps(whole, indent=2) + "\n")
+    screen.say(f"{config.model.model}: {total:,} parameters, {trained:,} trained ({config.adapter.method}, {dtype})")  # fmt: skip  # noqa: E501
+    screen.say(f"{config.data.data}: {train_data.report}")
+    screen.say(f"{steps} steps of {config.optimizer.batch_size} on {ranks.world_size} x {device.type}, attention {attention} ({reason})")  # fmt: skip  # noqa: E501
+
+    # 4. Train.
+    trackers = open_trackers(config.run.trackers, output, as_dict(config)) if ranks.is_main else []
+    job = Job(
+        config=config, model=model, tokenizer=tokenizer, train=train_data, rows=rows, held_out=held_out,
+        questions=questions, steps=steps, attention=attention, device=device, output=output, identity=identity,
+        party=party, stop=stop, screen=screen, trackers=trackers,
+    )  # fmt: skip
+    model.train()
+    if resume is not None:
+        screen.say(f"going on from {resume.folder} at step {resume.step} of {steps}")
+    status = train(job, resume)
+    for tracker in trackers:
+        tracker.finish()
+
+    # 5. Tell.
+    again = "the same command" if config.run.output else f"the same command with --output {output}"
+    if status == "stopped":
+        screen.say(f"stopped by {stop.reason or 'another rank'}; saved. To go on, type {again}")
+    elif ranks.is_main:
+        saved = _save_adapter(model, output, config)
+        _tell(job, saved, time.monotonic() - started)
+    return status
+
+
+def _read_data(config: Config, tokenizer: Any, folder: Path, ranks: Ranks) -> dict[str, Any]:
+    train_records, held_records = records.load_splits(config.data.data, config.data.eval_data, config.data.eval_records)
+    train_data = data.encode(train_records, tokenizer, config.data)
+    held_out = data.encode(held_records, tokenizer, config.data) if held_records else None
+    questions = []
+    if config.data.exact_match or config.run.show_samples:
+        conversations = "messages" in train_records[0]
+        template = templates.load_template(config.data.prompt_template, tokenizer, conversations=conversations)
+        for record in held_records:
+            prompt = record.get("instruction") or record["messages"][-2]["content"]
+            shown = f"{prompt}\n{record['input']}" if record.get("input") else prompt
+            ids = templates.prompt_ids(record, template, tokenizer)
+            questions.append(Question(prompt=shown, prompt_ids=ids, expected=records.answer(record)))
+    return {"train": train_data, "held_out": held_out, "questions": questions}
+
+
+def _rows(config: Config, encoded: data.Encoded) -> Sequence[Any]:
+    if not config.data.packing:
+        return range(len(encoded))
+    order = data.epoch_order(config.optimizer.seed, 0, len(encoded)).tolist()
+    return data.pack(encoded.lengths, order, config.data.max_length)
+
+
+def _prepare_output(
+    config: Config, output: Path, identity: dict[str, Any], party: Party
+) -> checkpoint.Checkpoint | None:
+    """The checkpoint to go on from, if any. Raises ValueError for a folder that holds another run."""
+
+    def decide() -> str | None:
+        if config.run.resume == "never" and (output / "config.json").exists():
+            aside = output.with_name(f"{output.name}-before-{time.strftime('%Y%m%d-%H%M%S')}")
+            os.replace(output, aside)
+            log.warning("--resume never: the run that was in %s now lies in %s", output, aside)
+        if output.exists() and not (output / "config.json").exists() and any(_foreign(output)):
+            raise ValueError(f"{output} is not a run folder and not empty: give another --output")
+        output.mkdir(parents=True, exist_ok=True)
+        if config.run.resume in ("auto", "never"):
+            found = checkpoint.newest(output / "checkpoints")
+            if found is None and (output / "config.json").exists():
+                _same_run(identity, json.loads((output / "config.json").read_text())["identity"], output)
+        else:
+            found = checkpoint.load(Path(config.run.resume))
+        if found is None:
+            return None
+        _same_run(identity, found.meta["identity"], found.folder)
+        return str(found.folder)
+
+    folder = party.from_main("checkpoints", decide)
+    return checkpoint.load(Path(folder)) if folder else None
+
+
+def _foreign(output: Path) -> list[Path]:
+    """What in a folder without config.json is not ours: a cluster job puts its script, logs and control file there."""
+    known = {"state", "control", "events", "job.sbatch", "job.json", "logs"}
+    return [path for path in output.iterdir() if path.name not in known and not path.name.startswith("slurm-")]
+
+
+def _same_run(identity: dict[str, Any], saved: dict[str, Any], where: Path) -> None:
+    """Raises ValueError naming each thing that makes this another run than the saved one."""
+    differ = [f"{name} was {_short(saved.get(name))}, now {_short(identity[name])}" for name in identity if saved.get(name) != identity[name]]  # fmt: skip  # noqa: E501
+    if differ:
+        raise ValueError(
+            f"{where} belongs to another run: {'; '.join(differ)}. Give another --output, or --resume never to set "
+            "that run aside and start afresh"
+        )
+
+
+def _short(value: Any) -> str:
+    text = json.dumps(value)
+    return text if len(text) < 200 else text[:197] + "..."
+
+
+def _finished(output: Path, resume: checkpoint.Checkpoint, steps: int) -> bool:
+    state = output / "state"
+    return resume.step >= steps and state.exists() and state.read_text().strip() == "finished"
+
+
+def _check_context(config: Config, model: Any) -> None:
+    room = getattr(model.config, "max_position_embeddings", None)
+    if room and config.data.max_length > room:
+        raise ValueError(f"--max-length {config.data.max_length} is more than this model's context of {room} tokens")
+    window = getattr(model.config, "sliding_window", None)
+    if config.data.packing and window and window < config.data.max_length:
+        raise ValueError(f"packing cannot honour this model's sliding window of {window}: leave --packing out")
+
+
+def _save_adapter(model: Any, output: Path, config: Config) -> Path:
+    """The final PEFT folder, or the whole model for full fine-tuning; replaced by rename."""
+    final = output / ("model" if config.adapter.method == "full" else "adapter")
+    partial = final.with_suffix(".tmp")
+    model.save_pretrained(str(partial))
+    if final.exists():
+        os.replace(final, final.with_suffix(f".before-{time.time_ns()}"))
+    os.replace(partial, final)
+    return final
+
+
+def _tell(job: Job, saved: Path, seconds: float) -> None:
+    evaluations = [event for event in read_events(job.output / "events.jsonl") if "eval_loss" in event]
+    rows = []
+    if evaluations:
+        first, last = evaluations[0], evaluations[-1]
+        rows = [["held-out loss", f"{first['eval_loss']:.4f}", f"{last['eval_loss']:.4f}"]]
+        if "exact_match" in last:
+            rows.append(["exact match", f"{first['exact_match']:.1%}", f"{last['exact_match']:.1%}"])
+        job.screen.table("Held out", ["", "before", "after"], rows)
+    shown = job.questions[: job.config.run.show_samples]
+    if shown:
+        job.model.eval()
+        after, before = write_answers(job, shown), [""] * len(shown)
+        if hasattr(job.model, "disable_adapter"):
+            with job.model.disable_adapter():
+                before = write_answers(job, shown)
+        cells = [[q.prompt, q.expected, b, a] for q, b, a in zip(shown, before, after, strict=True)]
+        job.screen.table("Answers", ["question", "expected", "before", "after"], cells)
+    job.screen.say(f"{job.steps} steps in {seconds:.0f} s; saved in {saved}")
+    if job.config.adapter.method != "full":
+        job.screen.say("Next, type one of:")
+        job.screen.say(f"  loldu chat {job.output}")
+        job.screen.say(f"  loldu merge {saved} --out {job.output / 'merged'}")
+        job.screen.say(f"  loldu export-lora {saved} --out {job.output / 'lora'}")
+
+
+def versions() -> dict[str, str]:
+    """Of Python and the packages a run depends on."""
+    found = {"python": sys.version.split()[0]}
+    for package in PACKAGES:
+        try:
+            found[package] = importlib.metadata.version(package)
+        except importlib.metadata.PackageNotFoundError:
+            found[package] = "missing"
+    return found
+
+
+def party_local(party: Party, what: str, make: Any) -> Any:
+    """What make returns on this rank (any object); if it fails on one rank, all raise, naming it."""
+    made: list[Any] = []
+    party.together(what, lambda: made.append(make()))
+    return made[0]
+
+
+def quiet_libraries() -> None:
+    """No progress bars and notes of libraries between ours; warnings stay."""
+    transformers.logging.set_verbosity_error()
+    transformers.logging.disable_progress_bar()
+    logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
+    warnings.filterwarnings("ignore", category=FutureWarning)
+
+
+class _State:
+    """The run folder's `state` file: running, stopped, finished, failed; by rename, by rank 0."""
+
+    def __init__(self, ranks: Ranks, folder: Path | None):
+        self.ranks, self.folder = ranks, folder
+
+    def write(self, state: str) -> None:
+        if self.ranks.is_main and self.folder is not None:
+            checkpoint.write_atomically(self.folder / "state", state + "\n")
+
+
+def _started(ranks: Ranks) -> bool:
+    return ranks.world_size == 1 or dist.is_initialized()
+
+
+def _disconnect(party: Party) -> None:
+    """Leave together: gloo sometimes aborts a process whose peers are still talking."""
+    gc.collect()
+    if party.store is not None and dist.is_initialized():
+        dist.destroy_process_group()
