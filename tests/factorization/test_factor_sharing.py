@@ -1,0 +1,460 @@
+"""Factoring with several ranks: equal to torch's LU, shared evenly, nothing made twice, failures named by all."""
+
+import errno
+import json
+import multiprocessing
+import os
+import signal
+import threading
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import torch.distributed as dist
+from safetensors.torch import load_file, save_file
+from torch.distributed.distributed_c10d import _get_default_store
+
+from adapters.checkpoint_files import TensorInfo, list_tensors
+from adapters.factors import Factors, base_fingerprint, loldu_factors, probe_digest
+from launcher.factorization import cache, distribute
+from launcher.factorization.distribute import FactorRequest, cost, factorize, factors_of, share_out
+from launcher.ranks import Party, Ranks
+
+ALONE = Party(Ranks())
+
+
+def write_model(folder: Path, shapes: dict[str, tuple[int, ...]], dtype: torch.dtype = torch.float32) -> Path:
+    draw = torch.Generator().manual_seed(0)
+    folder.mkdir(parents=True, exist_ok=True)
+    weights = {f"{name}.weight": torch.randn(shape, generator=draw).to(dtype) for name, shape in shapes.items()}
+    save_file(weights, folder / "model.safetensors")
+    return folder
+
+
+def requests_for(model: Path, rank: int = 4, **options: Any) -> list[FactorRequest]:
+    tensors = list_tensors(model)
+    return [FactorRequest(name.removesuffix(".weight"), tensors[name], rank, **options) for name in sorted(tensors)]
+
+
+SIX = {f"layers.{i}.{part}": shape for i in range(3) for part, shape in {"q": (16, 12), "up": (40, 16)}.items()}
+
+
+@pytest.fixture
+def model(tmp_path) -> Path:
+    return write_model(tmp_path / "model", SIX)
+
+
+@pytest.fixture
+def folder(tmp_path) -> Path:
+    return tmp_path / "cache"
+
+
+def together(world: int, run, ranks=lambda rank, world: Ranks(rank, world, rank, world)) -> list[Any]:
+    """run(party) on world threads that share a key-value store; each result, or the exception it ended with."""
+    store, results = dist.HashStore(), [None] * world
+
+    def one(rank: int) -> None:
+        try:
+            results[rank] = run(Party(ranks(rank, world), store))
+        except Exception as error:
+            results[rank] = error
+
+    threads = [threading.Thread(target=one, args=(rank,)) for rank in range(world)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join(60)
+    assert not any(thread.is_alive() for thread in threads)
+    return results
+
+
+def assert_nothing_half_written(folder: Path) -> None:
+    assert [file for file in folder.rglob("*") if file.is_file() and file.suffix not in (".safetensors", ".json")] == []
+    assert cache.verify(folder) == []
+
+
+def no_reading(*_args: Any) -> Any:
+    raise AssertionError("a warm start opens no tensor data")
+
+
+@pytest.mark.parametrize(("m", "n", "r"), [(24, 24, 24), (40, 24, 5), (24, 40, 24), (24, 40, 1)])
+def test_factors_from_the_panel_on_disk_are_those_of_the_lu_of_the_whole(tmp_path, folder, m, n, r):
+    """float64 throughout: 1e-12 is a few hundred roundings."""
+    (request,) = requests_for(write_model(tmp_path, {"w": (m, n)}, torch.float64), r, dtype="float64")
+    weight = load_file(tmp_path / "model.safetensors")["w.weight"]
+
+    factorize([request], folder, ALONE)
+    factors = factors_of(request, folder)
+
+    P, L, U = torch.linalg.lu(weight)
+    torch.testing.assert_close(factors.write, (P @ L)[:, :r], rtol=1e-12, atol=1e-12)
+    torch.testing.assert_close(factors.values, U.diagonal()[:r].float(), rtol=1e-6, atol=0)
+    assert torch.equal(factors.pivots.long(), P.argmax(dim=0)[:r])
+    reading = factors.read @ weight[factors.pivots.long()]  # what the layer computes: U_r
+    torch.testing.assert_close(reading, U[:r] / U.diagonal()[:r, None], rtol=1e-10, atol=1e-10)
+    assert torch.equal(factors.probe, probe_digest(weight, weight.shape))
+    about = cache.entries(folder)[0].about
+    assert about["residual"] < 1e-6  # it goes through d_r, which is kept in float32
+    assert about["norms"]["panel"] == pytest.approx(float(weight[:, :r].norm()))
+
+
+@pytest.mark.parametrize(
+    ("shape", "options"),
+    [
+        ((12, 20), {"transposed": True}),
+        ((12, 20), {"transposed": True, "normalize": True}),
+        ((20, 12), {"normalize": True}),
+        ((20, 12), {"embedding": True}),
+        ((20, 12), {"embedding": True, "normalize": True}),
+        ((8, 3, 2, 2), {}),
+    ],
+)
+def test_every_kind_of_layer_gets_the_factors_of_its_matrix(tmp_path, folder, shape, options):
+    (request,) = requests_for(write_model(tmp_path, {"w": shape}), 5, **options)
+    stored = load_file(tmp_path / "model.safetensors")["w.weight"]
+    W = stored.T if options.get("transposed") else stored.flatten(1)
+    maths = {name: value for name, value in options.items() if name != "transposed"}
+    expected = loldu_factors(W[:, :5], lambda rows: W[rows.long()], **maths)._replace(probe=probe_digest(W, W.shape))
+
+    factors = factors_of(request, folder)
+
+    for name in Factors._fields:
+        torch.testing.assert_close(getattr(factors, name), getattr(expected, name), rtol=1e-5, atol=1e-5)
+    assert cache.entries(folder)[0].about["residual"] < 1e-5  # float32, 5 columns
+    assert request.shape == tuple(W.shape)
+
+
+def test_the_write_map_is_stored_in_the_asked_dtype_and_the_rest_in_float32(model, folder):
+    request = requests_for(model, dtype="bfloat16")[0]
+
+    factors = factors_of(request, folder, slice(2, 9))
+
+    assert [tensor.dtype for tensor in factors] == [
+        torch.bfloat16,
+        torch.float32,
+        torch.int32,
+        torch.float32,
+        torch.uint8,
+    ]
+    assert factors.write.shape == (7, 4)
+
+
+def test_a_warm_start_opens_no_tensor_and_makes_nothing(model, folder, monkeypatch):
+    requests = requests_for(model)
+    cold = factorize(requests, folder, ALONE)
+
+    monkeypatch.setattr(distribute, "open_tensor", no_reading)
+    warm = factorize(requests, folder, ALONE)
+
+    assert all(how.made for how in cold.values())
+    assert not any(how.made for how in warm.values())
+    assert [how.key for how in warm.values()] == [how.key for how in cold.values()]
+    assert list(warm) == [request.module for request in requests]
+
+
+def test_a_copied_checkpoint_is_read_but_not_factored_again(model, folder, tmp_path, monkeypatch):
+    factorize(requests_for(model), folder, ALONE)
+    write_model(tmp_path / "copy", SIX)
+
+    monkeypatch.setattr(distribute, "loldu_factors", no_reading)
+    again = factorize(requests_for(tmp_path / "copy"), folder, ALONE)
+
+    assert not any(how.made for how in again.values())
+
+
+def test_another_rank_dtype_option_or_weight_has_another_key(model, folder, tmp_path):
+    request = requests_for(model)[0]
+    other = write_model(tmp_path / "other", dict(reversed(SIX.items())))  # same shapes, other numbers
+    variants = [
+        request,
+        *(requests_for(model, **options)[0] for options in ({"rank": 3}, {"dtype": "bfloat16"}, {"normalize": True})),
+        requests_for(other)[0],
+        requests_for(model)[2],
+    ]
+
+    keys = {distribute.make(variant, folder).key for variant in variants}
+
+    assert len(keys) == len(variants)
+
+
+def test_weights_with_equal_panels_keep_their_own_probes(tmp_path, folder):
+    """The panel alone would give both the same key, and one of them a wrong probe."""
+    first = torch.randn(16, 12, generator=torch.Generator().manual_seed(0))
+    second = torch.cat([first[:, :4], first[:, 4:] + 1], dim=1)
+    save_file({"a.weight": first, "b.weight": second}, tmp_path / "model.safetensors")
+
+    a, b = (factors_of(request, folder) for request in requests_for(tmp_path))
+
+    assert torch.equal(a.write, b.write)
+    assert torch.equal(b.probe, probe_digest(second, second.shape))
+
+
+def test_verify_base_notices_what_size_and_time_hide(model, folder):
+    requests, file = requests_for(model), model / "model.safetensors"
+    before, stat = factorize(requests, folder, ALONE), os.stat(file)
+    weights = load_file(file)
+    weights["layers.0.q.weight"] += 1
+    save_file(weights, file)
+    os.utime(file, ns=(stat.st_atime_ns, stat.st_mtime_ns))
+
+    trusting = factorize(requests, folder, ALONE)
+    verifying = factorize(requests, folder, ALONE, verify_base=True)
+
+    assert trusting["layers.0.q"].key == before["layers.0.q"].key
+    assert [name for name, how in verifying.items() if how.made] == ["layers.0.q"]
+
+
+def test_a_damaged_file_is_made_again_when_it_is_read(model, folder, caplog):
+    requests = requests_for(model)
+    first = factorize(requests, folder, ALONE)
+    before = factors_of(requests[0], folder)
+    file = folder / "factors" / f"{first['layers.0.q'].key}.safetensors"
+    data = bytearray(file.read_bytes())
+    data[-1] ^= 1
+    file.write_bytes(data)
+
+    after = factors_of(requests[0], folder)
+
+    assert "is damaged" in caplog.text
+    assert all(torch.equal(a, b) for a, b in zip(after, before, strict=True))
+    assert file.exists()
+
+
+def test_a_deleted_file_alone_is_made_again(model, folder):
+    first = factorize(requests_for(model), folder, ALONE)
+    (folder / "factors" / f"{first['layers.1.up'].key}.safetensors").unlink()
+
+    second = factorize(requests_for(model), folder, ALONE)
+
+    assert [name for name, how in second.items() if how.made] == ["layers.1.up"]
+
+
+def test_the_fingerprint_is_that_of_the_model_in_memory_and_is_remembered(model, folder, monkeypatch):
+    save_file({"norm.weight": torch.ones(3), "conv.weight": torch.randn(4, 3, 2)}, model / "extra.safetensors")
+    index = dict.fromkeys(load_file(model / "model.safetensors"), "model.safetensors")
+    index |= {"norm.weight": "extra.safetensors", "conv.weight": "extra.safetensors"}
+    (model / "model.safetensors.index.json").write_text(json.dumps({"weight_map": index}))
+    weights = load_file(model / "model.safetensors") | load_file(model / "extra.safetensors")
+    matrices = [weight.flatten(1) for weight in weights.values() if weight.ndim > 1]
+
+    cold = distribute.fingerprint(list_tensors(model), folder)
+    monkeypatch.setattr(distribute, "open_tensor", no_reading)
+    warm = distribute.fingerprint(list_tensors(model), folder)
+
+    assert cold == warm == base_fingerprint(probe_digest(matrix, matrix.shape) for matrix in matrices)
+
+
+def llama_2_7b(rank: int) -> dict[str, float]:
+    square, tall, wide = (4096, 4096), (11008, 4096), (4096, 11008)
+    parts = dict.fromkeys("qkvo", square) | {"gate": tall, "up": tall, "down": wide}
+    shapes = {f"{layer}.{part}": shape for layer in range(32) for part, shape in parts.items()}
+    where = Path("model.safetensors")
+    return {name: cost(FactorRequest(name, TensorInfo(where, name, s, "BF16"), rank)) for name, s in shapes.items()}
+
+
+@pytest.mark.parametrize("world", [1, 2, 4, 8])
+@pytest.mark.parametrize("rank", [8, 64, 1024, 4096])
+def test_llama_2_7b_is_shared_out_evenly(world, rank):
+    costs = llama_2_7b(rank)
+
+    owners = share_out(costs, world)
+
+    loads = [sum(c for c, owner in zip(costs.values(), owners, strict=True) if owner == one) for one in range(world)]
+    assert max(loads) / (sum(loads) / world) <= 1.1
+
+
+def test_every_rank_computes_the_same_shares_whatever_the_order():
+    costs = llama_2_7b(64)
+
+    forward = dict(zip(costs, share_out(costs, 3), strict=True))
+    turned = dict(reversed(costs.items()))
+    backward = dict(zip(turned, share_out(turned, 3), strict=True))
+
+    assert forward == backward
+    assert share_out({"a": 1.0}, 4) == [0]
+    assert share_out({}, 2) == []
+
+
+@pytest.mark.parametrize("world", [2, 4])
+def test_several_ranks_make_each_weight_once_and_get_what_one_gets(model, folder, tmp_path, monkeypatch, world):
+    made, real = [], distribute.make
+    alone = factorize(requests_for(model), tmp_path / "alone", ALONE)
+    monkeypatch.setattr(distribute, "make", lambda request, *rest: made.append(request.module) or real(request, *rest))
+
+    results = together(world, lambda party: factorize(requests_for(model), folder, party))
+
+    assert results == [alone] * world
+    assert sorted(made) == sorted(SIX)
+    for how in alone.values():
+        ours, theirs = cache.load(folder, how.key), cache.load(tmp_path / "alone", how.key)
+        assert all(torch.equal(a, b) for a, b in zip(ours, theirs, strict=True))
+
+
+def test_the_progress_of_all_ranks_reaches_rank_0(model, folder, monkeypatch):
+    """Rank 0 is slowed down, so that the other's weights are counted while it works."""
+    seen, real = [], distribute.make
+
+    def slow(request, *rest):
+        time.sleep(0.5 if threading.current_thread().name.startswith("factorize") else 0)
+        return real(request, *rest)
+
+    monkeypatch.setattr(distribute, "make", slow)
+    monkeypatch.setattr(distribute, "BEAT_S", 0.02)
+
+    def run(party: Party) -> None:
+        report = (lambda *news: seen.append(news)) if party.ranks.is_main else (lambda *news: None)
+        factorize(requests_for(model), folder, party, report)
+
+    together(2, run)
+
+    assert seen[-1][:2] == (6, 6)
+    assert [done for done, _, _ in seen] == sorted(done for done, _, _ in seen)
+    assert {weight for _, _, weight in seen} & set(SIX)
+
+
+def test_where_the_cache_is_node_local_each_node_makes_all(model, tmp_path):
+    nodes = [tmp_path / "node0", tmp_path / "node1"]
+
+    results = together(
+        2,
+        lambda party: factorize(requests_for(model), nodes[party.ranks.rank], party),
+        ranks=lambda rank, world: Ranks(rank, world, 0, 1),
+    )
+
+    assert all(how.made for result in results for how in result.values())
+    assert all(len(cache.entries(node)) == len(SIX) for node in nodes)
+
+
+def test_a_weight_without_factors_is_named_on_all_ranks_and_nothing_is_half_written(model, folder):
+    weights = load_file(model / "model.safetensors")
+    weights["layers.1.up.weight"][3, 2] = float("nan")
+    save_file(weights, model / "model.safetensors")
+    started = time.monotonic()
+
+    errors = together(2, lambda party: factorize(requests_for(model), folder, party))
+
+    assert time.monotonic() - started < 10
+    for error in errors:
+        assert isinstance(error, ValueError)
+        for word in ("layers.1.up", "layers.1.up.weight in", "model.safetensors", "NaN", "--exclude layers.1.up"):
+            assert word in str(error)
+    assert_nothing_half_written(folder)
+
+
+def test_a_zero_pivot_says_which_column_and_what_to_type(tmp_path, folder):
+    weight = torch.randn(16, 12, generator=torch.Generator().manual_seed(0))
+    weight[:, 2] = weight[:, 1]
+    save_file({"q.weight": weight}, tmp_path / "model.safetensors")
+
+    with pytest.raises(ValueError, match=r"^q \(q.weight in .*zero pivot in column 2.*--exclude q, or lower --rank"):
+        factorize(requests_for(tmp_path), folder, ALONE)
+
+
+def test_a_full_disk_on_one_rank_is_named_on_all(model, folder, monkeypatch):
+    real = cache.save_file
+
+    def full(tensors, file, metadata):
+        if '"name": "layers.2.q"' in metadata["about"]:
+            raise OSError(errno.ENOSPC, "No space left on device")
+        real(tensors, file, metadata)
+
+    monkeypatch.setattr(cache, "save_file", full)
+    errors = together(2, lambda party: factorize(requests_for(model), folder, party))
+
+    for error in errors:
+        assert isinstance(error, ValueError)
+        assert "layers.2.q" in str(error)
+        assert "no space is left" in str(error)
+        assert str(folder) in str(error)
+    assert_nothing_half_written(folder)
+
+
+def _work_until_killed(port: int, model: Path, folder: Path) -> None:
+    distribute.make = lambda *_args: time.sleep(60)
+    store = dist.TCPStore("127.0.0.1", port, is_master=False)
+    factorize(requests_for(model), folder, Party(Ranks(1, 2, 1, 2), store))
+
+
+def test_a_killed_rank_is_named_with_its_weight(model, folder, monkeypatch):
+    """With a shorter patience than the real one, so that the test is quick."""
+    monkeypatch.setattr(distribute, "SILENCE_S", 1.5)
+    store = dist.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
+    other = multiprocessing.get_context("fork").Process(target=_work_until_killed, args=(store.port, model, folder))
+    other.start()
+    threading.Timer(1.0, lambda: os.kill(other.pid, signal.SIGKILL)).start()
+
+    with pytest.raises(RuntimeError, match=r"no word from rank 1 .* last heard of at layers\.\d\.\w+: it died"):
+        factorize(requests_for(model), folder, Party(Ranks(0, 2, 0, 2), store))
+
+    other.join()
+
+
+def _die_at_the_third_weight(model: Path, folder: Path) -> None:
+    real, stored = os.replace, []
+
+    def replace(source, target):
+        if str(target).endswith(".safetensors"):
+            stored.append(target)
+        if len(stored) == 3:
+            os.kill(os.getpid(), signal.SIGKILL)
+        real(source, target)
+
+    cache.os.replace = replace
+    factorize(requests_for(model), folder, ALONE)
+
+
+def test_killed_half_way_the_next_run_makes_only_what_is_missing(model, folder):
+    victim = multiprocessing.get_context("fork").Process(target=_die_at_the_third_weight, args=(model, folder))
+    victim.start()
+    victim.join(60)
+    left = {entry.about["name"] for entry in cache.entries(folder)}
+
+    done = factorize(requests_for(model), folder, ALONE)
+
+    assert victim.exitcode == -signal.SIGKILL
+    assert len(left) == 2
+    assert {name for name, how in done.items() if how.made} == set(SIX) - left
+    assert cache.verify(folder) == []
+    assert len(cache.entries(folder)) == len(SIX)  # the temporary file of the killed one is not one of them
+
+
+def _one_of_two(rank: int, port: int, good: Path, bad: Path, folder: Path, out: Path) -> None:
+    os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "TORCHELASTIC_USE_AGENT_STORE": "True"}
+    dist.init_process_group("gloo", rank=rank, world_size=2)
+    party = Party(Ranks(rank, 2, rank, 2), _get_default_store())
+    done = factorize(requests_for(good, 8), folder, party)
+    started = time.monotonic()
+    try:
+        factorize(requests_for(bad, 8), folder, party)
+        message = "no error"
+    except ValueError as error:
+        message = str(error)
+    answer = {"done": done, "message": message, "seconds": time.monotonic() - started}
+    (out / f"{rank}.json").write_text(json.dumps(answer))
+    os._exit(0)  # gloo sometimes aborts while the interpreter is torn down, after all is done
+
+
+def test_two_processes_share_the_work_and_both_name_the_bad_weight(model, folder, tmp_path):
+    """Processes with a gloo group, their store kept outside as torchrun's agent does; forked, so nothing is imported."""
+    bad = write_model(tmp_path / "bad", SIX)
+    weights = load_file(bad / "model.safetensors") | {"layers.0.up.weight": torch.full((40, 16), float("inf"))}
+    save_file(weights, bad / "model.safetensors")
+    store = dist.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
+    fork, words = multiprocessing.get_context("fork"), (store.port, model, bad, folder, tmp_path)
+
+    processes = [fork.Process(target=_one_of_two, args=(rank, *words)) for rank in range(2)]
+    for process in processes:
+        process.start()
+    for process in processes:
+        process.join(60)
+
+    assert [process.exitcode for process in processes] == [0, 0]
+    alone = factorize(requests_for(model, 8), tmp_path / "alone", ALONE)
+    for rank in range(2):
+        answer = json.loads((tmp_path / f"{rank}.json").read_text())
+        assert answer["done"] == {name: list(how) for name, how in alone.items()}
+        assert "layers.0.up" in answer["message"]
+        assert answer["seconds"] < 10
+    assert_nothing_half_written(folder)
