@@ -1,0 +1,356 @@
+"""Answers from a model: greedy for many prompts at once, or streamed one by one; `loldu generate`."""
+
+from __future__ import annotations
+
+import json as json_text
+import sys
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, TextIO
+
+import torch
+from transformers import GenerationConfig
+from transformers.generation.streamers import BaseStreamer
+
+from launcher.inference.sources import Source, context_length, find, load
+from launcher.training.records import Record, load_records
+from launcher.training.records import answer as expected_answer
+from launcher.training.templates import Template, load_template, prompt_ids, render_prompt
+
+CHUNK = 512  # records answered between two writes of JSON lines
+
+
+@dataclass(frozen=True, kw_only=True)
+class Sampling:
+    """How the next token is chosen: the likeliest at temperature 0, else drawn from the top_p most likely ones."""
+
+    max_tokens: int = 256
+    temperature: float = 0.0
+    top_p: float = 1.0
+
+    def __post_init__(self) -> None:
+        if self.max_tokens < 1:
+            raise ValueError(f"--max-tokens is at least 1, got {self.max_tokens}")
+        if not 0 <= self.temperature < float("inf"):
+            raise ValueError(f"--temperature is 0 (the likeliest token) or above, got {self.temperature}")
+        if not 0 < self.top_p <= 1:
+            raise ValueError(f"--top-p lies in (0, 1], got {self.top_p}")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Answer:
+    """One answer; complete where the model ended it by itself, interrupted where Ctrl-C did."""
+
+    text: str
+    ids: list[int]
+    complete: bool
+    interrupted: bool = False
+
+
+def answer(
+    model: Any,
+    tokenizer: Any,
+    prompts: Sequence[Sequence[int]],
+    max_tokens: int = 64,
+    stop_ids: Sequence[int] | None = None,
+    *,
+    batch_size: int = 64,
+) -> list[list[int]]:
+    """The greedy continuation of every prompt (token ids), in their order, without the token that ended it.
+
+    stop_ids: tokens that end an answer; by default those of `stop_tokens`. An answer also ends after max_tokens, and
+    where the model's context is full. Prompts are padded on the left, with others of similar length; what stands
+    beside a prompt changes its answer by no more than the rounding of a matrix product. The model may be in training
+    mode, and is again afterwards.
+    """
+    if [] in map(list, prompts):
+        raise ValueError(f"prompt {list(map(list, prompts)).index([])} has no token: there is nothing to answer")
+    stop = list(stop_tokens(model, tokenizer) if stop_ids is None else stop_ids)
+    device, context = next(model.parameters()).device, context_length(model) or sys.maxsize
+    answers: list[list[int]] = [[] for _ in prompts]
+    room = [min(max_tokens, context - len(prompt)) for prompt in prompts]
+    plenty = sorted((i for i in range(len(prompts)) if room[i] == max_tokens), key=lambda i: -len(prompts[i]))
+    batches = [plenty[start : start + batch_size] for start in range(0, len(plenty), batch_size)]
+    batches += [[i] for i in range(len(prompts)) if 0 < room[i] < max_tokens]  # a longer neighbour would pass the end
+    settings = _settings(Sampling(max_tokens=max_tokens), stop)
+    for batch in batches:
+        width = len(prompts[batch[0]])
+        ids = torch.tensor(
+            [[settings.pad_token_id] * (width - len(prompts[i])) + list(prompts[i]) for i in batch], device=device
+        )
+        mask = torch.tensor([[0] * (width - len(prompts[i])) + [1] * len(prompts[i]) for i in batch], device=device)
+        settings.max_new_tokens = room[batch[0]]
+        with _plainly(model):
+            made = model.generate(input_ids=ids, attention_mask=mask, generation_config=settings)
+        for i, row in zip(batch, made[:, width:].tolist(), strict=True):
+            answers[i] = _cut(row, stop)
+    return answers
+
+
+def stream(
+    model: Any,
+    tokenizer: Any,
+    prompt: Sequence[int],
+    sampling: Sampling,
+    write: Callable[[str], Any],
+) -> Answer:
+    """The answer to one prompt (token ids); its text goes to write piece by piece as it comes.
+
+    Ctrl-C ends the answer with what there is. Raises ValueError where the prompt fills the model's context.
+    """
+    context = context_length(model) or sys.maxsize
+    if len(prompt) >= context:
+        raise ValueError(
+            f"the prompt has {len(prompt)} tokens with its template, the model's context is {context} and an answer "
+            "needs room too: shorten it"
+        )
+    stop = stop_tokens(model, tokenizer)
+    settings = _settings(sampling, stop)
+    settings.max_new_tokens = min(sampling.max_tokens, context - len(prompt))
+    pieces = _Pieces(tokenizer, stop, write)
+    ids = torch.tensor([list(prompt)], device=next(model.parameters()).device)
+    try:
+        with _plainly(model):
+            mask = torch.ones_like(ids)
+            made = model.generate(input_ids=ids, attention_mask=mask, generation_config=settings, streamer=pieces)
+    except KeyboardInterrupt:
+        pieces.end()
+        return Answer(text=pieces.shown, ids=pieces.ids, complete=False, interrupted=True)
+    return Answer(text=pieces.shown, ids=pieces.ids, complete=made[0, -1].item() in stop)
+
+
+def generate(
+    model: str,
+    *,
+    adapter: str | None = None,
+    base: str | None = None,
+    prompt: str | None = None,
+    prompt_file: str | None = None,
+    input: str = "",
+    data: str | None = None,
+    limit: int = 0,
+    prompt_template: str | None = None,
+    max_tokens: int = 256,
+    temperature: float = 0.0,
+    top_p: float = 1.0,
+    seed: int = 0,
+    dtype: str = "auto",
+    device: str = "auto",
+    json: bool = False,
+    out: TextIO | None = None,
+) -> list[Answer]:
+    """Answer a prompt, or every record of a file.
+
+    Args:
+        model: A model (folder or hub name on this machine), an adapter folder, or a run folder (runs/NAME).
+        adapter: Adapter or run folder to put on the model.
+        base: Base model of an adapter or run given as the first argument, where its own is not to be found.
+        prompt: The instruction. Without --prompt, --prompt-file and --data it is read from standard input.
+        prompt_file: File with one instruction; - is standard input.
+        input: Input that belongs to the instruction.
+        data: JSON, JSONL or parquet file of records; each is answered and its own answer shown beside it.
+        limit: Answer only the first so many records; 0: all.
+        prompt_template: auto, short, alpaca, chat, a FILE with {instruction} and {input}, or none (the bare prompt).
+            By default what the run recorded; without a run the model's chat template, or alpaca where it has none.
+        max_tokens: Most tokens of an answer.
+        temperature: 0: always the likeliest token; above: drawn at random, more evenly the higher it is.
+        top_p: Draw from the likeliest tokens that have this probability together.
+        seed: Of the drawing.
+        dtype: auto (the run's, else the files' own), float32, bfloat16 or float16.
+        device: auto (a GPU where there is one), cpu, cuda, cuda:1, ...
+        json: One JSON object a line: prompt, answer, tokens, complete; with --data also index, expected and match.
+        out: Where answers are written; standard output by default.
+    """
+    out = out or sys.stdout
+    sampling = Sampling(max_tokens=max_tokens, temperature=temperature, top_p=top_p)
+    if limit < 0:
+        raise ValueError(f"--limit is at least 0 (all records), got {limit}")
+    if data is None and limit:
+        raise ValueError(f"--limit {limit} counts the records of --data FILE, which is missing")
+    records = _asked(prompt, prompt_file, input, data, limit)
+    source = find(model, adapter=adapter, base=base)
+    loaded, tokenizer = load(source, dtype=dtype, device=device)
+    template = choose_template(prompt_template, source, tokenizer, conversations="messages" in records[0])
+    torch.manual_seed(seed)
+    answers: list[Answer] = []
+    for answered in _answers(records, loaded, tokenizer, template, sampling, json=json, out=out):
+        record = records[len(answers)]
+        answers.append(answered)
+        if json:
+            line: dict[str, Any] = {"prompt": render_prompt(record, template, tokenizer), "answer": answered.text}
+            line |= {"tokens": len(answered.ids), "complete": answered.complete}
+            if data is not None:
+                line |= {"index": len(answers) - 1, "expected": expected_answer(record)}
+                line["match"] = _matches(answered, record)
+            print(json_text.dumps(line, ensure_ascii=False), file=out, flush=True)
+        elif data is not None:
+            print(f"expected: {expected_answer(record)}\n", file=out, flush=True)
+        if answered.interrupted:
+            raise KeyboardInterrupt
+    if data is not None:
+        right = sum(_matches(answered, record) for answered, record in zip(answers, records, strict=True))
+        _say(f"{right} of {len(records)} answers match to the letter")
+    elif not answers[0].complete:
+        _say(f"(ended after {len(answers[0].ids)} tokens; --max-tokens {max_tokens})")
+    return answers
+
+
+def choose_template(setting: str | None, source: Source, tokenizer: Any, *, conversations: bool) -> Template:
+    """The template asked for, else what the run recorded, else the model's own, else alpaca; says which it took."""
+    if setting == "none":
+        return Template("none", "{instruction}", "{instruction}")
+    if setting is not None:
+        return load_template(setting, tokenizer, conversations=conversations)
+    if source.template is not None:
+        template, why = load_template(source.template, tokenizer, conversations=conversations), "recorded by the run"
+    elif tokenizer.chat_template:
+        template, why = load_template("chat", tokenizer, conversations=conversations), "the model's own"
+    else:
+        template = load_template("auto", tokenizer, conversations=conversations)
+        why = "the model has none of its own; --prompt-template none gives it the bare prompt"
+    _say(f"prompt template: {template.name} ({why})")
+    return template
+
+
+def stop_tokens(model: Any, tokenizer: Any) -> list[int]:
+    """The tokens that end an answer: the tokenizer's eos and those of the model's generation config."""
+    config = getattr(model, "generation_config", None)
+    named = getattr(config, "eos_token_id", None)
+    ids = [*(named if isinstance(named, (list, tuple)) else [named]), tokenizer.eos_token_id]
+    return list(dict.fromkeys(int(token) for token in ids if token is not None))
+
+
+class _Pieces(BaseStreamer):
+    """Text as it grows. The whole answer is decoded each time: transformers' TextStreamer starts afresh on each line
+    and loses the blanks a line begins with. Half a character waits for its other tokens."""
+
+    def __init__(self, tokenizer: Any, stop: Sequence[int], write: Callable[[str], Any]):
+        self.tokenizer, self.stop, self.write = tokenizer, set(stop), write
+        self.ids: list[int] = []
+        self.shown = ""
+        self.is_prompt = True  # generate hands over the prompt first
+
+    def put(self, value: torch.Tensor) -> None:
+        if self.is_prompt:
+            self.is_prompt = False
+            return
+        self.ids += [token for token in value.flatten().tolist() if token not in self.stop]
+        self._show(whole=False)
+
+    def end(self) -> None:
+        self._show(whole=True)
+
+    def _show(self, whole: bool) -> None:
+        text = self.tokenizer.decode(self.ids, skip_special_tokens=True)
+        if len(text) > len(self.shown) and (whole or not text.endswith("\ufffd")):
+            new, self.shown = text[len(self.shown) :], text
+            self.write(new)
+
+
+@contextmanager
+def _plainly(model: Any) -> Iterator[None]:
+    """Evaluation mode, no gradients, and none of the sampling habits in the model's own generation_config."""
+    inner = model.get_base_model() if hasattr(model, "get_base_model") else model
+    training, habits = model.training, inner.generation_config
+    model.eval()
+    inner.generation_config = GenerationConfig()
+    try:
+        with torch.no_grad():
+            yield
+    finally:
+        inner.generation_config = habits
+        model.train(training)
+
+
+def _settings(sampling: Sampling, stop: Sequence[int]) -> GenerationConfig:
+    drawn = sampling.temperature > 0
+    choice = {"temperature": sampling.temperature, "top_p": sampling.top_p, "top_k": 0} if drawn else {}
+    return GenerationConfig(
+        max_new_tokens=sampling.max_tokens,
+        do_sample=drawn,
+        eos_token_id=list(stop) or None,
+        pad_token_id=stop[0] if stop else 0,  # masked before a prompt, cut after an answer: any token will do
+        use_cache=True,
+        **choice,
+    )
+
+
+def _say(text: str) -> None:
+    """Standard output carries answers alone, for pipes."""
+    print(text, file=sys.stderr, flush=True)
+
+
+def _matches(answered: Answer, record: Record) -> bool:
+    return answered.text.strip() == expected_answer(record).strip()
+
+
+def _cut(ids: list[int], stop: Sequence[int]) -> list[int]:
+    return ids[: next((i for i, token in enumerate(ids) if token in stop), len(ids))]
+
+
+def _asked(prompt: str | None, prompt_file: str | None, input: str, data: str | None, limit: int) -> list[Record]:
+    """The records to answer. Raises ValueError where there is no prompt, or more than one source of them."""
+    sources = {"--prompt": prompt, "--prompt-file": prompt_file, "--data": data}
+    given = [name for name, value in sources.items() if value is not None]
+    if len(given) > 1:
+        raise ValueError(f"{' and '.join(given)} exclude each other: give one of them")
+    if data is not None:
+        if input:
+            raise ValueError("--input belongs to --prompt; the records of --data have their own")
+        records = load_records(data)
+        return records[:limit] if limit else records
+    if prompt is None and prompt_file in (None, "-"):
+        if sys.stdin.isatty():
+            raise ValueError(
+                "nothing to answer: give --prompt TEXT, --prompt-file FILE, --data FILE, or pipe a prompt in"
+            )
+        prompt = sys.stdin.read()
+    elif prompt_file is not None:
+        try:
+            prompt = Path(prompt_file).expanduser().read_text(encoding="utf-8")
+        except (OSError, UnicodeDecodeError) as error:
+            raise ValueError(
+                f"--prompt-file {prompt_file} cannot be read ({error}): give a text file in UTF-8"
+            ) from None
+    assert prompt is not None
+    if not prompt.strip():
+        raise ValueError("the prompt is empty: give --prompt TEXT")
+    return [{"instruction": prompt.rstrip("\n"), "input": input, "output": ""}]
+
+
+def _answers(
+    records: list[Record],
+    model: Any,
+    tokenizer: Any,
+    template: Template,
+    sampling: Sampling,
+    *,
+    json: bool,
+    out: TextIO,
+) -> Iterator[Answer]:
+    """The answer to each record in order: streamed to out, or in silence for JSON, greedy ones then in batches."""
+
+    def write(text: str) -> None:
+        if not json:
+            print(text, end="", file=out, flush=True)
+
+    if json and sampling.temperature == 0 and len(records) > 1:
+        context = context_length(model) or sys.maxsize
+        for start in range(0, len(records), CHUNK):
+            prompts = [prompt_ids(record, template, tokenizer) for record in records[start : start + CHUNK]]
+            made = answer(model, tokenizer, prompts, sampling.max_tokens)
+            for prompt, ids in zip(prompts, made, strict=True):
+                text = tokenizer.decode(ids, skip_special_tokens=True)
+                full = len(ids) >= min(sampling.max_tokens, context - len(prompt))
+                yield Answer(text=text, ids=ids, complete=not full)
+        return
+    for index, record in enumerate(records):
+        if len(records) > 1 and not json:
+            question = record["instruction"] if "instruction" in record else record["messages"][-2]["content"]
+            shown = f"{question}\n{record['input']}" if record.get("input") else question
+            print(f"[{index + 1} of {len(records)}] {shown}\nanswer:   ", end="", file=out)
+        answered = stream(model, tokenizer, prompt_ids(record, template, tokenizer), sampling, write)
+        write("\n")
+        yield answered

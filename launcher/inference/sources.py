@@ -1,0 +1,225 @@
+"""What a command is pointed at (a model, an adapter or a run), and the model and tokenizer loaded from there.
+
+Every mistake in the files is found from their headers, before any weight is read, and is a ValueError of one line.
+"""
+
+from __future__ import annotations
+
+import json
+import warnings
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from peft import PeftConfig, PeftModel
+from safetensors import SafetensorError, safe_open
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+import adapters  # noqa: F401 (registers our methods with PEFT)
+from adapters.checkpoint_files import list_tensors, local_folder
+
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+ADAPTER_WEIGHTS = "adapter_model.safetensors"
+TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "tekken.json", "vocab.json", "vocab.txt", "spiece.model")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Source:
+    """Folders to load from, and how the run that trained it asked its questions."""
+
+    base: Path
+    base_name: str  # as it was given: a folder or a hub name
+    adapter: Path | None = None
+    tokenizer: Path
+    template: str | None = None  # what the run recorded; None: no run is known
+    dtype: str | None = None  # likewise
+
+
+def find(model: str, *, adapter: str | None = None, base: str | None = None) -> Source:
+    """What `model` names: a model (folder or hub name on this machine), an adapter folder or a run folder.
+
+    With `adapter` (an adapter or run folder) the model is its base. `base` replaces the base that an adapter or a run
+    names. Nothing is fetched. Raises ValueError with what was found and what to give instead.
+    """
+    if adapter is not None:
+        if base is not None:
+            raise ValueError(f"--adapter makes {model} the base, so --base {base} is one too many: leave it out")
+        source = find(adapter, base=model)
+        if source.adapter is None:
+            raise ValueError(f"--adapter {adapter} holds a whole model: give it alone, without a base")
+        return source
+    place = Path(model).expanduser()
+    if (place / "adapter_config.json").is_file():
+        return _from_adapter(place, base, _run(place.parent) if place.name == "adapter" else None)
+    run = _run(place)
+    if run is not None:
+        if (place / "adapter" / "adapter_config.json").is_file():
+            return _from_adapter(place / "adapter", base, run)
+        if not (place / "model" / "config.json").is_file():
+            raise ValueError(f"run {place} has saved no adapter yet: its command, typed again, goes on")
+        place = place / "model"
+    elif base is not None:
+        raise ValueError(
+            f"--base {base} is for an adapter, and {model} is none: expected a folder with adapter_config.json, "
+            "or a run folder"
+        )
+    folder = base_folder(str(place) if place.exists() else model)
+    tokenizer = folder
+    if run is not None and not _has_tokenizer(folder):
+        tokenizer = next((found for name in _bases(run) if (found := local_folder(name))), folder)
+    return Source(base=folder, base_name=model, tokenizer=tokenizer, **_recorded(run))
+
+
+def base_folder(model: str) -> Path:
+    """The local folder of a model whose weight files are whole. Raises ValueError naming what is not."""
+    path = Path(model).expanduser()
+    folder = path if path.is_dir() else local_folder(model)
+    if folder is None:
+        raise ValueError(
+            f"{model} is neither a folder here nor in the hub cache: give the folder of a model, an adapter or "
+            f"a run, or fetch the model first (hf download {model})"
+        )
+    if _run(folder) is not None:
+        raise ValueError(f"{model} is a run folder and no base model: give it alone, it knows its base")
+    if (folder / "adapter_config.json").is_file() and not (folder / "config.json").is_file():
+        raise ValueError(f"{model} is an adapter and no base model: give the model it was trained on")
+    if not (folder / "config.json").is_file():
+        raise ValueError(
+            f"{folder} holds no model (config.json), no adapter (adapter_config.json) and no run: look at the path"
+        )
+    list_tensors(folder)
+    return folder
+
+
+def adapter_config(folder: Path) -> PeftConfig:
+    """The PEFT config of an adapter folder whose weight file is whole. Raises ValueError naming what is not."""
+    weights = folder / ADAPTER_WEIGHTS
+    if not weights.is_file():
+        pickled = sorted(folder.glob("adapter_model.*"))
+        raise ValueError(
+            f"adapter {folder} has its weights only as pickle ({pickled[0].name}), which can run code when read: "
+            "load it in PEFT where you trust it and save it again"
+            if pickled
+            else f"adapter {folder} has no {ADAPTER_WEIGHTS}: copy the whole folder"
+        )
+    try:
+        with safe_open(weights, framework="pt"):
+            pass
+    except (SafetensorError, OSError) as error:
+        raise ValueError(f"{weights} is damaged or cut short ({error}): copy it again") from None
+    try:
+        return PeftConfig.from_pretrained(str(folder))
+    except (KeyError, TypeError, json.JSONDecodeError) as error:
+        raise ValueError(
+            f"{folder / 'adapter_config.json'} is no config of a PEFT method known here ({_line(error)}): "
+            "was it written by a newer version?"
+        ) from None
+
+
+def load(source: Source, *, dtype: str = "auto", device: str = "auto") -> tuple[Any, Any]:
+    """The model with its adapter, ready to answer, and the tokenizer. dtype auto: the run's, else the files' own."""
+    tokenizer = load_tokenizer(source.tokenizer)
+    return load_model(source, dtype=dtype, device=device), tokenizer
+
+
+def load_model(source: Source, *, dtype: str = "auto", device: str = "auto") -> Any:
+    """The base with its adapter, if it has one."""
+    dtype = (source.dtype or "auto") if dtype == "auto" else dtype
+    if dtype not in (*DTYPES, "auto"):
+        raise ValueError(f"--dtype {dtype} is unknown: give auto, {', '.join(DTYPES)}")
+    device = ("cuda" if torch.cuda.is_available() else "cpu") if device == "auto" else device
+    try:
+        loaded: Any = AutoModelForCausalLM.from_pretrained(
+            source.base,
+            dtype=DTYPES.get(dtype, "auto"),
+            use_safetensors=True,
+            local_files_only=True,
+            output_loading_info=True,
+            **({} if device == "cpu" else {"device_map": device}),
+        )
+    except (OSError, ValueError, KeyError, RuntimeError, SafetensorError) as error:
+        raise ValueError(f"{source.base} does not load as a causal language model: {_line(error)}") from None
+    model, report = loaded
+    if report["missing_keys"]:
+        missing = sorted(report["missing_keys"])
+        raise ValueError(
+            f"{source.base} lacks {len(missing)} of its weights ({', '.join(missing[:3])}), which would be random: "
+            "fetch the model again"
+        )
+    return (attach(model, source.adapter) if source.adapter else model).eval()
+
+
+def attach(model: Any, folder: Path) -> PeftModel:
+    """Put the adapter of a folder, of any PEFT method, on the model. Raises ValueError where it does not fit."""
+    config = adapter_config(folder)
+    with warnings.catch_warnings():
+        warnings.filterwarnings("error", message=".*missing adapter keys.*")
+        try:
+            return PeftModel.from_pretrained(model, str(folder), config=config)
+        except (RuntimeError, UserWarning) as error:
+            reason = next((line.strip() for line in str(error).splitlines() if "mismatch" in line), _line(error))
+            raise ValueError(
+                f"adapter {folder} does not fit this base ({reason:.200}): load it on the base it was trained on, "
+                f"{config.base_model_name_or_path}"
+            ) from None
+
+
+def load_tokenizer(folder: Path) -> Any:
+    """The tokenizer of a folder. Raises ValueError where there is none: transformers would make up an empty one."""
+    reason = f"none of {', '.join(TOKENIZER_FILES)} is there"
+    if _has_tokenizer(folder):
+        try:
+            return AutoTokenizer.from_pretrained(folder, local_files_only=True)
+        except Exception as error:  # tokenizer libraries raise bare Exceptions
+            reason = _line(error)
+    raise ValueError(f"{folder} has no tokenizer that loads ({reason}): copy the model's tokenizer files there")
+
+
+def context_length(model: Any) -> int | None:
+    """Most tokens the model can look at, where its config says so."""
+    return getattr(model.config.get_text_config(), "max_position_embeddings", None)
+
+
+def _from_adapter(folder: Path, base: str | None, run: dict[str, Any] | None) -> Source:
+    config = adapter_config(folder)
+    names = [base] if base else [*_bases(run), *filter(None, [config.base_model_name_or_path])]
+    found = next((name for name in names if local_folder(str(Path(name).expanduser())) or local_folder(name)), None)
+    if found is None:
+        asked = " or ".join(dict.fromkeys(names)) or "a model it does not name"
+        raise ValueError(f"adapter {folder} needs its base, {asked}, which is not here: give --base MODEL")
+    model = base_folder(found)
+    tokenizer = folder if _has_tokenizer(folder) else model
+    return Source(base=model, base_name=found, adapter=folder, tokenizer=tokenizer, **_recorded(run))
+
+
+def _run(folder: Path) -> dict[str, Any] | None:
+    """What a run folder's config.json says; None where it is another kind of folder."""
+    try:
+        found = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+        return found if isinstance(found["config"]["model"]["model"], str) else None
+    except (OSError, ValueError, KeyError, TypeError):
+        return None
+
+
+def _bases(run: dict[str, Any] | None) -> list[str]:
+    if run is None:
+        return []
+    folder = run.get("resolved", {}).get("base_folder")
+    return [run["config"]["model"]["model"], *([folder] if folder else [])]
+
+
+def _recorded(run: dict[str, Any] | None) -> dict[str, Any]:
+    if run is None:
+        return {}
+    setting = run.get("resolved", {}).get("prompt_template") or run["config"].get("data", {}).get("prompt_template")
+    return {"template": setting, "dtype": run["config"]["model"].get("dtype")}
+
+
+def _has_tokenizer(folder: Path) -> bool:
+    return any((folder / name).is_file() for name in TOKENIZER_FILES)
+
+
+def _line(error: BaseException) -> str:
+    """The first line of a library's error, or its kind where it says nothing."""
+    return next((line.strip() for line in str(error).splitlines() if line.strip()), type(error).__name__)
