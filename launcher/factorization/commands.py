@@ -156,7 +156,8 @@ def _show(console: Console, columns: Sequence[str], rows: Sequence[Sequence[str]
             table.add_row(*row)
         console.print(table)
     elif rows:
-        console.out("\n".join("\t".join(row) for row in [columns, *rows]), highlight=False)
+        for row in [columns, *rows]:
+            print("\t".join(row), file=console.file)  # rich would turn the tabs into spaces
 
 
 @contextmanager

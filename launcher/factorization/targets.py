@@ -25,8 +25,9 @@ def skeleton(model_folder: Path, trust_remote_code: bool = False) -> nn.Module:
         raise ValueError(f"{model_folder} has no config.json: give the folder of a Hugging Face model")
     try:
         config = transformers.AutoConfig.from_pretrained(model_folder, trust_remote_code=trust_remote_code)
-    except (OSError, KeyError) as error:
-        raise ValueError(f"{model_folder / 'config.json'} is not a model's configuration: {error}") from error
+    except (OSError, KeyError, ValueError) as error:
+        reason = str(error).strip().splitlines()[0]
+        raise ValueError(f"{model_folder / 'config.json'} describes no model we can build: {reason}") from error
     named = getattr(transformers, (config.architectures or [""])[0], None)
     with torch.device("meta"):
         if type(config) in transformers.AutoModelForCausalLM._model_mapping or named is None:

@@ -293,11 +293,11 @@ def test_several_ranks_make_each_weight_once_and_get_what_one_gets(model, folder
 
 
 def test_the_progress_of_all_ranks_reaches_rank_0(model, folder, monkeypatch):
-    """Rank 0 is slowed down, so that the other's weights are counted while it works."""
+    """Each weight takes five beats, so that the other rank's are counted while rank 0 works."""
     seen, real = [], distribute.make
 
     def slow(request, *rest):
-        time.sleep(0.5 if threading.current_thread().name.startswith("factorize") else 0)
+        time.sleep(0.1)
         return real(request, *rest)
 
     monkeypatch.setattr(distribute, "make", slow)
@@ -437,7 +437,7 @@ def _one_of_two(rank: int, port: int, good: Path, bad: Path, folder: Path, out: 
 
 
 def test_two_processes_share_the_work_and_both_name_the_bad_weight(model, folder, tmp_path):
-    """Processes with a gloo group, their store kept outside as torchrun's agent does; forked, so nothing is imported."""
+    """Processes with a gloo group, their store kept outside as torchrun's agent does; forked, so no import is paid."""
     bad = write_model(tmp_path / "bad", SIX)
     weights = load_file(bad / "model.safetensors") | {"layers.0.up.weight": torch.full((40, 16), float("inf"))}
     save_file(weights, bad / "model.safetensors")

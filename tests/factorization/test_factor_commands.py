@@ -1,0 +1,118 @@
+"""`loldu factorize` and `loldu cache`: what they print and return."""
+
+import io
+import time
+
+import pytest
+from rich.console import Console
+
+from launcher.factorization import cache, commands
+
+
+@pytest.fixture
+def screen() -> Console:
+    return Console(file=io.StringIO(), width=200)
+
+
+def said(screen: Console) -> str:
+    text = screen.file.getvalue()
+    screen.file.seek(0)
+    screen.file.truncate()
+    return text
+
+
+def test_factorize_says_what_it_made_and_the_second_time_that_all_was_there(babyllama, tmp_path, screen):
+    options = {"cache_folder": str(tmp_path), "console": screen}
+
+    first = commands.factorize(str(babyllama), 128, ["q_proj", "up_proj"], ["layers.0.mlp.up_proj"], **options)
+    cold = said(screen)
+    second = commands.factorize(str(babyllama), 128, ["q_proj", "up_proj"], ["layers.0.mlp.up_proj"], **options)
+    warm = said(screen)
+
+    assert (first, second) == (0, 0)
+    assert "q_proj\t128 x 128\t128\t5\t5\t" in cold
+    assert "up_proj\t352 x 128\t128\t4\t4\t" in cold
+    assert "9 weights factored, 9 of them now" in cold
+    assert "9 weights factored, 0 of them now" in warm
+    assert str(tmp_path) in warm
+    assert len(warm.splitlines()) == 4
+
+
+def test_on_a_terminal_there_are_tables_and_a_bar_that_goes_away(babyllama, tmp_path):
+    screen = Console(file=io.StringIO(), width=120, force_terminal=True)
+
+    commands.factorize(str(babyllama), 8, ["q_proj"], cache_folder=str(tmp_path), console=screen)
+    commands.cache_ls(str(tmp_path), screen)
+
+    text = said(screen)
+    assert "━" in text
+    assert "model.layers.4.self_attn.q_proj" in text
+
+
+def test_a_clamped_rank_is_said_once(babyllama, tmp_path, screen):
+    commands.factorize(str(babyllama), 500, ["k_proj"], cache_folder=str(tmp_path), console=screen)
+
+    assert said(screen).count("--rank 500 is clamped to the smaller side of 5 weights") == 1
+
+
+@pytest.mark.parametrize(("model", "rank"), [("no/such-model", 4), ("/no/such/folder", 4)])
+def test_a_model_that_is_nowhere_is_one_line_with_the_remedy(tmp_path, model, rank):
+    with pytest.raises(ValueError, match=rf"there is no model {model}.*hf download {model}"):
+        commands.factorize(model, rank, ["q_proj"], cache_folder=str(tmp_path))
+
+
+def test_rank_zero_is_refused(babyllama, tmp_path):
+    with pytest.raises(ValueError, match="--rank is at least 1, got 0"):
+        commands.factorize(str(babyllama), 0, ["q_proj"], cache_folder=str(tmp_path))
+
+
+def test_the_cache_commands_list_verify_and_prune(babyllama, tmp_path, screen):
+    commands.factorize(str(babyllama), 8, ["q_proj"], cache_folder=str(tmp_path), console=screen)
+    said(screen)
+
+    listed = commands.cache_ls(str(tmp_path), screen), said(screen)
+    good = commands.cache_verify(str(tmp_path), screen), said(screen)
+    file = cache.entries(tmp_path)[0].file
+    file.write_bytes(file.read_bytes()[:-1] + b"?")
+    bad = commands.cache_verify(str(tmp_path), screen), said(screen)
+    pruned = commands.cache_prune(str(tmp_path), max_gb=0, console=screen), said(screen)
+
+    assert listed[0] == 0
+    assert listed[1].count("self_attn.q_proj\t128 x 128\t8\tfloat32") == 5
+    assert (good[0], bad[0], pruned[0]) == (0, 1, 0)
+    assert "5 weights are good, 0 damaged" in good[1]
+    assert "4 weights are good, 1 damaged" in bad[1]
+    assert str(file.with_suffix(".damaged")) in bad[1]
+    assert "removed 5 files" in pruned[1]
+    assert cache.entries(tmp_path) == []
+
+
+def test_an_empty_or_absent_cache_is_no_error(tmp_path, screen):
+    codes = [
+        commands.cache_ls(str(tmp_path / "none"), screen),
+        commands.cache_verify(str(tmp_path / "none"), screen),
+        commands.cache_prune(str(tmp_path / "none"), older_than_days=1, console=screen),
+    ]
+
+    assert codes == [0, 0, 0]
+    assert not (tmp_path / "none").exists()
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [({}, "give --max-gb X"), ({"max_gb": -1.0}, "--max-gb is at least 0"), ({"older_than_days": -1.0}, "at least 0")],
+)
+def test_pruning_by_nothing_or_less_is_refused(tmp_path, options, message):
+    with pytest.raises(ValueError, match=message):
+        commands.cache_prune(str(tmp_path), **options)
+
+
+def test_without_a_terminal_a_long_factorisation_says_a_line_now_and_then(screen, monkeypatch):
+    monkeypatch.setattr(commands, "LINE_EVERY_S", 0.01)
+
+    with commands._bar(screen) as on_progress:
+        for done in range(3):
+            time.sleep(0.02)
+            on_progress(done, 3, "layers.0.q_proj")
+
+    assert said(screen).splitlines()[0] == "factoring: 0 of 3 weights, now layers.0.q_proj"
