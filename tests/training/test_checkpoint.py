@@ -1,0 +1,142 @@
+"""Checkpoints: whole or absent, verified, portable between numbers of ranks."""
+
+import json
+import os
+import threading
+
+import pytest
+import torch
+
+from launcher.ranks import Party, Ranks
+from launcher.training import checkpoint
+from launcher.training.checkpoint import Piece, load, newest, prune, save
+
+ALONE = Party(Ranks())
+
+
+def write(root, step, value=1.0, **meta):
+    return save(root, step, {"model/a": Piece.whole(torch.full((5, 3), value))}, meta, ALONE)
+
+
+class DictStore:
+    """The process group's key-value store, for ranks that are threads."""
+
+    def __init__(self):
+        self.values = {}
+
+    def set(self, key, value):
+        self.values[key] = value.encode()
+
+    def get(self, key):
+        return self.values[key]
+
+    def check(self, keys):
+        return all(key in self.values for key in keys)
+
+
+def test_what_is_saved_is_read_back_bit_for_bit(tmp_path):
+    tensors = {"f32": torch.randn(4, 2), "bf16": torch.randn(3).bfloat16(), "scalar": torch.tensor(2.5)}
+
+    folder = save(tmp_path, 7, {name: Piece.whole(value) for name, value in tensors.items()}, {"note": [1]}, ALONE)
+    found = load(folder)
+
+    assert folder.name == "step-000007"
+    assert (found.step, found.meta) == (7, {"note": [1]})
+    for name, value in tensors.items():
+        assert torch.equal(found.read(name), value)
+        assert found.read(name).dtype == value.dtype
+
+
+def test_rows_of_three_ranks_are_read_by_any_number(tmp_path):
+    """Three ranks save their rows; a reader takes any slice, across the files."""
+    whole, store = torch.arange(20.0).view(10, 2), DictStore()
+    borders = [(0, 4), (4, 7), (7, 10)]
+
+    def rank(number):
+        low, high = borders[number]
+        party = Party(Ranks(number, 3, number, 3), store)
+        save(tmp_path, 1, {"w": Piece(whole[low:high], (10, 2), low)}, {}, party)
+
+    threads = [threading.Thread(target=rank, args=(number,)) for number in range(3)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join(30)
+    found = newest(tmp_path)
+
+    assert len(list(found.folder.glob("*.safetensors"))) == 3
+    assert torch.equal(found.read("w"), whole)
+    for start, count in [(0, 1), (3, 2), (2, 8), (9, 1)]:
+        assert torch.equal(found.read("w", start, count), whole[start : start + count])
+
+
+@pytest.mark.parametrize("victim", ["rank-00000.safetensors", "index.json", "COMPLETE"])
+@pytest.mark.parametrize("damage", ["flip", "cut", "delete"])
+def test_a_damaged_checkpoint_is_named_and_the_one_before_is_used(tmp_path, caplog, victim, damage):
+    write(tmp_path, 1, 1.0)
+    file = write(tmp_path, 2, 2.0) / victim
+    content = bytearray(file.read_bytes())
+    if damage == "flip":
+        content[len(content) // 2] ^= 1
+        file.write_bytes(content)
+    elif damage == "cut":
+        file.write_bytes(content[:-1] if victim != "COMPLETE" else content[:-2])
+    else:
+        file.unlink()
+
+    found = newest(tmp_path)
+
+    assert found.step == 1
+    assert "step-000002" in caplog.text
+    assert victim in caplog.text or "index.json" in caplog.text
+
+
+def test_a_save_that_dies_leaves_the_older_checkpoint(tmp_path, monkeypatch):
+    write(tmp_path, 1)
+
+    def die(*_):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(checkpoint, "_seal", die)
+    with pytest.raises(KeyboardInterrupt):
+        write(tmp_path, 2)
+
+    assert newest(tmp_path).step == 1
+    monkeypatch.undo()
+    write(tmp_path, 2)
+    assert newest(tmp_path).step == 2
+    assert not list(tmp_path.glob("*.tmp"))
+
+
+def test_a_full_disk_is_the_users_mistake_and_keeps_the_older_checkpoint(tmp_path, monkeypatch):
+    write(tmp_path, 1)
+    monkeypatch.setattr(os, "fsync", lambda handle: (_ for _ in ()).throw(OSError(28, "No space left on device")))
+
+    with pytest.raises(ValueError, match=r"no space left for checkpoints in .*--output"):
+        write(tmp_path, 2)
+
+    monkeypatch.undo()
+    assert newest(tmp_path).step == 1
+    assert not list(tmp_path.glob("*.tmp"))
+
+
+def test_a_newer_format_is_refused_by_number(tmp_path):
+    folder = write(tmp_path, 1)
+    index = json.loads((folder / "index.json").read_text()) | {"format": 99}
+    text = json.dumps(index)
+    (folder / "index.json").write_text(text)
+    import hashlib
+
+    (folder / "COMPLETE").write_text(hashlib.sha256(text.encode()).hexdigest())
+
+    with pytest.raises(ValueError, match="has format 99, this version reads up to 1"):
+        load(folder)
+
+
+def test_retention_keeps_the_last_ones_and_the_best(tmp_path):
+    for step in (1, 2, 3, 4, 5):
+        write(tmp_path, step)
+
+    prune(tmp_path, keep_last=2, best_step=2)
+
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["step-000002", "step-000004", "step-000005"]
