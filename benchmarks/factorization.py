@@ -1,6 +1,6 @@
 """Factors from a panel against torch.linalg.lu of the whole weight, on the shapes of Llama-2-7B.
 
-    OMP_NUM_THREADS=1 python benchmarks/factorization.py            # about 3 minutes, one thread
+    OMP_NUM_THREADS=1 python benchmarks/factorization.py            # about 2 minutes, one thread
     OMP_NUM_THREADS=1 python benchmarks/factorization.py --quick    # under one minute: one repetition, rank 64 and 256
 
 Each repetition times the whole LU and every panel one after the other, so that a slow moment of the machine meets all
