@@ -118,6 +118,16 @@ def delta_weight(weight: Tensor, factors: Factors, core: Tensor, *, embedding: b
     return (B @ A).T if embedding else B @ A
 
 
+def rebuilt_error(panel: Tensor, pivots: Tensor, values: Tensor) -> float:
+    """How far factors rebuilt from this panel (m, r) are from the saved ones, judged by d_r (r,) and by L alone.
+
+    The relative distance of the two d_r plus what max |L| has above 1. Partial pivoting keeps |L| <= 1, so growth says
+    that the saved rows are no longer the ones to eliminate: L and the read map are then off by more than d_r shows.
+    """
+    lower, upper, _ = lu_of_panel(panel, pivots)
+    return float((upper.diagonal() - values).norm() / values.norm() + lower.abs().max() - 1)
+
+
 def probe_digest(weight: Any, shape: Sequence[int]) -> Tensor:
     """Digest (32,) uint8 of a tensor's shape and 64 fixed blocks of up to 16 numbers, spread over rows and columns.
 

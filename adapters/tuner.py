@@ -88,6 +88,12 @@ class LoLDUTuner(BaseTuner):
 
     def inject_adapter(self, model: nn.Module, adapter_name: str, *args: Any, **kwargs: Any) -> None:
         config: Any = self.peft_config[adapter_name]
+        layers = [layer for layer in model.modules() if isinstance(layer, FactorLayer)]
+        if merged := {name for layer in layers for name in layer.merged_adapters}:
+            raise ValueError(
+                f"{', '.join(sorted(merged))} is merged: unmerge before adding {adapter_name}, whose factors come from "
+                "the unmerged weights"
+            )
         self._clamped: Counter[int] = Counter()
         try:
             super().inject_adapter(model, adapter_name, *args, **kwargs)
@@ -96,6 +102,9 @@ class LoLDUTuner(BaseTuner):
                 f"no module matches target_modules={config.target_modules!r} (exclude_modules="
                 f"{config.exclude_modules!r}); this model has: {', '.join(adaptable_modules(model))}"
             ) from None
+        except ValueError:
+            self._take_back(model, adapter_name)
+            raise
         if self._clamped:
             shown = ", ".join(f"{r} on {count} weights" for r, count in sorted(self._clamped.items()))
             log.warning("rank %d is larger than some weights' smaller side and is clamped there: %s", config.r, shown)
@@ -121,10 +130,10 @@ class LoLDUTuner(BaseTuner):
                     f"them: leave it out (exclude_modules=['{target_name}']) or load with tie_word_embeddings=False"
                 )
             kind = FactorLinear if isinstance(target, (nn.Linear, Conv1D)) else FactorLayer
-            model_name = getattr(getattr(self.model, "config", None), "_name_or_path", None)
-            layer = kind(target, current_key, model_name)
+            layer = kind(target, current_key)
             layer.set_adapter([adapter_name] if isinstance(self.active_adapter, str) else self.active_adapter)
-        r = layer.update_layer(adapter_name, config)
+        loaded_from = getattr(getattr(self.model, "config", None), "_name_or_path", None)
+        r = layer.update_layer(adapter_name, config, (loaded_from, config.base_model_name_or_path))
         if r < config.r:
             self._clamped[r] += 1
         if adapter_name not in self.active_adapters:
@@ -132,11 +141,20 @@ class LoLDUTuner(BaseTuner):
         if layer is not target:
             self._replace_module(parent, target_name, layer, target)
 
+    def _take_back(self, model: nn.Module, adapter_name: str) -> None:
+        """Leave the model as it was before an injection that failed at a later layer."""
+        for name, layer in list(model.named_modules()):
+            if isinstance(layer, FactorLayer) and adapter_name in layer.maps:
+                layer.delete_adapter(adapter_name)
+                if not layer.maps:
+                    model.set_submodule(name, layer.get_base_layer())
+
     def _cast_adapter_dtype(self, adapter_name: str, autocast_adapter_dtype: bool = True) -> None:
         """Cores are float32 from the start, and the frozen maps stay in the base's dtype."""
 
     def _check_fingerprint(self, model: nn.Module, config: LoLDUConfig) -> None:
-        bases = [p for name, p in model.named_parameters() if p.ndim >= 2 and self.prefix not in name]
+        ours = (self.prefix, "modules_to_save.")
+        bases = [p for name, p in model.named_parameters() if p.ndim >= 2 and not any(part in name for part in ours)]
         if any(p.is_meta or not p.dtype.is_floating_point for p in bases) or getattr(model, "is_quantized", False):
             return  # nothing to probe yet, or packed: each adapted weight is checked by itself
         found = base_fingerprint(probe_digest(p.flatten(1), p.flatten(1).shape) for p in bases)

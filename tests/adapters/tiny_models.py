@@ -1,0 +1,62 @@
+"""Tiny models, and what every adapter test does with them."""
+
+import torch
+from peft import PeftModel, get_peft_model
+from torch import nn
+from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM
+
+from adapters import LoLDUConfig
+from adapters.layer import FactorLayer
+
+
+def tiny_llama(seed=0, **changes):
+    """A random Llama of 14,000 parameters; two layers, grouped keys and values, square, tall and wide weights."""
+    torch.manual_seed(seed)
+    sizes = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "vocab_size": 64}
+    heads = {"num_attention_heads": 4, "num_key_value_heads": 2, "max_position_embeddings": 64}
+    return LlamaForCausalLM(LlamaConfig(**{**sizes, **heads, "tie_word_embeddings": False, **changes})).eval()
+
+
+def tiny_gpt2(seed=0):
+    """A random GPT-2, whose layers are transformers' Conv1D and whose head is tied."""
+    torch.manual_seed(seed)
+    return GPT2LMHeadModel(GPT2Config(n_embd=32, n_layer=2, n_head=2, vocab_size=64, n_positions=64)).eval()
+
+
+def lm_config(**changes):
+    return LoLDUConfig(**{"r": 8, "target_modules": "all-linear", "task_type": "CAUSAL_LM", **changes})
+
+
+def adapted(model, seed=1, **changes) -> PeftModel:
+    """The model with an adapter whose cores are random, so that it differs from its base."""
+    return randomise(get_peft_model(model, lm_config(**changes)), seed=seed).eval()
+
+
+def randomise(model, adapter="default", seed=1, size=0.1):
+    """Random cores: size is that of the update relative to the weight, whatever the directions' norms."""
+    generator = torch.Generator().manual_seed(seed)
+    for layer in layers(model):
+        if adapter in layer.maps:
+            core = layer.maps[adapter].core
+            core.data = torch.randn(core.shape, generator=generator)
+            core.data *= size * layer.matrix().float().norm() / layer.get_delta_weight(adapter).float().norm()
+    return model
+
+
+def layers(model):
+    return [layer for layer in model.modules() if isinstance(layer, FactorLayer)]
+
+
+def tokens(vocabulary=64, shape=(2, 12), seed=3):
+    return torch.randint(vocabulary, shape, generator=torch.Generator().manual_seed(seed))
+
+
+@torch.no_grad()
+def logits(model, vocabulary=64):
+    return model(tokens(vocabulary)).logits
+
+
+def one_layer(layer: nn.Module, r=8, **changes):
+    """A model of one layer, and the same adapted with random cores."""
+    model = nn.Sequential(layer)
+    return randomise(get_peft_model(model, LoLDUConfig(r=r, target_modules=["0"], **changes)))
