@@ -92,7 +92,7 @@ def base_folder(model: str) -> Path:
     return folder
 
 
-def adapter_config(folder: Path) -> PeftConfig:
+def adapter_config(folder: Path) -> Any:
     """The PEFT config of an adapter folder whose weight file is whole. Raises ValueError naming what is not."""
     weights = folder / ADAPTER_WEIGHTS
     if not weights.is_file():
@@ -150,13 +150,13 @@ def load_model(source: Source, *, dtype: str = "auto", device: str = "auto") -> 
     return (attach(model, source.adapter) if source.adapter else model).eval()
 
 
-def attach(model: Any, folder: Path) -> PeftModel:
+def attach(model: Any, folder: Path, *, low_cpu_mem_usage: bool = False) -> PeftModel:
     """Put the adapter of a folder, of any PEFT method, on the model. Raises ValueError where it does not fit."""
     config = adapter_config(folder)
     with warnings.catch_warnings():
         warnings.filterwarnings("error", message=".*missing adapter keys.*")
         try:
-            return PeftModel.from_pretrained(model, str(folder), config=config)
+            return PeftModel.from_pretrained(model, str(folder), config=config, low_cpu_mem_usage=low_cpu_mem_usage)
         except (RuntimeError, UserWarning) as error:
             reason = next((line.strip() for line in str(error).splitlines() if "mismatch" in line), _line(error))
             raise ValueError(

@@ -1,0 +1,53 @@
+"""`loldu export-lora`: an adapter of ours as an ordinary LoRA adapter, read back by stock PEFT before it counts."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+
+from rich.console import Console
+
+from adapters import LoLDUConfig
+from adapters.lora_export import export_lora as write_lora
+from launcher.inference.merge import new_folder, probe_logits
+from launcher.inference.sources import adapter_config, find, load_model
+
+
+def export_lora(
+    adapter: str, *, out: str, base: str | None = None, tolerance: float = 1e-4, device: str = "auto"
+) -> Path:
+    """Write the adapter as a LoRA adapter that stock PEFT and LoRA servers load.
+
+    Args:
+        adapter: Adapter folder, or run folder (runs/NAME).
+        out: Folder to write; must not exist, or be empty.
+        base: Base model, where it is not the one that the adapter or run names.
+        tolerance: Largest difference of a logit, in float32, to the adapter itself; beyond it nothing is kept.
+        device: Where this is computed: auto (a GPU where there is one), cpu, cuda, ...
+    """
+    if not tolerance > 0:
+        raise ValueError(f"--tolerance is above 0, got {tolerance}")
+    source = replace(find(adapter, base=base), dtype="float32")
+    if source.adapter is None:
+        raise ValueError(f"{adapter} holds a whole model and no adapter: there is nothing to export")
+    config = adapter_config(source.adapter)
+    if not isinstance(config, LoLDUConfig):
+        raise ValueError(f"{adapter} is a {config.peft_type.value} adapter, not one of ours: PEFT loads it as it is")
+    console = Console(stderr=True, highlight=False, soft_wrap=True)
+    with new_folder(Path(out), "--out") as partial:
+        model = load_model(source, device=device)
+        model.peft_config["default"].base_model_name_or_path = source.base_name
+        wanted = probe_logits(model)
+        write_lora(model, partial)
+        del model
+        exported = load_model(replace(source, adapter=partial), device=device)
+        gap = float((probe_logits(exported) - wanted).abs().max())
+        if not gap <= tolerance:
+            raise RuntimeError(
+                f"the LoRA adapter is removed: its logits differ by {gap:.2g} from those of {adapter}, of which the "
+                f"largest is {float(wanted.abs().max()):.3g}; if that is rounding to you, raise --tolerance {tolerance:g}"
+            )
+        largest = f"largest difference of a logit {gap:.2g}, allowed {tolerance:g}"
+        console.print(f"checked: stock PEFT reads it back on {source.base_name}, {largest}")
+    console.print(f"LoRA adapter of rank {exported.peft_config['default'].r} in {out}")
+    return Path(out)

@@ -1,0 +1,355 @@
+"""`loldu merge`: base plus adapter as a plain Hugging Face folder, one weight in memory at a time.
+
+The base is never loaded. Its skeleton stands on the meta device with the adapter on it; each adapted weight is put
+in, gives its update from factors rebuilt from the saved pivots (checked as on any load), and is written at its place
+in a safetensors file whose header is known beforehand. Methods of PEFT other than ours are merged in memory.
+"""
+
+from __future__ import annotations
+
+import errno
+import json
+import math
+import os
+import shutil
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+from huggingface_hub import split_state_dict_into_shards_factory
+from rich.console import Console
+from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeRemainingColumn
+from safetensors import safe_open
+from torch import Tensor, nn
+
+from adapters import LoLDUConfig
+from adapters.checkpoint_files import TensorInfo, list_tensors, weight_of
+from adapters.layer import FactorLayer
+from launcher.factorization.targets import skeleton
+from launcher.inference.sources import DTYPES, Source, adapter_config, attach, context_length, find, load_model
+
+NAMES = {torch.float64: "F64", torch.float32: "F32", torch.bfloat16: "BF16", torch.float16: "F16"}
+FLOATS = {name: dtype for dtype, name in NAMES.items()}  # as safetensors writes them
+BYTES = {"F64": 8, "I64": 8, "U64": 8, "F32": 4, "I32": 4, "U32": 4, "F16": 2, "BF16": 2, "I16": 2, "U16": 2}
+BESIDE_WEIGHTS = (
+    "generation_config.json", "tokenizer*", "special_tokens_map.json", "added_tokens.json", "vocab.*", "merges.txt",
+    "spiece.model", "tekken.json", "chat_template*", "*processor_config.json", "LICENSE*", "NOTICE*", "USE_POLICY*",
+)  # fmt: skip
+# Allowed distance of the merged model's logits (`distance`). Measured on two small Llamas with random cores that move
+# the logits by 0.1 to 1.5: 3e-7 to 3e-4 in float32, 5e-4 to 0.01 in float16, 0.003 to 0.07 in bfloat16.
+TOLERANCE = {torch.float64: 1e-3, torch.float32: 1e-3, torch.float16: 0.02, torch.bfloat16: 0.1}
+
+
+@dataclass(frozen=True)
+class Entry:
+    """One tensor to write; dtype as safetensors names it."""
+
+    name: str
+    shape: tuple[int, ...]
+    dtype: str
+    make: Callable[[], Tensor]
+
+    @property
+    def size(self) -> int:
+        """Bytes."""
+        return math.prod(self.shape) * BYTES.get(self.dtype, 1)
+
+
+class Plan(NamedTuple):
+    """All that a merged checkpoint holds; untied: input and output embeddings are no longer one tensor."""
+
+    entries: list[Entry]
+    dtype: torch.dtype  # of the merged weights
+    untied: bool
+
+
+def merge(
+    adapter: str,
+    *,
+    out: str,
+    base: str | None = None,
+    dtype: str = "auto",
+    shard_gb: float = 5.0,
+    check: bool = True,
+    device: str = "auto",
+) -> Path:
+    """Write base and adapter as one plain Hugging Face model.
+
+    Args:
+        adapter: Adapter folder, or run folder (runs/NAME).
+        out: Folder to write; must not exist, or be empty.
+        base: Base model, where it is not the one that the adapter or run names.
+        dtype: Of the written weights: auto (each as in the base's files), float32, bfloat16 or float16.
+        shard_gb: Largest size of one weight file, in GB.
+        check: Load the result and base with adapter one after the other and compare their logits.
+        device: Where the check runs: auto (a GPU where there is one), cpu, cuda, ...
+    """
+    if dtype not in (*DTYPES, "auto"):
+        raise ValueError(f"--dtype {dtype} is unknown: give auto, {', '.join(DTYPES)}")
+    if not shard_gb > 0:
+        raise ValueError(f"--shard-gb is above 0, got {shard_gb}")
+    source = replace(find(adapter, base=base), dtype=None)
+    if source.adapter is None:
+        raise ValueError(f"{adapter} holds a whole model and no adapter: there is nothing to merge")
+    config = adapter_config(source.adapter)
+    console = Console(stderr=True, highlight=False, soft_wrap=True)
+    with new_folder(Path(out), "--out") as partial:
+        if not isinstance(config, LoLDUConfig):
+            console.print(f"{config.peft_type.value} is merged by PEFT, in memory: the whole model at once")
+            written = _merge_in_memory(source, partial, dtype, shard_gb)
+        else:
+            plan = plan_merge(source, DTYPES.get(dtype))
+            _write_checkpoint(plan, partial, shard_gb, console)
+            _write_config(source.base, partial, plan)
+            written = plan.dtype
+        for folder in dict.fromkeys((source.base, source.tokenizer)):
+            for pattern in BESIDE_WEIGHTS:
+                for file in folder.glob(pattern):
+                    if file.is_file() and not (partial / file.name).exists():
+                        shutil.copyfile(file, partial / file.name)
+        if check:
+            console.print(_compare(source, partial, written, device))
+    console.print(f"merged model in {out}")
+    return Path(out)
+
+
+def plan_merge(source: Source, dtype: torch.dtype | None) -> Plan:
+    """Every tensor of the merged checkpoint and how to make it, from headers and the adapter alone.
+
+    Raises ValueError where the base is quantised, or has the tensors of an adapted module under another name.
+    """
+    assert source.adapter is not None
+    if "quantization_config" in json.loads((source.base / "config.json").read_text(encoding="utf-8")):
+        raise ValueError(
+            f"{source.base} is stored quantised, and rounding again would lose the update: give its full-precision "
+            "original with --base"
+        )
+    tensors = list_tensors(source.base)
+    bare: Any = skeleton(source.base).float()
+    tied = bool(getattr(bare.config.get_text_config(), "tie_word_embeddings", False))
+    embeddings = (bare.get_input_embeddings(), bare.get_output_embeddings())
+    ends = [name for name, module in bare.named_modules() if any(module is end for end in embeddings)]
+    model = attach(bare, source.adapter, low_cpu_mem_usage=True).get_base_model()
+    layers = _adapted(model, tensors, source)
+    whole = _held_whole(model, tensors)
+    untied = tied and any(_stored_as(tensors, end) in whole for end in ends)
+    if untied:  # the base stores one tensor for both ends: the one that the adapter leaves alone needs it still
+        one = next(info for end in ends if (info := weight_of(tensors, end)))
+        tensors = tensors | {name: one for end in ends if (name := _stored_as(tensors, end)) not in tensors}
+    entries = [_entry(name, info, dtype, layers.get(name), whole.pop(name, None)) for name, info in tensors.items()]
+    entries += [_entry(name, None, dtype, None, value) for name, value in whole.items()]
+    adapted = {entry.dtype for entry in entries if entry.name in layers}
+    return Plan(entries, FLOATS[min(adapted, key=lambda name: (BYTES[name], name))], untied)
+
+
+def merged_weight(layer: FactorLayer, weight: Tensor) -> Tensor:
+    """The base's weight with the update of the layer's adapter, at least in float32; the layer gives up its maps.
+
+    Raises ValueError where the adapter was made for another weight.
+    """
+    wide = weight.to(torch.promote_types(weight.dtype, torch.float32))
+    layer.base.weight = nn.Parameter(wide, requires_grad=False)
+    layer.refresh()
+    merged = wide + layer.get_delta_weight("default").to(wide)
+    if not torch.isfinite(merged).all():
+        raise ValueError(f"{layer.name}: merging gives NaN or infinite weights; was the training stable?")
+    layer.base.weight = nn.Parameter(weight.to("meta"), requires_grad=False)
+    layer.maps.clear()
+    return merged
+
+
+@contextmanager
+def new_folder(out: Path, option: str) -> Iterator[Path]:
+    """A folder to fill, which takes the name `out` when the block ends well and is removed when it does not.
+
+    Raises ValueError where `out` holds something already, or the disk is full.
+    """
+    out = out.expanduser().absolute()
+    if out.exists() and not (out.is_dir() and not any(out.iterdir())):
+        raise ValueError(f"{option} {out} is there already and not empty: give another folder, or remove it first")
+    partial = out.with_name(f".{out.name}.{os.getpid()}.tmp")
+    try:
+        partial.mkdir(parents=True)
+        yield partial
+        os.replace(partial, out)
+    except OSError as error:
+        if error.errno in (errno.ENOSPC, errno.EDQUOT):
+            raise ValueError(f"no space left for {option} {out}: free some, or take another disk") from None
+        if isinstance(error, (PermissionError, FileExistsError, NotADirectoryError)):
+            raise ValueError(f"{option} {out} cannot be written ({error.strerror}): give another folder") from None
+        raise
+    finally:
+        shutil.rmtree(partial, ignore_errors=True)
+
+
+def probe_logits(model: Any) -> Tensor:
+    """Logits (4, tokens, vocabulary) in float32 on the CPU over fixed random tokens."""
+    length = min(32, context_length(model) or 32)
+    vocabulary = model.config.get_text_config().vocab_size
+    tokens = torch.randint(vocabulary, (4, length), generator=torch.Generator().manual_seed(0))
+    with torch.no_grad():
+        return model(tokens.to(next(model.parameters()).device)).logits.float().cpu()
+
+
+def write_safetensors(file: Path, entries: list[Entry], tick: Callable[[int], None]) -> None:
+    """Write tensors one by one; the safetensors library has only a writer that wants all of them in memory."""
+    header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
+    at = 0
+    entries = sorted(entries, key=lambda entry: -BYTES.get(entry.dtype, 1))  # keeps every tensor aligned
+    for entry in entries:
+        places = [at, at + entry.size]
+        header[entry.name] = {"dtype": entry.dtype, "shape": list(entry.shape), "data_offsets": places}
+        at += entry.size
+    text = json.dumps(header).encode()
+    text += b" " * (-len(text) % 8)
+    with open(file, "wb") as opened:
+        opened.write(len(text).to_bytes(8, "little") + text)
+        for entry in entries:
+            tensor = entry.make()
+            assert tuple(tensor.shape) == entry.shape, f"{entry.name}: {tuple(tensor.shape)}, planned {entry.shape}"
+            data = tensor.contiguous().reshape(-1).view(torch.uint8).numpy().data
+            assert len(data) == entry.size, f"{entry.name}: {len(data)} bytes, planned {entry.size}"
+            opened.write(data)
+            tick(entry.size)
+        opened.flush()
+        os.fsync(opened.fileno())
+
+
+def _adapted(model: nn.Module, tensors: dict[str, TensorInfo], source: Source) -> dict[str, FactorLayer]:
+    """The adapted layers by the name their weight has in the checkpoint."""
+    layers = {}
+    for layer in model.modules():
+        if isinstance(layer, FactorLayer):
+            info, shape = weight_of(tensors, layer.name), tuple(layer.base.weight.shape)
+            if info is None or info.dtype not in FLOATS or info.shape != shape:
+                found = "nothing" if info is None else f"{info.dtype} of shape {info.shape}"
+                raise ValueError(
+                    f"{source.base} has {found} for {layer.name}.weight, expected floating-point numbers of shape "
+                    f"{shape}: give the base's original with --base, or merge in memory with PEFT's merge_and_unload"
+                )
+            layers[info.name] = layer
+    return layers
+
+
+def _held_whole(model: nn.Module, tensors: dict[str, TensorInfo]) -> dict[str, Tensor]:
+    """What the adapter replaces (modules_to_save): beside our own maps all that is not on the meta device."""
+    whole = {}
+    for name, value in [*model.named_parameters(remove_duplicate=False), *model.named_buffers()]:
+        if not value.is_meta and f".{FactorLayer.adapter_layer_names[0]}." not in name:
+            module, _, last = name.replace(".modules_to_save.default", "").replace(".base_layer", "").rpartition(".")
+            whole[_stored_as(tensors, module, last)] = value.detach()
+    return whole
+
+
+def _stored_as(tensors: dict[str, TensorInfo], module: str, parameter: str = "weight") -> str:
+    info = weight_of(tensors, module, parameter)
+    return info.name if info else f"{module}.{parameter}"
+
+
+def _entry(
+    name: str, info: TensorInfo | None, dtype: torch.dtype | None, layer: FactorLayer | None, whole: Tensor | None
+) -> Entry:
+    """The tensor as the merged checkpoint has it: replaced, updated or as it was; floating-point ones in dtype."""
+    stored = info.dtype if info is not None else NAMES[whole.dtype]  # type: ignore[union-attr]
+    written = NAMES[dtype] if dtype is not None and stored in FLOATS else stored
+
+    def make() -> Tensor:
+        if whole is not None:
+            tensor = whole
+        else:
+            assert info is not None
+            with safe_open(info.file, framework="pt") as opened:
+                tensor = opened.get_tensor(info.name)
+            if layer is not None:
+                tensor = merged_weight(layer, tensor)
+        return tensor.to(FLOATS[written]) if written in FLOATS else tensor
+
+    shape = tuple(whole.shape) if whole is not None else info.shape  # type: ignore[union-attr]
+    return Entry(name, shape, written, make)
+
+
+def _write_checkpoint(plan: Plan, folder: Path, shard_gb: float, console: Console) -> None:
+    total = sum(entry.size for entry in plan.entries)
+    free = shutil.disk_usage(folder).free
+    if total > free:
+        raise ValueError(
+            f"the merged model takes {total / 1e9:.1f} GB and {folder.parent} has {free / 1e9:.1f} GB free: "
+            "free some, or give --out on another disk"
+        )
+    by_name = {entry.name: entry for entry in plan.entries}
+    split = split_state_dict_into_shards_factory(
+        by_name,
+        get_storage_size=lambda entry: entry.size,
+        filename_pattern="model{suffix}.safetensors",
+        max_shard_size=int(shard_gb * 1e9),
+    )
+    columns = (TextColumn("merging"), BarColumn(), DownloadColumn(), TimeRemainingColumn())
+    with Progress(*columns, console=console) as progress:
+        task = progress.add_task("merging", total=total)
+        for file, names in split.filename_to_tensors.items():
+            entries = [by_name[name] for name in names]
+            write_safetensors(folder / file, entries, lambda done: progress.advance(task, done))
+    if split.is_sharded:
+        index = {"metadata": {"total_size": total}, "weight_map": split.tensor_to_filename}
+        (folder / "model.safetensors.index.json").write_text(json.dumps(index, indent=2) + "\n", encoding="utf-8")
+
+
+def _write_config(base: Path, folder: Path, plan: Plan) -> None:
+    """The base's config.json with the dtype, and where the embeddings came apart without their tie."""
+    config = json.loads((base / "config.json").read_text(encoding="utf-8"))
+    for part in (config, *(value for value in config.values() if isinstance(value, dict))):
+        if part is config or {"dtype", "torch_dtype"} & part.keys():
+            part.pop("torch_dtype", None)
+            part["dtype"] = str(plan.dtype).removeprefix("torch.")
+        if plan.untied and (part is config or "tie_word_embeddings" in part):
+            part["tie_word_embeddings"] = False
+    (folder / "config.json").write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
+
+
+def _merge_in_memory(source: Source, folder: Path, dtype: str, shard_gb: float) -> torch.dtype:
+    model = load_model(source, dtype=dtype, device="cpu")
+    method = next(iter(model.peft_config.values())).peft_type.value
+    try:
+        merged = model.merge_and_unload(safe_merge=True)
+    except (AttributeError, NotImplementedError, TypeError):
+        raise ValueError(f"{method} cannot be merged into weights: use it as an adapter") from None
+    ends = (merged.get_input_embeddings(), merged.get_output_embeddings())
+    if all(ends) and ends[0].weight is not ends[1].weight:
+        merged.config.get_text_config().tie_word_embeddings = merged.config.tie_word_embeddings = False
+    merged.save_pretrained(folder, max_shard_size=int(shard_gb * 1e9))
+    return merged.dtype
+
+
+def _compare(source: Source, folder: Path, dtype: torch.dtype, device: str) -> str:
+    """Base with adapter against the merged folder, loaded one after the other, each in the dtype of its files.
+
+    Raises RuntimeError where their logits differ by more than the rounding of the weights explains.
+    """
+    model = load_model(source, device=device)
+    wanted, own = probe_logits(model), model.dtype
+    with model.disable_adapter():
+        effect = distance(wanted, probe_logits(model))
+    del model
+    merged = Source(base=folder, base_name=str(folder), tokenizer=folder)
+    gap = distance(probe_logits(load_model(merged, device=device)), wanted)
+    coarse = max((dtype, own), key=lambda kind: torch.finfo(kind).eps)
+    name = str(coarse).removeprefix("torch.")
+    allowed = TOLERANCE[coarse]
+    if torch.finfo(coarse).bits >= 32:
+        allowed = min(allowed, max(1e-5, effect / 10))  # a small update that got lost is no rounding
+    elif not gap <= allowed:  # a model so sensitive is as far from itself when it only runs in this dtype
+        runs = [probe_logits(load_model(source, dtype=kind, device=device)) for kind in (name, "float32")]
+        allowed = max(allowed, 3 * distance(*runs))
+    said = f"{gap:.2g} (relative; allowed {allowed:.2g} in {name}; the adapter moves them by {effect:.2g})"
+    if not gap <= allowed:
+        raise RuntimeError(f"the merged model is removed: its logits differ from base with adapter by {said}")
+    hint = f"; rounding to {name} hides much of it, --dtype float32 would not" if gap > effect / 2 > 0 else ""
+    return f"checked: logits differ from base with adapter by {said}{hint}"
+
+
+def distance(found: Tensor, wanted: Tensor) -> float:
+    """The norm of the difference as a share of the norm wanted."""
+    return float((found - wanted).norm() / wanted.norm())
