@@ -122,7 +122,7 @@ def _turn(
             context = context_length(model) or sys.maxsize
             ids, kept = fit(asked, system, template, tokenizer, context - min(sampling.max_tokens, context // 2))
             if len(kept) < len(asked):
-                notes.print(f"(the first {(len(asked) - len(kept)) // 2} questions no longer fit and are forgotten)")
+                notes.print("(the oldest part of the talk no longer fits and is forgotten)")
             asked = kept
         answered = stream(model, tokenizer, ids, sampling, write)
     except ValueError as error:

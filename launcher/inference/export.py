@@ -45,7 +45,7 @@ def export_lora(
         if not gap <= tolerance:
             raise RuntimeError(
                 f"the LoRA adapter is removed: its logits differ by {gap:.2g} from those of {adapter}, of which the "
-                f"largest is {float(wanted.abs().max()):.3g}; if that is rounding to you, raise --tolerance {tolerance:g}"
+                f"largest is {float(wanted.abs().max()):.3g}; if that is rounding, raise --tolerance {tolerance:g}"
             )
         largest = f"largest difference of a logit {gap:.2g}, allowed {tolerance:g}"
         console.print(f"checked: stock PEFT reads it back on {source.base_name}, {largest}")

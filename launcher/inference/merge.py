@@ -105,7 +105,7 @@ def merge(
             _write_checkpoint(plan, partial, shard_gb, console)
             _write_config(source.base, partial, plan)
             written = plan.dtype
-        for folder in dict.fromkeys((source.base, source.tokenizer)):
+        for folder in dict.fromkeys((source.tokenizer, source.base)):
             for pattern in BESIDE_WEIGHTS:
                 for file in folder.glob(pattern):
                     if file.is_file() and not (partial / file.name).exists():

@@ -1,0 +1,61 @@
+"""The exported LoRA: stock PEFT reads it and says what the adapter says."""
+
+import subprocess
+import sys
+
+import pytest
+import torch
+from peft import LoraConfig, get_peft_model
+from safetensors.torch import load_file
+from transformers import AutoModelForCausalLM
+
+from launcher.inference import export as module
+from launcher.inference.export import export_lora
+from launcher.inference.merge import probe_logits
+from launcher.inference.sources import find, load_model
+
+
+def test_stock_peft_without_our_packages_gives_the_adapters_logits(adapter, babyllama, tmp_path):
+    """A fresh process that never imports ours; 1e-4 is what the command promises in float32."""
+    out = export_lora(str(adapter), out=str(tmp_path / "lora"))
+
+    script = f"""
+import sys, torch
+from peft import PeftModel
+from transformers import AutoModelForCausalLM
+model = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained({str(babyllama)!r}), {str(out)!r}).eval()
+tokens = torch.randint(361, (4, 32), generator=torch.Generator().manual_seed(0))
+assert not any(name == "adapters" or name.startswith("adapters.") for name in sys.modules)
+from safetensors.torch import save_file
+save_file({{"logits": model(tokens).logits.detach()}}, {str(tmp_path / "logits")!r})
+"""
+    subprocess.run([sys.executable, "-c", script], check=True, cwd=tmp_path)
+
+    found = load_file(tmp_path / "logits")["logits"]
+    torch.testing.assert_close(found, probe_logits(load_model(find(str(adapter)))), rtol=0, atol=1e-4)
+    assert {file.name for file in out.iterdir()} >= {"adapter_config.json", "adapter_model.safetensors"}
+
+
+def test_an_export_that_goes_wrong_is_noticed_and_leaves_nothing(adapter, tmp_path, monkeypatch):
+    real = module.write_lora
+
+    def halved(model, out):
+        for name, parameter in model.named_parameters():
+            if name.endswith("core"):
+                parameter.data *= 0.5
+        real(model, out)
+
+    monkeypatch.setattr(module, "write_lora", halved)
+
+    with pytest.raises(RuntimeError, match=r"removed: its logits differ by .* raise --tolerance"):
+        export_lora(str(adapter), out=str(tmp_path / "lora"))
+
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_lora_is_not_exported_again(babyllama, tmp_path):
+    lora = LoraConfig(r=4, target_modules=["q_proj"], task_type="CAUSAL_LM")
+    get_peft_model(AutoModelForCausalLM.from_pretrained(babyllama), lora).save_pretrained(tmp_path / "a")
+
+    with pytest.raises(ValueError, match="is a LORA adapter, not one of ours"):
+        export_lora(str(tmp_path / "a"), out=str(tmp_path / "out"))

@@ -1,0 +1,177 @@
+"""Bad folders: each a ValueError of one line that names the folder and what to do."""
+
+import json
+import shutil
+
+import pytest
+import torch
+from peft import LoraConfig, get_peft_model
+from transformers import AutoModelForCausalLM
+
+from launcher.inference.sources import find, load
+
+
+def copy(folder, to):
+    shutil.copytree(folder, to)
+    return to
+
+
+def no_folder(babyllama, adapter, tmp_path):
+    return {"model": str(tmp_path / "nowhere")}, "neither a folder here nor in the hub cache"
+
+
+def empty_folder(babyllama, adapter, tmp_path):
+    return {"model": str(tmp_path)}, "holds no model"
+
+
+def no_weights(babyllama, adapter, tmp_path):
+    (copy(babyllama, tmp_path / "m") / "model.safetensors").unlink()
+    return {"model": str(tmp_path / "m")}, "holds no weights"
+
+
+def cut_weights(babyllama, adapter, tmp_path):
+    weights = copy(babyllama, tmp_path / "m") / "model.safetensors"
+    weights.write_bytes(weights.read_bytes()[:-100])
+    return {"model": str(tmp_path / "m")}, "damaged or cut short"
+
+
+def pickled_weights(babyllama, adapter, tmp_path):
+    weights = copy(babyllama, tmp_path / "m") / "model.safetensors"
+    weights.rename(tmp_path / "m" / "pytorch_model.bin")
+    return {"model": str(tmp_path / "m")}, "only as pickle"
+
+
+def no_tokenizer(babyllama, adapter, tmp_path):
+    (copy(babyllama, tmp_path / "m") / "tokenizer.json").unlink()
+    return {"model": str(tmp_path / "m")}, "has no tokenizer"
+
+
+def a_missing_tensor(babyllama, adapter, tmp_path):
+    from safetensors.torch import load_file, save_file
+
+    weights = copy(babyllama, tmp_path / "m") / "model.safetensors"
+    tensors = load_file(weights)
+    del tensors["model.norm.weight"]
+    save_file(tensors, weights, metadata={"format": "pt"})
+    return {"model": str(tmp_path / "m")}, "lacks 1 of its weights .model.norm.weight."
+
+
+def no_adapter_folder(babyllama, adapter, tmp_path):
+    return {"model": str(babyllama), "adapter": str(tmp_path)}, "is none: expected a folder with adapter_config.json"
+
+
+def adapter_without_weights(babyllama, adapter, tmp_path):
+    (copy(adapter, tmp_path / "a") / "adapter_model.safetensors").unlink()
+    return {"model": str(tmp_path / "a")}, "has no adapter_model.safetensors"
+
+
+def pickled_adapter(babyllama, adapter, tmp_path):
+    (copy(adapter, tmp_path / "a") / "adapter_model.safetensors").rename(tmp_path / "a" / "adapter_model.bin")
+    return {"model": str(tmp_path / "a")}, "only as pickle"
+
+
+def cut_adapter(babyllama, adapter, tmp_path):
+    weights = copy(adapter, tmp_path / "a") / "adapter_model.safetensors"
+    weights.write_bytes(weights.read_bytes()[:-10])
+    return {"model": str(tmp_path / "a")}, "damaged or cut short"
+
+
+def unknown_method(babyllama, adapter, tmp_path):
+    config = copy(adapter, tmp_path / "a") / "adapter_config.json"
+    config.write_text(json.dumps(json.loads(config.read_text()) | {"peft_type": "NEWEST"}))
+    return {"model": str(tmp_path / "a")}, "no config of a PEFT method known here"
+
+
+def base_gone(babyllama, adapter, tmp_path):
+    config = copy(adapter, tmp_path / "a") / "adapter_config.json"
+    config.write_text(json.dumps(json.loads(config.read_text()) | {"base_model_name_or_path": "gone/base"}))
+    return {"model": str(tmp_path / "a")}, "needs its base, gone/base, which is not here: give --base"
+
+
+def base_of_no_adapter(babyllama, adapter, tmp_path):
+    return {"model": str(babyllama), "base": str(babyllama)}, "is for an adapter"
+
+
+def two_bases(babyllama, adapter, tmp_path):
+    return {"model": str(babyllama), "adapter": str(adapter), "base": "x"}, "one too many"
+
+
+def adapter_as_base(babyllama, adapter, tmp_path):
+    return {"model": str(adapter), "base": str(adapter)}, "is an adapter and no base model"
+
+
+def unfinished_run(babyllama, adapter, tmp_path):
+    (tmp_path / "config.json").write_text(json.dumps({"config": {"model": {"model": str(babyllama)}, "data": {}}}))
+    return {"model": str(tmp_path)}, "has saved no adapter yet"
+
+
+@pytest.mark.parametrize(
+    "case",
+    [
+        no_folder, empty_folder, no_weights, cut_weights, pickled_weights, no_tokenizer, a_missing_tensor,
+        no_adapter_folder, adapter_without_weights, pickled_adapter, cut_adapter, unknown_method, base_gone,
+        base_of_no_adapter, two_bases, adapter_as_base, unfinished_run,
+    ],
+)  # fmt: skip
+def test_a_bad_folder_is_one_line_with_a_remedy(case, babyllama, adapter, tmp_path):
+    given, said = case(babyllama, adapter, tmp_path)
+
+    with pytest.raises(ValueError, match=said) as caught:
+        load(find(**given))
+
+    assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize("other", ["stories", "stranger"])
+def test_an_adapter_of_another_base_is_refused_whether_shapes_differ_or_not(adapter, other, request):
+    base = request.getfixturevalue(other)
+
+    with pytest.raises(ValueError, match="does not fit this base") as caught:
+        load(find(str(adapter), base=str(base)))
+
+    assert "\n" not in str(caught.value)
+
+
+def test_a_lora_of_another_shape_is_refused_in_one_line(babyllama, stories, tmp_path):
+    lora = LoraConfig(r=4, target_modules=["q_proj"], task_type="CAUSAL_LM")
+    get_peft_model(AutoModelForCausalLM.from_pretrained(stories), lora).save_pretrained(tmp_path)
+
+    with pytest.raises(ValueError, match=r"does not fit this base .*size mismatch") as caught:
+        load(find(str(tmp_path), base=str(babyllama)))
+
+    assert "\n" not in str(caught.value)
+
+
+def test_an_adapter_file_that_lacks_a_tensor_is_refused(adapter, tmp_path):
+    from safetensors.torch import load_file, save_file
+
+    copy(adapter, tmp_path / "a")
+    tensors = load_file(adapter / "adapter_model.safetensors")
+    del tensors[next(name for name in tensors if name.endswith("core"))]
+    save_file(tensors, tmp_path / "a" / "adapter_model.safetensors")
+
+    with pytest.raises(ValueError, match="does not fit"):
+        load(find(str(tmp_path / "a")))
+
+
+def test_a_fully_tuned_run_is_its_model_with_the_tokenizer_of_its_base(babyllama, tmp_path):
+    run = tmp_path / "run"
+    copy(babyllama, run / "model")
+    for file in (run / "model").glob("tokenizer*"):
+        file.unlink()
+    config = {"config": {"model": {"model": str(babyllama)}, "data": {"prompt_template": "short"}}}
+    (run / "config.json").write_text(json.dumps(config))
+
+    source = find(str(run))
+
+    assert (source.base, source.tokenizer, source.template) == (run / "model", babyllama, "short")
+    assert source.adapter is None
+
+
+def test_a_runs_dtype_is_the_default_and_another_may_be_asked_for(run_folder):
+    source = find(str(run_folder))
+
+    as_recorded = load(source)[0].dtype
+    asked = load(source, dtype="bfloat16")[0].dtype
+
+    assert (as_recorded, asked) == (torch.float32, torch.bfloat16)
