@@ -11,6 +11,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from safetensors import SafetensorError
 
 from adapters.factors import Factors, loldu_factors
 from launcher.factorization import cache
@@ -31,7 +32,7 @@ def stored(folder: Path, key: str = KEY, **shape: int) -> Path:
 
 def flip(file: Path, at: int) -> None:
     data = bytearray(file.read_bytes())
-    data[at] ^= 0xFF
+    data[at] ^= 1  # a digit of the header stays a digit
     file.write_bytes(data)
 
 
@@ -166,19 +167,21 @@ def test_an_answer_to_another_question_is_no_answer(tmp_path):
     assert cache.recall(tmp_path, {"rank": 4}) is None
 
 
-def _store_again_and_again(folder: Path, start, failed) -> None:
+def _store_again_and_again(folder: Path, name: str, start, failed) -> None:
     start.wait()
     for _ in range(20):
-        stored(folder, m=400)
+        cache.store(folder, KEY, some_factors(m=400), {"name": name, "rank": 6})
         if cache.load(folder, KEY) is None:
             failed.set()
 
 
 def test_eight_processes_storing_one_key_at_once_leave_one_valid_file(tmp_path):
-    """Each also reads between its writes: at no moment is there a file that does not verify."""
+    """Each also reads between its writes: at no moment is there a file that does not verify. Names of different length
+    (one content under two names) make headers of different length, so a reader must not mix two files."""
     fork = multiprocessing.get_context("fork")
     start, failed = fork.Barrier(8), fork.Event()
-    writers = [fork.Process(target=_store_again_and_again, args=(tmp_path, start, failed)) for _ in range(8)]
+    names = ["q" * (50 * i) for i in range(8)]
+    writers = [fork.Process(target=_store_again_and_again, args=(tmp_path, name, start, failed)) for name in names]
 
     for writer in writers:
         writer.start()
@@ -189,6 +192,39 @@ def test_eight_processes_storing_one_key_at_once_leave_one_valid_file(tmp_path):
     assert not failed.is_set()
     assert [file.name for file in (tmp_path / "factors").iterdir()] == [f"{KEY}.safetensors"]
     assert_same(cache.load(tmp_path, KEY), some_factors(m=400))
+
+
+@pytest.mark.parametrize("error", [RuntimeError("size is smaller than the required mapping"), SafetensorError("bad")])
+def test_a_file_replaced_while_it_was_read_is_read_again_and_not_damaged(tmp_path, monkeypatch, caplog, error):
+    """safetensors opens a file twice; this is what it says when the second is another one."""
+    stored(tmp_path)
+    real, opened = cache.safe_open, []
+
+    def open_while_another_job_stores(file, framework):
+        opened.append(file)
+        if len(opened) == 1:
+            stored(tmp_path)
+            raise error
+        return real(file, framework=framework)
+
+    monkeypatch.setattr(cache, "safe_open", open_while_another_job_stores)
+    factors = cache.load(tmp_path, KEY)
+
+    assert_same(factors, some_factors())
+    assert caplog.text == ""
+
+
+def test_running_out_of_memory_while_reading_is_no_damage(tmp_path, monkeypatch):
+    file = stored(tmp_path)
+
+    def no_memory(*_args, **_options):
+        raise RuntimeError("DefaultCPUAllocator: can't allocate memory")
+
+    monkeypatch.setattr(cache, "safe_open", no_memory)
+    with pytest.raises(RuntimeError, match="allocate"):
+        cache.load(tmp_path, KEY)
+
+    assert file.exists()
 
 
 def test_a_folder_that_cannot_be_written_is_named_with_the_remedy(tmp_path):
