@@ -13,19 +13,21 @@ import torch
 from peft import LoraConfig, PeftModel, get_peft_model_state_dict
 from safetensors.torch import save_file
 from torch import Tensor
+from transformers.pytorch_utils import Conv1D
 
 from adapters.layer import FactorLayer
 
 
 def as_lora(model: PeftModel, adapter_name: str = "default") -> tuple[LoraConfig, dict[str, Tensor]]:
-    """The LoRA config and its tensors, named as PEFT saves them."""
-    ours: Any = model.peft_config[adapter_name]
+    """The LoRA config and its tensors, named as PEFT saves them. ValueError where the adapter is none of ours."""
     tensors: dict[str, Tensor] = {}
     ranks: dict[str, int] = {}
+    transposed = False
     for name, layer in model.named_modules():
         if isinstance(layer, FactorLayer) and adapter_name in layer.maps:
             A, B = layer.lora(adapter_name)
             ranks[layer.name] = len(A)
+            transposed |= isinstance(layer.base, Conv1D)
             if layer.embedding:
                 parts = {"lora_embedding_A": A, "lora_embedding_B": B}
             elif len(layer.base.weight.shape) == 4:
@@ -34,6 +36,10 @@ def as_lora(model: PeftModel, adapter_name: str = "default") -> tuple[LoraConfig
             else:
                 parts = {"lora_A.weight": A, "lora_B.weight": B}
             tensors |= {f"{name}.{part}": value.float().contiguous().cpu() for part, value in parts.items()}
+    if not ranks:
+        known = ", ".join(f"{name} ({config.peft_type})" for name, config in model.peft_config.items())
+        raise ValueError(f"there is no adapter of this family named {adapter_name}; the model has {known}")
+    ours: Any = model.peft_config[adapter_name]
     family = model.base_model.prefix
     saved = get_peft_model_state_dict(model, adapter_name=adapter_name, save_embedding_layers=False)
     tensors |= {name: value.contiguous().cpu() for name, value in saved.items() if f".{family}" not in name}
@@ -45,6 +51,7 @@ def as_lora(model: PeftModel, adapter_name: str = "default") -> tuple[LoraConfig
         rank_pattern=other,
         alpha_pattern=dict(other),
         target_modules=sorted(ranks),
+        fan_in_fan_out=transposed,
         modules_to_save=ours.modules_to_save,
         task_type=ours.task_type,
         base_model_name_or_path=ours.base_model_name_or_path,

@@ -6,6 +6,8 @@ import logging
 import math
 import warnings
 from collections import Counter
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -68,7 +70,7 @@ class LoLDUConfig(PeftConfig):
         self.peft_type = LOLDU
         if isinstance(self.target_modules, (list, tuple)):
             self.target_modules = sorted(set(self.target_modules))
-        if not (isinstance(self.r, int) and self.r >= 1):
+        if type(self.r) is not int or self.r < 1:  # True is an int too
             raise ValueError(f"LoLDUConfig.r is a whole number of at least 1, got {self.r!r}")
         if not (math.isfinite(self.scale) and self.scale != 0):
             raise ValueError(f"LoLDUConfig.scale is a finite number other than 0, got {self.scale}")
@@ -112,7 +114,8 @@ class LoLDUTuner(BaseTuner):
 
     def _prepare_model(self, peft_config: PeftConfig, model: Any) -> None:
         """Note which weights belong to two modules (a tied head): an adapter on one would not reach the other."""
-        owners = Counter(id(m.weight) for m in model.modules() if isinstance(getattr(m, "weight", None), nn.Parameter))
+        own = (m._parameters.get("weight") for m in model.modules())  # m.weight would count PEFT's wrappers too
+        owners = Counter(id(weight) for weight in own if weight is not None)
         self._shared = {weight for weight, count in owners.items() if count > 1}
         if getattr(getattr(model, "config", None), "tie_word_embeddings", False):
             ends = (model.get_input_embeddings(), model.get_output_embeddings())
@@ -148,6 +151,20 @@ class LoLDUTuner(BaseTuner):
                 layer.delete_adapter(adapter_name)
                 if not layer.maps:
                     model.set_submodule(name, layer.get_base_layer())
+
+    @staticmethod
+    def _check_target_module_exists(peft_config: Any, key: str) -> Any:
+        """all-linear also names the copies of a module that another adapter trains whole: they are no targets."""
+        if {"modules_to_save", "original_module"} & set(key.split(".")):
+            return False
+        return BaseTuner._check_target_module_exists(peft_config, key)
+
+    @contextmanager
+    def _enable_peft_forward_hooks(self, *args: Any, adapter_names: Any = None, **kwargs: Any) -> Iterator[None]:
+        """PEFT drops adapter_names (one per sample, LoRA's alone) silently where a method has no such hook."""
+        if adapter_names is not None:
+            raise ValueError("LoLDU has no adapter_names per sample: set_adapter, and run each adapter's samples apart")
+        yield
 
     def _cast_adapter_dtype(self, adapter_name: str, autocast_adapter_dtype: bool = True) -> None:
         """Cores are float32 from the start, and the frozen maps stay in the base's dtype."""

@@ -12,7 +12,8 @@ from adapters.layer import FactorLayer
 def tiny_llama(seed=0, **changes):
     """A random Llama of 14,000 parameters; two layers, grouped keys and values, square, tall and wide weights."""
     torch.manual_seed(seed)
-    sizes = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "vocab_size": 64}
+    sizes: dict = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "vocab_size": 64}
+    sizes["initializer_range"] = 0.2  # logits of size 1, which every layer moves; the default 0.02 leaves them at 0.1
     heads = {"num_attention_heads": 4, "num_key_value_heads": 2, "max_position_embeddings": 64}
     return LlamaForCausalLM(LlamaConfig(**{**sizes, **heads, "tie_word_embeddings": False, **changes})).eval()
 
@@ -20,7 +21,9 @@ def tiny_llama(seed=0, **changes):
 def tiny_gpt2(seed=0):
     """A random GPT-2, whose layers are transformers' Conv1D and whose head is tied."""
     torch.manual_seed(seed)
-    return GPT2LMHeadModel(GPT2Config(n_embd=32, n_layer=2, n_head=2, vocab_size=64, n_positions=64)).eval()
+    return GPT2LMHeadModel(
+        GPT2Config(n_embd=32, n_layer=2, n_head=2, vocab_size=64, n_positions=64, initializer_range=0.2)
+    ).eval()
 
 
 def lm_config(**changes):
