@@ -371,8 +371,8 @@ def test_a_full_disk_on_one_rank_is_named_on_all(model, folder, monkeypatch):
     assert_nothing_half_written(folder)
 
 
-def _work_until_killed(port: int, model: Path, folder: Path) -> None:
-    distribute.make = lambda *_args: time.sleep(60)
+def _work_until_killed(port: int, model: Path, folder: Path, working) -> None:
+    distribute.make = lambda *_args: time.sleep(1) or working.set() or time.sleep(60)
     store = dist.TCPStore("127.0.0.1", port, is_master=False)
     factorize(requests_for(model), folder, Party(Ranks(1, 2, 1, 2), store))
 
@@ -381,9 +381,11 @@ def test_a_killed_rank_is_named_with_its_weight(model, folder, monkeypatch):
     """With a shorter patience than the real one, so that the test is quick."""
     monkeypatch.setattr(distribute, "SILENCE_S", 1.5)
     store = dist.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
-    other = multiprocessing.get_context("fork").Process(target=_work_until_killed, args=(store.port, model, folder))
+    fork = multiprocessing.get_context("fork")
+    working = fork.Event()
+    other = fork.Process(target=_work_until_killed, args=(store.port, model, folder, working))
     other.start()
-    threading.Timer(1.0, lambda: os.kill(other.pid, signal.SIGKILL)).start()
+    threading.Thread(target=lambda: working.wait(30) and os.kill(other.pid, signal.SIGKILL)).start()
 
     with pytest.raises(RuntimeError, match=r"no word from rank 1 .* last heard of at layers\.\d\.\w+: it died"):
         factorize(requests_for(model), folder, Party(Ranks(0, 2, 0, 2), store))
