@@ -147,6 +147,10 @@ class RunConfig:
     """Run folder; without it runs/<recipe>-<time>."""
     sharding: Literal["none", "ddp", "fsdp2", "hsdp", "zero2", "zero3"] | None = None
     """How base and factors lie over the processes; without it none for one process, ddp for several."""
+    shard_size: int = 0
+    """With hsdp: processes that share one copy of the model; 0: those of a node."""
+    cpu_offload: bool = False
+    """With fsdp2 and hsdp: keep the shards in main memory between their uses on the GPU."""
     cache: str | None = None
     """Folder of the factor cache; without it the user's cache directory (XDG_CACHE_HOME/loldu)."""
     verify_base: bool = False
@@ -169,8 +173,10 @@ class RunConfig:
     """Held-out questions answered on the screen before and after training."""
 
     def __post_init__(self) -> None:
-        for name in ("save_every", "keep_last", "eval_every", "patience", "max_seconds", "show_samples"):
+        for name in ("shard_size", "save_every", "keep_last", "eval_every", "patience", "max_seconds", "show_samples"):
             _at_least(f"run.{name}", getattr(self, name), 0)
+        if self.cpu_offload and self.sharding not in ("fsdp2", "hsdp"):
+            raise ValueError(f"--cpu-offload goes with --sharding fsdp2 or hsdp, got {self.sharding}")
         if self.patience and not self.eval_every:
             raise ValueError(f"--patience {self.patience} needs evaluations to watch: give --eval-every N")
 

@@ -14,17 +14,16 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from launcher.config import Config, OptimizerConfig
 from launcher.inference.generate import answer
 from launcher.ranks import Party
-from launcher.training.checkpoint import Checkpoint, Piece, prune, save
+from launcher.training.checkpoint import Checkpoint, prune, save
 from launcher.training.data import Encoded, batch_indices, collate, share, target_tokens
-from launcher.training.model import trained_parameters
 from launcher.training.preemption import StopRequest
 from launcher.training.report import Events, Rate, Screen, memory_gib
-from launcher.training.sharding import sum_over_ranks
+from launcher.training.sharding import Replicated, sum_over_ranks
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -41,7 +40,7 @@ class Job:
     """Everything a run needs, loaded and checked."""
 
     config: Config
-    model: Any
+    engine: Replicated
     tokenizer: Any
     train: Encoded
     rows: Sequence[Any]  # what batch_size counts: sample numbers, or lists of them when packing
@@ -81,14 +80,9 @@ def learning_rate_at(step: int, steps: int, config: OptimizerConfig) -> float:
 def train(job: Job, resume: Checkpoint | None) -> str:
     """Train to the end or until asked to stop; returns "finished" or "stopped". Called by all ranks."""
     config, ranks = job.config, job.party.ranks
-    parameters = trained_parameters(job.model)
-    optimizer = torch.optim.AdamW(
-        parameters.values(),
-        lr=config.optimizer.learning_rate,
-        betas=(config.optimizer.adam_beta1, config.optimizer.adam_beta2),
-        weight_decay=config.optimizer.weight_decay,
-    )
-    progress = restore(resume, parameters, optimizer) if resume else Progress()
+    progress = Progress(**resume.meta["progress"]) if resume else Progress()
+    if resume:
+        job.engine.restore(resume)
     events = Events(job.output / "events.jsonl", progress.step) if ranks.is_main else None
     evaluated = {event["step"] for event in events.kept if "eval_loss" in event} if events else set()
     last_save, rate, status = progress.step, Rate(), "finished"
@@ -103,8 +97,7 @@ def train(job: Job, resume: Checkpoint | None) -> str:
         if events is not None:
             events.sync()
         meta = {"identity": job.identity, "progress": vars(progress), "world_size": ranks.world_size}
-        pieces = state_pieces(parameters, optimizer) if ranks.is_main else {}
-        save(job.output / "checkpoints", progress.step, pieces, meta, job.party)
+        save(job.output / "checkpoints", progress.step, job.engine.pieces(), meta, job.party)
         if ranks.is_main:
             prune(job.output / "checkpoints", config.run.keep_last, progress.best_step)
 
@@ -125,15 +118,12 @@ def train(job: Job, resume: Checkpoint | None) -> str:
         while progress.step < job.steps:
             step = progress.step + 1
             lr = learning_rate_at(step, job.steps, config.optimizer)
-            for group in optimizer.param_groups:
-                group["lr"] = lr
-            loss, norm, tokens, asked = one_step(job, step, list(parameters.values()))
+            loss, tokens, asked = gradients(job, step)
             if not math.isfinite(loss):
                 raise ValueError(
                     f"the loss is {loss} at step {step}: lower --learning-rate {config.optimizer.learning_rate}"
                 )
-            optimizer.step()
-            optimizer.zero_grad()
+            norm = job.engine.update(lr)
             progress.step, progress.tokens = step, progress.tokens + tokens
             tell({"step": step, "loss": loss, "lr": lr, "grad_norm": norm, "tokens": tokens})
             bar(step, f"loss {loss:.4f}  {rate.add(tokens):,.0f} tokens/s  {memory_gib():.1f} GiB")
@@ -158,8 +148,8 @@ def train(job: Job, resume: Checkpoint | None) -> str:
     return status
 
 
-def one_step(job: Job, step: int, parameters: list[nn.Parameter]) -> tuple[float, float, int, bool]:
-    """Gradients of global batch `step`: loss, gradient norm before clipping, tokens, and whether any rank must stop."""
+def gradients(job: Job, step: int) -> tuple[float, int, bool]:
+    """Gradients of global batch `step`; returns its loss and tokens, and whether any rank was asked to stop."""
     optimizer, ranks = job.config.optimizer, job.party.ranks
     rows = [job.rows[i] for i in batch_indices(optimizer.seed, step - 1, optimizer.batch_size, len(job.rows))]
     targets = target_tokens(job.train, rows)
@@ -169,12 +159,11 @@ def one_step(job: Job, step: int, parameters: list[nn.Parameter]) -> tuple[float
     for start in range(0, len(mine), size):
         torch.manual_seed(_seed(optimizer.seed, step, ranks.rank, start))  # dropout; so there is no state to save
         loss = loss_of(job, job.train, mine[start : start + size], targets, packing=job.config.data.packing)
-        loss.backward()
+        (loss * job.engine.loss_scale).backward()
         total += loss.detach()
     asked = torch.tensor(float(job.stop.asked()), device=job.device)
-    total, stops = sum_over_ranks(parameters, [total, asked], ranks.world_size)
-    norm = nn.utils.clip_grad_norm_(parameters, optimizer.clip_norm or math.inf)
-    return float(total), float(norm), tokens_in(job.train, rows), bool(stops > 0)
+    total, stops = job.engine.reduce([total, asked])
+    return float(total), tokens_in(job.train, rows), bool(stops > 0)
 
 
 def loss_of(job: Job, data: Encoded, rows: Sequence[Any], targets: int, *, packing: bool) -> Tensor:
@@ -182,21 +171,25 @@ def loss_of(job: Job, data: Encoded, rows: Sequence[Any], targets: int, *, packi
     kind: Any = "flash" if job.attention == "flash_attention_2" else "sdpa"
     batch = collate(data, rows, pad_id=job.tokenizer.pad_token_id or 0, packing=packing, attention=kind)
     batch = {name: part.to(job.device) if isinstance(part, Tensor) else part for name, part in batch.items()}
-    return job.model(**batch, num_items_in_batch=targets, use_cache=False).loss
+    return job.engine.model(**batch, num_items_in_batch=targets, use_cache=False).loss
 
 
 def evaluate(job: Job) -> dict[str, float]:
     """Held-out loss per target token, and exact_match where asked for. Called by all ranks, which share the samples."""
     assert job.held_out is not None
-    ranks, model = job.party.ranks, job.model
+    ranks, model, lengths = job.party.ranks, job.engine.model, job.held_out.lengths
     size = job.config.optimizer.micro_batch_size or 16
-    samples = sorted(range(len(job.held_out)), key=lambda i: job.held_out.lengths[i])  # type: ignore[union-attr]
+    samples = sorted(range(len(lengths)), key=lambda i: lengths[i])
+    # Every rank makes as many forward passes, since a sharded model gathers in each: the last may be for show.
+    rounds = -(-len(samples) // (size * ranks.world_size))
     mine = samples[ranks.rank :: ranks.world_size]
     total, right = torch.zeros((), device=job.device), torch.zeros((), device=job.device)
     model.eval()
     with torch.no_grad():
-        for start in range(0, len(mine), size):
-            total += loss_of(job, job.held_out, mine[start : start + size], 1, packing=False)
+        for start in range(0, rounds * size, size):
+            part = mine[start : start + size]
+            loss = loss_of(job, job.held_out, part or samples[:1], 1, packing=False)
+            total += loss if part else 0
         if job.config.data.exact_match:
             questions = job.questions[ranks.rank :: ranks.world_size]
             written = write_answers(job, questions)
@@ -212,7 +205,7 @@ def evaluate(job: Job) -> dict[str, float]:
 def write_answers(job: Job, questions: Sequence[Question]) -> list[str]:
     """Greedy answers, stripped of surrounding blanks."""
     ids = answer(
-        job.model,
+        job.engine.model,
         job.tokenizer,
         [question.prompt_ids for question in questions],
         max_tokens=job.config.data.answer_tokens,
@@ -224,29 +217,6 @@ def tokens_in(data: Encoded, rows: Sequence[Any]) -> int:
     """Tokens of these rows, prompts included, padding not."""
     samples = [sample for row in rows for sample in (row if isinstance(row, list) else [row])]
     return int((data.offsets[torch.tensor(samples) + 1] - data.offsets[torch.tensor(samples)]).sum())
-
-
-def state_pieces(parameters: dict[str, nn.Parameter], optimizer: torch.optim.Optimizer) -> dict[str, Piece]:
-    """The trained state by name: model/NAME, and optimizer/NAME/exp_avg and exp_avg_sq once there was a step."""
-    pieces = {}
-    for name, parameter in parameters.items():
-        pieces[f"model/{name}"] = Piece.whole(parameter.data)
-        state = optimizer.state.get(parameter, {})
-        for part in ("exp_avg", "exp_avg_sq"):
-            if part in state:
-                pieces[f"optimizer/{name}/{part}"] = Piece.whole(state[part])
-    return pieces
-
-
-def restore(found: Checkpoint, parameters: dict[str, nn.Parameter], optimizer: torch.optim.Optimizer) -> Progress:
-    """Put a checkpoint's state back, bit for bit."""
-    progress = Progress(**found.meta["progress"])
-    for name, parameter in parameters.items():
-        parameter.data.copy_(found.read(f"model/{name}"))
-        if progress.step:
-            moments = {part: found.read(f"optimizer/{name}/{part}").to(parameter) for part in ("exp_avg", "exp_avg_sq")}
-            optimizer.state[parameter] = {"step": torch.tensor(float(progress.step)), **moments}
-    return progress
 
 
 def _seed(*parts: int) -> int:

@@ -5,19 +5,25 @@ from __future__ import annotations
 import importlib.util
 import json
 import logging
+import re
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import torch
+from accelerate import init_empty_weights
 from peft import PeftConfig, get_peft_model
 from peft.mapping import PEFT_TYPE_TO_CONFIG_MAPPING
-from torch import nn
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from torch import Tensor, nn
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
 import adapters
-from adapters.checkpoint_files import list_tensors, local_folder
+from adapters import Factors
+from adapters.checkpoint_files import list_tensors, local_folder, open_tensor, weight_of
+from adapters.layer import FactorLayer
+from adapters.tuner import LOLDU
 from launcher.config import AdapterConfig, ModelConfig, nearest
+from launcher.training.sharding import local_slices, with_local
 
 log = logging.getLogger(__name__)
 
@@ -117,7 +123,7 @@ def build(
 ) -> nn.Module:
     """The model ready to train on one device: base frozen (unless adapter is None), cores float32.
 
-    factors(name, (m, n)) hands out the frozen factors of our methods.
+    factors(module) hands out the frozen factors of our methods.
     """
     base: Any = AutoModelForCausalLM.from_pretrained(
         folder,
@@ -131,10 +137,72 @@ def build(
         base.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
     if adapter is None:
         return base.to(device)
-    with adapters.factors_from(factors):
+    with adapters.factors_from(lambda module, shape: factors(module)):
         return get_peft_model(base, adapter, autocast_adapter_dtype=True).to(device)
 
 
-def trained_parameters(model: nn.Module) -> dict[str, nn.Parameter]:
-    """Name and parameter of everything that trains, in the model's order."""
-    return {name: parameter for name, parameter in model.named_parameters() if parameter.requires_grad}
+def skeleton(config: ModelConfig, folder: Path, adapter: PeftConfig | None, *, dtype: str, attention: str) -> nn.Module:
+    """The model with its adapter on the meta device: shapes and names, no memory; buffers are real."""
+    settings = AutoConfig.from_pretrained(folder, trust_remote_code=config.trust_remote_code)
+    with init_empty_weights(include_buffers=False):
+        base: Any = AutoModelForCausalLM.from_config(
+            settings,
+            dtype=getattr(torch, dtype),
+            attn_implementation=attention,
+            trust_remote_code=config.trust_remote_code,
+        )
+    base.tie_weights()
+    base.name_or_path = str(folder.resolve()) if Path(config.model).is_dir() else config.model
+    if config.gradient_checkpointing:
+        base.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+    if adapter is None:
+        return base
+    if adapter.peft_type != LOLDU:
+        raise ValueError(f"method {str(adapter.peft_type).lower()} cannot be sharded yet: give --sharding ddp")
+    return get_peft_model(base, adapter)
+
+
+def fill(model: nn.Module, folder: Path, factors: Callable[[str, slice], Factors], device: torch.device) -> None:
+    """Give every parameter on meta its values, reading from disk only the part that this rank holds.
+
+    factors(module, rows) hands out the frozen factors with those rows of `write`. Raises ValueError naming tensors that
+    the checkpoint lacks or has in another shape.
+    """
+    for layer in [module for module in model.modules() if isinstance(module, FactorLayer)]:
+        for factor_map in layer.maps.values():
+            frozen = factors(layer.name, local_slices(factor_map.write)[0])
+            factor_map.set_origin(frozen)
+            values = {"write": frozen.write, "read": frozen.read[local_slices(factor_map.read)]}
+            values["core"] = torch.zeros([part.stop - part.start for part in local_slices(factor_map.core)])
+            for name, local in values.items():
+                setattr(factor_map, name, _placed(getattr(factor_map, name), local, device))
+    tensors = list_tensors(folder)
+    places: dict[int, list[tuple[nn.Module, str, str]]] = {}  # a tied parameter has several
+    for prefix, module in model.named_modules():
+        for name, parameter in module._parameters.items():
+            if parameter is not None and parameter.is_meta:
+                places.setdefault(id(parameter), []).append((module, name, prefix))
+        for name, buffer in module._buffers.items():
+            module._buffers[name] = buffer.to(device) if buffer is not None else None
+    for shared in places.values():
+        modules = [PEFT_PARTS.sub("", prefix) for _, _, prefix in shared]
+        owner, name, _ = shared[0]
+        whole: Any = owner._parameters[name]
+        info = next((found for module in modules if (found := weight_of(tensors, module, name))), None)
+        if info is None or info.shape != tuple(whole.shape):
+            here = f"has it as {info.shape}" if info else "has no such tensor"
+            raise ValueError(
+                f"the model's {modules[0]}.{name} {tuple(whole.shape)} cannot be filled from {folder}, which {here}: "
+                "this architecture's files are laid out differently; give --sharding ddp"
+            )
+        filled = _placed(whole, open_tensor(info)[local_slices(whole)], device)
+        for owner, name, _ in shared:
+            setattr(owner, name, filled)
+
+
+def _placed(like: Any, local: Tensor, device: torch.device) -> nn.Parameter:
+    return with_local(like, local.to(device, like.dtype).clone())
+
+
+# What PEFT puts into the names of the base model's modules.
+PEFT_PARTS = re.compile(r"^base_model\.model\.|\.base_layer|\.original_module|\.modules_to_save\.[^.]+")

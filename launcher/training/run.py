@@ -33,13 +33,14 @@ from launcher.training.model import (
     build,
     choose_attention,
     choose_dtype,
+    fill,
     load_tokenizer,
     peft_config,
-    trained_parameters,
+    skeleton,
 )
 from launcher.training.preemption import Stopped, StopRequest
 from launcher.training.report import Screen, check_trackers, open_trackers, read_events
-from launcher.training.sharding import check_sharding
+from launcher.training.sharding import FullyShard, Replicated, check_sharding, shard, shard_mesh
 
 log = logging.getLogger(__name__)
 
@@ -87,7 +88,7 @@ def run(config: Config, name: str) -> int:
 
 def check(config: Config, ranks: Ranks) -> None:
     """Everything that can be wrong before a file or a device is touched; the same on every rank."""
-    check_sharding(config.run.sharding, ranks.world_size)
+    check_sharding(config.run.sharding, ranks, config.run.shard_size)
     data.check_batch(config.optimizer.batch_size, ranks.world_size)
     peft_config(config.adapter)
     check_trackers(config.run.trackers)
@@ -170,23 +171,34 @@ def _run(config: Config, name: str, party: Party, stop: StopRequest, screen: Scr
     # 3. The model.
     by_module = {request.module: request for request in requests}
 
-    def source(module: str, shape: tuple[int, int]) -> Any:
-        return factors_of(by_module[module], cache_folder) if module in by_module else None
+    def source(module: str, rows: slice = slice(None)) -> Any:
+        return factors_of(by_module[module], cache_folder, rows) if module in by_module else None
 
-    torch.manual_seed(config.optimizer.seed)
-    model = party_local(
-        party,
-        "model",
-        lambda: build(config.model, folder, adapter, dtype=dtype, attention=attention, factors=source, device=device),
-    )
-    trained = sum(parameter.numel() for parameter in trained_parameters(model).values())
+    sharding = check_sharding(config.run.sharding, ranks, config.run.shard_size)
+
+    def make() -> Replicated:
+        torch.manual_seed(config.optimizer.seed)
+        if sharding in ("none", "ddp"):
+            model = build(
+                config.model, folder, adapter, dtype=dtype, attention=attention, factors=source, device=device
+            )
+            return Replicated(model, config.optimizer, ranks)
+        model = skeleton(config.model, folder, adapter, dtype=dtype, attention=attention)
+        mesh = shard_mesh(sharding, ranks, device, config.run.shard_size)
+        shard(model, mesh, cpu_offload=config.run.cpu_offload)
+        fill(model, folder, source, torch.device("cpu") if config.run.cpu_offload else device)
+        return FullyShard(model, config.optimizer, ranks, mesh)
+
+    engine = party_local(party, "model", make)
+    model: Any = engine.model
+    trained = sum(parameter.numel() for parameter in engine.parameters.values())
     total = sum(parameter.numel() for parameter in model.parameters())
     _check_context(config, model)
     if ranks.is_main:
         resolved = {
             "dtype": dtype, "attention": attention, "attention_reason": reason,
             "steps": steps, "world_size": ranks.world_size,
-            "sharding": check_sharding(config.run.sharding, ranks.world_size), "base_folder": str(folder.resolve()),
+            "sharding": sharding, "base_folder": str(folder.resolve()),
             "trained": trained, "device": torch.cuda.get_device_name(device) if on_gpu else "cpu",
         }  # fmt: skip
         whole = {"config": as_dict(config), "resolved": resolved, "identity": identity, "versions": versions()}
@@ -198,7 +210,7 @@ def _run(config: Config, name: str, party: Party, stop: StopRequest, screen: Scr
     # 4. Train.
     trackers = open_trackers(config.run.trackers, output, as_dict(config)) if ranks.is_main else []
     job = Job(
-        config=config, model=model, tokenizer=tokenizer, train=train_data, rows=rows, held_out=held_out,
+        config=config, engine=engine, tokenizer=tokenizer, train=train_data, rows=rows, held_out=held_out,
         questions=questions, steps=steps, attention=attention, device=device, output=output, identity=identity,
         party=party, stop=stop, screen=screen, trackers=trackers,
     )  # fmt: skip
@@ -213,9 +225,10 @@ def _run(config: Config, name: str, party: Party, stop: StopRequest, screen: Scr
     again = "the same command" if config.run.output else f"the same command with --output {output}"
     if status == "stopped":
         screen.say(f"stopped by {stop.reason or 'another rank'}; saved. To go on, type {again}")
-    elif ranks.is_main:
-        saved = _save_adapter(model, output, config)
-        _tell(job, saved, time.monotonic() - started)
+    else:
+        whole = engine.whole_state()
+        saved = party.from_main("adapter", lambda: str(_save_adapter(model, whole, output, config)))
+        _tell(job, Path(saved), time.monotonic() - started)
     return status
 
 
@@ -305,11 +318,11 @@ def _check_context(config: Config, model: Any) -> None:
         raise ValueError(f"packing cannot honour this model's sliding window of {window}: leave --packing out")
 
 
-def _save_adapter(model: Any, output: Path, config: Config) -> Path:
+def _save_adapter(model: Any, whole: dict[str, Any], output: Path, config: Config) -> Path:
     """The final PEFT folder, or the whole model for full fine-tuning; replaced by rename."""
     final = output / ("model" if config.adapter.method == "full" else "adapter")
     partial = final.with_suffix(".tmp")
-    model.save_pretrained(str(partial))
+    model.save_pretrained(str(partial), state_dict=whole)
     if final.exists():
         os.replace(final, final.with_suffix(f".before-{time.time_ns()}"))
     os.replace(partial, final)
@@ -327,10 +340,11 @@ def _tell(job: Job, saved: Path, seconds: float) -> None:
         job.screen.table("Held out", ["", "before", "after"], rows)
     shown = job.questions[: job.config.run.show_samples]
     if shown:
-        job.model.eval()
+        model: Any = job.engine.model
+        model.eval()
         after, before = write_answers(job, shown), [""] * len(shown)
-        if hasattr(job.model, "disable_adapter"):
-            with job.model.disable_adapter():
+        if hasattr(model, "disable_adapter"):
+            with model.disable_adapter():
                 before = write_answers(job, shown)
         cells = [[q.prompt, q.expected, b, a] for q, b, a in zip(shown, before, after, strict=True)]
         job.screen.table("Answers", ["question", "expected", "before", "after"], cells)

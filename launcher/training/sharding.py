@@ -1,17 +1,198 @@
-"""How a step's results meet: one all-reduce for every gradient and the few numbers that travel with them.
+"""How base, factors and trained state lie over the processes, and how a step's results meet.
 
-Trained cores are a few hundred kilobytes in all, so data-parallel training needs no buckets and no overlap: one flat
-float32 tensor per step, 4 bytes per trained number plus 4 per number in `extra`. Nothing is ever broadcast: all ranks
-load the same files and compute the same step.
+    none, ddp     every process holds all; one flat all-reduce per step
+    fsdp2, hsdp   rows of every parameter spread over all processes, or over those of a node (torch fully_shard)
+
+Trained cores are a few hundred kilobytes in all, so data-parallel training needs no buckets and no overlap: one float32
+tensor per step, 4 bytes per trained number and 4 per number that travels along. Nothing is ever broadcast: all ranks
+load the same files and compute the same step. An engine is what the loop sees of this; it knows nothing of data.
 """
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
+from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
+from torch.distributed.fsdp import CPUOffloadPolicy, OffloadPolicy, fully_shard
+from torch.distributed.tensor import DTensor
+from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
+
+from launcher.config import OptimizerConfig
+from launcher.ranks import Ranks
+from launcher.training.checkpoint import Checkpoint, Piece
+
+MOMENTS = ("exp_avg", "exp_avg_sq")
+
+
+def check_sharding(wanted: str | None, ranks: Ranks, shard_size: int = 0) -> str:
+    """The sharding to use. Raises ValueError, with the arithmetic, where it does not fit the number of processes."""
+    world = ranks.world_size
+    if wanted is None:
+        return "ddp" if world > 1 else "none"
+    if wanted == "none" and world > 1:
+        raise ValueError(f"--sharding none is for one process, but WORLD_SIZE is {world}: give --sharding ddp")
+    if wanted in ("zero2", "zero3"):
+        raise ValueError(f"--sharding {wanted} is not built yet: give fsdp2")
+    if wanted == "hsdp" and world % (size := shard_size or ranks.local_world_size):
+        raise ValueError(
+            f"--sharding hsdp: {world} processes / {size} that share one copy = {world / size:.2f} copies, not a whole "
+            "number: give --shard-size a divisor, or --sharding fsdp2"
+        )
+    if shard_size and wanted != "hsdp":
+        raise ValueError(f"--shard-size {shard_size} goes with --sharding hsdp, not {wanted}")
+    return wanted
+
+
+class Replicated:
+    """Every process holds the whole model; gradients and extra numbers meet in one all-reduce."""
+
+    loss_scale = 1.0  # what a rank's share of the global mean loss is multiplied by before backward
+
+    def __init__(self, model: nn.Module, config: OptimizerConfig, ranks: Ranks):
+        self.model, self.ranks, self.clip_norm = model, ranks, config.clip_norm or math.inf
+        self.parameters = {name: p for name, p in model.named_parameters() if p.requires_grad}
+        self.optimizer = torch.optim.AdamW(
+            self.parameters.values(),
+            lr=config.learning_rate,
+            betas=(config.adam_beta1, config.adam_beta2),
+            weight_decay=config.weight_decay,
+        )
+
+    def reduce(self, extra: Sequence[Tensor]) -> list[Tensor]:
+        """After the last backward of a step: sum gradients and the extra numbers over all ranks."""
+        return sum_over_ranks(list(self.parameters.values()), extra, self.ranks.world_size)
+
+    def update(self, learning_rate: float) -> float:
+        """Clip, step, clear; returns the gradient norm before clipping."""
+        for group in self.optimizer.param_groups:
+            group["lr"] = learning_rate
+        norm: Any = nn.utils.clip_grad_norm_(self.parameters.values(), self.clip_norm)
+        self.optimizer.step()
+        self.optimizer.zero_grad()
+        return float(norm.full_tensor() if isinstance(norm, DTensor) else norm)
+
+    def pieces(self) -> dict[str, Piece]:
+        """This rank's rows of the trained state: model/NAME, and optimizer/NAME/exp_avg and exp_avg_sq after a step."""
+        pieces: dict[str, Piece] = {}
+        for name, parameter in self.parameters.items():
+            state = self.optimizer.state.get(parameter, {})
+            tensors = {f"model/{name}": parameter} | {f"optimizer/{name}/{m}": state[m] for m in MOMENTS if m in state}
+            pieces |= {key: piece for key, tensor in tensors.items() if (piece := self._piece(tensor.detach()))}
+        return pieces
+
+    def restore(self, found: Checkpoint) -> None:
+        """Put a checkpoint's state back, bit for bit, whatever number of processes wrote it."""
+        for name, parameter in self.parameters.items():
+            self._copy(parameter, found, f"model/{name}")
+            if found.step:
+                moments = {moment: torch.zeros_like(parameter) for moment in MOMENTS}
+                for moment, tensor in moments.items():
+                    self._copy(tensor, found, f"optimizer/{name}/{moment}")
+                self.optimizer.state[parameter] = {"step": torch.tensor(float(found.step)), **moments}
+
+    def whole_state(self) -> dict[str, Tensor]:
+        """The trained parameters and the saved buffers in full, by name, on every rank. Called by all ranks."""
+        whole = {name: parameter.detach() for name, parameter in self.parameters.items()}
+        whole = {
+            name: tensor.full_tensor() if isinstance(tensor, DTensor) else tensor for name, tensor in whole.items()
+        }
+        saved = self.model.state_dict().keys()
+        return whole | {name: buffer for name, buffer in self.model.named_buffers() if name in saved}
+
+    def _piece(self, tensor: Tensor) -> Piece | None:
+        return Piece.whole(tensor) if self.ranks.is_main else None
+
+    def _copy(self, into: Tensor, found: Checkpoint, name: str) -> None:
+        into.data.copy_(found.read(name))
+
+
+class FullyShard(Replicated):
+    """torch's fully_shard: each rank holds its rows of every parameter and gathers one decoder layer at a time.
+
+    The unit of a layer mixes dtypes: that is fine for frozen parameters, which are gathered as bytes. Gradients come
+    averaged over ranks out of backward, hence the loss scale.
+    """
+
+    def __init__(self, model: nn.Module, config: OptimizerConfig, ranks: Ranks, mesh: DeviceMesh):
+        super().__init__(model, config, ranks)
+        self.loss_scale, self.mesh = float(ranks.world_size), mesh
+
+    def reduce(self, extra: Sequence[Tensor]) -> list[Tensor]:
+        return sum_over_ranks([], extra, self.ranks.world_size)
+
+    def _piece(self, tensor: Tensor) -> Piece | None:
+        assert isinstance(tensor, DTensor)
+        if self.mesh.ndim == 2 and self.mesh.get_local_rank(0) != 0:
+            return None  # another copy's row stands for it
+        local = tensor.to_local()
+        _, offset = compute_local_shape_and_global_offset(tensor.shape, tensor.device_mesh, tensor.placements)
+        return Piece(local, tuple(tensor.shape), offset[0]) if local.numel() else None
+
+    def _copy(self, into: Tensor, found: Checkpoint, name: str) -> None:
+        rows = into.data if isinstance(into, nn.Parameter) else into
+        assert isinstance(rows, DTensor)
+        local = rows.to_local()
+        _, offset = compute_local_shape_and_global_offset(rows.shape, rows.device_mesh, rows.placements)
+        if local.numel():
+            local.copy_(found.read(name, offset[0], len(local)))
+
+
+def shard_mesh(sharding: str, ranks: Ranks, device: torch.device, shard_size: int = 0) -> DeviceMesh:
+    """(world,) for fsdp2; (copies, processes that share one) for hsdp."""
+    if sharding == "fsdp2":
+        return init_device_mesh(device.type, (ranks.world_size,), mesh_dim_names=("shard",))
+    size = shard_size or ranks.local_world_size
+    return init_device_mesh(device.type, (ranks.world_size // size, size), mesh_dim_names=("replicate", "shard"))
+
+
+def shard(model: nn.Module, mesh: DeviceMesh, *, cpu_offload: bool = False) -> None:
+    """Make each decoder layer and the rest one unit, in place; parameters may still be on meta.
+
+    Raises ValueError listing candidates where the model does not say which class its decoder layers have.
+    """
+    layers = decoder_layers(model)
+    policy = CPUOffloadPolicy() if cpu_offload else OffloadPolicy()
+    for layer in layers:
+        fully_shard(layer, mesh=mesh, offload_policy=policy)
+    fully_shard(model, mesh=mesh, offload_policy=policy)
+
+
+def decoder_layers(model: Any) -> list[nn.Module]:
+    """The modules of the classes that the model says must not be split."""
+    base = model.get_base_model() if hasattr(model, "get_base_model") else model
+    classes = set(getattr(base, "_no_split_modules", None) or ())
+    layers = [module for module in base.modules() if type(module).__name__ in classes]
+    if not layers:
+        lists = [module for module in base.modules() if isinstance(module, nn.ModuleList)]
+        candidates = sorted({type(child).__name__ for children in lists for child in children})
+        raise ValueError(
+            f"{type(base).__name__} does not name its decoder-layer class (_no_split_modules is {sorted(classes)}); "
+            f"candidates in this model: {', '.join(candidates) or 'none'}. Use --sharding ddp"
+        )
+    return layers
+
+
+def local_slices(parameter: Tensor) -> tuple[slice, ...]:
+    """Which part of the whole tensor this rank holds."""
+    if not isinstance(parameter, DTensor):
+        return tuple(slice(0, size) for size in parameter.shape)
+    shape, offset = compute_local_shape_and_global_offset(parameter.shape, parameter.device_mesh, parameter.placements)
+    return tuple(slice(start, start + size) for start, size in zip(offset, shape, strict=True))
+
+
+def with_local(parameter: Tensor, local: Tensor) -> nn.Parameter:
+    """A parameter placed like `parameter`, with this rank's part filled. No communication."""
+    if isinstance(parameter, DTensor):
+        local = DTensor.from_local(
+            local, parameter.device_mesh, parameter.placements, run_check=False, shape=parameter.shape,
+            stride=parameter.stride(),
+        )  # fmt: skip
+    return nn.Parameter(local, requires_grad=parameter.requires_grad)
 
 
 def sum_over_ranks(parameters: Sequence[nn.Parameter], extra: Sequence[Tensor], world_size: int) -> list[Tensor]:
@@ -34,14 +215,3 @@ def sum_over_ranks(parameters: Sequence[nn.Parameter], extra: Sequence[Tensor], 
         parameter.grad.copy_(flat[at : at + parameter.numel()].view_as(parameter))
         at += parameter.numel()
     return list(flat[at:])
-
-
-def check_sharding(wanted: str | None, world_size: int) -> str:
-    """The sharding to use. Raises ValueError for one that does not fit the number of processes."""
-    if wanted is None:
-        return "ddp" if world_size > 1 else "none"
-    if wanted == "none" and world_size > 1:
-        raise ValueError(f"--sharding none is for one process, but WORLD_SIZE is {world_size}: give --sharding ddp")
-    if wanted not in ("none", "ddp"):
-        raise ValueError(f"--sharding {wanted} is not built yet: give none or ddp")
-    return wanted

@@ -207,7 +207,7 @@ def test_other_methods_go_through_the_same_door(small, method, tmp_path):
         (lambda c: replace(c, adapter=replace(c.adapter, options=("scale=0",))), "scale is a finite number"),
         (lambda c: replace(c, data=replace(c.data, max_length=4096)), "context of 512"),
         (lambda c: replace(c, model=replace(c.model, attention="flash")), "--attention flash cannot be used"),
-        (lambda c: with_run(c, sharding="fsdp2"), "--sharding fsdp2"),
+        (lambda c: with_run(c, sharding="zero3"), "--sharding zero3"),
         (lambda c: with_run(c, cache="/proc/no-cache-here"), "--cache"),
     ],
 )
