@@ -18,6 +18,7 @@ import subprocess
 import time
 from collections.abc import Callable
 from datetime import date
+from functools import partial
 from pathlib import Path
 from statistics import median
 from typing import Any
@@ -63,8 +64,8 @@ def compare(shape: tuple[int, int], ranks: tuple[int, ...], repetitions: int) ->
         P, L, U = timed(whole_s, lambda: torch.linalg.lu(W))
         order = P.argmax(dim=0)
         for r in ranks:
-            lower, _, pivots = timed(panel_s[r], lambda r=r: lu_of_panel(W[:, :r]))
-            timed(factors_s[r], lambda r=r: loldu_factors(W[:, :r], lambda rows: W[rows.long()]))
+            lower, _, pivots = timed(panel_s[r], partial(lu_of_panel, W[:, :r]))
+            timed(factors_s[r], partial(loldu_factors, W[:, :r], lambda rows: W[rows.long()]))
             same_pivots[r] = bool(torch.equal(pivots.long(), order[:r]))
             difference[r] = float((lower[order] - L[:, :r]).abs().max())
         del P, L, U
@@ -97,8 +98,8 @@ def spread(seconds: list[float]) -> dict[str, float]:
 
 
 def about(repetitions: int) -> dict[str, Any]:
-    here = {"cwd": Path(__file__).parent, "capture_output": True, "text": True, "check": False}
-    commit = subprocess.run(["git", "rev-parse", "--short", "HEAD"], **here).stdout.strip()  # type: ignore[call-overload]
+    asked = ["git", "-C", str(Path(__file__).parent), "rev-parse", "--short", "HEAD"]
+    commit = subprocess.run(asked, capture_output=True, text=True, check=False).stdout.strip()
     models = [line.partition(":")[2].strip() for line in _cpu_lines() if line.startswith("model name")]
     return {
         "benchmark": "panel LU against torch.linalg.lu of the whole matrix",
