@@ -145,6 +145,7 @@ def _typed(lines: TextIO, notes: Console) -> Iterator[str]:
         try:
             line = input("> ") + "\n" if interactive else lines.readline()
         except EOFError:
+            notes.print()
             line = ""
         except KeyboardInterrupt:
             notes.print("\n(/quit or Ctrl-D leaves)")

@@ -2,6 +2,7 @@
 
 import io
 import json
+import signal
 import types
 
 import pytest
@@ -178,6 +179,26 @@ def test_a_run_brings_its_base_its_adapter_and_its_template(run_folder, babyllam
     assert answered.ids == likeliest(model, ids, 8)
     assert out.getvalue() == answered.text + "\n"
     assert "short (recorded by the run)" in capsys.readouterr().err
+
+
+def test_ctrl_c_ends_the_command_with_what_there_is_written(babyllama):
+    class Impatient(io.StringIO):
+        """Presses Ctrl-C at the third piece."""
+
+        pieces = 0
+
+        def write(self, text):
+            self.pieces += len(text) > 0
+            if self.pieces == 3:
+                signal.raise_signal(signal.SIGINT)
+            return super().write(text)
+
+    out = Impatient()
+
+    with pytest.raises(KeyboardInterrupt):
+        generate(str(babyllama), prompt="Once", prompt_template="none", max_tokens=40, out=out)
+
+    assert 2 <= len(out.getvalue()) <= 5
 
 
 def test_an_adapter_finds_its_base_alone_and_with_adapter_on_a_named_base_answers_alike(adapter, babyllama):
