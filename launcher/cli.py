@@ -1,30 +1,89 @@
-"""The command line: parse, then call one function. Nothing heavy is imported before the options are right."""
+"""The command line: parse, then call one function. Nothing heavy is imported before it is clear what for."""
 
 from __future__ import annotations
 
+import importlib
+import inspect
+import logging
 import os
 import sys
+import warnings
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, NamedTuple, get_args, get_type_hints
 
 import tyro
 
 from launcher.config import Config
 
-Folder = Annotated[str, tyro.conf.Positional]
-Dtype = Literal["float32", "bfloat16"]
 MISTAKE = 2
+FLAT = (tyro.conf.OmitArgPrefixes,)
+FOR_CALLERS = {"Console", "Party", "TextIO"}  # parameters of these types are no options
+
+
+class Command(NamedTuple):
+    """Where a command's function is; its signature and docstring are the options and their help."""
+
+    target: str  # module:function
+    summary: str
+
+
+HEAD = "Fine-tune large language models by training only the diagonal of a frozen matrix factorisation."
+FOOT = "Options: loldu COMMAND --help. Training is started by a recipe: python recipes/NAME.py --help"
+COMMANDS: Mapping[str, Command] = {
+    "factorize": Command("launcher.factorization.commands:factorize", "make and cache the frozen factors of a model"),
+    "cache ls": Command("launcher.factorization.commands:cache_ls", "list the cached factors"),
+    "cache verify": Command("launcher.factorization.commands:cache_verify", "check every cached file"),
+    "cache prune": Command("launcher.factorization.commands:cache_prune", "remove what was used longest ago"),
+    "generate": Command("launcher.inference.generate:generate", "answer a prompt with a model, adapter or run"),
+    "chat": Command("launcher.inference.chat:chat", "talk with a model, adapter or run"),
+    "merge": Command("launcher.inference.merge:merge", "write base and adapter as one plain model"),
+    "export-lora": Command("launcher.inference.export:export_lora", "write an adapter as a LoRA for stock PEFT"),
+}
 
 
 def main(arguments: Sequence[str]) -> int:
     """The `loldu` command; returns its exit code."""
-    commands, prog, rest = COMMANDS, "loldu", list(arguments)
-    if rest[:1] == ["cache"]:
-        commands, prog, rest = CACHE_COMMANDS, "loldu cache", rest[1:]
-    return _guarded(
-        lambda: tyro.extras.subcommand_cli_from_dict(dict(commands), args=rest, prog=prog, description=DESCRIPTION)
-    )
+    words = 2 if arguments[:1] == ["cache"] else 1
+    name, rest = " ".join(arguments[:words]), list(arguments[words:])
+    if name in ("", "-h", "--help"):
+        print(overview())
+        return 0 if name else MISTAKE
+    if name not in COMMANDS:
+        print(f"error: there is no command {name!r}\n\n{overview()}", file=sys.stderr)
+        return MISTAKE
+    return guarded(lambda: tyro.cli(command(COMMANDS[name].target), args=rest, prog=f"loldu {name}"))
+
+
+def overview() -> str:
+    """All commands, a line each."""
+    lines = [f"  loldu {name:<16} {command.summary}" for name, command in COMMANDS.items()]
+    return "\n".join([HEAD, "", *lines, "", FOOT])
+
+
+def command(target: str) -> Callable[..., Any]:
+    """The function of a command as tyro should see it: what must lead is positional, what callers pass is left out."""
+    module, _, name = target.partition(":")
+    function = getattr(importlib.import_module(module), name)
+    hints = get_type_hints(function, include_extras=True)
+    shown = {}
+    for parameter in inspect.signature(function).parameters.values():
+        hint: Any = hints[parameter.name]
+        if FOR_CALLERS & {getattr(part, "__name__", "") for part in get_args(hint)}:
+            continue
+        if parameter.kind is inspect.Parameter.POSITIONAL_OR_KEYWORD and parameter.default is inspect.Parameter.empty:
+            hint = Annotated[hint, tyro.conf.Positional]
+        elif parameter.name == "cache_folder":
+            hint = Annotated[hint, tyro.conf.arg(name="cache")]
+        shown[parameter.name] = parameter.replace(annotation=hint)
+
+    def call(*positional: Any, **options: Any) -> Any:
+        return function(*positional, **options)
+
+    call.__signature__ = inspect.Signature(list(shown.values()))  # type: ignore[attr-defined]
+    call.__annotations__ = {name: parameter.annotation for name, parameter in shown.items()}
+    call.__doc__ = function.__doc__
+    return call
 
 
 def run_recipe(name: str, default: Callable[[], Config], tiny: Callable[[], Config], arguments: Sequence[str]) -> int:
@@ -39,101 +98,42 @@ def run_recipe(name: str, default: Callable[[], Config], tiny: Callable[[], Conf
         """Run the small Llama and the instructions that come with the project: minutes on a CPU, no network."""
 
     def parse(config: Config) -> Options:
-        shown = Options(**{part: getattr(config, part) for part in ("model", "data", "adapter", "optimizer", "run")})
-        return tyro.cli(Options, default=shown, args=list(arguments), prog=f"recipes/{name}.py", config=FLAT)
+        return tyro.cli(
+            Options, default=Options(**vars(config)), args=list(arguments), prog=f"recipes/{name}.py", config=FLAT
+        )
 
     def act() -> int:
         options = parse(tiny() if "--tiny" in arguments else default())
-        own = default()
-        named = {flag for flag in ("--model", "--data") if any(a.split("=")[0] == flag for a in arguments)}
-        if not options.tiny and not named:
+        own = {flag for flag in ("--model", "--data") if any(a.split("=")[0] == flag for a in arguments)}
+        if not options.tiny and not own:
             from launcher.availability import unavailable
 
-            reason = unavailable(own.model.model, own.data.data)
-            if reason:
-                banner = (
-                    f"{reason}: running the embedded default instead (--tiny). Name your own with --model and --data."
+            if reason := unavailable(options.model.model, options.data.data):
+                text = (
+                    f"{reason}: running the embedded default instead (--tiny). Name your own: --model DIR --data FILE"
                 )
                 if os.environ.get("RANK", "0") == "0":
-                    print(f"{'=' * 80}\n{banner}\n{'=' * 80}", flush=True)
+                    print(f"{'=' * 80}\n{text}\n{'=' * 80}", flush=True)
                 options = parse(tiny())
         from launcher.training.run import run
 
-        config = Config(**{part: getattr(options, part) for part in ("model", "data", "adapter", "optimizer", "run")})
-        return run(config, name)
+        parts = {part: value for part, value in vars(options).items() if part != "tiny"}
+        return run(Config(**parts), name)
 
-    return _guarded(act)
-
-
-def factorize(
-    *,
-    model: str,
-    rank: int = 64,
-    targets: tuple[str, ...] = ("q_proj", "v_proj"),
-    exclude: tuple[str, ...] = (),
-    normalize: bool = False,
-    dtype: Dtype = "float32",
-    cache: str | None = None,
-    verify_base: bool = False,
-) -> int:
-    """Make and cache the frozen factors a run will need; with several processes they share the work.
-
-    Args:
-        model: Folder or hub name (already fetched) of the base model.
-        rank: Trained numbers per weight.
-        targets: Last parts of module names, or the one word all-linear.
-        exclude: Modules to leave out.
-        normalize: For runs with --options normalize_directions=true.
-        dtype: The run's --dtype.
-        cache: Folder of the cache, else the user's cache directory.
-        verify_base: Read the weights again instead of trusting their files' size and time.
-    """
-    from launcher.factorization import commands
-
-    return commands.factorize(
-        model, rank, targets, exclude, normalize=normalize, dtype=dtype, cache_folder=cache, verify_base=verify_base
-    )
+    return guarded(act)
 
 
-def cache_ls(*, cache: str | None = None) -> int:
-    """List the cached factors."""
-    from launcher.factorization import commands
-
-    return commands.cache_ls(cache)
-
-
-def cache_verify(*, cache: str | None = None) -> int:
-    """Check every cached file against its checksum; damaged ones are set aside."""
-    from launcher.factorization import commands
-
-    return commands.cache_verify(cache)
-
-
-def cache_prune(*, cache: str | None = None, max_gb: float | None = None, older_than_days: float | None = None) -> int:
-    """Remove the factors that were used longest ago.
-
-    Args:
-        cache: Folder of the cache.
-        max_gb: Keep at most this much.
-        older_than_days: Remove what was not used for so long.
-    """
-    from launcher.factorization import commands
-
-    return commands.cache_prune(cache, max_gb, older_than_days)
-
-
-DESCRIPTION = "Fine-tune large language models by training only the diagonal of a frozen matrix factorisation."
-FLAT = (tyro.conf.OmitArgPrefixes, tyro.conf.OmitSubcommandPrefixes)
-COMMANDS: Mapping[str, Callable[..., int]] = {"factorize": factorize}
-CACHE_COMMANDS: Mapping[str, Callable[..., int]] = {"ls": cache_ls, "verify": cache_verify, "prune": cache_prune}
-
-
-def _guarded(act: Callable[[], Any]) -> int:
-    """The user's mistakes become one line and exit code 2."""
+def guarded(act: Callable[[], Any]) -> int:
+    """The user's mistakes become one line and exit code 2; a command that returns nothing has succeeded."""
+    logging.getLogger("bitsandbytes").setLevel(logging.ERROR)  # advertises an optional package at import
+    os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")  # our own words and bars are enough
+    os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
+    warnings.filterwarnings("ignore", category=FutureWarning)
     try:
-        return int(act())
+        result = act()
     except ValueError as error:
         print(f"error: {error}", file=sys.stderr)
         return MISTAKE
     except KeyboardInterrupt:
         return 130
+    return result if isinstance(result, int) else 0

@@ -6,6 +6,7 @@ import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Literal
 
 from rich.box import SIMPLE
 from rich.console import Console
@@ -21,19 +22,31 @@ LINE_EVERY_S = 10.0  # without a terminal: a line for a log file
 
 
 def factorize(
-    model: str,
-    rank: int,
-    targets: Sequence[str],
-    exclude: Sequence[str] = (),
     *,
+    model: str,
+    rank: int = 64,
+    targets: Sequence[str] = ("q_proj", "v_proj"),
+    exclude: Sequence[str] = (),
     normalize: bool = False,
-    dtype: str = "float32",
+    dtype: Literal["float32", "bfloat16"] = "float32",
     cache_folder: str | None = None,
     verify_base: bool = False,
     party: Party | None = None,
     console: Console | None = None,
 ) -> int:
     """Make the factors a run with these settings will need, with all processes that were started.
+
+    Args:
+        model: Folder of the base model, or its hub name where it is in the hub cache.
+        rank: Trained numbers per weight, clamped to its smaller side.
+        targets: Last parts of module names, or the one word all-linear.
+        exclude: Modules to leave out.
+        normalize: For runs with --options normalize_directions=true.
+        dtype: The run's --dtype.
+        cache_folder: Folder of the cache, else the user's cache directory.
+        verify_base: Read the weights again instead of trusting the size and time of their files.
+        party: The processes that share the work.
+        console: Where to write.
 
     Raises ValueError for a model that is not there, targets that match nothing, a weight without factors, a cache that
     cannot be written.

@@ -24,9 +24,13 @@ def said(screen: Console) -> str:
 def test_factorize_says_what_it_made_and_the_second_time_that_all_was_there(babyllama, tmp_path, screen):
     options = {"cache_folder": str(tmp_path), "console": screen}
 
-    first = commands.factorize(str(babyllama), 128, ["q_proj", "up_proj"], ["layers.0.mlp.up_proj"], **options)
+    first = commands.factorize(
+        model=str(babyllama), rank=128, targets=["q_proj", "up_proj"], exclude=["layers.0.mlp.up_proj"], **options
+    )
     cold = said(screen)
-    second = commands.factorize(str(babyllama), 128, ["q_proj", "up_proj"], ["layers.0.mlp.up_proj"], **options)
+    second = commands.factorize(
+        model=str(babyllama), rank=128, targets=["q_proj", "up_proj"], exclude=["layers.0.mlp.up_proj"], **options
+    )
     warm = said(screen)
 
     assert (first, second) == (0, 0)
@@ -41,7 +45,7 @@ def test_factorize_says_what_it_made_and_the_second_time_that_all_was_there(baby
 def test_on_a_terminal_there_are_tables_and_a_bar_that_goes_away(babyllama, tmp_path):
     screen = Console(file=io.StringIO(), width=120, force_terminal=True)
 
-    commands.factorize(str(babyllama), 8, ["q_proj"], cache_folder=str(tmp_path), console=screen)
+    commands.factorize(model=str(babyllama), rank=8, targets=["q_proj"], cache_folder=str(tmp_path), console=screen)
     commands.cache_ls(str(tmp_path), screen)
 
     text = said(screen)
@@ -50,7 +54,7 @@ def test_on_a_terminal_there_are_tables_and_a_bar_that_goes_away(babyllama, tmp_
 
 
 def test_a_clamped_rank_is_said_once(babyllama, tmp_path, screen):
-    commands.factorize(str(babyllama), 500, ["k_proj"], cache_folder=str(tmp_path), console=screen)
+    commands.factorize(model=str(babyllama), rank=500, targets=["k_proj"], cache_folder=str(tmp_path), console=screen)
 
     assert said(screen).count("--rank 500 is clamped to the smaller side of 5 weights") == 1
 
@@ -58,16 +62,16 @@ def test_a_clamped_rank_is_said_once(babyllama, tmp_path, screen):
 @pytest.mark.parametrize(("model", "rank"), [("no/such-model", 4), ("/no/such/folder", 4)])
 def test_a_model_that_is_nowhere_is_one_line_with_the_remedy(tmp_path, model, rank):
     with pytest.raises(ValueError, match=rf"there is no model {model}.*hf download {model}"):
-        commands.factorize(model, rank, ["q_proj"], cache_folder=str(tmp_path))
+        commands.factorize(model=model, rank=rank, targets=["q_proj"], cache_folder=str(tmp_path))
 
 
 def test_rank_zero_is_refused(babyllama, tmp_path):
     with pytest.raises(ValueError, match="--rank is at least 1, got 0"):
-        commands.factorize(str(babyllama), 0, ["q_proj"], cache_folder=str(tmp_path))
+        commands.factorize(model=str(babyllama), rank=0, targets=["q_proj"], cache_folder=str(tmp_path))
 
 
 def test_the_cache_commands_list_verify_and_prune(babyllama, tmp_path, screen):
-    commands.factorize(str(babyllama), 8, ["q_proj"], cache_folder=str(tmp_path), console=screen)
+    commands.factorize(model=str(babyllama), rank=8, targets=["q_proj"], cache_folder=str(tmp_path), console=screen)
     said(screen)
 
     listed = commands.cache_ls(str(tmp_path), screen), said(screen)
