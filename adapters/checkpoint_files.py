@@ -3,12 +3,16 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+import logging
+from collections.abc import Iterable, Iterator, Mapping
 from functools import lru_cache
 from pathlib import Path
 from typing import Any, NamedTuple
 
 from safetensors import SafetensorError, safe_open
+from torch import Tensor
+
+log = logging.getLogger(__name__)
 
 
 class TensorInfo(NamedTuple):
@@ -72,6 +76,19 @@ def weight_of(tensors: Mapping[str, TensorInfo], module: str, parameter: str = "
     _, _, shorter = name.partition(".")
     longer = [known for known in tensors if known.partition(".")[2] == name]
     return tensors.get(shorter) or (tensors[longer[0]] if len(longer) == 1 else None)
+
+
+def local_weights(models: Iterable[str], module: str) -> Iterator[Tensor]:
+    """A module's full-precision weight from each checkpoint (folder or hub name) that lies on this machine."""
+    for model in models:
+        folder = local_folder(model)
+        try:
+            info = weight_of(list_tensors(folder), module) if folder else None
+        except ValueError as error:
+            log.warning("cannot read %s from the checkpoint %s: %s", module, model, error)
+            continue
+        if info is not None and info.dtype.startswith(("F", "BF")):
+            yield open_tensor(info)[:]
 
 
 def _header(file: Path) -> list[tuple[str, tuple[int, ...], str]]:

@@ -5,7 +5,6 @@ One layer class serves the family; a method brings its map. Shapes: W (m, n), y0
 
 from __future__ import annotations
 
-import logging
 import math
 import warnings
 from collections.abc import Callable, Iterator, Sequence
@@ -20,10 +19,8 @@ from peft.utils.quantization_utils import resolve_quantization_backend
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
-from adapters.checkpoint_files import list_tensors, local_folder, open_tensor, weight_of
+from adapters.checkpoint_files import local_weights
 from adapters.factors import Factors, delta_weight, loldu_factors, lora_pair, probe_digest, rebuilt_error
-
-log = logging.getLogger(__name__)
 
 # A quantised weight belongs to a checkpoint's tensor below this relative distance: NF4 and FP4 are 0.08 to 0.28 away
 # on two small Llamas (the far ones have outliers), another model 1.4.
@@ -80,7 +77,7 @@ class FactorMap(nn.Module):
         self.register_buffer("values", torch.zeros(r, device=place))
         self.register_buffer("probe", torch.zeros(32, dtype=torch.uint8, device=place))
         self.register_buffer("rows", torch.arange(r, device=place), persistent=False)  # entries of y0 that are read
-        self._origin: tuple[Tensor, Tensor] | None = None
+        self._made_from: bytes | None = None
         self._seen: Tensor | None = None
 
     def set_factors(self, factors: Factors) -> None:
@@ -96,20 +93,19 @@ class FactorMap(nn.Module):
         for name in ("pivots", "values", "probe"):
             setattr(self, name, getattr(factors, name).to(device))
         self.rows = torch.arange(len(self.pivots), device=device) if self.embedding else self.pivots.long()
-        self._origin, self._seen = (self.pivots.cpu().clone(), self.probe.cpu().clone()), self.pivots
+        self._made_from, self._seen = self._origin(), self.pivots
 
     @property
     def stale(self) -> bool:
         """Whether a loader has put in pivots or a probe that the maps were not made from."""
         if self._seen is not self.pivots:
-            loaded = (self.pivots.cpu(), self.probe.cpu())
-            known = self._origin is not None and all(
-                torch.equal(a, b) for a, b in zip(loaded, self._origin, strict=True)
-            )
-            if self.write.is_meta or not known:
+            if self.write.is_meta or self._made_from != self._origin():
                 return True
             self._seen = self.pivots
         return False
+
+    def _origin(self) -> bytes:
+        return torch.cat([self.pivots.cpu().view(torch.uint8), self.probe.cpu()]).numpy().tobytes()
 
     def forward(self, y0: Tensor, bias: Tensor | None, onto: Tensor) -> Tensor:
         """onto + Write (scale core * (Read (y0 - bias)[rows])); y0 (..., out) is the base output with its bias."""
@@ -122,6 +118,12 @@ class FactorMap(nn.Module):
             return onto + F.linear(h, self.write).to(onto.dtype)
         return torch.addmm(onto.reshape(-1, onto.shape[-1]), h.reshape(-1, h.shape[-1]), self.write.T).view(onto.shape)
 
+    def train(self, mode: bool = True) -> Any:
+        """Keep the core in float32: TRL turns all that trains on a 4-bit base into bf16 where no hook sees it."""
+        if self.core.element_size() < 4:
+            self.core.data = self.core.data.float()
+        return super().train(mode)
+
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Any:
         """A narrower dtype for the whole model reaches write alone: core, read and what is saved stay as they are."""
 
@@ -131,7 +133,7 @@ class FactorMap(nn.Module):
 
         super()._apply(apply, recurse)
         if self.write.is_meta:
-            self._origin = None  # emptied: whatever comes back, the maps have to be made again
+            self._made_from = None  # emptied: whatever comes back, the maps have to be made again
         return self
 
     def _save_to_state_dict(self, destination: Any, prefix: str, keep_vars: bool) -> None:
@@ -232,8 +234,7 @@ class FactorLayer(nn.Module, BaseTunerLayer):
 
     def matrix(self) -> Tensor:
         """The unmerged W (m, n); dequantised where the base is quantised."""
-        weight = self._unmerged if self._unmerged is not None else self.get_base_weight()
-        return weight.T if isinstance(self.base, Conv1D) else weight.flatten(1)
+        return self._as_matrix(self._unmerged if self._unmerged is not None else self.get_base_weight())
 
     def lora(self, adapter_name: str) -> tuple[Tensor, Tensor]:
         """The adapter as a low-rank pair A, B; see `lora_pair`."""
@@ -297,16 +298,12 @@ class FactorLayer(nn.Module, BaseTunerLayer):
 
     def _new_factors(self, factor_map: FactorMap) -> Factors:
         W = self.matrix()
-        if self.quantization_backend is not None:
-            near = [full for full in self._checkpoint_matrices() if _relative_distance(W, full) < SAME_WEIGHT]
-            if not near:  # constant words, so that Python shows them once for all layers
-                warnings.warn(
-                    "no full-precision checkpoint of this quantised base lies on this machine: factors come from its "
-                    "dequantised weights, and the adapter will fit no base in another precision",
-                    BasePrecisionWarning,
-                    stacklevel=2,
-                )
-            W = near[0] if near else W
+        if self.quantization_backend is None:
+            return self._factor(factor_map, W)
+        for full in self._checkpoint_matrices():
+            if _relative_distance(W, full) < SAME_WEIGHT:
+                return self._factor(factor_map, full)
+        _warn("no full-precision checkpoint of this quantised base lies on this machine: factors come from its weights")
         return self._factor(factor_map, W)
 
     def _saved_factors(self, adapter_name: str, factor_map: FactorMap) -> Factors:
@@ -315,7 +312,7 @@ class FactorLayer(nn.Module, BaseTunerLayer):
             return self._factor(factor_map, W, pivots)
         for full in self._checkpoint_matrices():
             if torch.equal(probe_digest(full, self.shape), probe) and _relative_distance(W, full) < SAME_WEIGHT:
-                _warn_precision("its factors are made from the full-precision checkpoint")
+                _warn("this base differs from the adapter's in precision: factors come from the checkpoint")
                 return self._factor(factor_map, full, pivots)
         try:
             error = rebuilt_error(W[:, : len(pivots)], pivots, factor_map.values)
@@ -328,7 +325,7 @@ class FactorLayer(nn.Module, BaseTunerLayer):
                 "same base in 4 bits keep its full-precision checkpoint on this machine (looked for: "
                 f"{', '.join(self.checkpoints) or 'none named'})"
             )
-        _warn_precision(f"factors are rebuilt from the rounded weights ({self.name} off by {error:.2g})")
+        _warn("this base differs from the adapter's in precision: factors are rebuilt from its weights")
         return self._factor(factor_map, W, pivots)
 
     def _factor(self, factor_map: FactorMap, W: Tensor, pivots: Tensor | None = None) -> Factors:
@@ -347,18 +344,13 @@ class FactorLayer(nn.Module, BaseTunerLayer):
 
     def _checkpoint_matrices(self) -> Iterator[Tensor]:
         """W (m, n) in full precision from each of the named checkpoints that lies on this machine."""
-        for checkpoint in self.checkpoints:
-            folder = local_folder(checkpoint)
-            try:
-                info = weight_of(list_tensors(folder), self.name) if folder else None
-            except ValueError as error:
-                log.warning("%s: cannot read the checkpoint: %s", self.name, error)
-                continue
-            if info is not None and info.dtype.startswith(("F", "BF")):
-                weight = open_tensor(info)[:].to(self.base.weight.device)
-                weight = weight.T if isinstance(self.base, Conv1D) else weight.flatten(1)
-                if tuple(weight.shape) == self.shape:
-                    yield weight
+        for weight in local_weights(self.checkpoints, self.name):
+            W = self._as_matrix(weight.to(self.base.weight.device))
+            if tuple(W.shape) == self.shape:
+                yield W
+
+    def _as_matrix(self, weight: Tensor) -> Tensor:
+        return weight.T if isinstance(self.base, Conv1D) else weight.flatten(1)
 
 
 class FactorLinear(FactorLayer):
@@ -384,5 +376,6 @@ def _relative_distance(a: Tensor, b: Tensor) -> float:
     return float((a.float() - b.float()).norm() / b.float().norm())
 
 
-def _warn_precision(how: str) -> None:
-    warnings.warn(f"the base differs from the adapter's own in precision: {how}", BasePrecisionWarning, stacklevel=2)
+def _warn(text: str) -> None:
+    """Without a layer's name, so that Python shows it once for all layers."""
+    warnings.warn(text, BasePrecisionWarning, stacklevel=2)
