@@ -20,6 +20,7 @@ from rich.table import Table
 from launcher.training.checkpoint import write_atomically
 
 log = logging.getLogger(__name__)
+LINE_EVERY_S = 5.0
 
 
 class Events:
@@ -70,7 +71,7 @@ class Screen:
 
     @contextmanager
     def bar(self, what: str, total: int, done: int = 0) -> Iterator[Any]:
-        """A progress bar as a function (done, note); on a screen that is a file, about twenty lines instead."""
+        """A progress bar as a function (done, note); where no terminal is, a line every few seconds."""
         if not self.console.is_terminal:
             yield _Lines(self, what, total, done)
             return
@@ -94,13 +95,16 @@ class Screen:
 
 
 class _Lines:
+    """The bar's stand-in where no terminal is: a line every few seconds and one at the end, for a log file."""
+
     def __init__(self, screen: Screen, what: str, total: int, done: int):
-        self.screen, self.what, self.total, self.every = screen, what, total, max(1, total // 20)
-        self.shown = done
+        self.screen, self.what, self.total = screen, what, total
+        self.shown, self.last = done, time.monotonic()
 
     def __call__(self, done: int, note: str = "") -> None:
-        if done - self.shown >= self.every or (done == self.total and done != self.shown):
-            self.shown = done
+        now = time.monotonic()
+        if done != self.shown and (done == self.total or now - self.last > LINE_EVERY_S):
+            self.shown, self.last = done, now
             self.screen.say(f"{self.what} {done}/{self.total} {note}".rstrip())
 
 
