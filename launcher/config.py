@@ -108,7 +108,8 @@ class OptimizerConfig:
     epochs: float = 3.0
     """Passes over the data, when max_steps is 0."""
     schedule: Literal["cosine", "linear", "constant"] = "cosine"
-    warmup_steps: int = 0
+    warmup_ratio: float = 0.0
+    """Share of the steps in which the rate rises from zero."""
     weight_decay: float = 0.0
     """Decoupled decay; on our cores it pulls towards the base model."""
     adam_beta1: float = 0.9
@@ -124,19 +125,14 @@ class OptimizerConfig:
         _at_least("optimizer.batch_size", self.batch_size, 1)
         _at_least("optimizer.micro_batch_size", self.micro_batch_size, 0)
         _at_least("optimizer.max_steps", self.max_steps, 0)
-        _at_least("optimizer.warmup_steps", self.warmup_steps, 0)
         _at_least("optimizer.weight_decay", self.weight_decay, 0)
         _at_least("optimizer.clip_norm", self.clip_norm, 0)
         _at_least("optimizer.seed", self.seed, 0)
-        for name in ("adam_beta1", "adam_beta2"):
+        for name in ("adam_beta1", "adam_beta2", "warmup_ratio"):
             if not 0 <= getattr(self, name) < 1:
                 raise ValueError(f"optimizer.{name} lies in [0, 1), got {getattr(self, name)}")
         if self.max_steps == 0 and not self.epochs > 0:
             raise ValueError(f"nothing to train: --max-steps is 0 and --epochs is {self.epochs}; give one of them")
-        if self.max_steps and self.warmup_steps >= self.max_steps:
-            raise ValueError(
-                f"--warmup-steps {self.warmup_steps} leaves no step to train of --max-steps {self.max_steps}"
-            )
 
 
 @dataclass(frozen=True, kw_only=True)

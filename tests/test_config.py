@@ -33,7 +33,7 @@ def test_an_unknown_name_lists_the_nearest_valid_ones():
         (lambda: OptimizerConfig(learning_rate=0.0), "learning_rate is a positive number"),
         (lambda: OptimizerConfig(weight_decay=float("nan")), "weight_decay is at least 0"),
         (lambda: OptimizerConfig(max_steps=0, epochs=0), "nothing to train"),
-        (lambda: OptimizerConfig(max_steps=5, warmup_steps=5), "leaves no step to train"),
+        (lambda: OptimizerConfig(warmup_ratio=1.0), "warmup_ratio lies in"),
         (lambda: OptimizerConfig(adam_beta2=1.0), "adam_beta2 lies in"),
         (lambda: RunConfig(patience=3), "give --eval-every N"),
         (lambda: Config(run=RunConfig(eval_every=5)), "--eval-every 5 needs held-out records"),

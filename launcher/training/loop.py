@@ -70,9 +70,10 @@ class Progress:
 
 def learning_rate_at(step: int, steps: int, config: OptimizerConfig) -> float:
     """The rate of step 1 .. steps: linear warm-up, then cosine or linear to zero after the last step, or constant."""
-    if step <= config.warmup_steps:
-        return config.learning_rate * step / config.warmup_steps
-    done = (step - 1 - config.warmup_steps) / max(1, steps - config.warmup_steps)
+    warmup = round(config.warmup_ratio * steps)
+    if step <= warmup:
+        return config.learning_rate * step / warmup
+    done = (step - 1 - warmup) / max(1, steps - warmup)
     shape = {"cosine": (1 + math.cos(math.pi * done)) / 2, "linear": 1 - done, "constant": 1.0}[config.schedule]
     return config.learning_rate * shape
 

@@ -196,7 +196,7 @@ def _run(config: Config, name: str, party: Party, stop: StopRequest, screen: Scr
     _check_context(config, model)
     if ranks.is_main:
         resolved = {
-            "dtype": dtype, "attention": attention, "attention_reason": reason,
+            "prompt_template": local["template"], "dtype": dtype, "attention": attention, "attention_reason": reason,
             "steps": steps, "world_size": ranks.world_size,
             "sharding": sharding, "base_folder": str(folder.resolve()),
             "trained": trained, "device": torch.cuda.get_device_name(device) if on_gpu else "cpu",
@@ -237,15 +237,15 @@ def _read_data(config: Config, tokenizer: Any, folder: Path, ranks: Ranks) -> di
     train_data = data.encode(train_records, tokenizer, config.data)
     held_out = data.encode(held_records, tokenizer, config.data) if held_records else None
     questions = []
+    conversations = "messages" in train_records[0]
+    template = templates.load_template(config.data.prompt_template, tokenizer, conversations=conversations)
     if config.data.exact_match or config.run.show_samples:
-        conversations = "messages" in train_records[0]
-        template = templates.load_template(config.data.prompt_template, tokenizer, conversations=conversations)
         for record in held_records:
             prompt = record.get("instruction") or record["messages"][-2]["content"]
             shown = f"{prompt}\n{record['input']}" if record.get("input") else prompt
             ids = templates.prompt_ids(record, template, tokenizer)
             questions.append(Question(prompt=shown, prompt_ids=ids, expected=records.answer(record)))
-    return {"train": train_data, "held_out": held_out, "questions": questions}
+    return {"train": train_data, "held_out": held_out, "questions": questions, "template": template.name}
 
 
 def _rows(config: Config, encoded: data.Encoded) -> Sequence[Any]:

@@ -221,7 +221,7 @@ def test_a_mistake_is_one_line_with_a_remedy_and_exit_code_2(small, change, mess
 
 
 def test_the_learning_rate_is_a_pure_function_of_the_step():
-    config = OptimizerConfig(learning_rate=1.0, warmup_steps=2, max_steps=10)
+    config = OptimizerConfig(learning_rate=1.0, warmup_ratio=0.2, max_steps=10)
 
     rates = [learning_rate_at(step, 10, config) for step in range(1, 11)]
 
