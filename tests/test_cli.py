@@ -1,0 +1,106 @@
+"""The front door and the command line, as a shell sees them."""
+
+import subprocess
+import sys
+import time
+from dataclasses import replace
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+
+import loldu
+from launcher import cli
+from launcher.config import Config
+
+REPO = Path(__file__).resolve().parents[1]
+
+
+def test_every_command_has_options_and_help(capsys):
+    """Each entry of the table names a function whose signature becomes options."""
+    for name in cli.COMMANDS:
+        with pytest.raises(SystemExit) as left:
+            cli.main([*name.split(), "--help"])
+
+        assert left.value.code == 0
+        assert f"loldu {name}" in capsys.readouterr().out
+
+
+def test_help_imports_nothing_heavy():
+    """The overview comes at once: neither torch nor transformers nor peft is imported for it (goal: under 1 s)."""
+    code = "import sys, loldu; sys.argv[1:] = ['--help']; loldu.main(); print({'torch', 'peft'} & set(sys.modules))"
+
+    out = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=REPO, check=True).stdout
+
+    assert "loldu factorize" in out
+    assert out.strip().endswith("set()")
+
+
+def test_an_unknown_command_lists_those_there_are(capsys):
+    assert cli.main(["factorise"]) == 2
+
+    assert "loldu factorize" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("found", [None, SimpleNamespace(origin="/elsewhere/adapters/__init__.py")])
+def test_another_package_named_adapters_is_one_clear_error(found, capsys):
+    """PyPI has a project of that name; a stranger's machine may have it installed."""
+    with pytest.raises(SystemExit) as left:
+        loldu.check_packages(lambda name: found)
+
+    assert left.value.code == 2
+    error = capsys.readouterr().err
+    assert "pip uninstall adapters" in error
+    assert str(REPO / "adapters") in error
+
+
+def test_our_own_packages_pass():
+    loldu.check_packages()
+
+
+def test_a_foreign_launcher_on_the_path_is_caught_when_a_recipe_starts(tmp_path):
+    """The check runs before anything of the foreign package is imported."""
+    (tmp_path / "launcher").mkdir()
+    (tmp_path / "launcher" / "__init__.py").write_text("raise RuntimeError('a stranger ran')")
+
+    done = subprocess.run(
+        [sys.executable, "-c", "import loldu; loldu.main()"],
+        capture_output=True,
+        text=True,
+        cwd=tmp_path,
+        env={"PATH": "/usr/bin:/bin", "PYTHONPATH": f"{tmp_path}:{REPO}"},
+    )
+
+    assert done.returncode == 2
+    assert "Python finds" in done.stderr
+    assert "a stranger ran" not in done.stderr
+
+
+def test_what_the_user_names_is_never_replaced(monkeypatch):
+    """The embedded default stands in only where neither --model nor --data was given."""
+    ran = []
+    monkeypatch.setattr("launcher.availability.unavailable", lambda model, data: "no network")
+    monkeypatch.setattr("launcher.training.run.run", lambda config, name: ran.append(config.model.model) or 0)
+    default = Config()
+    tiny = replace(default, model=replace(default.model, model="small"))
+
+    for arguments in ([], ["--tiny"], ["--model", "mine"], ["--data=mine.json"], ["--seed", "3"]):
+        cli.run_recipe("test", lambda: default, lambda: tiny, arguments)
+
+    assert ran == ["small", "small", "mine", default.model.model, "small"]
+
+
+def test_the_hub_is_given_ten_seconds_and_no_more(monkeypatch):
+    """A name look-up that hangs is left behind."""
+    from launcher import availability
+
+    monkeypatch.setattr(availability, "LIMIT_S", 0.2)
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", False)
+    monkeypatch.setattr("huggingface_hub.HfApi.model_info", lambda self, name, timeout: time.sleep(3))
+    monkeypatch.setattr("huggingface_hub.HfApi.dataset_info", lambda self, name, timeout: time.sleep(3))
+    started = time.monotonic()
+
+    reason = availability.unavailable("nobody/nothing", "nobody/none")
+
+    assert "no answer in" in reason
+    assert time.monotonic() - started < 2
