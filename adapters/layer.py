@@ -125,7 +125,7 @@ class FactorMap(nn.Module):
         return super().train(mode)
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Any:
-        """A narrower dtype for the whole model reaches write alone: core, read and what is saved stay as they are."""
+        """A narrower dtype (half(), PEFT's mover) reaches write alone: core, read and what is saved stay float32."""
 
         def apply(old: Tensor) -> Tensor:
             new = fn(old)
@@ -285,11 +285,6 @@ class FactorLayer(nn.Module, BaseTunerLayer):
         for factor_map in self.maps.values():
             factor_map.write.requires_grad_(False)
             factor_map.read.requires_grad_(False)
-
-    def _move_adapter_to_device_of_base_layer(self, adapter_name: str, device: torch.device | None = None) -> None:
-        """Change the device alone: PEFT's own mover casts to the base's dtype and would round the float32 core."""
-        if adapter_name in self.maps and not any(p.is_meta for p in self.maps[adapter_name].parameters()):
-            self.maps[adapter_name].to(device or self.base.weight.device)
 
     def _update_parts(self, adapter_name: str) -> tuple[Tensor, Factors, Tensor]:
         factor_map = self.maps[adapter_name]

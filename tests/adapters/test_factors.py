@@ -224,3 +224,12 @@ def test_rebuilt_error_tells_rounding_from_another_weight(r):
     assert same < 1e-6
     assert rounded < 0.05
     assert other > 0.3
+
+
+def test_rebuilt_error_sees_growth_where_the_diagonal_agrees():
+    """A row that now outgrows the saved pivot: d_r is the same, L is three times what pivoting allows."""
+    panel = torch.tensor([[1.0], [3.0], [0.5]])
+
+    error = rebuilt_error(panel, torch.tensor([0]), torch.tensor([1.0]))
+
+    assert error == 2

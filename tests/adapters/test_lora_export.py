@@ -113,6 +113,7 @@ def test_modules_to_save_go_along(tmp_path):
 
     lora = exported(model, copy.deepcopy(base), tmp_path)
 
+    assert PeftConfig.from_pretrained(tmp_path).modules_to_save == ["lm_head"]
     torch.testing.assert_close(logits(lora), logits(model), **CLOSE)
 
 

@@ -262,6 +262,8 @@ def test_the_same_base_in_bfloat16_works_from_the_saved_pivots(babyllama, tmp_pa
         loaded = PeftModel.from_pretrained(opened(babyllama, dtype=torch.bfloat16), folder).eval()
 
     assert distance(logits(loaded, 361), logits(model, 361)) < 2 * base_moves < 0.04
+    for mine, theirs in zip(layers(model), layers(loaded), strict=True):  # the float32 checkpoint is at hand
+        assert torch.equal(mine.maps["default"].read, theirs.maps["default"].read)
 
 
 def test_rounded_weights_without_a_checkpoint_give_nearly_the_same_factors(babyllama, tmp_path):
@@ -498,6 +500,15 @@ def test_no_match_lists_the_modules_there_are():
 def test_a_tied_weight_is_refused_by_name(target):
     with pytest.raises(ValueError, match=rf"{target} shares its weight with another module .*exclude_modules"):
         get_peft_model(tiny_llama(tie_word_embeddings=True), lm_config(target_modules=[target]))
+
+
+def test_a_head_that_is_tied_whenever_it_is_loaded_is_refused_too():
+    """The config ties it again when the saved adapter meets its base."""
+    model = tiny_llama(tie_word_embeddings=True)
+    model.lm_head.weight = nn.Parameter(model.lm_head.weight.detach().clone())
+
+    with pytest.raises(ValueError, match="lm_head shares its weight"):
+        get_peft_model(model, lm_config(target_modules=["lm_head"]))
 
 
 def test_an_untied_head_is_adapted():
