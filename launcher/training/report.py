@@ -26,8 +26,13 @@ LINE_EVERY_S = 5.0
 class Events:
     """events.jsonl: one JSON object per line, each step once also after a resume."""
 
-    def __init__(self, file: Path, resumed_step: int):
-        self.kept = [event for event in read_events(file) if event["step"] <= resumed_step] if resumed_step else []
+    def __init__(self, file: Path, resumed_step: int, evaluated_step: int):
+        """Keeps the steps and the evaluations that the checkpoint knows of, and drops what came after it."""
+
+        def known(event: dict[str, Any]) -> bool:
+            return event["step"] <= (evaluated_step if "eval_loss" in event else resumed_step)
+
+        self.kept = [event for event in read_events(file) if known(event)] if resumed_step else []
         write_atomically(file, "".join(json.dumps(event) + "\n" for event in self.kept))
         self._file = open(file, "a")  # noqa: SIM115 (open for the whole run)
 
@@ -139,16 +144,17 @@ def open_trackers(names: tuple[str, ...], output: Path, config: dict[str, Any]) 
     if not names:
         return []
     from accelerate import PartialState
-    from accelerate.tracking import LOGGER_TYPE_TO_CLASS
+    from accelerate.tracking import TensorBoardTracker, WandBTracker
 
     PartialState(cpu=not torch.cuda.is_available())
     flat = {f"{part}.{name}": str(value) for part, values in config.items() for name, value in values.items()}
     trackers = []
     for name in names:
-        cls = LOGGER_TYPE_TO_CLASS[name]
-        tracker = cls(output.name, logging_dir=str(output)) if cls.requires_logging_directory else cls(output.name)
-        if hasattr(tracker, "start"):
-            tracker.start()
+        if name == "tensorboard":
+            tracker = TensorBoardTracker("tensorboard", logging_dir=str(output))
+        else:
+            tracker = WandBTracker("loldu", name=output.name, dir=str(output))
+        tracker.start()
         tracker.store_init_configuration(flat)
         trackers.append(tracker)
     return trackers

@@ -196,6 +196,17 @@ def test_other_methods_go_through_the_same_door(small, method, tmp_path):
     assert (Path(config.run.output) / ("adapter" if method == "lora" else "model")).is_dir()
 
 
+@pytest.mark.slow
+def test_trackers_write_into_the_run_folder(small, monkeypatch):
+    monkeypatch.setenv("WANDB_MODE", "offline")
+
+    assert run(with_run(small, trackers=("tensorboard", "wandb")), "test") == 0
+
+    folder = Path(small.run.output)
+    assert list((folder / "tensorboard").rglob("events.out.tfevents.*"))
+    assert list((folder / "wandb").rglob("*.wandb"))
+
+
 @pytest.mark.parametrize(
     ("change", "message"),
     [
