@@ -1,0 +1,50 @@
+"""What must be equal on all nodes of a run: interpreter, packages, code. Standard library alone."""
+
+from __future__ import annotations
+
+import hashlib
+import importlib.metadata
+import platform
+import sys
+from pathlib import Path
+from typing import Any
+
+PROJECT = Path(__file__).resolve().parents[2]
+PACKAGES = (
+    "torch", "transformers", "peft", "accelerate", "datasets", "safetensors", "tokenizers", "numpy",
+    "deepspeed", "bitsandbytes", "flash-attn",
+)  # fmt: skip
+
+
+def environment(recipe: str = "") -> dict[str, Any]:
+    """Interpreter, package versions and hashes of the code on this machine."""
+    packages = {}
+    for name in PACKAGES:
+        try:
+            packages[name] = importlib.metadata.version(name)
+        except importlib.metadata.PackageNotFoundError:
+            packages[name] = "missing"
+    sources = sorted(path for part in ("adapters", "launcher") for path in (PROJECT / part).rglob("*.py"))
+    return {
+        "python": f"{platform.python_version()} ({sys.executable})",
+        **packages,
+        "this project's code": _digest([PROJECT / "loldu.py", *sources]),
+        **({"recipe": _digest([Path(recipe)])} if recipe else {}),
+    }
+
+
+def differences(here: dict[str, Any], there: dict[str, Any]) -> list[str]:
+    """What differs, as `torch 2.13.0 instead of 2.12.1`, here first."""
+    return [
+        f"{name} {here.get(name, 'unknown')} instead of {there.get(name, 'unknown')}"
+        for name in sorted({*here, *there})
+        if here.get(name) != there.get(name)
+    ]
+
+
+def _digest(files: list[Path]) -> str:
+    whole = hashlib.sha256()
+    for file in files:
+        whole.update(f"{file.name}\0".encode())
+        whole.update(file.read_bytes() if file.is_file() else b"\0missing")
+    return whole.hexdigest()[:12]

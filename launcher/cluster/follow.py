@@ -1,0 +1,81 @@
+"""The logs of a run, merged: the job's and each rank's, every line behind who wrote it."""
+
+from __future__ import annotations
+
+import os
+import sys
+import time
+from collections import deque
+from collections.abc import Callable
+from pathlib import Path
+
+from launcher.cluster import runs, slurm
+
+LOOK_S = 0.5  # between two looks at the files
+ASK_S = 10.0  # between two questions to Slurm
+
+
+def log_files(folder: Path, rank: int | None) -> dict[str, Path]:
+    """Files by what to call them. Raises ValueError for a rank that has none."""
+    files = {path.stem: path for path in sorted(folder.glob("slurm-*.log"), key=os.path.getmtime)[-1:]}
+    if not files and folder.name.startswith("task-"):  # an array's own logs lie above its runs
+        found = sorted(folder.parent.glob(f"slurm-*_{folder.name[5:]}.log"), key=os.path.getmtime)[-1:]
+        files = {path.stem: path for path in found}
+    for path in sorted((folder / "logs").glob("*.log"), key=lambda path: (len(path.name.partition("@")[0]), path.name)):
+        files[path.stem] = path
+    if rank is not None:
+        files = {name: path for name, path in files.items() if name.partition("@")[0] == f"rank{rank}"}
+        if not files:
+            raise ValueError(f"rank {rank} has no log in {folder / 'logs'}")
+    return files
+
+
+def logs(given: str, *, follow: bool = False, rank: int | None = None, lines: int = 20, limit_s: float = 0.0) -> int:
+    """Print the last lines of a run's logs; with follow go on until it has ended. Returns an exit code."""
+    folder = runs.find_run(given)
+    at: dict[str, int] = {}
+    end = time.monotonic() + limit_s if limit_s else float("inf")
+    files = log_files(folder, rank)
+    if not files and not follow:
+        raise ValueError(f"{folder} has no logs yet; loldu status {given} tells why, loldu logs -f {given} waits")
+    ended, asked = False, time.monotonic()
+    while True:
+        for name, path in files.items():
+            if name not in at:
+                at[name] = _tail(name, path, lines if path.exists() else 0)
+            at[name] = _more(name, path, at[name])
+        if not follow or ended or time.monotonic() > end:
+            return 0
+        time.sleep(LOOK_S)
+        if time.monotonic() - asked > ASK_S:
+            ended, asked = not alive(folder), time.monotonic()  # then one more look, for the last lines
+        files = log_files(folder, None) if rank is None else files
+
+
+def alive(folder: Path, ask: Callable[[Path], slurm.JobState | None] = slurm.state_of) -> bool:
+    """Whether more may come."""
+    state = ask(folder)
+    return state.alive if state is not None else runs.read(folder / "state") in ("", "running")
+
+
+def _tail(name: str, path: Path, lines: int) -> int:
+    """Print the last lines; where the next begin."""
+    with open(path, "rb") as file:
+        kept = deque(file, maxlen=lines)
+        _show(name, b"".join(kept))
+        return file.tell()
+
+
+def _more(name: str, path: Path, start: int) -> int:
+    with open(path, "rb") as file:
+        file.seek(start)
+        new = file.read()
+    whole = new.rfind(b"\n") + 1  # a line still being written waits for its end
+    _show(name, new[:whole])
+    return start + whole
+
+
+def _show(name: str, text: bytes) -> None:
+    for line in text.decode(errors="replace").splitlines():
+        print(f"{name}: {line.rsplit(chr(13), 1)[-1]}")  # of a progress bar only its last state
+    sys.stdout.flush()

@@ -1,0 +1,142 @@
+"""Run folders and recipes as seen from outside: names, files, what a command line says about them. Acts on nothing.
+
+A run folder holds `state` (running, stopped, finished, failed), `control` (run, stop), `events.jsonl`,
+`checkpoints/step-000123/COMPLETE`; a cluster adds `job.sbatch`, `job.json` (which job it is), `slurm-ID.log`, `logs/`
+and `events` (what the batch script saw).
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+RUNS = Path("runs")
+PROJECT = Path(__file__).resolve().parents[2]
+STEP = re.compile(r"step-(\d{6,})")
+
+
+def safe_name(name: str) -> str:
+    """A name that is one plain word for a folder, a job and a shell: letters, digits, dot, dash and underscore."""
+    safe = re.sub(r"[^A-Za-z0-9._-]+", "-", name).strip(".-")[:100]
+    if not safe:
+        raise ValueError(f"--name {name!r} has no letter or digit: give a name such as --name alpaca-rank-64")
+    return safe
+
+
+def find_recipe(recipe: str) -> Path:
+    """The recipe's file: a path, or the bare name of one in recipes/. Raises ValueError listing what there is."""
+    for path in (Path(recipe), PROJECT / "recipes" / f"{recipe}.py"):
+        if path.suffix == ".py" and path.is_file():
+            return path.resolve()
+    known = sorted(path.stem for path in (PROJECT / "recipes").glob("*.py"))
+    raise ValueError(f"no recipe {recipe!r}: expected a Python file, or one of {', '.join(known) or 'recipes/*.py'}")
+
+
+def option(name: str, options: Sequence[str]) -> str | None:
+    """The value of --name among a recipe's own options; the last one counts, as for the recipe."""
+    value = None
+    for at, word in enumerate(options):
+        if word.startswith(f"{name}="):
+            value = word.partition("=")[2]
+        elif word == name and at + 1 < len(options):
+            value = options[at + 1]
+    return value
+
+
+def run_folder(name: str | None, recipe: Path, options: Sequence[str]) -> Path:
+    """Where the run will live, absolute: the recipe's --output, else runs/NAME, else runs/RECIPE-TIME."""
+    output = option("--output", options)
+    if output is not None and name is not None:
+        raise ValueError(f"--name {name} and the recipe's --output {output} both name the run folder: give one")
+    folder = Path(output) if output is not None else RUNS / safe_name(name or default_name(recipe))
+    return Path(os.path.abspath(folder))
+
+
+def default_name(recipe: Path) -> str:
+    return f"{recipe.stem}-{time.strftime('%Y%m%d-%H%M%S')}"
+
+
+def with_output(options: Sequence[str], folder: Path) -> tuple[str, ...]:
+    """The recipe's options with the run folder among them."""
+    if option("--resume", options) == "never":
+        raise ValueError(
+            "--resume never would begin afresh after each interruption: leave it out, and give a new --name instead"
+        )
+    return (*options, *(() if option("--output", options) is not None else (f"--output={folder}",)))
+
+
+def read(file: Path) -> str:
+    """The stripped text, or nothing where there is no such file. Opening it makes a network file system look again."""
+    try:
+        return file.read_text(errors="replace").strip()
+    except OSError:
+        return ""
+
+
+def write(file: Path, text: str) -> None:
+    """By rename: a reader sees the old text or the new one."""
+    file.parent.mkdir(parents=True, exist_ok=True)
+    partial = file.with_name(f".{file.name}.{os.getpid()}")
+    partial.write_text(text)
+    os.replace(partial, file)
+
+
+def job_of(run: Path) -> dict[str, Any]:
+    """What `loldu submit` wrote about the job, or nothing."""
+    text = read(run / "job.json")
+    return json.loads(text) if text else {}
+
+
+def checkpoint_step(run: Path) -> int:
+    """Step of the newest complete checkpoint; 0 without one."""
+    steps = [int(match[1]) for path in (run / "checkpoints").glob("step-*/COMPLETE") if (match := STEP.fullmatch(path.parent.name))]  # fmt: skip  # noqa: E501
+    return max(steps, default=0)
+
+
+def last_step(run: Path) -> dict[str, Any]:
+    """The newest training step in events.jsonl: {"step": 12, "loss": …}, or nothing. Reads the file's end alone."""
+    try:
+        with open(run / "events.jsonl", "rb") as file:
+            file.seek(max(0, file.seek(0, os.SEEK_END) - 65536))
+            lines = file.read().decode(errors="replace").splitlines()
+    except OSError:
+        return {}
+    for line in reversed(lines):
+        try:
+            event = json.loads(line)
+        except json.JSONDecodeError:
+            continue  # still being written
+        if isinstance(event, dict) and "loss" in event:
+            return event
+    return {}
+
+
+def is_run(folder: Path) -> bool:
+    return any((folder / name).exists() for name in ("job.json", "state", "config.json", "control"))
+
+
+def all_runs(root: Path = RUNS) -> list[Path]:
+    """The run folders under root, oldest first."""
+    found = [path for path in root.iterdir() if path.is_dir() and is_run(path)] if root.is_dir() else []
+    return sorted(found, key=lambda path: (path / "job.json" if (path / "job.json").exists() else path).stat().st_mtime)
+
+
+def find_run(given: str, root: Path = RUNS) -> Path:
+    """The run folder that a name, a folder or a job id means. Raises ValueError listing the runs there are."""
+    for folder in (Path(given), root / given, root / re.sub(r"[^A-Za-z0-9._-]+", "-", given).strip(".-")[:100]):
+        if given and folder != root and folder.is_dir() and is_run(folder):
+            return Path(os.path.abspath(folder))
+    base, _, task = given.partition("_")
+    for folder in reversed(all_runs(root)) if base.isdigit() else ():
+        if str(job_of(folder).get("job_id")) == base:
+            part = folder / f"task-{task}"
+            return Path(os.path.abspath(part if task and part.is_dir() else folder))
+    known = [path.name for path in all_runs(root)][-8:]
+    raise ValueError(
+        f"no run {given!r}: expected a run folder, a job id or a name in {root}/ ({', '.join(known) or 'empty'})"
+    )
