@@ -1,0 +1,168 @@
+"""What a user may give by mistake: each ends with exit code 2 and one line that says what to do."""
+
+import json
+import shutil
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+from launcher import cli
+from launcher.config import Config
+from launcher.factorization import cache
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "recipes"))
+from llama2_alpaca_loldu import llama2_alpaca, tiny
+
+RECORD = {"instruction": "Say yes.", "input": "", "output": "yes"}
+
+
+@pytest.fixture
+def train(stories, tmp_path, capfd):
+    """Runs the recipe as a shell would; returns exit code and what went to standard error."""
+    data = tmp_path / "good.json"
+    data.write_text(json.dumps([RECORD] * 8))
+
+    def call(*options):
+        given = {
+            "--model": str(stories), "--data": str(data), "--output": str(tmp_path / "run"), "--rank": "4",
+            "--cache": str(tmp_path / "cache"), "--batch-size": "2", "--max-steps": "1", "--eval-records": "0",
+        }  # fmt: skip
+        given |= dict(zip(options[::2], options[1::2], strict=True))
+        code = call_main([word for pair in given.items() for word in pair])
+        return code, capfd.readouterr().err
+
+    def call_main(arguments):
+        try:
+            return cli.run_recipe("llama2_alpaca_loldu", llama2_alpaca, tiny, arguments)
+        except SystemExit as left:  # the parser's own way
+            return left.code
+
+    return call
+
+
+def write(path, text):
+    path.write_text(text)
+    return str(path)
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("", "empty"),
+        ("[]", "no record"),
+        ("{not json", "not JSON"),
+        (json.dumps([RECORD, {"input": "x", "output": "y"}]), "record 1"),
+        (json.dumps([{"instruction": 3, "output": "y"}]), "record 0"),
+        (json.dumps([{**RECORD, "output": ""}]), "answer"),
+    ],
+)
+def test_bad_data_is_named_with_the_place(train, tmp_path, text, message):
+    code, error = train("--data", write(tmp_path / "bad.json", text))
+
+    assert code == 2
+    assert message in error
+    assert "bad.json" in error
+    assert "Traceback" not in error
+
+
+@pytest.mark.parametrize(
+    ("option", "value", "message"),
+    [
+        ("--data", "missing.json", "missing.json: there is no such file"),
+        ("--model", "/no/such/model", "neither a folder here nor in the hub cache"),
+        ("--rank", "0", "rank is at least 1"),
+        ("--rnak", "4", "--rank"),
+        ("--batch-size", "0", "batch_size is at least 1"),
+        ("--resume", "/no/such/checkpoint", "not complete"),
+    ],
+)
+def test_bad_options_say_what_is_valid(train, option, value, message):
+    code, error = train(option, value)
+
+    assert code == 2
+    assert message in error
+    assert "Traceback" not in error
+
+
+def test_a_model_folder_without_weights(train, stories, tmp_path):
+    folder = tmp_path / "model"
+    shutil.copytree(stories, folder, ignore=shutil.ignore_patterns("*.safetensors"))
+
+    code, error = train("--model", str(folder))
+
+    assert code == 2
+    assert "holds no weights: expected model.safetensors" in error
+
+
+def test_a_truncated_weight_file(train, stories, tmp_path):
+    folder = tmp_path / "model"
+    shutil.copytree(stories, folder)
+    file = folder / "model.safetensors"
+    file.chmod(0o644)
+    file.write_bytes(file.read_bytes()[:-1000])
+
+    code, error = train("--model", str(folder))
+
+    assert code == 2
+    assert "model.safetensors is damaged or cut short" in error
+
+
+def test_weights_as_pickle_alone_name_the_conversion(train, stories, tmp_path):
+    """The file is never opened: reading a pickle can run code."""
+    folder = tmp_path / "model"
+    shutil.copytree(stories, folder, ignore=shutil.ignore_patterns("*.safetensors"))
+    torch.save({}, folder / "pytorch_model.bin")
+
+    code, error = train("--model", str(folder))
+
+    assert code == 2
+    assert "only as pickle" in error
+    assert "save_pretrained" in error
+
+
+def test_the_output_folder_of_another_run(train):
+    assert train()[0] == 0
+
+    code, error = train("--rank", "8")
+
+    assert code == 2
+    assert "belongs to another run: adapter was" in error
+
+
+def test_a_folder_that_is_no_run_is_not_written_to(train, tmp_path):
+    (tmp_path / "run").mkdir()
+    write(tmp_path / "run" / "thesis.tex", "years of work")
+
+    code, error = train()
+
+    assert code == 2
+    assert "not a run folder and not empty" in error
+    assert [path.name for path in (tmp_path / "run").iterdir()] == ["thesis.tex"]
+
+
+def test_no_space_left_on_the_caches_disk(train, monkeypatch, tmp_path):
+    def full(*_, **__):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(cache, "save_file", full)
+
+    code, error = train()
+
+    assert code == 2
+    assert "--cache" in error
+    assert not list((tmp_path / "cache").rglob("*.safetensors"))
+
+
+def test_an_adapter_of_another_base(train, babyllama, tmp_path, capfd):
+    assert train()[0] == 0
+
+    code = cli.main(["generate", str(tmp_path / "run" / "adapter"), "--base", str(babyllama), "--prompt", "hello"])
+
+    assert code == 2
+    assert "does not fit" in capfd.readouterr().err
+
+
+def test_the_recipes_default_is_a_config():
+    assert isinstance(llama2_alpaca(), Config)
