@@ -16,6 +16,10 @@ from typing import Any
 POLL_S = 0.1
 
 
+class Stopped(Exception):
+    """Asked to stop before there was anything to save; whichever rank was asked, all raise it."""
+
+
 @dataclass(frozen=True)
 class Ranks:
     """This process among the others, as torchrun, accelerate launch or Slurm's entry set it in the environment."""
@@ -83,7 +87,8 @@ class Party:
     def together(self, what: str, do: Callable[[], Any], timeout_s: float = 600.0) -> list[Any]:
         """Run do on every rank and return all values; if any rank fails, all raise, naming it.
 
-        The user's mistakes (ValueError, OSError) are ValueErrors on the other ranks, anything else is a RuntimeError.
+        The user's mistakes (ValueError, OSError) are ValueErrors on the other ranks, Stopped is Stopped, and anything
+        else is a RuntimeError.
         """
         failure: Exception | None = None
         result: dict[str, Any] = {}
@@ -93,8 +98,11 @@ class Party:
             failure = error
             result["error"] = f"{type(error).__name__}: {error}" if not isinstance(error, ValueError) else str(error)
             result["mistake"] = isinstance(error, (ValueError, OSError))
+            result["stopped"] = isinstance(error, Stopped)
         answers = self.gather(what, result, timeout_s)
         for rank, answer in enumerate(answers):
+            if answer.get("stopped"):
+                raise failure if isinstance(failure, Stopped) else Stopped("another rank")
             if "error" in answer:
                 if failure is not None and (rank == self.ranks.rank or not answer["mistake"]):
                     raise failure

@@ -29,7 +29,7 @@ from torch import Tensor
 from adapters.checkpoint_files import TensorInfo, open_tensor
 from adapters.factors import Factors, base_fingerprint, loldu_factors, probe_digest
 from launcher.factorization import cache
-from launcher.ranks import Party
+from launcher.ranks import Party, Stopped
 
 log = logging.getLogger(__name__)
 Progress = Callable[[int, int, str], None]  # weights done on all ranks, weights to do, one being worked on
@@ -101,7 +101,7 @@ def factorize(
     """Factors of every request in the cache folder, by module; what is there is not made again. Called by all ranks.
 
     verify_base reads the weights again instead of trusting the file's size and time. on_progress is called on every
-    rank, a few times a second.
+    rank, a few times a second; where it raises Stopped on one rank, all raise it, and what was made stays.
 
     Raises, on all ranks, ValueError naming rank, module, tensor and file where a weight has no factors or the folder
     cannot be written, and RuntimeError naming a rank that died.
@@ -276,6 +276,8 @@ class _Watch:
         if news["error"]:
             self.told = True
             text = news["error"]["text"]
+            if news["error"].get("stopped"):
+                raise Stopped("another rank")
             raise ValueError(text) if news["error"]["mistake"] else RuntimeError(text)
         self.on_progress(news["done"], news["total"], news["weight"])
         return bool(news["finished"])
@@ -289,6 +291,7 @@ class _Watch:
             plain = str(error) if isinstance(error, ValueError) else f"{type(error).__name__}: {error}"
             text = f"rank {self.ranks.rank} failed at {self.own['weight'] or 'the end'}: {plain}"
             self.own["error"] = {"text": text, "mistake": isinstance(error, (ValueError, OSError))}
+            self.own["error"]["stopped"] = isinstance(error, Stopped)
             with suppress(RuntimeError, LookupError):
                 self._exchange()
         if self.ranks.is_main or not self.told:

@@ -25,6 +25,8 @@ from launcher.training.preemption import StopRequest
 from launcher.training.report import Events, Rate, Screen, memory_gib
 from launcher.training.sharding import Replicated, sum_over_ranks
 
+ANSWERS = 64  # a rank writes so many at a time, and then hears whether to stop
+
 
 @dataclass(frozen=True, kw_only=True)
 class Question:
@@ -66,6 +68,7 @@ class Progress:
     best_loss: float = math.inf
     best_step: int = 0
     worse: int = 0  # evaluations since the best one
+    evaluated: int = -1  # the step of the last evaluation
 
 
 def learning_rate_at(step: int, steps: int, config: OptimizerConfig) -> float:
@@ -84,9 +87,8 @@ def train(job: Job, resume: Checkpoint | None) -> str:
     progress = Progress(**resume.meta["progress"]) if resume else Progress()
     if resume:
         job.engine.restore(resume)
-    events = Events(job.output / "events.jsonl", progress.step) if ranks.is_main else None
-    evaluated = {event["step"] for event in events.kept if "eval_loss" in event} if events else set()
-    last_save, rate, status = progress.step, Rate(), "finished"
+    events = Events(job.output / "events.jsonl", progress.step, progress.evaluated) if ranks.is_main else None
+    rate, saved, asked = Rate(), progress.step, False
 
     def tell(event: dict[str, Any]) -> None:
         if events is not None:
@@ -102,51 +104,60 @@ def train(job: Job, resume: Checkpoint | None) -> str:
         if ranks.is_main:
             prune(job.output / "checkpoints", config.run.keep_last, progress.best_step)
 
-    def evaluation() -> None:
+    def evaluation() -> bool:
         result = evaluate(job)
+        if result is None:
+            return False
+        progress.evaluated = progress.step
         if result["eval_loss"] < progress.best_loss:
             progress.best_loss, progress.best_step, progress.worse = result["eval_loss"], progress.step, 0
         else:
             progress.worse += 1
         tell({"step": progress.step, **result})
-        evaluated.add(progress.step)
         shown = ", ".join(f"{name.replace('_', ' ')} {_number(value)}" for name, value in result.items())
         job.screen.say(f"step {progress.step}: {shown}")
+        return True
 
-    if job.held_out is not None and progress.step == 0:
-        evaluation()
+    def step() -> bool:
+        number = progress.step + 1
+        lr = learning_rate_at(number, job.steps, config.optimizer)
+        loss, tokens, asked = gradients(job, number)
+        if not math.isfinite(loss):
+            raise ValueError(
+                f"the loss is {loss} at step {number}: lower --learning-rate {config.optimizer.learning_rate}"
+            )
+        norm = job.engine.update(lr)
+        progress.step, progress.tokens = number, progress.tokens + tokens
+        tell({"step": number, "loss": loss, "lr": lr, "grad_norm": norm, "tokens": tokens})
+        bar(number, f"loss {loss:.4f}  {rate.add(tokens):,.0f} tokens/s  {memory_gib():.1f} GiB")
+        return asked
+
     with job.screen.bar("training", job.steps, progress.step) as bar:
-        while progress.step < job.steps:
-            step = progress.step + 1
-            lr = learning_rate_at(step, job.steps, config.optimizer)
-            loss, tokens, asked = gradients(job, step)
-            if not math.isfinite(loss):
-                raise ValueError(
-                    f"the loss is {loss} at step {step}: lower --learning-rate {config.optimizer.learning_rate}"
-                )
-            norm = job.engine.update(lr)
-            progress.step, progress.tokens = step, progress.tokens + tokens
-            tell({"step": step, "loss": loss, "lr": lr, "grad_norm": norm, "tokens": tokens})
-            bar(step, f"loss {loss:.4f}  {rate.add(tokens):,.0f} tokens/s  {memory_gib():.1f} GiB")
-            last, due = step == job.steps, config.run.eval_every and step % config.run.eval_every == 0
-            if job.held_out is not None and (last or due) and not (asked and not last):
-                evaluation()
-            early = config.run.patience and progress.worse >= config.run.patience
-            if last or asked or early or (config.run.save_every and step % config.run.save_every == 0):
+        while True:  # at the start and after every step: evaluate, save, leave?
+            if evaluation_due(job, progress) and not asked:
+                asked = not evaluation()
+            early = bool(config.run.patience) and progress.worse >= config.run.patience
+            ended = progress.step == job.steps or early
+            due = bool(config.run.save_every) and progress.step % config.run.save_every == 0
+            if (ended or asked or due) and saved != progress.step:
                 checkpoint()
-                last_save = step
-            if asked and not last:
-                status = "stopped"
+                saved = progress.step
+            if ended or asked:
                 break
-            if early:
-                job.screen.say(
-                    f"no better loss in {progress.worse} evaluations, the best was at step {progress.best_step}"
-                )
-                break
-    assert last_save == progress.step
+            asked = step()
+    if early:
+        job.screen.say(f"no better loss in {progress.worse} evaluations, the best was at step {progress.best_step}")
     if events is not None:
         events.close()
-    return status
+    return "finished" if ended and not evaluation_due(job, progress) else "stopped"
+
+
+def evaluation_due(job: Job, progress: Progress) -> bool:
+    """At the start, at the end, and every so many steps; not twice at a step, also after a resume."""
+    if job.held_out is None or progress.evaluated == progress.step:
+        return False
+    every = job.config.run.eval_every
+    return progress.step in (0, job.steps) or bool(every and progress.step % every == 0)
 
 
 def gradients(job: Job, step: int) -> tuple[float, int, bool]:
@@ -160,7 +171,7 @@ def gradients(job: Job, step: int) -> tuple[float, int, bool]:
     for start in range(0, len(mine), size):
         torch.manual_seed(_seed(optimizer.seed, step, ranks.rank, start))  # dropout; so there is no state to save
         loss = loss_of(job, job.train, mine[start : start + size], targets, packing=job.config.data.packing)
-        (loss * job.engine.loss_scale).backward()
+        job.engine.backward(loss)
         total += loss.detach()
     asked = torch.tensor(float(job.stop.asked()), device=job.device)
     total, stops = job.engine.reduce([total, asked])
@@ -172,35 +183,52 @@ def loss_of(job: Job, data: Encoded, rows: Sequence[Any], targets: int, *, packi
     kind: Any = "flash" if job.attention == "flash_attention_2" else "sdpa"
     batch = collate(data, rows, pad_id=job.tokenizer.pad_token_id or 0, packing=packing, attention=kind)
     batch = {name: part.to(job.device) if isinstance(part, Tensor) else part for name, part in batch.items()}
-    return job.engine.model(**batch, num_items_in_batch=targets, use_cache=False).loss
+    return job.engine.forward(**batch, num_items_in_batch=targets, use_cache=False).loss
 
 
-def evaluate(job: Job) -> dict[str, float]:
-    """Held-out loss per target token, and exact_match where asked for. Called by all ranks, which share the samples."""
+def evaluate(job: Job) -> dict[str, float] | None:
+    """Held-out loss per target token, and exact_match where asked for; None where a rank was asked to stop meanwhile.
+
+    Called by all ranks, which share the samples. Where a forward pass is a collective each rank makes the same passes:
+    the last one over samples may be for show, and all write all answers.
+    """
     assert job.held_out is not None
     ranks, model, lengths = job.party.ranks, job.engine.model, job.held_out.lengths
     size = job.config.optimizer.micro_batch_size or 16
     samples = sorted(range(len(lengths)), key=lambda i: lengths[i])
-    # Every rank makes as many forward passes, since a sharded model gathers in each: the last may be for show.
-    rounds = -(-len(samples) // (size * ranks.world_size))
-    mine = samples[ranks.rank :: ranks.world_size]
+    questions = (
+        sorted(job.questions, key=lambda question: len(question.prompt_ids)) if job.config.data.exact_match else []
+    )
+    shares = 1 if job.engine.gathers else ranks.world_size
     total, right = torch.zeros((), device=job.device), torch.zeros((), device=job.device)
     model.eval()
-    with torch.no_grad():
-        for start in range(0, rounds * size, size):
-            part = mine[start : start + size]
-            loss = loss_of(job, job.held_out, part or samples[:1], 1, packing=False)
+    try:
+        for start in range(0, len(samples), size * ranks.world_size):
+            if stop_agreed(job):
+                return None
+            part = samples[start : start + size * ranks.world_size][ranks.rank :: ranks.world_size]
+            with torch.no_grad():
+                loss = loss_of(job, job.held_out, part or samples[:1], 1, packing=False)
             total += loss if part else 0
-        if job.config.data.exact_match:
-            questions = job.questions[ranks.rank :: ranks.world_size]
-            written = write_answers(job, questions)
-            right += sum(text == question.expected.strip() for text, question in zip(written, questions, strict=True))
-    model.train()
+        for start in range(0, len(questions), ANSWERS * shares):
+            if stop_agreed(job):
+                return None
+            asked = questions[start : start + ANSWERS * shares][ranks.rank % shares :: shares]
+            written = write_answers(job, asked)
+            right += sum(text == question.expected.strip() for text, question in zip(written, asked, strict=True))
+    finally:
+        model.train()
     total, right = sum_over_ranks([], [total, right], ranks.world_size)
     result = {"eval_loss": float(total) / target_tokens(job.held_out, samples)}
-    if job.config.data.exact_match:
-        result["exact_match"] = float(right) / len(job.questions)
+    if questions:
+        result["exact_match"] = float(right) * shares / ranks.world_size / len(questions)
     return result
+
+
+def stop_agreed(job: Job) -> bool:
+    """Whether any rank was asked to stop. Called by all ranks."""
+    asked = torch.tensor(float(job.stop.asked()), device=job.device)
+    return bool(sum_over_ranks([], [asked], job.party.ranks.world_size)[0] > 0)
 
 
 def write_answers(job: Job, questions: Sequence[Question]) -> list[str]:

@@ -8,7 +8,7 @@ import logging
 import re
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from accelerate import init_empty_weights
@@ -23,7 +23,6 @@ from adapters.checkpoint_files import list_tensors, local_folder, open_tensor, w
 from adapters.layer import FactorLayer
 from adapters.tuner import LOLDU
 from launcher.config import AdapterConfig, ModelConfig, nearest
-from launcher.training.sharding import local_slices, with_local
 
 log = logging.getLogger(__name__)
 
@@ -162,20 +161,40 @@ def skeleton(config: ModelConfig, folder: Path, adapter: PeftConfig | None, *, d
     return get_peft_model(base, adapter)
 
 
-def fill(model: nn.Module, folder: Path, factors: Callable[[str, slice], Factors], device: torch.device) -> None:
-    """Give every parameter on meta its values, reading from disk only the part that this rank holds.
+class Parts(Protocol):
+    """How a sharding engine cuts a parameter: the rows this rank reads, and the parameter made of them."""
 
-    factors(module, rows) hands out the frozen factors with those rows of `write`. Raises ValueError naming tensors that
-    the checkpoint lacks or has in another shape.
+    def rows(self, parameter: Tensor) -> slice: ...
+
+    def place(self, like: nn.Parameter, rows: Tensor) -> nn.Parameter: ...
+
+
+def fill(
+    model: nn.Module,
+    folder: Path,
+    factors: Callable[[str, slice], Factors],
+    parts: Parts,
+    device: torch.device,
+    between: Callable[[], None],
+) -> None:
+    """Give every parameter on meta its values, reading from disk only the rows that this rank holds a part of.
+
+    factors(module, rows) hands out the frozen factors with those rows of `write`; between() is called before each
+    parameter. Raises ValueError naming tensors that the checkpoint lacks or has in another shape.
     """
+
+    def place(like: Any, rows: Tensor) -> nn.Parameter:
+        between()
+        return parts.place(like, rows.to(device, like.dtype).clone())
+
     for layer in [module for module in model.modules() if isinstance(module, FactorLayer)]:
         for factor_map in layer.maps.values():
-            frozen = factors(layer.name, local_slices(factor_map.write)[0])
+            frozen = factors(layer.name, parts.rows(factor_map.write))
             factor_map.set_origin(frozen)
-            values = {"write": frozen.write, "read": frozen.read[local_slices(factor_map.read)]}
-            values["core"] = torch.zeros([part.stop - part.start for part in local_slices(factor_map.core)])
-            for name, local in values.items():
-                setattr(factor_map, name, _placed(getattr(factor_map, name), local, device))
+            factor_map.write = place(factor_map.write, frozen.write)
+            factor_map.read = place(factor_map.read, frozen.read[parts.rows(factor_map.read)])
+            zeros = torch.zeros(len(factor_map.core))
+            factor_map.core = place(factor_map.core, zeros[parts.rows(factor_map.core)])
     tensors = list_tensors(folder)
     places: dict[int, list[tuple[nn.Module, str, str]]] = {}  # a tied parameter has several
     for prefix, module in model.named_modules():
@@ -195,13 +214,9 @@ def fill(model: nn.Module, folder: Path, factors: Callable[[str, slice], Factors
                 f"the model's {modules[0]}.{name} {tuple(whole.shape)} cannot be filled from {folder}, which {here}: "
                 "this architecture's files are laid out differently; give --sharding ddp"
             )
-        filled = _placed(whole, open_tensor(info)[local_slices(whole)], device)
+        filled = place(whole, open_tensor(info)[parts.rows(whole)])
         for owner, name, _ in shared:
             setattr(owner, name, filled)
-
-
-def _placed(like: Any, local: Tensor, device: torch.device) -> nn.Parameter:
-    return with_local(like, local.to(device, like.dtype).clone())
 
 
 # What PEFT puts into the names of the base model's modules.

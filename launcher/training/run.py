@@ -25,10 +25,11 @@ from launcher.config import Config, as_dict
 from launcher.factorization import cache
 from launcher.factorization.distribute import FactorRequest, factorize, factors_of, fingerprint
 from launcher.factorization.targets import targets_of
-from launcher.ranks import Party, Ranks, connect
+from launcher.ranks import Party, Ranks, Stopped, connect
 from launcher.training import checkpoint, data, records, templates
 from launcher.training.loop import Job, Question, train, write_answers
 from launcher.training.model import (
+    Parts,
     base_folder,
     build,
     choose_attention,
@@ -38,9 +39,9 @@ from launcher.training.model import (
     peft_config,
     skeleton,
 )
-from launcher.training.preemption import Stopped, StopRequest
+from launcher.training.preemption import StopRequest
 from launcher.training.report import Screen, check_trackers, open_trackers, read_events
-from launcher.training.sharding import FullyShard, Replicated, check_sharding, shard, shard_mesh
+from launcher.training.sharding import FullyShard, Replicated, Rows, check_sharding, open_alone, shard, shard_mesh, size
 
 log = logging.getLogger(__name__)
 
@@ -66,6 +67,7 @@ def run(config: Config, name: str) -> int:
         try:
             check(config, ranks)
             party = connect(ranks)
+            stop.store = party.store
             try:
                 status = _run(config, name, party, stop, screen, state)
             finally:
@@ -114,7 +116,7 @@ def _run(config: Config, name: str, party: Party, stop: StopRequest, screen: Scr
     train_data, held_out, questions = local["train"], local["held_out"], local["questions"]
     rows = _rows(config, train_data)
     steps = config.optimizer.max_steps or math.ceil(config.optimizer.epochs * len(rows) / config.optimizer.batch_size)
-    stop.between_phases()
+    party.together("the factors", stop.before_training)
 
     # 2. The factors of our own methods, by all ranks together.
     adapter: Any = peft_config(config.adapter)
@@ -157,16 +159,14 @@ def _run(config: Config, name: str, party: Party, stop: StopRequest, screen: Scr
     factored = {}
     if requests:
         with screen.bar("factors", len(requests)) as bar:
-            factored = factorize(
-                requests,
-                cache_folder,
-                party,
-                lambda done, total, weight: bar(done, weight),
-                verify_base=config.run.verify_base,
-            )
+
+            def progress(done: int, total: int, weight: str) -> None:
+                bar(done, weight)
+                stop.before_training()
+
+            factored = factorize(requests, cache_folder, party, progress, verify_base=config.run.verify_base)
         made = sum(entry.made for entry in factored.values())
         screen.say(f"factors of {len(factored)} weights: {made} made, {len(factored) - made} from {cache_folder}")
-    stop.between_phases()
 
     # 3. The model.
     by_module = {request.module: request for request in requests}
@@ -176,23 +176,40 @@ def _run(config: Config, name: str, party: Party, stop: StopRequest, screen: Scr
 
     sharding = check_sharding(config.run.sharding, ranks, config.run.shard_size)
 
-    def make() -> Replicated:
+    def load() -> tuple[Any, Any]:
+        stop.before_training()
         torch.manual_seed(config.optimizer.seed)
-        if sharding in ("none", "ddp"):
-            model = build(
-                config.model, folder, adapter, dtype=dtype, attention=attention, factors=source, device=device
-            )
-            return Replicated(model, config.optimizer, ranks)
-        model = skeleton(config.model, folder, adapter, dtype=dtype, attention=attention)
-        mesh = shard_mesh(sharding, ranks, device, config.run.shard_size)
-        shard(model, mesh, cpu_offload=config.run.cpu_offload)
-        fill(model, folder, source, torch.device("cpu") if config.run.cpu_offload else device)
-        return FullyShard(model, config.optimizer, ranks, mesh)
+        how: Any = {"dtype": dtype, "attention": attention}
+        if sharding in ("none", "ddp", "zero2"):
+            return build(config.model, folder, adapter, factors=source, device=device, **how), None
+        open_alone(device)
+        model, mesh = skeleton(config.model, folder, adapter, **how), None
+        parts: Parts = Rows()
+        place = torch.device("cpu") if config.run.cpu_offload else device
+        if sharding == "zero3":
+            from launcher.training.zero import FlatParts
 
-    engine = party_local(party, "model", make)
-    model: Any = engine.model
-    trained = sum(parameter.numel() for parameter in engine.parameters.values())
-    total = sum(parameter.numel() for parameter in model.parameters())
+            parts = FlatParts(config.optimizer, ranks, device)
+        else:
+            mesh = shard_mesh(sharding, ranks, device, config.run.shard_size)
+            shard(model, mesh, cpu_offload=config.run.cpu_offload)
+        fill(model, folder, source, parts, place, stop.before_training)
+        return model, mesh
+
+    def wrap() -> Replicated:
+        if mesh is not None:
+            return FullyShard(model, config.optimizer, ranks, mesh)
+        if sharding in ("zero2", "zero3"):
+            from launcher.training.zero import Zero
+
+            open_alone(device)
+            return Zero(model, config.optimizer, ranks, int(sharding[-1]))
+        return Replicated(model, config.optimizer, ranks)
+
+    model, mesh = party_local(party, "model", load)
+    engine = party_local(party, "engine", wrap)
+    trained = sum(size(parameter) for parameter in engine.parameters.values())
+    total = sum(size(parameter) for parameter in model.parameters())
     _check_context(config, model)
     if ranks.is_main:
         resolved = {
@@ -224,7 +241,7 @@ def _run(config: Config, name: str, party: Party, stop: StopRequest, screen: Scr
     # 5. Tell.
     again = "the same command" if config.run.output else f"the same command with --output {output}"
     if status == "stopped":
-        screen.say(f"stopped by {stop.reason or 'another rank'}; saved. To go on, type {again}")
+        screen.say(f"stopped by {stop.reason or 'another rank'}; every step is saved. To go on, type {again}")
     else:
         whole = engine.whole_state()
         saved = party.from_main("adapter", lambda: str(_save_adapter(model, whole, output, config)))
@@ -400,5 +417,5 @@ def _started(ranks: Ranks) -> bool:
 def _disconnect(party: Party) -> None:
     """Leave together: gloo sometimes aborts a process whose peers are still talking."""
     gc.collect()
-    if party.store is not None and dist.is_initialized():
+    if dist.is_initialized():
         dist.destroy_process_group()

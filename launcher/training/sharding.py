@@ -1,7 +1,8 @@
 """How base, factors and trained state lie over the processes, and how a step's results meet.
 
-    none, ddp     every process holds all; one flat all-reduce per step
-    fsdp2, hsdp   rows of every parameter spread over all processes, or over those of a node (torch fully_shard)
+    none, ddp      every process holds all; one flat all-reduce per step
+    fsdp2, hsdp    rows of every parameter spread over all processes, or over those of a node (torch fully_shard)
+    zero2, zero3   gradients and optimizer state spread, or all; through DeepSpeed, in zero.py
 
 Trained cores are a few hundred kilobytes in all, so data-parallel training needs no buckets and no overlap: one float32
 tensor per step, 4 bytes per trained number and 4 per number that travels along. Nothing is ever broadcast: all ranks
@@ -10,8 +11,10 @@ load the same files and compute the same step. An engine is what the loop sees o
 
 from __future__ import annotations
 
+import importlib.util
 import math
-from collections.abc import Sequence
+import os
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
@@ -29,15 +32,26 @@ from launcher.training.checkpoint import Checkpoint, Piece
 MOMENTS = ("exp_avg", "exp_avg_sq")
 
 
-def check_sharding(wanted: str | None, ranks: Ranks, shard_size: int = 0) -> str:
-    """The sharding to use. Raises ValueError, with the arithmetic, where it does not fit the number of processes."""
-    world = ranks.world_size
-    if wanted is None:
-        return "ddp" if world > 1 else "none"
+def check_sharding(
+    wanted: str | None, ranks: Ranks, shard_size: int = 0, environ: Mapping[str, str] = os.environ
+) -> str:
+    """The sharding to use: what is wanted, else what accelerate launch was configured for, else by the world size.
+
+    Raises ValueError, with the arithmetic, where it does not fit the number of processes or the launcher.
+    """
+    world, launched = ranks.world_size, launched_for(environ)
+    if launched and wanted not in (None, launched) and (launched, wanted) != ("fsdp2", "hsdp"):
+        raise ValueError(
+            f"accelerate launch was configured for {launched}, but --sharding is {wanted}: leave --sharding out, or "
+            f"give --config_file recipes/accelerate/{'ddp' if wanted == 'none' else wanted}.yaml"
+        )
+    wanted = wanted or launched or ("ddp" if world > 1 else "none")
     if wanted == "none" and world > 1:
         raise ValueError(f"--sharding none is for one process, but WORLD_SIZE is {world}: give --sharding ddp")
     if wanted in ("zero2", "zero3"):
-        raise ValueError(f"--sharding {wanted} is not built yet: give fsdp2")
+        missing = [name for name in ("deepspeed", "ninja") if importlib.util.find_spec(name) is None]
+        if missing:
+            raise ValueError(f"--sharding {wanted} needs {' and '.join(missing)}: pip install {' '.join(missing)}")
     if wanted == "hsdp" and world % (size := shard_size or ranks.local_world_size):
         raise ValueError(
             f"--sharding hsdp: {world} processes / {size} that share one copy = {world / size:.2f} copies, not a whole "
@@ -48,13 +62,34 @@ def check_sharding(wanted: str | None, ranks: Ranks, shard_size: int = 0) -> str
     return wanted
 
 
+def launched_for(environ: Mapping[str, str]) -> str | None:
+    """The sharding in the configuration of accelerate launch, None where it names none (or did not start this)."""
+    if environ.get("ACCELERATE_USE_FSDP", "").lower() == "true":
+        if (version := environ.get("FSDP_VERSION", "1")) != "2":
+            raise ValueError(f"accelerate's configuration has fsdp_version: {version}, only 2 is built: write 2 there")
+        return "fsdp2"
+    if environ.get("ACCELERATE_USE_DEEPSPEED", "").lower() == "true":
+        stage = environ.get("ACCELERATE_DEEPSPEED_ZERO_STAGE", "none")
+        if "ACCELERATE_DEEPSPEED_CONFIG_FILE" in environ or stage not in ("2", "3"):
+            raise ValueError(
+                f"accelerate's configuration asks for DeepSpeed with zero_stage {stage}: write zero_stage: 2 or 3 "
+                "there and no deepspeed_config_file, whose settings would not count (see recipes/accelerate)"
+            )
+        return f"zero{stage}"
+    return None
+
+
 class Replicated:
     """Every process holds the whole model; gradients and extra numbers meet in one all-reduce."""
 
-    loss_scale = 1.0  # what a rank's share of the global mean loss is multiplied by before backward
+    averages = False  # whether gradients come out of backward averaged over ranks already
+    gathers = False  # whether a forward pass is a collective, which all ranks must make the same number of
 
     def __init__(self, model: nn.Module, config: OptimizerConfig, ranks: Ranks):
         self.model, self.ranks, self.clip_norm = model, ranks, config.clip_norm or math.inf
+        self.forward: Any = model
+        # a rank's share of the global mean loss is multiplied by this
+        self.loss_scale = float(ranks.world_size) if self.averages else 1.0
         self.parameters = {name: p for name, p in model.named_parameters() if p.requires_grad}
         self.optimizer = torch.optim.AdamW(
             self.parameters.values(),
@@ -63,9 +98,14 @@ class Replicated:
             weight_decay=config.weight_decay,
         )
 
+    def backward(self, loss: Tensor) -> None:
+        """Add the gradients of a part of the step's loss."""
+        (loss * self.loss_scale).backward()
+
     def reduce(self, extra: Sequence[Tensor]) -> list[Tensor]:
         """After the last backward of a step: sum gradients and the extra numbers over all ranks."""
-        return sum_over_ranks(list(self.parameters.values()), extra, self.ranks.world_size)
+        mine = [] if self.averages else list(self.parameters.values())
+        return sum_over_ranks(mine, extra, self.ranks.world_size)
 
     def update(self, learning_rate: float) -> float:
         """Clip, step, clear; returns the gradient norm before clipping."""
@@ -114,32 +154,35 @@ class Replicated:
 class FullyShard(Replicated):
     """torch's fully_shard: each rank holds its rows of every parameter and gathers one decoder layer at a time.
 
-    The unit of a layer mixes dtypes: that is fine for frozen parameters, which are gathered as bytes. Gradients come
-    averaged over ranks out of backward, hence the loss scale.
+    The unit of a layer mixes dtypes: that is fine for frozen parameters, which are gathered as bytes.
     """
+
+    averages = gathers = True
 
     def __init__(self, model: nn.Module, config: OptimizerConfig, ranks: Ranks, mesh: DeviceMesh):
         super().__init__(model, config, ranks)
-        self.loss_scale, self.mesh = float(ranks.world_size), mesh
-
-    def reduce(self, extra: Sequence[Tensor]) -> list[Tensor]:
-        return sum_over_ranks([], extra, self.ranks.world_size)
+        self.mesh = mesh
 
     def _piece(self, tensor: Tensor) -> Piece | None:
         assert isinstance(tensor, DTensor)
         if self.mesh.ndim == 2 and self.mesh.get_local_rank(0) != 0:
             return None  # another copy's row stands for it
-        local = tensor.to_local()
-        _, offset = compute_local_shape_and_global_offset(tensor.shape, tensor.device_mesh, tensor.placements)
-        return Piece(local, tuple(tensor.shape), offset[0]) if local.numel() else None
+        count, start = _local_rows(tensor)
+        return Piece(tensor.to_local(), tuple(tensor.shape), start) if count else None
 
     def _copy(self, into: Tensor, found: Checkpoint, name: str) -> None:
         rows = into.data if isinstance(into, nn.Parameter) else into
         assert isinstance(rows, DTensor)
-        local = rows.to_local()
-        _, offset = compute_local_shape_and_global_offset(rows.shape, rows.device_mesh, rows.placements)
-        if local.numel():
-            local.copy_(found.read(name, offset[0], len(local)))
+        count, start = _local_rows(rows)
+        if count:
+            rows.to_local().copy_(found.read(name, start, count))
+
+
+def open_alone(device: torch.device) -> None:
+    """A process group of one, for the sharding engines, where no launcher opened one."""
+    if not dist.is_initialized():
+        backend = "nccl" if device.type == "cuda" else "gloo"
+        dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1)
 
 
 def shard_mesh(sharding: str, ranks: Ranks, device: torch.device, shard_size: int = 0) -> DeviceMesh:
@@ -155,16 +198,15 @@ def shard(model: nn.Module, mesh: DeviceMesh, *, cpu_offload: bool = False) -> N
 
     Raises ValueError listing candidates where the model does not say which class its decoder layers have.
     """
-    layers = decoder_layers(model)
+    base = _base(model)  # the root, since generate() calls it and not PEFT's wrapper
     policy = CPUOffloadPolicy() if cpu_offload else OffloadPolicy()
-    for layer in layers:
+    for layer in decoder_layers(base):
         fully_shard(layer, mesh=mesh, offload_policy=policy)
-    fully_shard(model, mesh=mesh, offload_policy=policy)
+    fully_shard(base, mesh=mesh, offload_policy=policy)
 
 
-def decoder_layers(model: Any) -> list[nn.Module]:
+def decoder_layers(base: Any) -> list[nn.Module]:
     """The modules of the classes that the model says must not be split."""
-    base = model.get_base_model() if hasattr(model, "get_base_model") else model
     classes = set(getattr(base, "_no_split_modules", None) or ())
     layers = [module for module in base.modules() if type(module).__name__ in classes]
     if not layers:
@@ -177,22 +219,36 @@ def decoder_layers(model: Any) -> list[nn.Module]:
     return layers
 
 
-def local_slices(parameter: Tensor) -> tuple[slice, ...]:
-    """Which part of the whole tensor this rank holds."""
-    if not isinstance(parameter, DTensor):
-        return tuple(slice(0, size) for size in parameter.shape)
-    shape, offset = compute_local_shape_and_global_offset(parameter.shape, parameter.device_mesh, parameter.placements)
-    return tuple(slice(start, start + size) for start, size in zip(offset, shape, strict=True))
+def size(parameter: Any) -> int:
+    """Numbers in the whole parameter, however it is cut."""
+    return getattr(parameter, "ds_numel", None) or parameter.numel()
 
 
-def with_local(parameter: Tensor, local: Tensor) -> nn.Parameter:
-    """A parameter placed like `parameter`, with this rank's part filled. No communication."""
-    if isinstance(parameter, DTensor):
-        local = DTensor.from_local(
-            local, parameter.device_mesh, parameter.placements, run_check=False, shape=parameter.shape,
-            stride=parameter.stride(),
-        )  # fmt: skip
-    return nn.Parameter(local, requires_grad=parameter.requires_grad)
+def _base(model: Any) -> Any:
+    return model.get_base_model() if hasattr(model, "get_base_model") else model
+
+
+class Rows:
+    """Which rows of a parameter under fully_shard this rank holds, and the parameter made of them."""
+
+    def rows(self, parameter: Tensor) -> slice:
+        assert isinstance(parameter, DTensor)
+        count, start = _local_rows(parameter)
+        return slice(start, start + count)
+
+    def place(self, like: nn.Parameter, rows: Tensor) -> nn.Parameter:
+        """A parameter placed like `like`, with this rank's rows filled. No communication."""
+        assert isinstance(like, DTensor)
+        filled = DTensor.from_local(
+            rows, like.device_mesh, like.placements, run_check=False, shape=like.shape, stride=like.stride()
+        )
+        return nn.Parameter(filled, requires_grad=like.requires_grad)
+
+
+def _local_rows(tensor: DTensor) -> tuple[int, int]:
+    """How many rows this rank holds, and the first of them; a rank may hold none."""
+    shape, offset = compute_local_shape_and_global_offset(tensor.shape, tensor.device_mesh, tensor.placements)
+    return shape[0], offset[0]
 
 
 def sum_over_ranks(parameters: Sequence[nn.Parameter], extra: Sequence[Tensor], world_size: int) -> list[Tensor]:
