@@ -153,6 +153,8 @@ class RunConfig:
     """Hash the base weights again instead of trusting file size and time when factors are looked up."""
     save_every: int = 0
     """Steps between checkpoints; 0: one at the end, or when stopped."""
+    async_save: bool = False
+    """Write checkpoints in the background while training goes on; a kill may then cost one checkpoint more."""
     keep_last: int = 0
     """Checkpoints kept, besides the best one; 0: all."""
     eval_every: int = 0

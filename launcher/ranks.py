@@ -58,6 +58,7 @@ class Party:
     def __init__(self, ranks: Ranks, store: Any = None):
         assert (store is None) == (ranks.world_size == 1)
         self.ranks, self.store, self._round = ranks, store, 0
+        self._said: str | None = None
 
     def gather(self, what: str, value: Any, timeout_s: float = 600.0) -> list[Any]:
         """Every rank's value (JSON data), in rank order, on all ranks; the ranks come in any order and may take long.
@@ -67,7 +68,7 @@ class Party:
         self._round += 1
         if self.store is None:
             return [value]
-        key = f"loldu/{self._round}/{what}"
+        key, pause_s = f"loldu/{self._round}/{what}", POLL_S / 64
         self.store.set(f"{key}/{self.ranks.rank}", json.dumps(value))
         deadline = time.monotonic() + timeout_s
         missing = list(range(self.ranks.world_size))
@@ -77,8 +78,14 @@ class Party:
                     f"waited {timeout_s:.0f} s at '{what}': no word from rank {', '.join(map(str, missing))} of "
                     f"{self.ranks.world_size}; look at the log of that rank first"
                 )
-            time.sleep(POLL_S)
-        return [json.loads(self.store.get(f"{key}/{rank}")) for rank in range(self.ranks.world_size)]
+            time.sleep(pause_s)
+            pause_s = min(2 * pause_s, POLL_S)
+        values = [json.loads(self.store.get(f"{key}/{rank}")) for rank in range(self.ranks.world_size)]
+        # Who says a word has read those of the round before, which can therefore go: a long run says many.
+        if self._said is not None:
+            self.store.delete_key(self._said)
+        self._said = f"{key}/{self.ranks.rank}"
+        return values
 
     def from_main(self, what: str, make: Callable[[], Any], timeout_s: float = 600.0) -> Any:
         """Run make on rank 0 alone and give its value (JSON data) to all; an error there is raised on every rank."""

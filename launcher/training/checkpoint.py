@@ -17,8 +17,10 @@ import logging
 import os
 import re
 import shutil
-from collections.abc import Mapping
-from dataclasses import dataclass
+import threading
+import time
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -90,7 +92,7 @@ def save(root: Path, step: int, pieces: Mapping[str, Piece], meta: dict[str, Any
             save_file({name: piece.rows.detach().cpu().contiguous() for name, piece in pieces.items()}, partial / file)
             return {
                 "file": file,
-                "sha256": _digest(partial / file, sync=True),
+                "sha256": digest(partial / file, sync=True),
                 "pieces": {
                     name: {
                         "shape": list(piece.shape),
@@ -116,6 +118,55 @@ def save(root: Path, step: int, pieces: Mapping[str, Piece], meta: dict[str, Any
             shutil.rmtree(partial, ignore_errors=True)
         raise
     return final
+
+
+class Saver:
+    """Saves one checkpoint after another, in the background where asked for: training then waits for the copy alone.
+
+    Whoever else speaks to the party waits first, so that all ranks say the same things in the same order.
+    """
+
+    def __init__(self, root: Path, party: Party, *, background: bool):
+        self.root, self.party, self.background = root, party, background
+        self._thread: threading.Thread | None = None
+        self._error: Exception | None = None
+
+    def save(
+        self,
+        step: int,
+        pieces: Mapping[str, Piece],
+        meta: dict[str, Any],
+        before: Callable[[], None] = lambda: None,
+        after: Callable[[], None] = lambda: None,
+    ) -> None:
+        """As `save`, between before() and after(); raises what the save before this one failed with."""
+        self.wait()
+
+        def work(pieces: Mapping[str, Piece]) -> None:
+            before()
+            save(self.root, step, pieces, meta, self.party)
+            after()
+
+        def work_aside(pieces: Mapping[str, Piece]) -> None:
+            try:
+                work(pieces)
+            except Exception as error:
+                self._error = error
+
+        if not self.background:
+            work(pieces)
+            return
+        copies = {name: replace(piece, rows=piece.rows.detach().cpu().clone()) for name, piece in pieces.items()}
+        self._thread = threading.Thread(target=work_aside, args=(copies,), name="save")
+        self._thread.start()
+
+    def wait(self) -> None:
+        """Until the last save is done. Raises what it failed with."""
+        if self._thread is not None:
+            self._thread.join()
+            self._thread = None
+        if self._error is not None:
+            raise self._error
 
 
 def newest(root: Path) -> Checkpoint | None:
@@ -146,7 +197,7 @@ def load(folder: Path) -> Checkpoint:
     for name, checksum in index["files"].items():
         if not (folder / name).is_file():
             raise ValueError(f"checkpoint {folder} is damaged: {name} is missing")
-        if _digest(folder / name) != checksum:
+        if digest(folder / name) != checksum:
             raise ValueError(f"checkpoint {folder} is damaged: {name} differs from its checksum")
     return Checkpoint(folder, index["step"], index["meta"], index["tensors"])
 
@@ -157,6 +208,15 @@ def prune(root: Path, keep_last: int, best_step: int | None) -> None:
     for step in steps[:-keep_last] if keep_last else []:
         if step != best_step:
             shutil.rmtree(root / f"step-{step:06d}", ignore_errors=True)
+
+
+def set_aside_after(root: Path, step: int) -> None:
+    """Take the checkpoints after a step out of the row, so that the run can go on from that step."""
+    for path in root.glob("step-*"):
+        if (match := FOLDER_NAME.match(path.name)) and int(match[1]) > step:
+            aside = path.with_name(f"{path.name}.before-{time.time_ns()}")
+            os.replace(path, aside)
+            log.warning("set %s aside as %s", path, aside.name)
 
 
 def write_atomically(path: Path, text: str) -> None:
@@ -185,7 +245,8 @@ def _seal(partial: Path, final: Path, step: int, written: list[dict[str, Any]], 
         _sync_folder(final.parent)
 
 
-def _digest(path: Path, *, sync: bool = False) -> str:
+def digest(path: Path, *, sync: bool = False) -> str:
+    """sha256 (hex) of a file; with sync, once its bytes are on the disk."""
     sha = hashlib.sha256()
     with open(path, "rb+" if sync else "rb") as file:
         if sync:

@@ -19,7 +19,7 @@ from torch import Tensor
 from launcher.config import Config, OptimizerConfig
 from launcher.inference.generate import answer
 from launcher.ranks import Party
-from launcher.training.checkpoint import Checkpoint, prune, save
+from launcher.training.checkpoint import Checkpoint, Saver, prune
 from launcher.training.data import Encoded, batch_indices, collate, share, target_tokens
 from launcher.training.preemption import StopRequest
 from launcher.training.report import Events, Rate, Screen, memory_gib
@@ -87,7 +87,9 @@ def train(job: Job, resume: Checkpoint | None) -> str:
     progress = Progress(**resume.meta["progress"]) if resume else Progress()
     if resume:
         job.engine.restore(resume)
-    events = Events(job.output / "events.jsonl", progress.step, progress.evaluated) if ranks.is_main else None
+    seal = resume.meta["events"] if resume else None
+    events = Events(job.output / "events.jsonl", progress.step, seal) if ranks.is_main else None
+    saver = Saver(job.output / "checkpoints", job.party, background=config.run.async_save)
     rate, saved, asked = Rate(), progress.step, False
 
     def tell(event: dict[str, Any]) -> None:
@@ -97,12 +99,13 @@ def train(job: Job, resume: Checkpoint | None) -> str:
                 tracker.log({name: value for name, value in event.items() if name != "step"}, step=event["step"])
 
     def checkpoint() -> None:
-        if events is not None:
-            events.sync()
-        meta = {"identity": job.identity, "progress": vars(progress), "world_size": ranks.world_size}
-        save(job.output / "checkpoints", progress.step, job.engine.pieces(), meta, job.party)
-        if ranks.is_main:
-            prune(job.output / "checkpoints", config.run.keep_last, progress.best_step)
+        meta = {"identity": job.identity, "progress": dict(vars(progress)), "world_size": ranks.world_size}
+        if events is None:
+            saver.save(progress.step, job.engine.pieces(), meta)
+            return
+        meta["events"], best = events.seal(), progress.best_step
+        keep = lambda: prune(saver.root, config.run.keep_last, best)  # noqa: E731
+        saver.save(progress.step, job.engine.pieces(), meta, before=events.sync, after=keep)
 
     def evaluation() -> bool:
         result = evaluate(job)
@@ -145,6 +148,7 @@ def train(job: Job, resume: Checkpoint | None) -> str:
             if ended or asked:
                 break
             asked = step()
+    saver.wait()
     if early:
         job.screen.say(f"no better loss in {progress.worse} evaluations, the best was at step {progress.best_step}")
     if events is not None:

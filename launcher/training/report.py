@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import logging
 import os
@@ -24,24 +25,35 @@ LINE_EVERY_S = 5.0
 
 
 class Events:
-    """events.jsonl: one JSON object per line, each step once also after a resume."""
+    """events.jsonl: one JSON object per line, each step once also after a resume.
 
-    def __init__(self, file: Path, resumed_step: int, evaluated_step: int):
-        """Keeps the steps and the evaluations that the checkpoint knows of, and drops what came after it."""
+    A checkpoint holds the seal of what was written before it; on a resume what came after it is dropped.
+    """
 
-        def known(event: dict[str, Any]) -> bool:
-            return event["step"] <= (evaluated_step if "eval_loss" in event else resumed_step)
-
-        self.kept = [event for event in read_events(file) if known(event)] if resumed_step else []
-        write_atomically(file, "".join(json.dumps(event) + "\n" for event in self.kept))
-        self._file = open(file, "a")  # noqa: SIM115 (open for the whole run)
+    def __init__(self, file: Path, resumed_step: int, seal: dict[str, Any] | None):
+        written = file.read_bytes() if seal and file.exists() else b""
+        kept = written[: seal["bytes"]] if seal else b""
+        if seal and file.exists() and hashlib.sha256(kept).hexdigest() != seal["sha256"]:
+            lines = [json.dumps(event) + "\n" for event in read_events(file) if event["step"] <= resumed_step]
+            log.warning("%s was damaged after it was written: only its first %d lines can be read", file, len(lines))
+            kept = "".join(lines).encode()
+        self._digest, self._bytes = hashlib.sha256(kept), len(kept)
+        write_atomically(file, kept.decode())
+        self._file = open(file, "ab")  # noqa: SIM115 (open for the whole run)
 
     def write(self, event: dict[str, Any]) -> None:
-        self._file.write(json.dumps(event) + "\n")
+        line = (json.dumps(event) + "\n").encode()
+        self._digest.update(line)
+        self._bytes += len(line)
+        self._file.write(line)
         self._file.flush()
 
+    def seal(self) -> dict[str, Any]:
+        """What a checkpoint notes of the steps it stands for."""
+        return {"bytes": self._bytes, "sha256": self._digest.hexdigest()}
+
     def sync(self) -> None:
-        """Before a checkpoint is sealed: the steps it stands for are then on disk as well."""
+        """Before a checkpoint is complete: the steps it stands for are then on disk as well."""
         os.fsync(self._file.fileno())
 
     def close(self) -> None:
@@ -51,7 +63,7 @@ class Events:
 def read_events(file: Path) -> list[dict[str, Any]]:
     """The events of a run; a last line cut short by a crash is left out."""
     events = []
-    for line in file.read_text().splitlines() if file.exists() else []:
+    for line in file.read_text(errors="replace").splitlines() if file.exists() else []:
         try:
             events.append(json.loads(line))
         except json.JSONDecodeError:

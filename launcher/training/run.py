@@ -8,6 +8,7 @@ import json
 import logging
 import math
 import os
+import shutil
 import sys
 import time
 import traceback
@@ -46,6 +47,7 @@ from launcher.training.sharding import FullyShard, Replicated, Rows, check_shard
 log = logging.getLogger(__name__)
 
 DONE, FAILED, MISTAKE, STOPPED = 0, 1, 2, 75  # exit codes
+CHECKSUMS = "SHA256SUMS"  # as sha256sum -c reads it
 PACKAGES = ("torch", "transformers", "peft", "accelerate", "safetensors", "datasets", "deepspeed", "bitsandbytes")
 
 
@@ -149,7 +151,7 @@ def _run(config: Config, name: str, party: Party, stop: StopRequest, screen: Scr
         adapter.base_fingerprint = identity["base"]
     resume = _prepare_output(config, output, identity, party)
     state.folder = output
-    if resume is not None and _finished(output, resume, steps):
+    if resume is not None and party.from_main("state", lambda: _finished(config, output, resume, steps)):
         screen.say(f"{output} is already finished at step {resume.step}: nothing to do")
         return "finished"
     state.write("running")
@@ -288,9 +290,9 @@ def _prepare_output(
         if config.run.resume in ("auto", "never"):
             found = checkpoint.newest(output / "checkpoints")
             if found is None and (output / "config.json").exists():
-                _same_run(identity, json.loads((output / "config.json").read_text())["identity"], output)
+                _same_run(identity, _saved_identity(output), output)
         else:
-            found = checkpoint.load(Path(config.run.resume))
+            found = _named_checkpoint(Path(config.run.resume), output)
         if found is None:
             return None
         _same_run(identity, found.meta["identity"], found.folder)
@@ -298,6 +300,31 @@ def _prepare_output(
 
     folder = party.from_main("checkpoints", decide)
     return checkpoint.load(Path(folder)) if folder else None
+
+
+def _named_checkpoint(wanted: Path, output: Path) -> checkpoint.Checkpoint:
+    """The checkpoint of --resume PATH.
+
+    From another folder it is where this run began: once there are checkpoints here, the same command goes on from them.
+    From this folder it is where to go back to, and what came after it is set aside.
+    """
+    found, here = checkpoint.load(wanted), output / "checkpoints"
+    if wanted.resolve().parent == here.resolve():
+        checkpoint.set_aside_after(here, found.step)
+    elif (newer := checkpoint.newest(here)) is not None:
+        log.warning("going on from %s, which began at %s", newer.folder, wanted)
+        return newer
+    return found
+
+
+def _saved_identity(output: Path) -> dict[str, Any]:
+    try:
+        return json.loads((output / "config.json").read_text())["identity"]
+    except (ValueError, KeyError, TypeError):
+        raise ValueError(
+            f"{output / 'config.json'} is damaged and no checkpoint tells which run this was: give another --output, "
+            "or --resume never to set it aside"
+        ) from None
 
 
 def _foreign(output: Path) -> list[Path]:
@@ -321,9 +348,34 @@ def _short(value: Any) -> str:
     return text if len(text) < 200 else text[:197] + "..."
 
 
-def _finished(output: Path, resume: checkpoint.Checkpoint, steps: int) -> bool:
+def _finished(config: Config, output: Path, resume: checkpoint.Checkpoint, steps: int) -> bool:
+    """Whether nothing is left to do: the last step is saved, and what it made lies there as it was written."""
     state = output / "state"
-    return resume.step >= steps and state.exists() and state.read_text().strip() == "finished"
+    if resume.step < steps or not state.exists() or state.read_text(errors="replace").strip() != "finished":
+        return False
+    damaged = _damaged(_final_folder(config, output))
+    for text in damaged:
+        log.warning("%s: made again from %s", text, resume.folder)
+    return not damaged
+
+
+def _final_folder(config: Config, output: Path) -> Path:
+    return output / ("model" if config.adapter.method == "full" else "adapter")
+
+
+def _checksums(folder: Path) -> dict[str, str]:
+    files = sorted(file for file in folder.iterdir() if file.is_file() and file.name != CHECKSUMS)
+    return {file.name: checkpoint.digest(file) for file in files}
+
+
+def _damaged(folder: Path) -> list[str]:
+    """What in a finished folder is not as it was written."""
+    if not (folder / CHECKSUMS).is_file():
+        return [f"{folder} is not whole"]
+    lines = (folder / CHECKSUMS).read_text(errors="replace").splitlines()
+    written, found = dict(line.split(maxsplit=1)[::-1] for line in lines if " " in line), _checksums(folder)
+    differ = sorted(name for name in written.keys() | found.keys() if written.get(name) != found.get(name))
+    return [f"{folder / name} differs from its checksum" for name in differ]
 
 
 def _check_context(config: Config, model: Any) -> None:
@@ -337,9 +389,12 @@ def _check_context(config: Config, model: Any) -> None:
 
 def _save_adapter(model: Any, whole: dict[str, Any], output: Path, config: Config) -> Path:
     """The final PEFT folder, or the whole model for full fine-tuning; replaced by rename."""
-    final = output / ("model" if config.adapter.method == "full" else "adapter")
+    final = _final_folder(config, output)
     partial = final.with_suffix(".tmp")
+    shutil.rmtree(partial, ignore_errors=True)
     model.save_pretrained(str(partial), state_dict=whole)
+    lines = (f"{digest}  {name}\n" for name, digest in _checksums(partial).items())
+    (partial / CHECKSUMS).write_text("".join(lines))
     if final.exists():
         os.replace(final, final.with_suffix(f".before-{time.time_ns()}"))
     os.replace(partial, final)

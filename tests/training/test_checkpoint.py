@@ -33,6 +33,9 @@ class DictStore:
     def check(self, keys):
         return all(key in self.values for key in keys)
 
+    def delete_key(self, key):
+        return self.values.pop(key, None) is not None
+
 
 def test_what_is_saved_is_read_back_bit_for_bit(tmp_path):
     tensors = {"f32": torch.randn(4, 2), "bf16": torch.randn(3).bfloat16(), "scalar": torch.tensor(2.5)}
