@@ -1,9 +1,9 @@
 """One rank of a run: `python launcher/cluster/rank.py --run RUN [--log] [--starter …] -- RECIPE OPTIONS`.
 
 Slurm's srun and `loldu launch` start it once per process (or per node, with a starter). Nothing but the standard
-library is imported before the signals are caught: imports take seconds, and a warning may come at any time. It numbers itself,
-checks that this node sees the same folder and the same environment as the first one, meets the other ranks, runs the
-recipe in this process, and notes how that ended.
+library is imported before the signals are caught: imports take seconds, and a warning may come at any time. It numbers
+itself, checks that this node sees the same folder and the same environment as the first one, meets the other ranks,
+runs the recipe in this process, and notes how that ended.
 """
 
 from __future__ import annotations
@@ -35,6 +35,7 @@ class Trouble(Exception):
 
 def main(arguments: list[str]) -> int:
     signals = EarlySignals()
+    die_with_parent(os.environ.pop("LOLDU_PARENT", None))
     if arguments[:1] == ["environment"]:  # what the batch script compares the nodes with
         use_project()
         from launcher.cluster.environment import environment
@@ -66,6 +67,18 @@ def main(arguments: list[str]) -> int:
     if code and "--log" in own:
         record_failure(run, code, os.environ)
     return code
+
+
+def die_with_parent(parent: str | None) -> None:
+    """An agent that is killed takes its ranks with it; on Linux, where a process can ask for that."""
+    if parent is None or not sys.platform.startswith("linux"):
+        return
+    import ctypes
+
+    set_parent_death_signal = 1
+    ctypes.CDLL(None).prctl(set_parent_death_signal, signal.SIGKILL)
+    if os.getppid() != int(parent):
+        raise SystemExit(1)
 
 
 class EarlySignals:
@@ -183,8 +196,8 @@ def _receive(world: int, address: str, port: int, deadline: float, limit_s: floa
             server = socket.create_server(("", port), backlog=world)
     except OSError as error:
         raise Trouble(
-            f"port {port} on {socket.gethostname()} cannot be opened ({os.strerror(error.errno or 0)}): another program "
-            "may hold it; start again with another --port"
+            f"port {port} on {socket.gethostname()} cannot be opened ({os.strerror(error.errno or 0)}): another "
+            "program may hold it; start again with another --port"
         ) from None
     guests: dict[int, socket.socket] = {}
     with server:

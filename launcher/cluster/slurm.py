@@ -416,7 +416,7 @@ def state_of(folder: Path, run: Run = subprocess.run) -> JobState | None:
 def status(given: Sequence[str] = (), *, as_json: bool = False, run: Run = subprocess.run) -> int:
     """Print how the named runs stand, or all of runs/. Returns an exit code."""
     folders = [runs.find_run(one) for one in given] if given else runs.all_runs()
-    rows = []
+    rows: list[dict[str, Any]] = []
     for top in folders:
         for folder in sorted(top.glob("task-*"), key=lambda path: int(path.name[5:])) or [top]:
             state, step = _state_for_a_table(folder, run), runs.last_step(folder)

@@ -1,7 +1,13 @@
-"""One Slurm for the session."""
+"""One Slurm for the session, sshd on its nodes, and the curve that every way of starting must give."""
+
+import os
+import shutil
+import subprocess
+import sys
+from types import SimpleNamespace
 
 import pytest
-from real_cluster import Cluster, why_not
+from real_cluster import RECIPE, Cluster, losses, why_not
 
 
 @pytest.fixture(scope="session")
@@ -11,3 +17,57 @@ def cluster(tmp_path_factory):
         pytest.skip(reason)
     with Cluster(tmp_path_factory.mktemp("slurm")) as cluster:
         yield cluster
+
+
+@pytest.fixture(scope="session")
+def one_process(cluster, stories, alpaca_file, tmp_path_factory):
+    """The losses of 20 steps by one process, and the options they were made with (without --output)."""
+    folder = tmp_path_factory.mktemp("one")
+    options = [
+        f"--model={stories}", f"--data={alpaca_file}", "--prompt-template=short", "--max-length=96", "--rank=16",
+        "--targets", "all-linear", "--learning-rate=1e-3", "--batch-size=4", "--max-steps=20", "--save-every=2",
+        "--dtype=float32", "--eval-records=20", f"--cache={folder / 'cache'}",
+    ]  # fmt: skip
+    cluster.run(sys.executable, RECIPE, *options, f"--output={folder / 'run'}", timeout_s=300)
+    return losses(folder / "run"), options
+
+
+@pytest.fixture(scope="session")
+def ssh(cluster, tmp_path_factory):
+    """sshd on both nodes with keys of its own: `config` for ssh, a `hostfile`, and how to reach into a node."""
+    sshd = shutil.which("sshd", path=f"{os.environ['PATH']}:/usr/sbin")
+    if sshd is None:
+        quiet = os.environ | {"DEBIAN_FRONTEND": "noninteractive"}
+        for words in (["update", "-qq"], ["install", "-y", "-qq", "--no-install-recommends", "openssh-server"]):
+            subprocess.run(["apt-get", *words], env=quiet, check=True, capture_output=True, timeout=600)
+        sshd = shutil.which("sshd", path="/usr/sbin")
+    folder = tmp_path_factory.mktemp("ssh")
+    os.makedirs("/run/sshd", exist_ok=True)
+    for key in ("host", "user", "stranger"):
+        subprocess.run(["ssh-keygen", "-q", "-t", "ed25519", "-N", "", "-f", folder / key], check=True)
+    (folder / "authorized").write_text((folder / "user.pub").read_text())
+    words = (cluster.folder / "etc" / "cluster").read_text().split()
+    net = dict(word.split("=") for word in words)["net"]
+    (folder / "sshd_config").write_text(
+        f"Port 2222\nHostKey {folder}/host\nAuthorizedKeysFile {folder}/authorized\nStrictModes no\nUsePAM no\n"
+        f"PidFile none\nPermitRootLogin prohibit-password\nPasswordAuthentication no\n"
+    )
+    (folder / "known").write_text(f"* {(folder / 'host.pub').read_text()}")
+    nodes = "".join(f"Host node{n}\n  HostName {net}.{100 + n}\n" for n in (1, 2))
+    others = (
+        f"Host asleep\n  HostName {net}.77\nHost locked\n  HostName {net}.101\n  IdentityFile {folder}/stranger\n"
+        f"Host closed\n  HostName {net}.102\n  Port 9\n"
+    )
+    (folder / "config").write_text(
+        f"{nodes}{others}Host * !locked\n  IdentityFile {folder}/user\nHost *\n  Port 2222\n  User root\n"
+        f"  IdentitiesOnly yes\n  UserKnownHostsFile {folder}/known\n"
+    )
+    (folder / "hosts").write_text("node1 slots=1\nnode2 slots=1\n")
+    servers = []
+    for node in ("node1", "node2"):
+        inside = ["nsenter", "-t", str(cluster.node_pid(node)), "-m", "-u", "-i", "-n", "-p"]
+        servers.append(subprocess.Popen([*inside, sshd, "-D", "-e", "-f", folder / "sshd_config"], stderr=(folder / node).open("w")))  # fmt: skip  # noqa: E501
+    yield SimpleNamespace(config=folder / "config", hostfile=folder / "hosts", folder=folder)
+    for server in servers:
+        server.kill()
+        server.wait()

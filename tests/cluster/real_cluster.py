@@ -11,6 +11,7 @@ from pathlib import Path
 REPO = Path(__file__).resolve().parents[2]
 LOCAL_CLUSTER = REPO.parent / "shared" / "slurm" / "local-cluster"
 RECIPE = REPO / "recipes" / "llama2_alpaca_loldu.py"
+COUNT = Path(__file__).with_name("counting_recipe.py")
 ENTRY = f"import sys; sys.path.insert(0, {str(REPO)!r}); from loldu import main; raise SystemExit(main())"
 FINAL = ("COMPLETED", "CANCELLED", "FAILED", "TIMEOUT", "NODE_FAIL")
 
@@ -33,7 +34,7 @@ class Cluster:
         self.folder, self.nodes = folder, nodes
         self.environ = os.environ | {
             "SLURM_CONF": str(folder / "etc" / "slurm.conf"), "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1",
-            "ACCELERATE_USE_CPU": "true", "COLUMNS": "200",
+            "ACCELERATE_USE_CPU": "true", "COLUMNS": "200", "PYTHONPATH": str(REPO),
         }  # fmt: skip
 
     def __enter__(self):

@@ -10,23 +10,9 @@ from pathlib import Path
 
 import pytest
 import torch
-from real_cluster import RECIPE, losses, said
+from real_cluster import COUNT, RECIPE, losses, said
 
-COUNT = Path(__file__).with_name("counting_recipe.py")
 pytestmark = pytest.mark.slow
-
-
-@pytest.fixture(scope="module")
-def one_process(cluster, stories, alpaca_file, tmp_path_factory):
-    """The losses of 20 steps by one process, and the options they were made with (without --output)."""
-    folder = tmp_path_factory.mktemp("one")
-    options = [
-        f"--model={stories}", f"--data={alpaca_file}", "--prompt-template=short", "--max-length=96", "--rank=16",
-        "--targets", "all-linear", "--learning-rate=1e-3", "--batch-size=4", "--max-steps=20", "--save-every=2",
-        "--dtype=float32", "--eval-records=20", f"--cache={folder / 'cache'}",
-    ]  # fmt: skip
-    cluster.run(sys.executable, RECIPE, *options, f"--output={folder / 'run'}", timeout_s=300)
-    return losses(folder / "run"), options
 
 
 def count(cluster, run, *options, submit=(), **others):
@@ -59,6 +45,18 @@ def test_two_nodes_give_the_curve_of_one_process(cluster, one_process, tmp_path)
     assert {path.name for path in run.glob("logs/rank*")} == {"rank0@node1.log", "rank1@node2.log"}
     assert "on 2 x cpu" in cluster.loldu("logs", run, "--rank=0", "--lines=100").stdout
     assert (run / f"slurm-{job}.log").exists()
+
+
+@pytest.mark.parametrize("starter", ["torchrun", "accelerate"])
+def test_torchrun_or_accelerate_may_start_the_processes_of_a_node(cluster, tmp_path, starter):
+    run = tmp_path / "run"
+    job = count(cluster, run, "--steps=3", submit=["--nodes=2", "--processes-per-node=2", f"--starter={starter}"])
+
+    final = cluster.ended(job)
+
+    assert final == "COMPLETED", said(run)
+    assert "rank 0 of 4 begins" in (run / "logs" / "node0@node1.log").read_text()
+    assert len(losses(run)) == 3
 
 
 def test_a_preempted_run_saves_comes_back_and_has_the_same_curve(cluster, one_process, tmp_path):
@@ -232,7 +230,7 @@ def test_a_taken_port_and_differing_code_end_clearly(cluster, tmp_path):
     assert "port 23456 on node1 cannot be opened (Address already in use)" in log, said(taken)
 
     entry = tmp_path / "python"  # an interpreter that is another one on node2
-    entry.write_text(f"#!/bin/bash\n[ $HOSTNAME = node1 ] || exec {sys.base_prefix}/bin/python3 \"$@\"\n"
+    entry.write_text(f"#!/bin/bash\n[ $(hostname) = node1 ] || exec {sys.base_prefix}/bin/python3 \"$@\"\n"
                      f"exec {sys.executable} \"$@\"\n")  # fmt: skip
     entry.chmod(0o755)
     second = count(cluster, differ, submit=["--nodes=2", f"--python={entry}"])

@@ -1,0 +1,341 @@
+"""Is this machine, are these hosts, fit for a run? A table of checks; each problem names its node and the remedy."""
+
+from __future__ import annotations
+
+import json
+import os
+import statistics
+import sys
+import time
+import uuid
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from launcher.cluster import hostfile as hostfiles
+from launcher.cluster.environment import differences
+from launcher.cluster.fleet import AGENT, Fleet, by_srun, over_ssh
+from launcher.cluster.slurm import ask
+
+GREET_S = 60.0
+SKEW_S = 2.0  # more, and file times and logs mislead
+FREE_GB = 5.0
+SLOW = 3.0  # a pair this many times slower than the middle one is named
+OPTIONAL = {
+    "flash-attn": ("flash_attn", "pip install flash-attn; without it attention is SDPA"),
+    "bitsandbytes": ("bitsandbytes", "pip install bitsandbytes; needed for --quantize"),
+    "deepspeed": ("deepspeed", "pip install deepspeed; needed for --sharding zero2 and zero3"),
+}
+OK, NOTE, BAD = "ok", "note", "BAD"
+
+
+@dataclass(frozen=True)
+class Finding:
+    """One line of the table."""
+
+    check: str
+    where: str
+    result: str  # ok, note (works, but worth knowing), BAD
+    found: str
+    remedy: str = ""
+
+
+def doctor(
+    hostfile: str | None = None,
+    *,
+    ssh_port: int | None = None,
+    ssh_config: str | None = None,
+    folder: str = ".",
+    port: int = 29500,
+    as_json: bool = False,
+) -> int:
+    """Examine, print, and return 0, or 1 where something is BAD."""
+    lines = nodes(hostfile, ssh_port, ssh_config)
+    with Fleet(lines) as fleet:
+        findings = examine(fleet, os.path.abspath(folder), port, progress=print_progress if not as_json else None)
+    bad = [finding for finding in findings if finding.result == BAD]
+    if as_json:
+        print(json.dumps({"ok": not bad, "nodes": list(lines), "findings": [asdict(f) for f in findings]}, indent=2))
+    else:
+        show(findings)
+        print(f"{len(bad)} problem{'s'[: len(bad) != 1]} on {len(lines)} node{'s'[: len(lines) != 1]}")
+    return 1 if bad else 0
+
+
+def nodes(hostfile: str | None, ssh_port: int | None, ssh_config: str | None) -> dict[str, list[str]]:
+    """The command that starts an agent, by node: a file's hosts, the nodes of the Slurm job we are in, or here."""
+    if hostfile is not None:
+        return {
+            host.name: over_ssh(
+                host.name, folder=os.getcwd(), python=sys.executable, ssh_port=ssh_port, ssh_config=ssh_config
+            )
+            for host in hostfiles.read(hostfile)
+        }
+    if os.environ.get("SLURM_JOB_NODELIST"):
+        answer = ask(["scontrol", "show", "hostnames", os.environ["SLURM_JOB_NODELIST"]])
+        if answer.returncode:
+            raise ValueError(f"scontrol cannot name this job's nodes: {answer.stderr.strip()}")
+        return {node: by_srun(node, sys.executable) for node in answer.stdout.split()}
+    return {"here": [sys.executable, "-u", str(AGENT)]}
+
+
+def print_progress(text: str) -> None:
+    print(f"… {text}", file=sys.stderr, flush=True)
+
+
+def examine(fleet: Fleet, folder: str, port: int, progress: Callable[[str], None] | None = None) -> list[Finding]:
+    """All checks on all nodes; a node that does not answer is a finding, and the others go on."""
+    say = progress or (lambda text: None)
+    say("reaching the nodes, reading versions and devices")
+    problems = fleet.greet(GREET_S)
+    findings = [Finding("reachable", name, BAD, text, "see above") for name, text in problems.items()]
+    names = [name for name in fleet.agents if name not in problems]
+    facts, lost = fleet.ask_all("facts", 120.0, {name: {"folder": folder} for name in names})
+    findings += [Finding("answers", name, BAD, text, "look at the node itself") for name, text in lost.items()]
+    names = [name for name in names if name in facts]
+    if not names:
+        return findings
+    findings += check_environment(facts) + check_gpus(facts) + check_disk(facts)
+    findings += check_clocks(fleet, names)
+    say("importing the optional packages")
+    findings += check_optional(fleet, facts)
+    if len(names) > 1:
+        say(f"writing and reading {folder} on every node")
+        findings += check_folder(fleet, names, folder)
+        say(f"connecting every pair of nodes on port {port}")
+        reached = addresses(facts)
+        open_ports = check_ports(fleet, names, reached, port)
+        findings += open_ports
+        blocked = {finding.where for finding in open_ports if finding.result == BAD}
+        say("all-reduce of every pair of nodes")
+        findings += check_pairs(fleet, names, reached, port + 1, blocked)
+    else:
+        say("all-reduce of two processes here")
+        with Fleet({"first": [sys.executable, "-u", str(AGENT)], "second": [sys.executable, "-u", str(AGENT)]}) as two:
+            two.greet(GREET_S)
+            alone = {"first": "127.0.0.1", "second": "127.0.0.1"}
+            single_gpu = 0 < len(facts[names[0]]["gpus"]) < 2  # NCCL refuses two processes on one GPU
+            if not single_gpu and names == ["here"]:
+                findings += check_pairs(two, list(alone), alone, _free_port(port + 1), set(), one_machine=True)
+    return findings
+
+
+def check_environment(facts: Mapping[str, Mapping[str, Any]]) -> list[Finding]:
+    first = next(iter(facts))
+    head = facts[first]["environment"]
+    findings = []
+    for name, fact in facts.items():
+        differ = differences(fact["environment"], head)
+        shown = f"Python {head['python'].split()[0]}, torch {head['torch']}, transformers {head['transformers']}, peft {head['peft']}"  # fmt: skip  # noqa: E501
+        if differ:
+            remedy = f"install what {first} has, or share one environment"
+            findings.append(Finding("versions", name, BAD, "; ".join(differ), remedy))
+        elif "missing" in (head["torch"], head["transformers"], head["peft"]):
+            findings.append(Finding("versions", name, BAD, shown, "pip install -e . in the project's folder"))
+        else:
+            findings.append(Finding("versions", name, OK, shown))
+    return findings
+
+
+def check_gpus(facts: Mapping[str, Mapping[str, Any]]) -> list[Finding]:
+    findings = []
+    most = max(facts, key=lambda name: len(facts[name]["gpus"]))
+    for name, fact in facts.items():
+        gpus, driver = fact["gpus"], fact["driver"]
+        kinds = ", ".join(f"{gpus.count(kind)} x {kind}" for kind in dict.fromkeys(gpus))
+        found = (
+            f"{kinds}, driver {driver}" if gpus else f"none{f' ({driver})' if driver else ''}, {fact['cores']} cores"
+        )
+        if gpus != facts[most]["gpus"]:
+            remedy = f"{most} has {len(facts[most]['gpus'])}: see nvidia-smi on {name}, or leave it out"
+            findings.append(Finding("GPUs", name, BAD, found, remedy))
+        elif driver != facts[most]["driver"]:
+            findings.append(Finding("GPUs", name, NOTE, found, f"{most} has driver {facts[most]['driver']}"))
+        else:
+            findings.append(Finding("GPUs", name, OK, found))
+    return findings
+
+
+def check_disk(facts: Mapping[str, Mapping[str, Any]]) -> list[Finding]:
+    findings = []
+    for name, fact in facts.items():
+        free = fact["free_gb"]
+        full = [place for place, left in free.items() if left < FREE_GB]
+        found = ", ".join(f"{place} {left:g} GB" for place, left in free.items())
+        remedy = f"free space in {', '.join(full)}: runs need {FREE_GB:g} GB and more" if full else ""
+        findings.append(Finding("free disk", name, BAD if full else OK, found, remedy))
+    return findings
+
+
+def check_clocks(fleet: Fleet, names: Sequence[str]) -> list[Finding]:
+    """Against this machine's clock; half the question's time is the uncertainty, the quickest of three counts."""
+    findings = []
+    for name in names:
+        best = (float("inf"), 0.0)
+        for _ in range(3):
+            began = time.time()
+            try:
+                there = fleet.agents[name].ask("ping", 20.0)
+            except Exception:
+                continue
+            took = time.time() - began
+            best = min(best, (took, there - began - took / 2))
+        took, skew = best
+        if took == float("inf"):
+            findings.append(Finding("clock", name, BAD, "no answer in 20 s", "it is very slow: look at its load"))
+        elif abs(skew) > SKEW_S + took:
+            findings.append(Finding("clock", name, BAD, f"{skew:+.1f} s", "start chronyd or ntpd there: timedatectl"))
+        else:
+            findings.append(Finding("clock", name, OK, f"{skew:+.2f} s ± {took / 2:.2f} s"))
+    return findings
+
+
+def check_optional(fleet: Fleet, facts: Mapping[str, Mapping[str, Any]]) -> list[Finding]:
+    """Ready, or why not. Missing packages are no fault."""
+    findings = []
+    for package, (module, remedy) in OPTIONAL.items():
+        here = {name: fact["environment"][package] for name, fact in facts.items()}
+        found = {name: {"name": module} for name, version in here.items() if version != "missing"}
+        errors, lost = fleet.ask_all("import", 150.0, found)
+        for name, version in here.items():
+            if version == "missing":
+                findings.append(Finding(package, name, NOTE, "not installed", remedy))
+            elif reason := errors.get(name) or lost.get(name):
+                findings.append(Finding(package, name, NOTE, f"{version}, not ready: {reason}", remedy))
+            elif package == "flash-attn" and not facts[name]["gpus"]:
+                findings.append(Finding(package, name, NOTE, f"{version}, but no GPU: attention is SDPA"))
+            else:
+                findings.append(Finding(package, name, OK, f"{version}, ready"))
+    return findings
+
+
+def check_folder(fleet: Fleet, names: Sequence[str], folder: str) -> list[Finding]:
+    """Each node writes a file, then each reads all of them."""
+    place = Path(folder) / f".loldu-doctor-{uuid.uuid4().hex}"
+    orders = {name: {"file": str(place / name), "text": name} for name in names}
+    _, unwritten = fleet.ask_all("write", 30.0, orders)
+    findings = [Finding("shared folder", name, BAD, f"cannot write: {text}", f"see the rights of {folder}") for name, text in unwritten.items()]  # fmt: skip  # noqa: E501
+    unseen: dict[str, list[str]] = {name: [] for name in names}
+    for writer in names:
+        if writer not in unwritten:
+            order = {"file": str(place / writer), "expected": writer, "limit_s": 5.0}
+            texts, _ = fleet.ask_all("read", 30.0, dict.fromkeys(names, order))
+            for reader in names:
+                if texts.get(reader) != writer:
+                    unseen[reader].append(writer)
+    for reader, writers in unseen.items():
+        if writers:
+            remedy = f"{folder} is not one folder on all nodes: give --folder on the shared file system"
+            findings.append(
+                Finding("shared folder", reader, BAD, f"does not see what {', '.join(writers)} wrote", remedy)
+            )
+        elif reader not in unwritten:
+            findings.append(Finding("shared folder", reader, OK, f"sees all of {folder}"))
+    fleet.ask_all("remove", 30.0, {name: {"folder": str(place)} for name in names})
+    return findings
+
+
+def addresses(facts: Mapping[str, Mapping[str, Any]]) -> dict[str, str]:
+    """Where the others reach each node: where ssh did, else its first own address, else its name."""
+    found = {}
+    for name, fact in facts.items():
+        own = [address for address in (fact["reached_at"], *fact["addresses"]) if address and not address.startswith(("127.", "::1"))]  # fmt: skip  # noqa: E501
+        found[name] = own[0] if own else fact["host"]
+    return found
+
+
+def check_ports(fleet: Fleet, names: Sequence[str], reached: Mapping[str, str], port: int) -> list[Finding]:
+    """Each node opens the port, each other connects to it."""
+    findings, waiting = [], 8.0 + 2.0 * len(names)
+    _, taken = fleet.ask_all("listen", 20.0, {name: {"port": port, "seconds": waiting} for name in names})
+    for name, text in taken.items():
+        findings.append(Finding("port", name, BAD, f"{port}: {text}", "another program holds it: give another --port"))
+    for server in names:
+        if server in taken:
+            continue
+        order = {"address": reached[server], "port": port, "limit_s": 5.0}
+        times, failed = fleet.ask_all("connect", 20.0, {name: order for name in names if name != server})
+        for client, text in failed.items():
+            remedy = f"open port {port} and those above 32767 between the nodes (firewall on {server}), or correct its name"  # fmt: skip  # noqa: E501
+            findings.append(Finding("port", f"{client} -> {server}", BAD, f"{reached[server]}:{port}: {text}", remedy))
+        if times and not failed:
+            findings.append(Finding("port", server, OK, f"{port} open for all others, {max(times.values()):.1f} ms"))
+    return findings
+
+
+def rounds(names: Sequence[str]) -> list[list[tuple[str, str]]]:
+    """Every pair once, in rounds in which each node is in one pair at most (the circle method)."""
+    circle: list[str | None] = [*names, *([None] if len(names) % 2 else [])]
+    half, planned = len(circle) // 2, []
+    for _ in range(len(circle) - 1):
+        pairs = [(a, b) for a, b in zip(circle[:half], reversed(circle[half:]), strict=True) if a and b]
+        planned.append(pairs)
+        circle = [circle[0], circle[-1], *circle[1:-1]]
+    return planned
+
+
+def check_pairs(
+    fleet: Fleet,
+    names: Sequence[str],
+    reached: Mapping[str, str],
+    port: int,
+    blocked: set[str],
+    *,
+    one_machine: bool = False,
+) -> list[Finding]:
+    """Correctness and time of an all-reduce by each pair; a pair much slower than the middle one is named."""
+    times: dict[tuple[str, str], dict[str, Any]] = {}
+    findings = []
+    for at, pairs in enumerate(rounds(names)):
+        pairs = [(a, b) for a, b in pairs if f"{b} -> {a}" not in blocked and f"{a} -> {b}" not in blocked]
+        orders = {name: {"rank": side, "address": reached[pair[0]], "port": port + at, "device": side if one_machine else 0} for pair in pairs for side, name in enumerate(pair)}  # fmt: skip  # noqa: E501
+        answers, failed = fleet.ask_all("all_reduce", 180.0, orders)
+        for a, b in pairs:
+            where = f"{a} + {b}"
+            reasons = [failed[name] for name in (a, b) if name in failed]
+            if reasons:
+                remedy = "see the ports above; NCCL_SOCKET_IFNAME or GLOO_SOCKET_IFNAME names the right network"
+                findings.append(Finding("all-reduce", where, BAD, reasons[0].splitlines()[0][:200], remedy))
+            elif not (answers[a]["right"] and answers[b]["right"]):
+                findings.append(Finding("all-reduce", where, BAD, "wrong sums", f"leave {a} or {b} out: faulty memory or network"))  # fmt: skip  # noqa: E501
+            else:
+                times[a, b] = answers[a]
+    middle = statistics.median(found["seconds"] for found in times.values()) if times else 0.0
+    for (a, b), found in times.items():
+        seconds = found["seconds"]
+        text = f"right, {seconds * 1e3:.1f} ms for {found['megabytes']:g} MB ({found['backend']})"
+        slow = len(times) > 2 and seconds > SLOW * middle and seconds > 0.005
+        remedy = f"{seconds / middle:.1f} times the middle pair's: look at the cables and load of {a} and {b}" if slow else ""  # fmt: skip  # noqa: E501
+        findings.append(Finding("all-reduce", f"{a} + {b}", NOTE if slow else OK, text, remedy))
+    return findings
+
+
+def _free_port(wanted: int) -> int:
+    import socket
+
+    for port in (wanted, 0):
+        try:
+            with socket.create_server(("", port)) as server:
+                return int(server.getsockname()[1])
+        except OSError:
+            continue
+    return wanted
+
+
+def show(findings: Sequence[Finding]) -> None:
+    from rich.console import Console
+    from rich.table import Table
+
+    table = Table("check", "node", "", "found", "what to do")
+    style = {OK: "green", NOTE: "yellow", BAD: "bold red"}
+    for finding in findings:
+        mark = f"[{style[finding.result]}]{finding.result}[/]"
+        table.add_row(finding.check, finding.where, mark, _literal(finding.found), _literal(finding.remedy))
+    Console(width=None if sys.stdout.isatty() else 160).print(table)
+
+
+def _literal(text: str) -> str:
+    from rich.markup import escape
+
+    return escape(text)

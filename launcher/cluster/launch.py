@@ -1,0 +1,195 @@
+"""A recipe on the hosts of a file: check them all, start every rank, merge what they say, end together."""
+
+from __future__ import annotations
+
+import os
+import queue
+import shutil
+import signal
+import sys
+import time
+import uuid
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from types import FrameType
+from typing import Any
+
+from launcher.cluster import hostfile, runs
+from launcher.cluster.environment import differences
+from launcher.cluster.fleet import Fleet, over_ssh
+from launcher.cluster.hostfile import Host, Hosts
+
+DONE, FAILED, MISTAKE, STOPPED, INTERRUPTED = 0, 1, 2, 75, 130
+GREET_S = 60.0
+FACTS_S = 120.0
+LAST_WORDS_S = 5.0  # for the other ranks to say what they saw, once one has failed
+FORWARDED = (
+    "NCCL_", "GLOO_", "HF_", "OMP_", "MKL_", "TOKENIZERS_", "TORCH_", "PYTORCH_", "CUDA_", "XDG_CACHE_HOME",
+    "ACCELERATE_USE_CPU", "LOLDU_MEET_S", "WANDB_",
+)  # fmt: skip
+
+
+def launch(recipe: str, hosts: Hosts, recipe_options: Sequence[str] = (), *, name: str | None = None) -> int:
+    """Run a recipe on all hosts; returns the exit code. Nothing is started unless every host passed every check."""
+    chosen = hostfile.choose(hostfile.read(hosts.hostfile), hosts.include, hosts.exclude)
+    file = runs.find_recipe(recipe)
+    run = runs.run_folder(name, file, recipe_options)
+    output = () if runs.option("--output", recipe_options) is not None else (f"--output={run}",)
+    command = (str(file), *recipe_options, *output)
+    if shutil.which("ssh") is None:
+        raise ValueError("ssh is not on PATH: install OpenSSH's client (apt-get install openssh-client)")
+    lines = {
+        host.name: over_ssh(
+            host.name, folder=os.getcwd(), python=hosts.python, ssh_port=hosts.ssh_port, ssh_config=hosts.ssh_config
+        )
+        for host in chosen
+    }
+    with Asked() as asked, Fleet(lines) as fleet:
+        attempt = uuid.uuid4().hex
+        runs.write(run / "logs" / "attempt", attempt)
+        head = check(fleet, chosen, file, run, attempt)
+        address = hosts.master_addr or head
+        runs.write(run / "control", "run\n")
+        (run / "state").unlink(missing_ok=True)
+        first = f"{chosen[0].name} ({address}:{hosts.port})"
+        total = sum(len(host.slots) for host in chosen)
+        print(f"{total} processes on {len(chosen)} hosts, meeting on {first}; run folder {run}", flush=True)
+        start(fleet, chosen, hosts, command, run, attempt, address)
+        return follow(fleet, chosen, run, asked)
+
+
+class Asked:
+    """Ctrl-C, TERM and USR2: once is asking to save and stop, twice is ending."""
+
+    def __init__(self) -> None:
+        self.times, self._before = 0, {}  # type: ignore[var-annotated]
+
+    def __enter__(self) -> Asked:
+        for number in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR2):
+            self._before[number] = signal.signal(number, self._on_signal)
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        for number, handler in self._before.items():
+            signal.signal(number, handler)
+
+    def _on_signal(self, number: int, frame: FrameType | None) -> None:
+        self.times += 1
+
+
+def check(fleet: Fleet, hosts: Sequence[Host], recipe: Path, run: Path, attempt: str) -> str:
+    """Every host: reachable, same environment and code, GPUs for its slots, sees the run folder. Returns the first
+    host's address. Raises ValueError listing all problems."""
+    problems = fleet.greet(GREET_S)
+    _refuse(problems)
+    facts, problems = fleet.ask_all("facts", FACTS_S, recipe=str(recipe), folder=str(run))
+    _refuse(problems)
+    head = facts[hosts[0].name]
+    gpus = any(fact["gpus"] for fact in facts.values())
+    seen, unread = fleet.ask_all("read", 30.0, file=str(run / "logs" / "attempt"), expected=attempt)
+    for host in hosts:
+        fact, wrong = facts[host.name], []
+        differ = differences(fact["environment"], head["environment"])
+        if differ:
+            wrong.append(f"differs from {hosts[0].name}: {'; '.join(differ)}: install the same on all hosts")
+        if gpus and len(fact["gpus"]) <= max(host.slots):
+            wrong.append(f"slots={max(host.slots) + 1}, but it has {len(fact['gpus'])} GPUs: correct the hostfile")
+        if seen.get(host.name) != attempt:
+            wrong.append(f"does not see {run}: start on a file system that all hosts share ({unread.get(host.name, 'no such file')})")  # fmt: skip  # noqa: E501
+        if wrong:
+            problems[host.name] = "; ".join(wrong)
+    twice: dict[str, str] = {}
+    for host in hosts:
+        if (other := twice.setdefault(_machine(facts[host.name]), host.name)) != host.name:
+            problems[host.name] = f"is the same machine as {other}: name each machine once"
+    _refuse(problems)
+    reached = head["reached_at"]
+    if (not reached or reached.startswith("127.") or reached == "::1") and len(hosts) > 1:
+        return next((address for address in head["addresses"] if not address.startswith("127.")), reached)
+    return reached or "127.0.0.1"
+
+
+def _machine(fact: Mapping[str, Any]) -> str:
+    return f"{fact['host']} {' '.join(sorted(fact['addresses']))} {fact['reached_at'] if not fact['addresses'] else ''}"
+
+
+def _refuse(problems: Mapping[str, str]) -> None:
+    if problems:
+        lines = [f"  {name}: {text}" for name, text in problems.items()]
+        raise ValueError("\n".join(["nothing was started:", *lines, "loldu doctor --hostfile FILE tells more"]))
+
+
+def start(
+    fleet: Fleet, hosts: Sequence[Host], options: Hosts, command: Sequence[str], run: Path, attempt: str, address: str
+) -> None:
+    """All ranks of all hosts, in the file's order."""
+    entry = str(Path(__file__).resolve().with_name("rank.py"))
+    total, first, orders = sum(len(host.slots) for host in hosts), 0, {}
+    shared = {name: value for name, value in os.environ.items() if name.startswith(FORWARDED)}
+    shared.pop("CUDA_VISIBLE_DEVICES", None)  # ours, not theirs
+    shared |= dict(word.split("=", 1) for word in options.env)
+    for host in hosts:
+        environ = shared | {
+            "WORLD_SIZE": str(total), "LOCAL_WORLD_SIZE": str(len(host.slots)), "MASTER_ADDR": address,
+            "MASTER_PORT": str(options.port), "LOLDU_ATTEMPT": attempt, "PYTHONUNBUFFERED": "1",
+        }  # fmt: skip
+        if host.chosen:
+            environ["CUDA_VISIBLE_DEVICES"] = ",".join(map(str, host.slots))
+        words = [options.python, entry, "--run", str(run), "--", *command]
+        ranks = [[first + local, local] for local in range(len(host.slots))]
+        orders[host.name] = {"command": words, "environ": environ, "ranks": ranks}
+        first += len(host.slots)
+    _, problems = fleet.ask_all("start", 60.0, orders)
+    _refuse(problems)
+
+
+def follow(fleet: Fleet, hosts: Sequence[Host], run: Path, asked: Asked) -> int:
+    """Print what the ranks say until all have ended; the exit code. A host or rank that fails ends all."""
+    width = max(len(host.name) for host in hosts)
+    left = set(range(sum(len(host.slots) for host in hosts)))
+    failure, give_up, told = 0, float("inf"), 0
+    while left:
+        if asked.times > told:
+            told += 1
+            if told > 1:
+                print("ending all processes at once", flush=True)
+                return INTERRUPTED
+            print("asked to stop: saving on all hosts (once more ends them at once)", flush=True)
+            for agent in fleet.agents.values():
+                agent.send(do="signal", number=int(signal.SIGTERM))
+        try:
+            agent, words = fleet.said.get(timeout=0.2)
+        except queue.Empty:
+            words = {}
+            for agent in fleet.agents.values():
+                if (reason := agent.dead()) and not failure:
+                    words = {"gone": reason}
+                    break
+        if "line" in words:
+            print(f"{agent.name:<{width}} rank {words['rank']}: {words['line']}", flush=True)
+        elif "exit" in words:
+            left.discard(words["rank"])
+            if words["exit"] != 0 and not failure:
+                failure, give_up = (MISTAKE if words["exit"] == MISTAKE else FAILED), time.monotonic() + LAST_WORDS_S
+                how = (
+                    f"signal {signal.Signals(-words['exit']).name}"
+                    if words["exit"] < 0
+                    else f"exit code {words['exit']}"
+                )
+                _complain(f"rank {words['rank']} on {agent.name} ended with {how}; ending the others")
+        elif "gone" in words and not failure:
+            _complain(f"{agent.name} is lost ({agent.dead() or words['gone']}); ending all hosts")
+            failure = FAILED
+            break
+        if time.monotonic() > give_up:
+            break
+    if failure:
+        return failure
+    state = runs.read(run / "state")
+    if state == "stopped":
+        print(f"stopped and saved; the same command goes on (run folder {run})")
+    return STOPPED if state == "stopped" else FAILED if state == "failed" else DONE
+
+
+def _complain(text: str) -> None:
+    print(f"error: {text}", file=sys.stderr, flush=True)

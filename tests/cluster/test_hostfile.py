@@ -1,0 +1,85 @@
+"""Hostfiles and their filters: DeepSpeed's format, every problem with its line."""
+
+import re
+
+import pytest
+
+from launcher.cluster.hostfile import Host, Hosts, choose, parse, read
+
+TWO = "# the lab\nnode1 slots=4   # the fast one\n\n  node2\tslots=2\n"
+
+
+def test_a_hostfile_of_deepspeed_is_read():
+    assert parse(TWO) == [Host("node1", (0, 1, 2, 3)), Host("node2", (0, 1))]
+
+
+def test_every_problem_is_listed_with_its_line():
+    text = "node1 slots=4\nnode1 slots=4\nnode2\nnode3 slots=x\n-oProxyCommand=id slots=1\nme@node4 slots=1\nnode5 slots=0\nnode6 slots=1 gpu\n"  # fmt: skip  # noqa: E501
+
+    with pytest.raises(ValueError, match="has 7 problems") as error:
+        parse(text, "my hosts")
+
+    lines = str(error.value).splitlines()
+    assert lines[0] == "my hosts has 7 problems:"
+    assert [int(re.search(r"line (\d+)", line)[1]) for line in lines[1:]] == [2, 3, 4, 5, 6, 7, 8]
+    assert "node1 stands on line 1 already" in lines[1]
+    assert "expected `node2 slots=N`, got `node2`" in lines[2]
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("", "names no host"),
+        ("# only words\n", "names no host"),
+        ("localhost slots=1\nnode2 slots=1\n", "line 1: localhost is another machine on each host"),
+    ],
+)
+def test_a_file_that_cannot_mean_anything_is_refused(text, message):
+    with pytest.raises(ValueError, match=message):
+        parse(text)
+
+
+def test_a_missing_file_says_what_was_expected(tmp_path):
+    with pytest.raises(ValueError, match=r"No such file.*node1 slots=8.*hostfiles/"):
+        read(str(tmp_path / "none"))
+
+
+@pytest.mark.parametrize(
+    ("include", "exclude", "left"),
+    [
+        ("node2", None, [Host("node2", (0, 1))]),
+        ("node2@node1:1,3", None, [Host("node1", (1, 3), True), Host("node2", (0, 1))]),
+        (None, "node1", [Host("node2", (0, 1))]),
+        (None, "node2:0", [Host("node1", (0, 1, 2, 3)), Host("node2", (1,), True)]),
+    ],
+)
+def test_filters_leave_what_they_name(include, exclude, left):
+    assert choose(parse(TWO), include, exclude) == left
+
+
+@pytest.mark.parametrize(
+    ("include", "exclude", "message"),
+    [
+        ("node3", None, "no such host; the file has node1, node2"),
+        ("node2:5", None, "node2 has slots 0 .. 1, not 5"),
+        ("node2:x", None, "slots are written node2:0,2"),
+        ("node2@node2", None, "named twice"),
+        (None, "node1@node2", "leaves no host"),
+    ],
+)
+def test_a_filter_that_names_what_is_not_there_is_refused(include, exclude, message):
+    with pytest.raises(ValueError, match=message):
+        choose(parse(TWO), include, exclude)
+
+
+@pytest.mark.parametrize(
+    ("wrong", "message"),
+    [
+        ({"env": ("NAME",)}, "written NAME=VALUE"),
+        ({"port": 0}, "--port lies in"),
+        ({"include": "a", "exclude": "b"}, "--include and --exclude together"),
+    ],
+)
+def test_a_mistake_in_the_options_is_named(wrong, message):
+    with pytest.raises(ValueError, match=message):
+        Hosts(hostfile="x", **wrong)
