@@ -39,6 +39,15 @@ COMMANDS: Mapping[str, Command] = {
     "chat": Command("launcher.inference.chat:chat", "talk with a model, adapter or run"),
     "merge": Command("launcher.inference.merge:merge", "write base and adapter as one plain model"),
     "export-lora": Command("launcher.inference.export:export_lora", "write an adapter as a LoRA for stock PEFT"),
+    "submit": Command("launcher.cluster.commands:submit", "run a recipe on Slurm"),
+    "launch": Command("launcher.cluster.commands:launch", "run a recipe on the hosts of a file, over ssh"),
+    "status": Command("launcher.cluster.commands:status", "how runs stand"),
+    "logs": Command("launcher.cluster.commands:logs", "the ends of a run's logs; -f follows them"),
+    "cancel": Command("launcher.cluster.commands:cancel", "ask a run to save and stop, for good"),
+    "doctor": Command("launcher.cluster.commands:doctor", "check this machine, a file's hosts or a job's nodes"),
+    "simulate-preempt": Command(
+        "launcher.cluster.commands:simulate_preempt", "interrupt a live run; does it come back?"
+    ),
 }
 
 
@@ -52,7 +61,12 @@ def main(arguments: Sequence[str]) -> int:
     if name not in COMMANDS:
         print(f"error: there is no command {name!r}\n\n{overview()}", file=sys.stderr)
         return MISTAKE
-    return guarded(lambda: tyro.cli(command(COMMANDS[name].target), args=rest, prog=f"loldu {name}"))
+    known = {}
+    if name in ("submit", "launch"):  # the recipe's own options are handed on unread
+        from launcher.cluster.commands import split_recipe_options
+
+        rest, known["recipe_options"] = split_recipe_options(name, rest)
+    return guarded(lambda: tyro.cli(command(COMMANDS[name].target, known), args=rest, prog=f"loldu {name}"))
 
 
 def overview() -> str:
@@ -61,15 +75,18 @@ def overview() -> str:
     return "\n".join([HEAD, "", *lines, "", FOOT])
 
 
-def command(target: str) -> Callable[..., Any]:
-    """The function of a command as tyro should see it: what must lead is positional, what callers pass is left out."""
+def command(target: str, known: Mapping[str, Any]) -> Callable[..., Any]:
+    """The function of a command as tyro should see it: what must lead is positional, what callers pass is left out.
+
+    known are arguments that are there already.
+    """
     module, _, name = target.partition(":")
     function = getattr(importlib.import_module(module), name)
     hints = get_type_hints(function, include_extras=True)
     shown = {}
     for parameter in inspect.signature(function).parameters.values():
         hint: Any = hints[parameter.name]
-        if FOR_CALLERS & {getattr(part, "__name__", "") for part in get_args(hint)}:
+        if parameter.name in known or FOR_CALLERS & {getattr(part, "__name__", "") for part in get_args(hint)}:
             continue
         if parameter.kind is inspect.Parameter.POSITIONAL_OR_KEYWORD and parameter.default is inspect.Parameter.empty:
             hint = Annotated[hint, tyro.conf.Positional]
@@ -78,7 +95,7 @@ def command(target: str) -> Callable[..., Any]:
         shown[parameter.name] = parameter.replace(annotation=hint)
 
     def call(*positional: Any, **options: Any) -> Any:
-        return function(*positional, **options)
+        return function(*positional, **known, **options)
 
     call.__signature__ = inspect.Signature(list(shown.values()))  # type: ignore[attr-defined]
     call.__annotations__ = {name: parameter.annotation for name, parameter in shown.items()}

@@ -12,10 +12,12 @@ from launcher.cluster.hostfile import Hosts
 from launcher.cluster.slurm import Resources
 
 Flat = tyro.conf.arg(name="")
+Recipe = Annotated[str, tyro.conf.arg(metavar="RECIPE")]
+Run = Annotated[str, tyro.conf.arg(metavar="RUN")]
 
 
 def submit(
-    recipe: str,
+    recipe: Recipe,
     *,
     resources: Annotated[Resources, Flat, tyro.conf.UseAppendAction],
     name: str | None = None,
@@ -49,7 +51,7 @@ def status(runs: tyro.conf.Positional[tuple[str, ...]] = (), *, json: bool = Fal
 
 
 def logs(
-    run: str,
+    run: Run,
     *,
     follow: Annotated[bool, tyro.conf.arg(aliases=["-f"])] = False,
     rank: int | None = None,
@@ -68,7 +70,7 @@ def logs(
     return show(run, follow=follow, rank=rank, lines=lines)
 
 
-def cancel(run: str) -> int:
+def cancel(run: Run) -> int:
     """Ask a run to save and stop; a Slurm job does not come back.
 
     Args:
@@ -80,9 +82,9 @@ def cancel(run: str) -> int:
 
 
 def launch(
-    recipe: str,
+    recipe: Recipe,
     *,
-    hosts: Annotated[Hosts, Flat],
+    hosts: Annotated[Hosts, Flat, tyro.conf.UseAppendAction],
     name: str | None = None,
     recipe_options: tuple[str, ...] = (),
 ) -> int:
@@ -126,7 +128,7 @@ def doctor(
     return examine(hostfile, ssh_port=ssh_port, ssh_config=ssh_config, folder=folder, port=port, as_json=json)
 
 
-def simulate_preempt(run: str, *, how: Literal["warning", "requeue"] = "warning", timeout: float = 900.0) -> int:
+def simulate_preempt(run: Run, *, how: Literal["warning", "requeue"] = "warning", timeout: float = 900.0) -> int:
     """Interrupt a live run as a cluster would, and report whether it saved, came back and went on.
 
     Args:
