@@ -30,8 +30,9 @@ def why_not() -> str | None:
 class Cluster:
     """Slurm with node1 and node2; bring it up with `with Cluster(folder) as cluster`."""
 
-    def __init__(self, folder: Path, nodes: int = 2):
-        self.folder, self.nodes = folder, nodes
+    def __init__(self, folder: Path, nodes: int = 2, settings: tuple[str, ...] = ()):
+        """settings are lines of slurm.conf, Name=value."""
+        self.folder, self.nodes, self.settings = folder, nodes, settings
         self.environ = os.environ | {
             "SLURM_CONF": str(folder / "etc" / "slurm.conf"), "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1",
             "ACCELERATE_USE_CPU": "true", "COLUMNS": "200", "PYTHONPATH": str(REPO),
@@ -39,7 +40,8 @@ class Cluster:
 
     def __enter__(self):
         """Also brings nodes back that a test has killed. Installs Slurm where it is missing."""
-        command = [LOCAL_CLUSTER, "up", str(self.nodes), self.folder]
+        sets = [word for line in self.settings for word in ("--set", line)]
+        command = [LOCAL_CLUSTER, "up", str(self.nodes), self.folder, *sets]
         subprocess.run(command, check=True, timeout=900, stdout=subprocess.DEVNULL)
         return self
 

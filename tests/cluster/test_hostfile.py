@@ -1,16 +1,27 @@
 """Hostfiles and their filters: DeepSpeed's format, every problem with its line."""
 
 import re
+from pathlib import Path
 
 import pytest
 
 from launcher.cluster.hostfile import Host, Hosts, choose, parse, read
 
+EXAMPLES = Path(__file__).resolve().parents[2] / "hostfiles"
 TWO = "# the lab\nnode1 slots=4   # the fast one\n\n  node2\tslots=2\n"
 
 
 def test_a_hostfile_of_deepspeed_is_read():
     assert parse(TWO) == [Host("node1", (0, 1, 2, 3)), Host("node2", (0, 1))]
+
+
+@pytest.mark.parametrize(
+    "file", sorted(path for path in EXAMPLES.iterdir() if path.suffix != ".md"), ids=lambda p: p.name
+)
+def test_the_examples_are_read(file):
+    hosts = read(str(file))
+
+    assert all(host.slots for host in hosts)
 
 
 def test_every_problem_is_listed_with_its_line():
