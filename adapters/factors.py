@@ -27,12 +27,12 @@ PROBE_BLOCKS, PROBE_WIDTH = 64, 16
 
 
 class Factors(NamedTuple):
-    """The frozen maps of one weight, and what lets a reload rebuild and check them."""
+    """The frozen maps of one weight, and what lets a reload rebuild and check them; of LoLDU or of adapters/svd.py."""
 
     write: Tensor  # (out, r) what the core's r numbers are written through
-    read: Tensor  # (r, r) applied to r entries of the base layer's output
-    pivots: Tensor  # (r,) int32, the rows of W chosen, in order of elimination
-    values: Tensor  # (r,) float32, d_r
+    read: Tensor  # (r, r) applied to r entries of the base layer's output; svd: (r,), after reading through write
+    pivots: Tensor  # (r,) int32, the rows of W chosen, in order of elimination; svd: (0,)
+    values: Tensor  # (r,) float32, d_r; svd: s_r
     probe: Tensor  # (32,) uint8, digest of the whole weight (`probe_digest`)
 
 
@@ -102,14 +102,18 @@ def loldu_factors(
 
 
 def lora_pair(weight: Tensor, factors: Factors, core: Tensor, *, embedding: bool = False) -> tuple[Tensor, Tensor]:
-    """The update as an ordinary low-rank product B A: A (r, n), B (m, r) with B A = Write diag(core) U_r.
+    """The update as an ordinary low-rank product B A: A (r, n), B (m, r) with B A = Write core U_r (svd: V_r^T).
 
-    weight is the unmerged W (m, n); core (r,) includes the scale. For an embedding A is (r, m) and B is (n, r), as
-    PEFT's LoRA has them: the update is (B A)^T.
+    weight is the unmerged W (m, n); core, (r,) or (r, r), includes the scale. For an embedding A is (r, m) and B is
+    (n, r), as PEFT's LoRA has them: the update is (B A)^T.
     """
-    W = weight.to(factors.read)
-    A = factors.read @ (W[:, : len(core)].T if embedding else W[factors.pivots.long()])  # (P L_r)^T or U_r
-    return A, factors.write.to(A) * core.to(A)
+    outputs = (weight.T if embedding else weight).to(factors.read)  # a row for each output feature
+    write, core = factors.write.to(outputs), core.to(outputs)
+    if factors.read.ndim == 1:
+        A = factors.read[:, None] * (write.T @ outputs)
+    else:
+        A = factors.read @ (outputs[: len(factors.read)] if embedding else outputs[factors.pivots.long()])
+    return A, write * core if core.ndim == 1 else write @ core
 
 
 def delta_weight(weight: Tensor, factors: Factors, core: Tensor, *, embedding: bool = False) -> Tensor:

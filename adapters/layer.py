@@ -20,17 +20,12 @@ from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
 from adapters.checkpoint_files import local_weights
-from adapters.factors import Factors, delta_weight, loldu_factors, lora_pair, probe_digest, rebuilt_error
+from adapters.config import FactorConfig
+from adapters.factors import Factors, delta_weight, lora_pair, probe_digest
 
 # A quantised weight belongs to a checkpoint's tensor below this relative distance: NF4 and FP4 are 0.08 to 0.28 away
 # on two small Llamas (the far ones have outliers), another model 1.4.
 SAME_WEIGHT = 0.5
-# Largest `rebuilt_error` of factors made from a rounded weight, no checkpoint at hand. Measured on two small Llamas and
-# Gaussian weights at ranks 1, 8, 64 and full: bf16 stays below 0.05, int8 below 0.1 on 96 % of the weights, NF4 passes
-# it on nearly all from rank 8 up and another base on all. A bound of 0.25 cost an NF4 base 70 % of what a trained
-# rank 8 had gained, one of 1 all of it at rank 64, and full rank was left worse than no adapter (loss 5.1, 3.6, true
-# factors 3.2).
-REBUILT = 0.1
 
 FactorSource = Callable[[str, tuple[int, int]], "Factors | None"]
 _factor_source: ContextVar[FactorSource | None] = ContextVar("factor_source", default=None)
@@ -53,8 +48,8 @@ def factors_from(source: FactorSource) -> Iterator[None]:
 class FactorMap(nn.Module):
     """One adapter on one layer: read r numbers from y0, multiply them by the trained core, write them back.
 
-    core (r,) is float32 and all that trains. write (out, r) and read (r, r) are frozen parameters, so that sharding
-    engines spread them; they follow from the base and are in no state dict. pivots, values and probe say from what.
+    core (r,) is float32 and all that trains. write (out, r) and read are frozen parameters, so that sharding engines
+    spread them; they follow from the base and are in no state dict. pivots, values and probe say from what.
     """
 
     core: nn.Parameter
@@ -65,58 +60,74 @@ class FactorMap(nn.Module):
     probe: Tensor
     rows: Tensor
 
-    def __init__(self, out: int, r: int, config: Any, dtype: torch.dtype, device: torch.device, *, embedding: bool):
+    def __init__(
+        self, out: int, r: int, config: FactorConfig, dtype: torch.dtype, device: torch.device, *, embedding: bool
+    ):
         super().__init__()
-        self.scale, self.normalize, self.embedding = config.scale, config.normalize_directions, embedding
+        self.config, self.scale, self.embedding = config, config.scale, embedding
+        self.picks = "pivots" in config.saved  # reads r entries of y0, else through write
         wide = torch.promote_types(dtype, torch.float32)
         place = torch.device("cpu") if device.type == "meta" else device
         self.core = nn.Parameter(torch.zeros(r, device=device))
         self.write = nn.Parameter(torch.empty(out, r, dtype=dtype, device=device), requires_grad=False)
-        self.read = nn.Parameter(torch.empty(r, r, dtype=wide, device=device), requires_grad=False)
-        self.register_buffer("pivots", torch.zeros(r, dtype=torch.int32, device=place))
+        self.read = nn.Parameter(torch.empty((r, r) if self.picks else r, dtype=wide, device=device), False)
+        pivots = torch.zeros(r if self.picks else 0, dtype=torch.int32, device=place)
+        self.register_buffer("pivots", pivots, persistent=self.picks)
         self.register_buffer("values", torch.zeros(r, device=place))
         self.register_buffer("probe", torch.zeros(32, dtype=torch.uint8, device=place))
-        self.register_buffer("rows", torch.arange(r, device=place), persistent=False)  # entries of y0 that are read
+        self.register_buffer("rows", torch.arange(len(pivots), device=place), persistent=False)  # of y0 that are read
         self._made_from: bytes | None = None
         self._seen: Tensor | None = None
 
+    @property
+    def factors(self) -> Factors:
+        """The frozen maps and what they follow from."""
+        return Factors(*(getattr(self, name).detach() for name in Factors._fields))
+
     def set_factors(self, factors: Factors) -> None:
         """Take the two maps and what they follow from; the core stays."""
-        device = self.pivots.device
+        device = self.probe.device
         self.write = nn.Parameter(factors.write.to(device, self.write.dtype), requires_grad=False)
         self.read = nn.Parameter(factors.read.to(device, self.read.dtype), requires_grad=False)
         self.set_origin(factors)
 
     def set_origin(self, factors: Factors) -> None:
         """Note what the maps follow from; for maps that are filled from elsewhere, shard by shard."""
-        device = self.pivots.device
+        device = self.probe.device
         for name in ("pivots", "values", "probe"):
             setattr(self, name, getattr(factors, name).to(device))
         self.rows = torch.arange(len(self.pivots), device=device) if self.embedding else self.pivots.long()
-        self._made_from, self._seen = self._origin(), self.pivots
+        self._made_from, self._seen = self._origin(), self.probe
 
     @property
     def stale(self) -> bool:
         """Whether a loader has put in pivots or a probe that the maps were not made from."""
-        if self._seen is not self.pivots:
+        if self._seen is not self.probe:
             if self.write.is_meta or self._made_from != self._origin():
                 return True
-            self._seen = self.pivots
+            self._seen = self.probe
         return False
 
     def _origin(self) -> bytes:
         return torch.cat([self.pivots.cpu().view(torch.uint8), self.probe.cpu()]).numpy().tobytes()
 
     def forward(self, y0: Tensor, bias: Tensor | None, onto: Tensor) -> Tensor:
-        """onto + Write (scale core * (Read (y0 - bias)[rows])); y0 (..., out) is the base output with its bias."""
-        taken = y0.index_select(-1, self.rows)
-        if bias is not None:
-            taken = taken - bias[self.rows]
-        h = F.linear(taken.to(self.read.dtype), self.read) * (self.scale * self.core.to(self.read.dtype))
+        """onto + Write (scale core * Read (y0 - bias)); y0 (..., out) is the base output with its bias."""
+        h = self.reading(y0, bias) * (self.scale * self.core.to(self.read.dtype))
         h = h.to(self.write.dtype)
         if y0.dtype != self.write.dtype:  # under autocast
             return onto + F.linear(h, self.write).to(onto.dtype)
         return torch.addmm(onto.reshape(-1, onto.shape[-1]), h.reshape(-1, h.shape[-1]), self.write.T).view(onto.shape)
+
+    def reading(self, y0: Tensor, bias: Tensor | None) -> Tensor:
+        """Read (y0 - bias): the r numbers per token, in read's dtype."""
+        if not self.picks:
+            offset = None if bias is None else -(bias @ self.write)
+            return F.linear(y0, self.write.T, offset).to(self.read.dtype) * self.read
+        taken = y0.index_select(-1, self.rows)
+        if bias is not None:
+            taken = taken - bias[self.rows]
+        return F.linear(taken.to(self.read.dtype), self.read)
 
     def train(self, mode: bool = True) -> Any:
         """Keep the core in float32: TRL turns all that trains on a 4-bit base into bf16 where no hook sees it."""
@@ -142,11 +153,11 @@ class FactorMap(nn.Module):
             del destination[prefix + name]
 
     def _load_from_state_dict(self, state_dict: Any, prefix: str, *rest: Any) -> None:
-        saved = state_dict.get(prefix + "pivots")
+        saved = state_dict.get(prefix + "values")
         if saved is not None:
-            if saved.shape != self.pivots.shape:
+            if saved.shape != self.values.shape:
                 raise ValueError(
-                    f"{prefix.rstrip('.')} was saved at rank {len(saved)} but has rank {len(self.pivots)} here: the "
+                    f"{prefix.rstrip('.')} was saved at rank {len(saved)} but has rank {len(self.values)} here: the "
                     f"config's r is not the saved {len(saved)}, or this is another base model"
                 )
             self._seen = None  # loading in place keeps the buffer's identity
@@ -158,12 +169,11 @@ class FactorMap(nn.Module):
 class FactorLayer(nn.Module, BaseTunerLayer):
     """A base layer with adapters of the family: Linear, quantised Linear, Conv1D, Conv2d with groups 1, Embedding."""
 
-    adapter_layer_names: tuple[str, ...] = ("loldu_map",)
-
-    def __init__(self, base_layer: nn.Module, name: str):
+    def __init__(self, base_layer: nn.Module, name: str, method: str):
         super().__init__()
         self.base_layer = base_layer
-        self.loldu_map = nn.ModuleDict()
+        self.adapter_layer_names = (f"{method}_map",)  # PEFT knows a method's parameters by their prefix
+        self.add_module(f"{method}_map", nn.ModuleDict())
         self.name = name  # in the model
         self.checkpoints: list[str] = []  # where the base in full precision may lie: folders or hub names
         self.merged_adapters: list[str] = []
@@ -183,19 +193,22 @@ class FactorLayer(nn.Module, BaseTunerLayer):
         """The layer that is adapted; its attributes depend on its kind."""
         return self.get_base_layer()
 
-    def update_layer(self, adapter_name: str, config: Any, checkpoints: Sequence[str | None] = ()) -> int:
-        """Give a new adapter its factors and a zero core; returns its rank, clamped to min(m, n)."""
+    def update_layer(self, adapter_name: str, config: FactorConfig, checkpoints: Sequence[str | None] = ()) -> int:
+        """Give a new adapter its factors and a zero core; returns its rank."""
         self.checkpoints = list(dict.fromkeys([*self.checkpoints, *filter(None, checkpoints)]))
         weight, (m, n) = self.base.weight, self.shape
         dtype = weight.dtype
         if self.quantization_backend is not None:
             dtype = getattr(self.base, "compute_dtype", None) or torch.float32
-        out, r = (n if self.embedding else m), min(config.r, m, n)
-        factor_map = FactorMap(out, r, config, dtype, weight.device, embedding=self.embedding)
-        source = _factor_source.get()
+        r, source = config.rank_of(self.name, self.shape), _factor_source.get()
         factors = source(self.name, self.shape) if source is not None else None
         if factors is None and not weight.is_meta:
-            factors = self._new_factors(factor_map)
+            factors = self._new_factors(config, r)
+        if r is None:
+            if factors is None:
+                raise ValueError(f"the rank of {self.name} follows from its weight, which is on meta here: give ranks")
+            r = len(factors.values)
+        factor_map = FactorMap(n if self.embedding else m, r, config, dtype, weight.device, embedding=self.embedding)
         if factors is not None:
             factor_map.set_factors(factors)
         self.maps[adapter_name] = factor_map
@@ -213,7 +226,7 @@ class FactorLayer(nn.Module, BaseTunerLayer):
         for adapter_name in self.active_adapters:
             if adapter_name in self.maps:
                 factor_map = self.maps[adapter_name]
-                if factor_map._seen is not factor_map.pivots:  # a loader that calls no hook of ours
+                if factor_map._seen is not factor_map.probe:  # a loader that calls no hook of ours
                     self.refresh()
                 y = factor_map(y0, getattr(self.base, "bias", None), onto=y)
         return y.movedim(-1, 1) if channels_first else y
@@ -288,51 +301,45 @@ class FactorLayer(nn.Module, BaseTunerLayer):
 
     def _update_parts(self, adapter_name: str) -> tuple[Tensor, Factors, Tensor]:
         factor_map = self.maps[adapter_name]
-        factors = Factors(*(getattr(factor_map, name).detach() for name in Factors._fields))
-        return self.matrix(), factors, factor_map.scale * factor_map.core.detach().to(factors.read.dtype)
+        core = factor_map.scale * factor_map.core.detach().to(factor_map.read.dtype)
+        return self.matrix(), factor_map.factors, core
 
-    def _new_factors(self, factor_map: FactorMap) -> Factors:
+    def _new_factors(self, config: FactorConfig, r: int | None) -> Factors:
         W = self.matrix()
         if self.quantization_backend is None:
-            return self._factor(factor_map, W)
+            return self._factor(config, W, r)
         for full in self._checkpoint_matrices():
             if _relative_distance(W, full) < SAME_WEIGHT:
-                return self._factor(factor_map, full)
+                return self._factor(config, full, r)
         _warn("no full-precision checkpoint of this quantised base lies on this machine: factors come from its weights")
-        return self._factor(factor_map, W)
+        return self._factor(config, W, r)
 
     def _saved_factors(self, adapter_name: str, factor_map: FactorMap) -> Factors:
-        W, pivots, probe = self.matrix(), factor_map.pivots, factor_map.probe.cpu()
+        W, config, saved, probe = self.matrix(), factor_map.config, factor_map.factors, factor_map.probe.cpu()
+        r, bound = len(saved.values), config.rebuilt_bound
         if torch.equal(probe_digest(W, self.shape), probe):
-            return self._factor(factor_map, W, pivots)
+            return self._factor(config, W, r, saved)
         for full in self._checkpoint_matrices():
             if torch.equal(probe_digest(full, self.shape), probe) and _relative_distance(W, full) < SAME_WEIGHT:
                 _warn("this base differs from the adapter's in precision: factors come from the checkpoint")
-                return self._factor(factor_map, full, pivots)
+                return self._factor(config, full, r, saved)
         try:
-            error = rebuilt_error(W[:, : len(pivots)], pivots, factor_map.values)
-            why = f"the factors of {self.name} rebuilt with its saved pivots are off by {error:.2g} (at most {REBUILT})"
+            error = config.rebuilt_error(W, saved)
+            why = f"the factors of {self.name} rebuilt from its weight are off by {error:.2g} (at most {bound})"
         except ValueError as failed:
             error, why = math.inf, f"{self.name}: {failed}"
-        if not error <= REBUILT:
+        if not error <= bound:
             raise ValueError(
                 f"adapter {adapter_name} does not fit this base: {why}. Load it on the base it was trained on; for the "
                 "same base in 4 bits keep its full-precision checkpoint on this machine (looked for: "
                 f"{', '.join(self.checkpoints) or 'none named'})"
             )
         _warn("this base differs from the adapter's in precision: factors are rebuilt from its weights")
-        return self._factor(factor_map, W, pivots)
+        return self._factor(config, W, r, saved)
 
-    def _factor(self, factor_map: FactorMap, W: Tensor, pivots: Tensor | None = None) -> Factors:
-        r = len(factor_map.pivots)
+    def _factor(self, config: FactorConfig, W: Tensor, r: int | None, saved: Factors | None = None) -> Factors:
         try:
-            made = loldu_factors(
-                W[:, :r],
-                lambda rows: W[rows.long()],
-                pivots=pivots,
-                normalize=factor_map.normalize,
-                embedding=self.embedding,
-            )
+            made = config.factors(W, r, embedding=self.embedding, saved=saved)
         except ValueError as error:
             raise ValueError(f"{self.name}: {error}; leave the layer out (exclude_modules) or lower the rank") from None
         return made._replace(probe=probe_digest(W, self.shape))

@@ -7,7 +7,7 @@ from pathlib import Path
 
 from rich.console import Console
 
-from adapters import LoLDUConfig
+from adapters.config import FactorConfig
 from adapters.lora_export import export_lora as write_lora
 from launcher.inference.merge import new_folder, probe_logits
 from launcher.inference.sources import adapter_config, find, load_model
@@ -31,7 +31,7 @@ def export_lora(
     if source.adapter is None:
         raise ValueError(f"{adapter} holds a whole model and no adapter: there is nothing to export")
     config = adapter_config(source.adapter)
-    if not isinstance(config, LoLDUConfig):
+    if not isinstance(config, FactorConfig):
         raise ValueError(f"{adapter} is a {config.peft_type.value} adapter, not one of ours: PEFT loads it as it is")
     console = Console(stderr=True, highlight=False, soft_wrap=True)
     with new_folder(Path(out), "--out") as partial:

@@ -25,8 +25,8 @@ from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeR
 from safetensors import safe_open
 from torch import Tensor, nn
 
-from adapters import LoLDUConfig
 from adapters.checkpoint_files import TensorInfo, list_tensors, weight_of
+from adapters.config import FactorConfig
 from adapters.layer import FactorLayer
 from launcher.factorization.targets import skeleton
 from launcher.inference.sources import DTYPES, Source, adapter_config, attach, context_length, find, load_model
@@ -97,7 +97,7 @@ def merge(
     config = adapter_config(source.adapter)
     console = Console(stderr=True, highlight=False, soft_wrap=True)
     with new_folder(Path(out), "--out") as partial:
-        if not isinstance(config, LoLDUConfig):
+        if not isinstance(config, FactorConfig):
             console.print(f"{config.peft_type.value} is merged by PEFT, in memory: the whole model at once")
             written = _merge_in_memory(source, partial, dtype, shard_gb)
         else:
@@ -236,9 +236,10 @@ def _adapted(model: nn.Module, tensors: dict[str, TensorInfo], source: Source) -
 
 def _held_whole(model: nn.Module, tensors: dict[str, TensorInfo]) -> dict[str, Tensor]:
     """What the adapter replaces (modules_to_save): beside our own maps all that is not on the meta device."""
-    whole = {}
+    whole, maps = {}, [layer.maps for layer in model.modules() if isinstance(layer, FactorLayer)]
+    ours = {id(value) for part in maps for value in [*part.parameters(), *part.buffers()]}
     for name, value in [*model.named_parameters(remove_duplicate=False), *model.named_buffers()]:
-        if not value.is_meta and f".{FactorLayer.adapter_layer_names[0]}." not in name:
+        if not value.is_meta and id(value) not in ours:
             module, _, last = name.replace(".modules_to_save.default", "").replace(".base_layer", "").rpartition(".")
             whole[_stored_as(tensors, module, last)] = value.detach()
     return whole

@@ -20,8 +20,8 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 import adapters
 from adapters import Factors
 from adapters.checkpoint_files import list_tensors, local_folder, open_tensor, weight_of
+from adapters.config import FactorConfig
 from adapters.layer import FactorLayer
-from adapters.tuner import LOLDU
 from launcher.config import AdapterConfig, ModelConfig, nearest
 
 log = logging.getLogger(__name__)
@@ -156,7 +156,7 @@ def skeleton(config: ModelConfig, folder: Path, adapter: PeftConfig | None, *, d
         base.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
     if adapter is None:
         return base
-    if adapter.peft_type != LOLDU:
+    if not isinstance(adapter, FactorConfig):
         raise ValueError(f"method {str(adapter.peft_type).lower()} cannot be sharded yet: give --sharding ddp")
     return get_peft_model(base, adapter)
 
@@ -193,7 +193,7 @@ def fill(
             factor_map.set_origin(frozen)
             factor_map.write = place(factor_map.write, frozen.write)
             factor_map.read = place(factor_map.read, frozen.read[parts.rows(factor_map.read)])
-            zeros = torch.zeros(len(factor_map.core))
+            zeros = torch.zeros(factor_map.core.shape)
             factor_map.core = place(factor_map.core, zeros[parts.rows(factor_map.core)])
     tensors = list_tensors(folder)
     places: dict[int, list[tuple[nn.Module, str, str]]] = {}  # a tied parameter has several

@@ -332,7 +332,7 @@ def test_an_nf4_base_without_its_checkpoint_is_refused_with_the_remedy(babyllama
     quantised = nf4(babyllama)
     quantised.config._name_or_path = ""
 
-    with pytest.raises(ValueError, match=r"rebuilt with its saved pivots are off by .*\(looked for: /gone\)"):
+    with pytest.raises(ValueError, match=r"rebuilt from its weight are off by .*\(looked for: /gone\)"):
         PeftModel.from_pretrained(quantised, folder)
 
 
