@@ -45,6 +45,8 @@ def logs(given: str, *, follow: bool = False, rank: int | None = None, lines: in
                 at[name] = _tail(name, path, lines if path.exists() else 0)
             at[name] = _more(name, path, at[name])
         if not follow or ended or time.monotonic() > end:
+            for name, path in files.items():
+                _more(name, path, at[name], whole_lines=False)
             return 0
         time.sleep(LOOK_S)
         if time.monotonic() - asked > ASK_S:
@@ -59,18 +61,19 @@ def alive(folder: Path, ask: Callable[[Path], slurm.JobState | None] = slurm.sta
 
 
 def _tail(name: str, path: Path, lines: int) -> int:
-    """Print the last lines; where the next begin."""
+    """Print the last whole lines; where the next begins."""
     with open(path, "rb") as file:
-        kept = deque(file, maxlen=lines)
-        _show(name, b"".join(kept))
-        return file.tell()
+        kept = deque(file, maxlen=lines + 1)
+        partial = kept.pop() if kept and not kept[-1].endswith(b"\n") else b""
+        _show(name, b"".join(list(kept)[-lines:] if lines else []))
+        return file.tell() - len(partial)
 
 
-def _more(name: str, path: Path, start: int) -> int:
+def _more(name: str, path: Path, start: int, *, whole_lines: bool = True) -> int:
     with open(path, "rb") as file:
         file.seek(start)
         new = file.read()
-    whole = new.rfind(b"\n") + 1  # a line still being written waits for its end
+    whole = new.rfind(b"\n") + 1 if whole_lines else len(new)  # a line still being written waits for its end
     _show(name, new[:whole])
     return start + whole
 

@@ -208,7 +208,7 @@ def _receive(world: int, address: str, port: int, deadline: float, limit_s: floa
                 guest, _ = server.accept()
                 guest.settimeout(5.0)
                 word = guest.makefile("r").readline().split()
-                if word[:1] == ["loldu-rank"]:
+                if word[:1] == ["loldu-rank"] and word[1:] and word[1].isdigit() and 0 < int(word[1]) < world:
                     guests[int(word[1])] = guest
             except TimeoutError:
                 if left > 0:
@@ -219,12 +219,14 @@ def _receive(world: int, address: str, port: int, deadline: float, limit_s: floa
                     "look at the log of that rank and at its node first"
                 )
                 for guest in guests.values():
-                    guest.sendall(f"{text}\n".encode())
+                    with contextlib.suppress(OSError):
+                        guest.sendall(f"{text}\n".encode())
                 raise Trouble(text) from None
             except OSError:
                 continue  # somebody else knocked
     for guest in guests.values():
-        guest.sendall(b"go\n")
+        with contextlib.suppress(OSError):  # one that has left meanwhile ends the run by itself
+            guest.sendall(b"go\n")
     for guest in guests.values():
         with contextlib.suppress(OSError):
             guest.recv(1)  # they hang up first, so the port is free for torch at once

@@ -135,7 +135,7 @@ def script(job: Job) -> str:
     srun = " ".join(["srun --export=ALL --kill-on-bad-exit=1 --wait=0", *map(shell, steps)])
     parts = {
         "HEADER": "\n".join(lines),
-        "SETUP": "".join(f"{line}\n" for line in (*want.setup, "") if want.setup),
+        "SETUP": "".join(f"{line}\n" for line in (SETUP, *want.setup, "set -u", "") if want.setup),
         "OPTIONS": _options_of_tasks(job.tasks),
         "FOLDER": shell(job.folder),
         "RUN": run,
@@ -152,6 +152,7 @@ def script(job: Job) -> str:
     return re.sub(r"@([A-Z_]+)@\n?", lambda found: _part(found, parts), TEMPLATE)
 
 
+SETUP = "set +u                                 # modules and virtual environments read unset variables"
 TEMPLATE = r"""#!/bin/bash
 @HEADER@
 

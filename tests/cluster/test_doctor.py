@@ -83,6 +83,32 @@ def test_the_node_with_other_versions_gpus_or_a_full_disk_is_named():
     assert bad(doctor.check_disk(facts)) == [("free disk", "node3")]
 
 
+def test_a_slow_pair_and_a_wrong_sum_are_named():
+    """Of six pairs one is ten times slower than the middle, one adds wrongly, one does not answer."""
+
+    class Fleet:
+        def ask_all(self, do, timeout_s, orders):
+            answers = {name: {"right": True, "seconds": 0.01, "megabytes": 4.0, "backend": "gloo"} for name in orders}
+            if met(orders, "a", "b"):
+                answers["a"]["seconds"] = answers["b"]["seconds"] = 0.1
+            if met(orders, "a", "c"):
+                answers["c"]["right"] = False
+            return answers, ({"d": "Timeout"} if met(orders, "b", "d") else {})
+
+    def met(orders, one, other):
+        return one in orders and other in orders and orders[one]["address"] == orders[other]["address"]
+
+    findings = doctor.check_pairs(Fleet(), list("abcd"), {name: name for name in "abcd"}, 29501, set())
+
+    by_pair = {frozenset(finding.where.split(" + ")): finding for finding in findings}
+    assert len(by_pair) == 6
+    assert by_pair[frozenset("ab")].result == doctor.NOTE
+    assert "10.0 times the middle pair's" in by_pair[frozenset("ab")].remedy
+    assert by_pair[frozenset("ac")].found == "wrong sums"
+    assert by_pair[frozenset("bd")].found == "Timeout"
+    assert sum(finding.result == doctor.OK for finding in findings) == 3
+
+
 def test_the_table_names_node_and_remedy_and_takes_text_as_it_is(capsys):
     doctor.show([doctor.Finding("port", "node1 -> node2", doctor.BAD, "[red]refused[/red]", "open the firewall")])
 
