@@ -183,11 +183,11 @@ def newest(root: Path) -> Checkpoint | None:
 def load(folder: Path) -> Checkpoint:
     """Open and verify a checkpoint. Raises ValueError naming what is missing or damaged."""
     try:
-        sealed = (folder / "COMPLETE").read_text().strip()
+        sealed = (folder / "COMPLETE").read_bytes().strip()
         raw = (folder / "index.json").read_bytes()
     except OSError as error:
         raise ValueError(f"checkpoint {folder} is not complete: {error.strerror or error} ({error.filename})") from None
-    if hashlib.sha256(raw).hexdigest() != sealed:
+    if hashlib.sha256(raw).hexdigest().encode() != sealed:
         raise ValueError(f"checkpoint {folder} is damaged: index.json differs from its checksum in COMPLETE")
     index = json.loads(raw)
     if index["format"] > FORMAT:

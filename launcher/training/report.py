@@ -8,7 +8,7 @@ import logging
 import os
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -34,8 +34,10 @@ class Events:
         written = file.read_bytes() if seal and file.exists() else b""
         kept = written[: seal["bytes"]] if seal else b""
         if seal and file.exists() and hashlib.sha256(kept).hexdigest() != seal["sha256"]:
-            lines = [json.dumps(event) + "\n" for event in read_events(file) if event["step"] <= resumed_step]
-            log.warning("%s was damaged after it was written: only its first %d lines can be read", file, len(lines))
+            lines = [json.dumps(event) + "\n" for event in read_events(file) if event.get("step", 0) <= resumed_step]
+            log.warning(
+                "%s was damaged after it was written: %d lines of it can be read and are kept", file, len(lines)
+            )
             kept = "".join(lines).encode()
         self._digest, self._bytes = hashlib.sha256(kept), len(kept)
         write_atomically(file, kept.decode())
@@ -61,13 +63,11 @@ class Events:
 
 
 def read_events(file: Path) -> list[dict[str, Any]]:
-    """The events of a run; a last line cut short by a crash is left out."""
+    """The events of a run; a line that is cut short or damaged is left out."""
     events = []
     for line in file.read_text(errors="replace").splitlines() if file.exists() else []:
-        try:
+        with suppress(json.JSONDecodeError):
             events.append(json.loads(line))
-        except json.JSONDecodeError:
-            break
     return events
 
 

@@ -375,7 +375,7 @@ def _damaged(folder: Path) -> list[str]:
     lines = (folder / CHECKSUMS).read_text(errors="replace").splitlines()
     written, found = dict(line.split(maxsplit=1)[::-1] for line in lines if " " in line), _checksums(folder)
     differ = sorted(name for name in written.keys() | found.keys() if written.get(name) != found.get(name))
-    return [f"{folder / name} differs from its checksum" for name in differ]
+    return [f"{folder / name} differs from its checksum in {CHECKSUMS}" for name in differ]
 
 
 def _check_context(config: Config, model: Any) -> None:

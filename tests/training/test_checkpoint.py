@@ -74,13 +74,13 @@ def test_rows_of_three_ranks_are_read_by_any_number(tmp_path):
 
 
 @pytest.mark.parametrize("victim", ["rank-00000.safetensors", "index.json", "COMPLETE"])
-@pytest.mark.parametrize("damage", ["flip", "cut", "delete"])
+@pytest.mark.parametrize("damage", ["flip", "high bit", "cut", "delete"])
 def test_a_damaged_checkpoint_is_named_and_the_one_before_is_used(tmp_path, caplog, victim, damage):
     write(tmp_path, 1, 1.0)
     file = write(tmp_path, 2, 2.0) / victim
     content = bytearray(file.read_bytes())
-    if damage == "flip":
-        content[len(content) // 2] ^= 1
+    if damage in ("flip", "high bit"):
+        content[len(content) // 2] ^= 1 if damage == "flip" else 128  # the latter is no UTF-8 any more
         file.write_bytes(content)
     elif damage == "cut":
         file.write_bytes(content[:-1] if victim != "COMPLETE" else content[:-2])
