@@ -323,7 +323,7 @@ def interrupt(output: Path, step: int) -> None:
 
 
 def spoil(file: Path, how: str, draw: random.Random) -> None:
-    """Flip a bit of a byte, or cut the end off; in the first half, since the end of a log may be newer than its seal."""
+    """Flip a bit or cut the end off, in the first half: the end of a log may be newer than its seal."""
     content = bytearray(file.read_bytes())
     place = draw.randrange(-(-len(content) // 2))
     if how == "flip":
