@@ -16,7 +16,10 @@ ASK_S = 10.0  # between two questions to Slurm
 
 
 def log_files(folder: Path, rank: int | None) -> dict[str, Path]:
-    """Files by what to call them. Raises ValueError for a rank that has none."""
+    """Files by what to call them, of all runs of an array. Raises ValueError for a rank that has none."""
+    tasks = sorted(folder.glob("task-*"), key=lambda path: int(path.name[5:]))
+    if tasks:
+        return {f"{task.name}/{name}": path for task in tasks for name, path in log_files(task, rank).items()}
     files = {path.stem: path for path in sorted(folder.glob("slurm-*.log"), key=os.path.getmtime)[-1:]}
     if not files and folder.name.startswith("task-"):  # an array's own logs lie above its runs
         found = sorted(folder.parent.glob(f"slurm-*_{folder.name[5:]}.log"), key=os.path.getmtime)[-1:]

@@ -50,7 +50,6 @@ def launch(recipe: str, hosts: Hosts, recipe_options: Sequence[str] = (), *, nam
         head = check(fleet, chosen, file, run, attempt)
         address = hosts.master_addr or head
         runs.write(run / "control", "run\n")
-        (run / "state").unlink(missing_ok=True)
         first = f"{chosen[0].name} ({address}:{hosts.port})"
         total = sum(len(host.slots) for host in chosen)
         print(f"{total} processes on {len(chosen)} hosts, meeting on {first}; run folder {run}", flush=True)

@@ -163,6 +163,7 @@ restart=${SLURM_RESTART_COUNT:-0}
 mkdir -p "$run/logs" || exit 1
 note() { echo "$EPOCHREALTIME batch@$HOSTNAME $*" >>"$run/events"; }
 state() { cat "$run/state" 2>/dev/null; }
+outcome() { [ "$run/state" -nt "$run/logs/attempt" ] && state; }   # what this start wrote, not one before it
 give_up() { echo "loldu: $*" >&2; note "gave up: $*"; exit 1; }
 note "start job=$SLURM_JOB_ID restart=$restart nodes=$SLURM_JOB_NODELIST"
 
@@ -179,7 +180,7 @@ echo "from $newest" >>"$run/logs/starts"
 warned='' ended=''
 trap 'warned=1; echo stop >"$run/control"; note "USR2: asked to stop"' USR2
 trap 'ended=1; note TERM' TERM
-rm -f "$run/state" "$run/logs/failures"
+rm -f "$run/logs/failures"
 echo run >"$run/control"
 
 @SETUP@@OPTIONS@
@@ -202,18 +203,18 @@ while kill -0 $srun 2>/dev/null; do    # a trap ends a wait early
 done
 wait $srun
 rc=$?
-note "srun rc=$rc state=$(state) warned=$warned ended=$ended"
+note "srun rc=$rc state=$(outcome) warned=$warned ended=$ended"
 [ ! -s "$run/logs/failures" ] || cat "$run/logs/failures" >&2
 
-[ "$(state)" != finished ] || exit 0
-if [ -n "$warned" ] && [ -z "$ended" ] && [ "$(state)" = stopped ] && [ "$restart" -lt @MAX_RESTARTS@ ]; then
+[ "$(outcome)" != finished ] || exit 0
+if [ -n "$warned" ] && [ -z "$ended" ] && [ "$(outcome)" = stopped ] && [ "$restart" -lt @MAX_RESTARTS@ ]; then
   trap - USR2 TERM                     # a trapped TERM would sit out Slurm's time to kill
   id=$SLURM_JOB_ID                     # of an array's last task this is the whole array
   [ -z "${SLURM_ARRAY_JOB_ID:-}" ] || id=${SLURM_ARRAY_JOB_ID}_$SLURM_ARRAY_TASK_ID
   scontrol requeue "$id" 2>>"$run/events"   # a harmless error where Slurm was first
   exit 0
 fi
-[ "$(state)" != stopped ] || exit 75   # stopped early and saved: submit again to go on
+[ "$(outcome)" != stopped ] || exit 75   # stopped early and saved: submit again to go on
 exit $rc
 """
 

@@ -16,6 +16,8 @@ def cluster(tmp_path_factory):
     if reason := why_not():
         pytest.skip(reason)
     with Cluster(tmp_path_factory.mktemp("slurm")) as cluster:
+        if "mode=ns" not in (cluster.folder / "etc" / "cluster").read_text():
+            pytest.skip("needs namespaces: without them both nodes share one host name and one loopback")
         yield cluster
 
 

@@ -27,11 +27,12 @@ def main() -> int:
     chosen = parser.parse_args()
     run, rank, world = chosen.output, int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
     run.mkdir(parents=True, exist_ok=True)
+    began = time.time()
     with StopRequest() as stop:
         if rank == chosen.fail_rank:
             raise RuntimeError(f"the disk of rank {rank} is on fire")
         if rank:
-            while read(run / "state") not in ("stopped", "finished"):
+            while read(run / "state") not in ("stopped", "finished") or (run / "state").stat().st_mtime < began:
                 time.sleep(0.1)
             return 0
         saved = sorted(run.glob("checkpoints/step-*/COMPLETE"))

@@ -74,6 +74,20 @@ def test_logs_show_the_last_lines_of_every_rank(run, capsys):
         follow.logs("first", rank=7)
 
 
+def test_the_logs_of_an_array_are_those_of_its_runs(run, capsys):
+    for task in (0, 1):
+        (run / f"task-{task}" / "logs").mkdir(parents=True)
+        (run / f"task-{task}" / "logs" / "rank0@node1.log").write_text(f"of {task}\n")
+        (run / f"slurm-9_{task}.log").write_text(f"batch {task}\n")
+
+    follow.logs("first")
+
+    assert capsys.readouterr().out.splitlines() == [
+        "task-0/slurm-9_0: batch 0", "task-0/rank0@node1: of 0",
+        "task-1/slurm-9_1: batch 1", "task-1/rank0@node1: of 1",
+    ]  # fmt: skip
+
+
 def test_following_shows_each_new_line_once_and_ends_with_the_run(run, capsys, monkeypatch):
     monkeypatch.setattr(follow, "LOOK_S", 0.02)
     monkeypatch.setattr(follow, "ASK_S", 0.1)

@@ -137,6 +137,17 @@ def test_a_finished_job_requeued_exits_at_once(cluster, tmp_path):
     assert (run / "events.jsonl").stat().st_mtime_ns == before
 
 
+def test_a_finished_run_submitted_again_stays_finished_and_a_crash_at_its_start_is_none_of_that(cluster, tmp_path):
+    run = tmp_path / "run"
+    assert cluster.ended(count(cluster, run, "--steps=2")) == "COMPLETED", said(run)
+
+    again = cluster.ended(count(cluster, run, "--steps=2"))
+    crashed = cluster.ended(count(cluster, run, "--steps=4", "--fail-rank=0"))
+
+    assert (again, crashed) == ("COMPLETED", "FAILED"), said(run)
+    assert len(losses(run)) == 2
+
+
 def test_a_rank_that_crashes_ends_the_job_and_is_named_with_its_error(cluster, tmp_path):
     run = tmp_path / "run"
     job = count(cluster, run, "--steps=500", "--fail-rank=1", submit=["--nodes=2"])
