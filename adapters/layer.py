@@ -93,7 +93,7 @@ class FactorMap(nn.Module):
 
     def set_origin(self, factors: Factors) -> None:
         """Note what the maps follow from; for maps that are filled from elsewhere, shard by shard."""
-        device = self.probe.device
+        device = torch.device("cpu") if self.probe.is_meta else self.probe.device  # PEFT moves 8-bit layers whole
         for name in ("pivots", "values", "probe"):
             setattr(self, name, getattr(factors, name).to(device))
         self.rows = torch.arange(len(self.pivots), device=device) if self.embedding else self.pivots.long()

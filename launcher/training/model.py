@@ -23,6 +23,7 @@ from adapters.checkpoint_files import list_tensors, local_folder, open_tensor, w
 from adapters.config import FactorConfig
 from adapters.layer import FactorLayer
 from launcher.config import AdapterConfig, ModelConfig, nearest
+from launcher.training.quantize import Quantised, quantize_skeleton
 
 log = logging.getLogger(__name__)
 
@@ -122,18 +123,21 @@ def build(
 ) -> nn.Module:
     """The model ready to train on one device: base frozen (unless adapter is None), cores float32.
 
-    factors(module) hands out the frozen factors of our methods.
+    factors(module) hands out the frozen factors of our methods. A quantised base is filled weight by weight.
     """
-    base: Any = AutoModelForCausalLM.from_pretrained(
-        folder,
-        dtype=getattr(torch, dtype),
-        attn_implementation=attention,
-        trust_remote_code=config.trust_remote_code,
-        local_files_only=True,
-    )
-    base.name_or_path = str(folder.resolve()) if Path(config.model).is_dir() else config.model
-    if config.gradient_checkpointing:
-        base.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+    base: Any
+    if config.quantize != "none":
+        base = bare_skeleton(config, folder, adapter, dtype=dtype, attention=attention)
+        fill(base, folder, factors, Whole(), device, lambda: None)
+    else:
+        base = AutoModelForCausalLM.from_pretrained(
+            folder,
+            dtype=getattr(torch, dtype),
+            attn_implementation=attention,
+            trust_remote_code=config.trust_remote_code,
+            local_files_only=True,
+        )
+        _prepare(base, config, folder)
     if adapter is None:
         return base.to(device)
     with adapters.factors_from(lambda module, shape: factors(module)):
@@ -142,6 +146,14 @@ def build(
 
 def skeleton(config: ModelConfig, folder: Path, adapter: PeftConfig | None, *, dtype: str, attention: str) -> nn.Module:
     """The model with its adapter on the meta device: shapes and names, no memory; buffers are real."""
+    if adapter is not None and not isinstance(adapter, FactorConfig):
+        raise ValueError(f"method {str(adapter.peft_type).lower()} cannot be sharded yet: give --sharding ddp")
+    base = bare_skeleton(config, folder, adapter, dtype=dtype, attention=attention)
+    return base if adapter is None else get_peft_model(base, adapter)
+
+
+def bare_skeleton(config: ModelConfig, folder: Path, adapter: Any, *, dtype: str, attention: str) -> Any:
+    """The base alone on the meta device, its linear layers quantised where asked for."""
     settings = AutoConfig.from_pretrained(folder, trust_remote_code=config.trust_remote_code)
     with init_empty_weights(include_buffers=False):
         base: Any = AutoModelForCausalLM.from_config(
@@ -151,14 +163,16 @@ def skeleton(config: ModelConfig, folder: Path, adapter: PeftConfig | None, *, d
             trust_remote_code=config.trust_remote_code,
         )
     base.tie_weights()
+    if config.quantize != "none":
+        quantize_skeleton(base, config.quantize, getattr(torch, dtype), getattr(adapter, "modules_to_save", None) or ())
+    _prepare(base, config, folder)
+    return base
+
+
+def _prepare(base: Any, config: ModelConfig, folder: Path) -> None:
     base.name_or_path = str(folder.resolve()) if Path(config.model).is_dir() else config.model
     if config.gradient_checkpointing:
         base.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
-    if adapter is None:
-        return base
-    if not isinstance(adapter, FactorConfig):
-        raise ValueError(f"method {str(adapter.peft_type).lower()} cannot be sharded yet: give --sharding ddp")
-    return get_peft_model(base, adapter)
 
 
 class Parts(Protocol):
@@ -167,6 +181,16 @@ class Parts(Protocol):
     def rows(self, parameter: Tensor) -> slice: ...
 
     def place(self, like: nn.Parameter, rows: Tensor) -> nn.Parameter: ...
+
+
+class Whole:
+    """No cut: this process holds all."""
+
+    def rows(self, parameter: Tensor) -> slice:
+        return slice(None)
+
+    def place(self, like: nn.Parameter, rows: Tensor) -> nn.Parameter:
+        return nn.Parameter(rows, requires_grad=like.requires_grad)
 
 
 def fill(
@@ -208,15 +232,21 @@ def fill(
         owner, name, _ = shared[0]
         whole: Any = owner._parameters[name]
         info = next((found for module in modules if (found := weight_of(tensors, module, name))), None)
-        if info is None or info.shape != tuple(whole.shape):
+        packed: Any = owner if name == "weight" and isinstance(owner, Quantised) else None
+        if info is None or info.shape != (packed.from_shape if packed else tuple(whole.shape)):
             here = f"has it as {info.shape}" if info else "has no such tensor"
             raise ValueError(
                 f"the model's {modules[0]}.{name} {tuple(whole.shape)} cannot be filled from {folder}, which {here}: "
                 "this architecture's files are laid out differently; give --sharding ddp"
             )
-        filled = place(whole, open_tensor(info)[parts.rows(whole)])
+        stored = open_tensor(info)
+        if packed:
+            stored = packed.pack(stored, device)
+        filled = place(whole, stored[parts.rows(whole)])
         for owner, name, _ in shared:
             setattr(owner, name, filled)
+        if packed and isinstance(parts, Whole):
+            packed.keep(filled)
 
 
 # What PEFT puts into the names of the base model's modules.

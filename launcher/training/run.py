@@ -41,6 +41,7 @@ from launcher.training.model import (
     skeleton,
 )
 from launcher.training.preemption import StopRequest
+from launcher.training.quantize import check_base, check_quantize, packed_away
 from launcher.training.report import Screen, check_trackers, open_trackers, read_events
 from launcher.training.sharding import FullyShard, Replicated, Rows, check_sharding, open_alone, shard, shard_mesh, size
 
@@ -92,14 +93,13 @@ def run(config: Config, name: str) -> int:
 
 def check(config: Config, ranks: Ranks) -> None:
     """Everything that can be wrong before a file or a device is touched; the same on every rank."""
-    check_sharding(config.run.sharding, ranks, config.run.shard_size)
+    sharding = check_sharding(config.run.sharding, ranks, config.run.shard_size)
+    check_quantize(config.model.quantize, sharding, cpu_offload=config.run.cpu_offload)
     data.check_batch(config.optimizer.batch_size, ranks.world_size)
     peft_config(config.adapter)
     check_trackers(config.run.trackers)
     dtype = choose_dtype(config.model.dtype)
     choose_attention(config.model.attention, on_gpu=torch.cuda.is_available(), dtype=dtype)
-    if config.model.quantize != "none":
-        raise ValueError(f"--quantize {config.model.quantize} is not built yet: give --quantize none")
 
 
 def _run(config: Config, name: str, party: Party, stop: StopRequest, screen: Screen, state: _State) -> str:
@@ -112,6 +112,7 @@ def _run(config: Config, name: str, party: Party, stop: StopRequest, screen: Scr
 
     # 1. The base's files and the data: read by every rank for itself, so nothing large travels.
     folder = Path(party.together("base model", lambda: str(base_folder(config.model.model)))[0])
+    check_base(folder, config.model.quantize)
     tokenizer = load_tokenizer(folder, trust_remote_code=config.model.trust_remote_code)
     local: dict[str, Any] = {}
     party.together("data", lambda: local.update(_read_data(config, tokenizer, folder, ranks)))
@@ -142,6 +143,7 @@ def _run(config: Config, name: str, party: Party, stop: StopRequest, screen: Scr
         "base": party.from_main("fingerprint", lambda: fingerprint(list_tensors(folder), cache_folder)),
         "adapter": as_dict(config.adapter),
         "dtype": dtype,
+        "quantize": config.model.quantize,
         "data": train_data.digest(),
         "packing": config.data.packing,
         "batch_size": config.optimizer.batch_size,
@@ -211,7 +213,7 @@ def _run(config: Config, name: str, party: Party, stop: StopRequest, screen: Scr
     model, mesh = party_local(party, "model", load)
     engine = party_local(party, "engine", wrap)
     trained = sum(size(parameter) for parameter in engine.parameters.values())
-    total = sum(size(parameter) for parameter in model.parameters())
+    total = sum(size(parameter) for parameter in model.parameters()) + packed_away(model)
     _check_context(config, model)
     if ranks.is_main:
         resolved = {
@@ -222,7 +224,8 @@ def _run(config: Config, name: str, party: Party, stop: StopRequest, screen: Scr
         }  # fmt: skip
         whole = {"config": as_dict(config), "resolved": resolved, "identity": identity, "versions": versions()}
         checkpoint.write_atomically(output / "config.json", json.dumps(whole, indent=2) + "\n")
-    screen.say(f"{config.model.model}: {total:,} parameters, {trained:,} trained ({config.adapter.method}, {dtype})")  # fmt: skip  # noqa: E501
+    precision = dtype if config.model.quantize == "none" else f"{config.model.quantize} computed in {dtype}"
+    screen.say(f"{config.model.model}: {total:,} parameters, {trained:,} trained ({config.adapter.method}, {precision})")  # fmt: skip  # noqa: E501
     screen.say(f"{config.data.data}: {train_data.report}")
     screen.say(f"{steps} steps of {config.optimizer.batch_size} on {ranks.world_size} x {device.type}, attention {attention} ({reason})")  # fmt: skip  # noqa: E501
 

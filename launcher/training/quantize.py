@@ -1,0 +1,131 @@
+"""`--quantize`: the base's linear layers in 8 or 4 bits, through bitsandbytes; what is trained stays float32.
+
+    int8          one byte per number and 4 per row           (LLM.int8(), arXiv 2208.07339)
+    nf4, fp4      half a byte and 0.016 for its scales         (QLoRA, arXiv 2305.14314)
+
+Embeddings, norms, the output head and modules that are trained whole keep the compute dtype. Each process reads the
+full-precision checkpoint a few rows at a time, quantises them and keeps its part: no full-precision weight is ever
+whole in memory. Factors come from that same checkpoint, so one cache and one adapter serve every precision.
+"""
+
+from __future__ import annotations
+
+import importlib.metadata
+import json
+import logging
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any, Protocol, runtime_checkable
+
+import torch
+from torch import Tensor, nn
+from transformers.pytorch_utils import Conv1D
+
+from adapters.checkpoint_files import list_tensors
+from launcher.training.sharding import size
+
+log = logging.getLogger(__name__)
+
+OLDEST = (0, 50)  # of bitsandbytes: the first that multiplies by 4-bit weights with 8-bit scales on every backend
+READABLE = ("F64", "F32", "F16", "BF16")  # as safetensors names them
+ROOM = 8  # numbers that 4 bits each fill a float32 with: a layer's count is a multiple, or it stays as it is
+
+
+def check_quantize(kind: str, sharding: str, *, cpu_offload: bool = False) -> None:
+    """Whether this machine can quantise so under this sharding. Raises ValueError with the remedy."""
+    if kind == "none":
+        return
+    needed = ".".join(map(str, OLDEST))
+    try:
+        found = importlib.metadata.version("bitsandbytes")
+    except importlib.metadata.PackageNotFoundError:
+        raise ValueError(
+            f"--quantize {kind} needs bitsandbytes, which is not installed: pip install 'bitsandbytes>={needed}'"
+        ) from None
+    if tuple(int(part) for part in found.split(".")[:2] if part.isdigit()) < OLDEST:
+        raise ValueError(
+            f"--quantize {kind} needs bitsandbytes {needed} or newer, this is {found}: pip install -U bitsandbytes"
+        )
+    if sharding == "zero3":
+        raise ValueError(
+            f"--quantize {kind} cannot be sharded by ZeRO-3, which would keep every packed weight whole from its use "
+            "forward to its use backward: give --sharding fsdp2 (shards it too), zero2 or ddp"
+        )
+    if cpu_offload:
+        raise ValueError(
+            f"--cpu-offload moves weights between GPU and main memory, but the scales of --quantize {kind} stay where "
+            "they are: leave one of the two out"
+        )
+
+
+def check_base(folder: Path, kind: str) -> None:
+    """Whether the checkpoint is in full precision. Raises ValueError naming what it has instead."""
+    if kind == "none":
+        return
+    settings = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+    if (stored := settings.get("quantization_config")) is not None:
+        method = stored.get("quant_method") or "some way" if isinstance(stored, dict) else "some way"
+        raise ValueError(
+            f"--quantize {kind}: {folder} is quantised already ({method}, by its config.json), and quantising twice "
+            "loses twice: give the full-precision checkpoint"
+        )
+    for info in list_tensors(folder).values():
+        if len(info.shape) == 2 and info.dtype not in READABLE:
+            raise ValueError(
+                f"--quantize {kind}: {info.name} in {info.file} is stored as {info.dtype}; bitsandbytes quantises "
+                f"{', '.join(READABLE)}: give the full-precision checkpoint"
+            )
+
+
+def quantize_skeleton(base: Any, kind: str, dtype: torch.dtype, trained_whole: Iterable[str] = ()) -> None:
+    """Put quantised layers on meta in the place of the base's linear layers, in place. `fill` gives them their bytes.
+
+    trained_whole: last parts of names of modules that keep their precision, since they are trained.
+    """
+    from launcher.training.quantized_layers import EightBit, FourBit
+
+    head, whole = base.get_output_embeddings(), set(trained_whole)
+    left = []
+    for name, module in list(base.named_modules()):
+        if type(module) not in (nn.Linear, Conv1D) or module is head or whole & set(name.split(".")):
+            continue
+        if kind != "int8" and module.weight.numel() % ROOM:
+            left.append(name)
+            continue
+        layer = EightBit(module, kind, dtype) if kind == "int8" else FourBit(module, kind, dtype)
+        base.set_submodule(name, layer)
+    if left:
+        log.warning(
+            "%d layers do not fill whole bytes of %s and stay in %s: %s", len(left), kind, dtype, ", ".join(left)
+        )
+    # What transformers sets: PEFT and save_pretrained go by it.
+    base.is_quantized = True
+    base.is_loaded_in_8bit, base.is_loaded_in_4bit = kind == "int8", kind != "int8"
+
+
+@runtime_checkable
+class Quantised(Protocol):
+    """A layer that makes its weight parameter from the checkpoint's weight: see `quantized_layers`."""
+
+    in_features: int
+    out_features: int
+    from_shape: tuple[int, ...]  # of the checkpoint's weight
+
+    def pack(self, stored: Any, device: torch.device) -> Tensor: ...
+
+    def keep(self, filled: nn.Parameter) -> None: ...
+
+
+def packed_away(model: nn.Module) -> int:
+    """Numbers of the base beyond what its quantised parameters count, which hold several each."""
+    layers: list[Any] = [module for module in model.modules() if isinstance(module, Quantised)]
+    return sum(layer.in_features * layer.out_features - size(layer.weight) for layer in layers)
+
+
+def bytes_per_number(kind: str, dtype: torch.dtype, width: int) -> float:
+    """Predicted bytes of one number of a weight with rows of that width, its scales included."""
+    if kind == "int8":
+        return 1 + 4 / width
+    if kind in ("nf4", "fp4"):
+        return 0.5 + 1 / 64 + 4 / (64 * 256)
+    return dtype.itemsize

@@ -1,0 +1,113 @@
+"""bitsandbytes' quantised linear layers, filled from a checkpoint's weight and cut by rows like any other parameter.
+
+W (m, n) is out x in. Each layer stores one frozen parameter, which sharding engines spread; its scales (0.016 bytes per
+number in 4 bits, 4 bytes per row in 8) stay whole beside it on every process. `pack` reads W a few rows at a time: on a
+CPU bitsandbytes needs 14 bytes of working memory per number it quantises, 228 MiB for a 4096 x 4096 weight at once.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+import bitsandbytes as bnb
+import torch
+from bitsandbytes.functional import QuantState, int8_vectorwise_quant, quantize_4bit, quantize_blockwise
+from torch import Tensor, nn
+from transformers.pytorch_utils import Conv1D
+
+PIECE = 1 << 20  # numbers quantised at a time
+# LLM.int8() (arXiv 2208.07339) multiplies columns with a larger activation in full precision, on a GPU.
+OUTLIER = 6.0
+
+
+class FourBit(bnb.nn.Linear4bit):
+    """NF4 or FP4 in blocks of 64 numbers whose scales take 8 bits (arXiv 2305.14314).
+
+    weight is a column (m n / 2 / itemsize, 1) of packed bytes seen as the compute dtype, since some engines shard only
+    floating numbers. Whoever casts it destroys it.
+    """
+
+    def __init__(self, like: Any, kind: str, dtype: torch.dtype):
+        self.transposed, self.from_shape = isinstance(like, Conv1D), tuple(like.weight.shape)
+        m, n = self.from_shape[::-1] if self.transposed else self.from_shape
+        super().__init__(n, m, False, dtype, quant_type=kind, quant_storage=dtype, device=torch.device("meta"))
+        self.bias = like.bias
+        self.kind = kind
+        packed = torch.empty(m * n // 2 // dtype.itemsize, 1, dtype=dtype, device="meta")
+        self.weight: Any = nn.Parameter(packed, requires_grad=False)
+        # Else, on a CPU with AVX512-BF16, the first pass without gradients packs the bytes another way in place.
+        self.support_avx512bf16_for_cpu = False
+
+    def pack(self, stored: Any, device: torch.device) -> Tensor:
+        """The packed column of a weight as the checkpoint has it (a tensor or a slice of a file); scales are kept.
+
+        Byte for byte what bitsandbytes makes of the whole weight at once.
+        """
+        parts, scales = [], []
+        for rows in _by_rows(stored, self.transposed, device, self.compute_dtype):
+            packed, state = quantize_4bit(rows, quant_type=self.kind, quant_storage=self.quant_storage)
+            parts.append(packed)
+            scales.append(state.absmax)
+        absmax = torch.cat(scales)
+        offset = absmax.mean()
+        codes, second = quantize_blockwise(absmax - offset, blocksize=256)
+        self.quant_state = QuantState(
+            absmax=codes,
+            shape=torch.Size((self.out_features, self.in_features)),
+            code=state.code,
+            blocksize=state.blocksize,
+            quant_type=self.kind,
+            dtype=self.compute_dtype,
+            offset=offset,
+            state2=second,
+        )
+        return torch.cat(parts)
+
+    def keep(self, filled: nn.Parameter) -> None:
+        """Take the whole packed column, in the parameter class that PEFT knows; under a sharding engine bitsandbytes
+        makes it at each forward pass, from the layer's scales."""
+        how: Any = {"quant_type": self.kind, "quant_storage": self.quant_storage, "bnb_quantized": True}
+        self.weight = bnb.nn.Params4bit(filled.data, quant_state=self.quant_state, module=self, **how)
+
+
+class EightBit(bnb.nn.Linear8bitLt):
+    """LLM.int8(): weight (m, n) in int8, one scale per row.
+
+    bitsandbytes' own layer keeps a second reference to the whole weight, so no engine can shard it (fully_shard:
+    "'Parameter' object has no attribute 'CB'"). This one hands over what its parameter holds at each forward pass.
+    """
+
+    def __init__(self, like: Any, kind: str, dtype: torch.dtype):
+        self.transposed, self.from_shape = isinstance(like, Conv1D), tuple(like.weight.shape)
+        m, n = self.from_shape[::-1] if self.transposed else self.from_shape
+        super().__init__(n, m, False, has_fp16_weights=False, threshold=OUTLIER, device=torch.device("meta"))
+        self.bias = like.bias
+        self.compute_dtype = dtype  # adapters make their frozen maps in it
+        self.weight: Any = nn.Parameter(torch.empty(m, n, dtype=torch.int8, device="meta"), requires_grad=False)
+
+    def pack(self, stored: Any, device: torch.device) -> Tensor:
+        """The weight in int8 (m, n) of a weight as the checkpoint has it; scales are kept."""
+        pieces = [int8_vectorwise_quant(rows)[:2] for rows in _by_rows(stored, self.transposed, device, torch.float16)]
+        self.state.SCB = torch.cat([scales for _, scales in pieces])
+        return torch.cat([rows for rows, _ in pieces])
+
+    def keep(self, filled: nn.Parameter) -> None:
+        """Take the whole weight."""
+        self.weight = filled
+
+    def forward(self, x: Tensor) -> Tensor:
+        # is_training: on a CPU the dequantised weight serves evaluation too, since there the choice of outliers would
+        # make a sample's loss depend on the others in its batch (by 0.003). On a GPU it changes nothing, and they do.
+        self.state.is_training, self.state.CB = True, self.weight
+        return bnb.matmul(x, self.weight, bias=self.bias, state=self.state)
+
+
+def _by_rows(stored: Any, transposed: bool, device: torch.device, dtype: torch.dtype) -> Iterator[Tensor]:
+    """W (m, n) a few rows at a time; a multiple of 64 rows, so that no block of scales is cut."""
+    shape = stored.get_shape() if hasattr(stored, "get_shape") else stored.shape
+    m, n = shape[::-1] if transposed else shape
+    step = max(PIECE // n // 64, 1) * 64
+    for start in range(0, m, step):
+        rows = stored[:, start : start + step].T if transposed else stored[start : start + step]
+        yield rows.to(device, dtype).contiguous()
