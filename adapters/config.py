@@ -135,6 +135,7 @@ class SVFitConfig(FactorConfig):
         default=None,
         metadata={"help": "choose each weight's rank, r aside: the least that holds this share of its squared norm"},
     )
+    normalize_directions: bool = field(default=True, metadata={"help": "they have norm one by themselves: always true"})
     svd: str = field(default="auto", metadata={"help": f"how the factors are made: {', '.join(svd.METHODS)}"})
     ranks: dict[str, int] | None = field(default=None, metadata={"help": "the ranks that energy chose, by module"})
 
@@ -149,6 +150,8 @@ class SVFitConfig(FactorConfig):
         super().__post_init__()
         if self.energy is not None and not 0 < self.energy < 1:
             raise ValueError(f"SVFitConfig.energy is a share between 0 and 1, got {self.energy}; give r for all of it")
+        if not self.normalize_directions:
+            raise ValueError("normalize_directions=false is not to be had: SVFit's directions have norm one")
         if self.svd not in svd.METHODS:
             raise ValueError(f"SVFitConfig.svd is one of {', '.join(svd.METHODS)}, got {self.svd!r}")
 

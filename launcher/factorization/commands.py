@@ -6,7 +6,7 @@ import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 from rich.box import SIMPLE
 from rich.console import Console
@@ -27,7 +27,10 @@ def factorize(
     rank: int = 64,
     targets: Sequence[str] = ("q_proj", "v_proj"),
     exclude: Sequence[str] = (),
+    method: Literal["loldu", "svfit"] = "loldu",
     normalize: bool = False,
+    energy: float | None = None,
+    svd: Literal["auto", "exact", "block"] = "auto",
     dtype: Literal["float32", "bfloat16"] = "float32",
     cache_folder: str | None = None,
     verify_base: bool = False,
@@ -41,7 +44,10 @@ def factorize(
         rank: Trained numbers per weight, clamped to its smaller side.
         targets: Last parts of module names, or the one word all-linear.
         exclude: Modules to leave out.
-        normalize: For runs with --options normalize_directions=true.
+        method: The run's --method.
+        normalize: With loldu: for runs with --options normalize_directions=true.
+        energy: With svfit: for runs with --options energy=X, where each weight gets the rank that holds this share.
+        svd: With svfit: for runs with --options svd=X.
         dtype: The run's --dtype.
         cache_folder: Folder of the cache, else the user's cache directory.
         verify_base: Read the weights again instead of trusting the size and time of their files.
@@ -51,13 +57,21 @@ def factorize(
     Raises ValueError for a model that is not there, targets that match nothing, a weight without factors, a cache that
     cannot be written.
     """
-    from launcher.factorization.targets import targets_of  # transformers takes seconds to import
+    from adapters import SVFitConfig  # with transformers, which takes seconds to import
+    from launcher.factorization.targets import targets_of
 
     party = party or connect(Ranks.from_environment())
     console = (console or Console()) if party.ranks.is_main else Console(quiet=True)
     started, folder, requests = time.monotonic(), _folder(cache_folder), []
     if rank < 1:
         raise ValueError(f"--rank is at least 1, got {rank}")
+    if method == "loldu" and (energy is not None or svd != "auto"):
+        raise ValueError("--energy and --svd belong to svfit: give --method svfit as well")
+    if method == "svfit":
+        SVFitConfig(energy=energy)  # checks it
+        options: dict[str, Any] = {"energy": energy, "svd": svd}
+    else:
+        options = {"normalize": normalize}
 
     def look() -> None:
         path = local_folder(model)
@@ -65,26 +79,27 @@ def factorize(
             raise ValueError(
                 f"there is no model {model}, neither as a folder nor in the hub cache; fetch it: hf download {model}"
             )
-        requests.extend(targets_of(path, targets, exclude, rank, normalize=normalize, dtype=dtype))
+        requests.extend(targets_of(path, targets, exclude, rank, dtype=dtype, method=method, **options))
 
     party.together("the weights to factor", look)  # a node without the model is named, nobody waits for it
-    if clamped := [request for request in requests if request.rank < rank]:
+    if energy is None and (clamped := [request for request in requests if request.rank < rank]):
         console.print(f"--rank {rank} is clamped to the smaller side of {len(clamped)} weights")
     with _bar(console) as on_progress:
         done = distribute.factorize(requests, folder, party, on_progress, verify_base=verify_base)
     if not party.ranks.is_main:
         return 0
 
-    kinds: dict[tuple[str, tuple[int, int], int], list[str]] = {}
+    kinds: dict[tuple[str, tuple[int, int]], list[str]] = {}
     for request in requests:
-        kind = (request.module.rpartition(".")[2], request.shape, request.rank)
-        kinds.setdefault(kind, []).append(request.module)
+        kinds.setdefault((request.module.rpartition(".")[2], request.shape), []).append(request.module)
     rows = []
-    for (name, (m, n), r), modules in kinds.items():
+    for (name, (m, n)), modules in kinds.items():
+        ranks = sorted({done[module].rank for module in modules})
+        shown = str(ranks[0]) if len(ranks) == 1 else f"{ranks[0]}-{ranks[-1]}"
         found = [entry for module in modules if (entry := cache.find(folder, done[module].key))]
         residual = max((entry.about["residual"] for entry in found), default=float("nan"))
         made, size = sum(done[module].made for module in modules), sum(entry.file.stat().st_size for entry in found)
-        rows.append((name, f"{m} x {n}", str(r), str(len(modules)), str(made), f"{residual:.1e}", _bytes(size)))
+        rows.append((name, f"{m} x {n}", shown, str(len(modules)), str(made), f"{residual:.1e}", _bytes(size)))
     _show(console, ("module", "weight", "rank", "weights", "made now", "residual", "on disk"), rows)
     made = sum(how.made for how in done.values())
     console.print(
@@ -102,13 +117,22 @@ def cache_ls(cache_folder: str | None = None, console: Console | None = None) ->
     for entry in found:
         about, stat = entry.about, entry.file.stat()
         total += stat.st_size
-        marks = "".join(f" {word}" for word in ("normalize", "embedding", "transposed") if about[word])
+        marks = "".join(f" {word}" for word in ("normalize", "embedding", "transposed") if about.get(word))
         used = time.strftime("%Y-%m-%d %H:%M", time.localtime(stat.st_mtime))
         shape = " x ".join(map(str, about["shape"])) + marks
         rows.append(
-            (used, about["name"], shape, str(about["rank"]), about["dtype"], _bytes(stat.st_size), entry.key[:8])
+            (
+                used,
+                about["name"],
+                about["method"],
+                shape,
+                str(about["rank"]),
+                about["dtype"],
+                _bytes(stat.st_size),
+                entry.key[:8],
+            )
         )
-    _show(console, ("used", "name", "weight", "rank", "dtype", "size", "key"), rows)
+    _show(console, ("used", "name", "method", "weight", "rank", "dtype", "size", "key"), rows)
     console.print(f"{len(found)} weights, {_bytes(total)} in {folder}", soft_wrap=True)
     return 0
 

@@ -5,7 +5,7 @@ Meanwhile every rank says a few times a second on the key-value store that it is
 that up in one word that all read. So the others learn within seconds which rank failed at which weight, also where it
 was killed, and no NCCL watchdog sees a long wait.
 
-Letters: W (m, n) = out x in, r the rank.
+Letters: W (m, n) = out x in, k = min(m, n), r the rank.
 """
 
 from __future__ import annotations
@@ -28,13 +28,14 @@ from torch import Tensor
 
 from adapters.checkpoint_files import TensorInfo, open_tensor
 from adapters.factors import Factors, base_fingerprint, loldu_factors, probe_digest
+from adapters.svd import svd_factors
 from launcher.factorization import cache
 from launcher.ranks import Party, Stopped
 
 log = logging.getLogger(__name__)
 Progress = Callable[[int, int, str], None]  # weights done on all ranks, weights to do, one being worked on
 
-ALGORITHM = ("loldu-panel-lu", 1)
+ALGORITHMS = {"loldu": ("loldu-panel-lu", 1), "svfit": ("svd", 1)}
 BEAT_S = 0.2  # how often a rank says that it is alive
 SILENCE_S = 7.0  # without a word for so long a rank counts as dead; all ranks say so within 10 s
 
@@ -48,8 +49,11 @@ class FactorRequest:
     rank: int  # at most min(m, n)
     transposed: bool = False  # transformers' Conv1D stores W as (in, out)
     embedding: bool = False
-    normalize: bool = False
+    normalize: bool = False  # loldu
     dtype: str = "float32"  # of the stored write map
+    method: str = "loldu"
+    energy: float | None = None  # svfit: rank is then min(m, n), and the factors have the rank that holds this share
+    svd: str = "auto"  # svfit: how
 
     @property
     def shape(self) -> tuple[int, int]:
@@ -60,7 +64,7 @@ class FactorRequest:
     @property
     def needs_all(self) -> bool:
         """Whether the factors depend on more of W than its panel W[:, :r]."""
-        return self.normalize or self.embedding
+        return self.method != "loldu" or self.normalize or self.embedding
 
 
 class Factored(NamedTuple):
@@ -68,11 +72,18 @@ class Factored(NamedTuple):
 
     key: str
     made: bool  # by this run; False: they were there
+    rank: int
 
 
 def cost(request: FactorRequest) -> float:
-    """Multiplications of the panel's LU (m r^2, and r^2 n for norms), and m n for the pages a disk serves anyway."""
+    """Multiplications of the panel's LU (m r^2, and r^2 n for norms), and m n for the pages a disk serves anyway.
+
+    Of the SVD about 10 m n k, and 16 m n r by the block method.
+    """
     m, n = request.shape
+    if request.method != "loldu":
+        exact = request.energy is not None or request.svd == "exact" or 8 * request.rank > min(m, n)
+        return m * n * (10 * min(m, n) if exact else 16 * request.rank)
     return m * request.rank**2 + m * n + (n * request.rank**2 if request.needs_all else 0)
 
 
@@ -144,7 +155,7 @@ def factorize(
     parts = party.gather("factors made", made)  # tuples arrive as lists
     together = {name: Factored(*how) for owner in group for name, how in parts[owner].items()}
     assert world > 1 or len(together) == len(missing)
-    return {name: together.get(name) or Factored(found[name], False) for name in by_module}
+    return {name: together.get(name) or Factored(found[name], False, _rank(folder, found[name])) for name in by_module}
 
 
 def lookup(request: FactorRequest, folder: Path) -> str | None:
@@ -172,17 +183,12 @@ def make(request: FactorRequest, folder: Path, device: torch.device | None = Non
     made = cache.find(folder, key) is None
     if made:
         W = stored.T if request.transposed else stored
-        panel = W[:, : request.rank].to(device)
         where = (
             f"{request.module} ({request.tensor.name} in {request.tensor.file}, {' x '.join(map(str, request.shape))})"
         )
+        on_device = W.to(device) if request.method != "loldu" else W[:, : request.rank].to(device)
         try:
-            factors = loldu_factors(
-                panel,
-                lambda pivots: W[pivots.cpu().long()].to(device),
-                normalize=request.normalize,
-                embedding=request.embedding,
-            )
+            factors = _factors(request, W, on_device)
         except ValueError as error:
             raise ValueError(
                 f"{where}: {error}; leave the layer out with --exclude {request.module}, or lower --rank"
@@ -191,10 +197,11 @@ def make(request: FactorRequest, folder: Path, device: torch.device | None = Non
             "name": request.module,
             "tensor": request.tensor.name,
             "file": str(request.tensor.file),
-            "residual": _residual(panel, factors, request.embedding),
-            "norms": {"panel": float(panel.float().norm()), "write": float(factors.write.norm())}
+            "rank": len(factors.values),
+            "residual": _residual(request, on_device, factors),
+            "norms": {"panel": float(on_device.float().norm()), "write": float(factors.write.norm())}
             | {"read": float(factors.read.norm())},
-            "device": torch.cuda.get_device_name(panel.device) if panel.is_cuda else "cpu",
+            "device": torch.cuda.get_device_name(on_device.device) if on_device.is_cuda else "cpu",
         }
         dtype = getattr(torch, request.dtype)
         try:
@@ -202,7 +209,7 @@ def make(request: FactorRequest, folder: Path, device: torch.device | None = Non
         except ValueError as error:
             raise ValueError(f"{where}: {error}") from error
     cache.remember(folder, _identity(request), key)
-    return Factored(key, made)
+    return Factored(key, made, len(factors.values) if made else _rank(folder, key))
 
 
 def factors_of(request: FactorRequest, folder: Path, rows: slice = slice(None)) -> Factors:
@@ -371,10 +378,30 @@ def _ranks_sharing(folder: Path, party: Party, token: str) -> list[int]:
     return [rank for rank, (_, first) in enumerate(sights) if first == node]
 
 
+def _factors(request: FactorRequest, W: Tensor, on_device: Tensor) -> Factors:
+    """By the request's method, from W (m, n) on the CPU and what of it is on the device."""
+    if request.method == "loldu":
+        return loldu_factors(
+            on_device,
+            lambda pivots: W[pivots.cpu().long()].to(on_device.device),
+            normalize=request.normalize,
+            embedding=request.embedding,
+        )
+    outputs = on_device.T if request.embedding else on_device
+    r = request.rank if request.energy is None else None
+    return svd_factors(outputs, r, energy=request.energy or 1.0, method=request.svd)
+
+
+def _rank(folder: Path, key: str) -> int:
+    entry = cache.find(folder, key)
+    return entry.about["rank"] if entry else 0
+
+
 def _recipe(request: FactorRequest) -> dict[str, Any]:
-    names = ("rank", "normalize", "embedding", "transposed", "dtype")
+    own = {"loldu": ("normalize",), "svfit": ("energy", "svd")}[request.method]
+    names = ("rank", "embedding", "transposed", "dtype", "method", *own)
     how = {name: getattr(request, name) for name in names}
-    return how | {"algorithm": list(ALGORITHM), "method": "loldu", "shape": list(request.tensor.shape)}
+    return how | {"algorithm": list(ALGORITHMS[request.method]), "shape": list(request.tensor.shape)}
 
 
 def _identity(request: FactorRequest) -> dict[str, Any]:
@@ -386,11 +413,20 @@ def _file_identity(file: Path) -> dict[str, Any]:
     return {"file": os.path.realpath(file), "size": stat.st_size, "mtime_ns": stat.st_mtime_ns}
 
 
-def _residual(panel: Tensor, factors: Factors, embedding: bool) -> float:
-    """max |L11 diag(d) (read panel[pivots]) - panel[pivots]| over max |panel|, before `write` is rounded."""
-    chosen, r = panel[factors.pivots.long()].to(factors.read), len(factors.values)
-    square = factors.write[:r] if embedding else factors.write[factors.pivots.long()]
+def _residual(request: FactorRequest, weight: Tensor, factors: Factors) -> float:
+    """How well the maps fit W, before `write` is rounded.
+
+    loldu: max |L11 diag(d) (read panel[pivots]) - panel[pivots]| over max |panel|. svfit: the largest |W v - s u| over
+    s_1, with V^T as it is read.
+    """
+    if request.method != "loldu":
+        outputs = (weight.T if request.embedding else weight).to(factors.write)
+        right = factors.read[:, None] * (factors.write.T @ outputs)
+        return float((outputs @ right.T - factors.write / factors.read).norm(dim=0).max() * factors.read.min())
+    chosen, r = weight[factors.pivots.long()].to(factors.read), len(factors.values)
+    square = factors.write[:r] if request.embedding else factors.write[factors.pivots.long()]
     square = square / square.diagonal()  # normalize divided the columns of a unit triangle
     d = factors.values.to(square)
-    again = (chosen @ factors.read.T * d) @ square.T if embedding else square @ (d[:, None] * (factors.read @ chosen))
+    inner = factors.read @ chosen
+    again = (chosen @ factors.read.T * d) @ square.T if request.embedding else square @ (d[:, None] * inner)
     return float((again - chosen).abs().max() / chosen.abs().max())

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import difflib
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import torch
 import transformers
@@ -41,15 +43,16 @@ def targets_of(
     exclude: Sequence[str],
     rank: int,
     *,
-    normalize: bool = False,
     dtype: str = "float32",
     modules_to_save: Sequence[str] = (),
     model: nn.Module | None = None,
+    **options: Any,
 ) -> list[FactorRequest]:
     """One request per module that PEFT would adapt, in the model's order, from config.json and tensor headers alone.
 
-    model is the skeleton where it has been built already. Stricter than PEFT in one thing: a name in targets or exclude
-    that matches no module is an error, not half a success.
+    model is the skeleton where it has been built already. options are those of `FactorRequest` (method, normalize,
+    energy, svd); where energy decides, rank does not count. Stricter than PEFT in one thing: a name in targets or
+    exclude that matches no module is an error, not half a success.
 
     Raises ValueError listing the names there are, or naming a module that has no factors and why.
     """
@@ -68,9 +71,9 @@ def targets_of(
         twins = [twin.removesuffix(".weight") for twin in same[id(module.weight)]]
         info = next((found for twin in [name, *twins] if (found := weight_of(tensors, twin))), None)
         request = FactorRequest(name, _checked(name, module, info, model_folder), rank, transposed, embedding)
-        requests.append(
-            FactorRequest(name, request.tensor, min(rank, *request.shape), transposed, embedding, normalize, dtype)
-        )
+        most = min(request.shape)
+        clamped = most if options.get("energy") is not None else min(rank, most)
+        requests.append(replace(request, rank=clamped, dtype=dtype, **options))
     return requests
 
 

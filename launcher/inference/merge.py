@@ -236,8 +236,9 @@ def _adapted(model: nn.Module, tensors: dict[str, TensorInfo], source: Source) -
 
 def _held_whole(model: nn.Module, tensors: dict[str, TensorInfo]) -> dict[str, Tensor]:
     """What the adapter replaces (modules_to_save): beside our own maps all that is not on the meta device."""
-    whole, maps = {}, [layer.maps for layer in model.modules() if isinstance(layer, FactorLayer)]
-    ours = {id(value) for part in maps for value in [*part.parameters(), *part.buffers()]}
+    whole, layers = {}, [layer for layer in model.modules() if isinstance(layer, FactorLayer)]
+    maps = [factor_map for layer in layers for factor_map in layer.maps.values()]
+    ours = {id(value) for factor_map in maps for value in [*factor_map.parameters(), *factor_map.buffers()]}
     for name, value in [*model.named_parameters(remove_duplicate=False), *model.named_buffers()]:
         if not value.is_meta and id(value) not in ours:
             module, _, last = name.replace(".modules_to_save.default", "").replace(".base_layer", "").rpartition(".")

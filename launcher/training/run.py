@@ -22,6 +22,7 @@ import torch.distributed as dist
 import transformers
 
 from adapters.checkpoint_files import list_tensors
+from adapters.config import FactorConfig
 from launcher.config import Config, as_dict
 from launcher.factorization import cache
 from launcher.factorization.distribute import FactorRequest, factorize, factors_of, fingerprint
@@ -124,7 +125,7 @@ def _run(config: Config, name: str, party: Party, stop: StopRequest, screen: Scr
     # 2. The factors of our own methods, by all ranks together.
     adapter: Any = peft_config(config.adapter)
     cache_folder = Path(config.run.cache) if config.run.cache else cache.default_folder()
-    ours = adapter is not None and adapter.peft_type == "LOLDU"
+    ours = isinstance(adapter, FactorConfig)
     requests: list[FactorRequest] = []
     if ours:
         requests = party_local(
@@ -135,8 +136,8 @@ def _run(config: Config, name: str, party: Party, stop: StopRequest, screen: Scr
                 config.adapter.targets,
                 config.adapter.exclude,
                 config.adapter.rank,
-                normalize=adapter.normalize_directions,
                 dtype=dtype,
+                **adapter.factor_options(),
             ),
         )
     identity = {
@@ -169,8 +170,12 @@ def _run(config: Config, name: str, party: Party, stop: StopRequest, screen: Scr
                 stop.before_training()
 
             factored = factorize(requests, cache_folder, party, progress, verify_base=config.run.verify_base)
+        for module, entry in factored.items():
+            adapter.note_rank(module, entry.rank)
         made = sum(entry.made for entry in factored.values())
         screen.say(f"factors of {len(factored)} weights: {made} made, {len(factored) - made} from {cache_folder}")
+        if len(ranks_made := sorted({entry.rank for entry in factored.values()})) > 1:
+            screen.say(f"their ranks: {ranks_made[0]} to {ranks_made[-1]}")
 
     # 3. The model.
     by_module = {request.module: request for request in requests}

@@ -6,14 +6,14 @@ import pytest
 import torch
 from peft import LoraConfig, PeftConfig, PeftModel, get_peft_model
 from safetensors.torch import load_file
-from tiny_models import adapted, layers, lm_config, logits, one_layer, randomise, tiny_gpt2, tiny_llama, tokens
+from tiny_models import adapted, config, layers, lm_config, logits, one_layer, randomise, tiny_gpt2, tiny_llama, tokens
 from torch import nn
 from transformers.models.gemma3.modeling_gemma3 import Gemma3TextScaledWordEmbedding
 
-from adapters import LoLDUConfig
 from adapters.layer import FactorLayer
 from adapters.lora_export import as_lora, export_lora, logits_gap
 
+pytestmark = pytest.mark.usefixtures("method")
 CLOSE = {"rtol": 0, "atol": 1e-4}  # float32 logits of size 1: the project's promise; 1e-6 to 2e-5 in practice
 
 
@@ -29,7 +29,7 @@ def exported(model, base, out):
         {},
         {"r": 24},  # more than the 16 rows of k_proj and v_proj: clamped there
         {"r": 1000, "scale": -0.5},
-        {"normalize_directions": True, "scale": 3.0},
+        {"scale": 3.0},
         {"target_modules": ["embed_tokens", "lm_head", "down_proj"]},
         {"target_modules": r".*layers\.1\..*(q_proj|up_proj)"},
         {"target_modules": ["q_proj"], "layers_to_transform": [1]},
@@ -179,9 +179,9 @@ def test_the_gap_between_two_models_is_the_largest_of_their_logits():
 
 def test_a_model_without_our_adapter_is_refused(tmp_path):
     lora = get_peft_model(tiny_llama(), LoraConfig(target_modules=["q_proj"]))
-    ours = get_peft_model(tiny_llama(), LoLDUConfig(target_modules=["q_proj"]))
+    ours = get_peft_model(tiny_llama(), config(target_modules=["q_proj"]))
 
     with pytest.raises(ValueError, match=r"no adapter of this family named default; the model has default \(.*LORA\)"):
         as_lora(lora)
-    with pytest.raises(ValueError, match=r"named other; the model has default \(.*LOLDU\)"):
+    with pytest.raises(ValueError, match=r"named other; the model has default \(.*(LOLDU|SVFIT)\)"):
         as_lora(ours, "other")

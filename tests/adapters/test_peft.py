@@ -2,6 +2,7 @@
 
 import copy
 import json
+import logging
 import socket
 import subprocess
 import sys
@@ -23,7 +24,7 @@ from tiny_models import adapted, layers, lm_config, logits, randomise, tiny_llam
 from torch import nn
 from transformers import AutoModelForCausalLM, BitsAndBytesConfig
 
-from adapters import BasePrecisionWarning, LoLDUConfig, factors_from
+from adapters import BasePrecisionWarning, LoLDUConfig, SVFitConfig, factors_from
 
 
 @pytest.fixture
@@ -67,7 +68,7 @@ torch.save(seen, out)
 """
 
 
-def test_a_new_process_gives_the_same_logits_bit_for_bit(base, tmp_path):
+def test_a_new_process_gives_the_same_logits_bit_for_bit(method, base, tmp_path):
     model = adapted(opened(base))
     saved(model, tmp_path / "adapter")
 
@@ -79,7 +80,7 @@ def test_a_new_process_gives_the_same_logits_bit_for_bit(base, tmp_path):
 
 
 @pytest.mark.parametrize("low_cpu_mem_usage", [False, True])
-def test_every_way_of_loading_gives_the_same_bits_and_no_warning(base, tmp_path, low_cpu_mem_usage):
+def test_every_way_of_loading_gives_the_same_bits_and_no_warning(method, base, tmp_path, low_cpu_mem_usage):
     model = adapted(opened(base))
     folder = saved(model, tmp_path / "adapter")
 
@@ -99,7 +100,7 @@ def test_every_way_of_loading_gives_the_same_bits_and_no_warning(base, tmp_path,
         assert not [n for n, p in loaded.named_parameters() if p.requires_grad]
 
 
-def test_nothing_is_said_on_the_screen_while_transformers_loads_an_adapter(base, tmp_path, capfd):
+def test_nothing_is_said_on_the_screen_while_transformers_loads_an_adapter(method, base, tmp_path, capfd):
     """Its report of missing or newly initialised keys would frighten; ours are made from the base, not missing."""
     folder = saved(adapted(opened(base)), tmp_path / "adapter")
     model = opened(base)
@@ -113,7 +114,7 @@ def test_nothing_is_said_on_the_screen_while_transformers_loads_an_adapter(base,
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("low_cpu_mem_usage", [False, True])
-def test_a_half_precision_base_keeps_float32_cores(base, tmp_path, dtype, low_cpu_mem_usage):
+def test_a_half_precision_base_keeps_float32_cores(method, base, tmp_path, dtype, low_cpu_mem_usage):
     model = adapted(opened(base, dtype=dtype))
     folder = saved(model, tmp_path / "adapter")
 
@@ -125,7 +126,7 @@ def test_a_half_precision_base_keeps_float32_cores(base, tmp_path, dtype, low_cp
     assert torch.equal(logits(loaded), logits(model))
 
 
-def test_training_goes_on_from_a_loaded_adapter(base, tmp_path):
+def test_training_goes_on_from_a_loaded_adapter(method, base, tmp_path):
     model = adapted(opened(base))
     folder = saved(model, tmp_path / "adapter")
     loaded = PeftModel.from_pretrained(opened(base), folder, is_trainable=True)
@@ -141,7 +142,7 @@ def test_training_goes_on_from_a_loaded_adapter(base, tmp_path):
     assert torch.equal(logits(loaded.eval()), logits(model.eval()))
 
 
-def test_the_state_dict_goes_through_pefts_own_functions(base):
+def test_the_state_dict_goes_through_pefts_own_functions(method, base):
     model = adapted(opened(base))
     other = get_peft_model(opened(base), lm_config())
 
@@ -202,7 +203,7 @@ def test_saving_never_asks_the_network(base, tmp_path, monkeypatch):
     PeftModel.from_pretrained(opened(base), tmp_path / "adapter")
 
 
-def test_two_adapters_are_saved_and_loaded_side_by_side(base, tmp_path):
+def test_two_adapters_are_saved_and_loaded_side_by_side(method, base, tmp_path):
     model = get_peft_model(opened(base), lm_config(), adapter_name="A")
     model.add_adapter("B", lm_config(r=3, target_modules=["q_proj"]))
     randomise(randomise(model, "A"), "B", seed=2).eval()
@@ -220,7 +221,7 @@ def test_two_adapters_are_saved_and_loaded_side_by_side(base, tmp_path):
         assert torch.equal(logits(loaded.eval()), expected[name])
 
 
-def test_modules_to_save_are_trained_and_saved_whole(base, tmp_path):
+def test_modules_to_save_are_trained_and_saved_whole(method, base, tmp_path):
     model = get_peft_model(opened(base), lm_config(target_modules=["q_proj"], modules_to_save=["lm_head"]))
     trained = {name for name, p in model.named_parameters() if p.requires_grad}
     randomise(model)
@@ -240,7 +241,7 @@ def test_modules_to_save_are_trained_and_saved_whole(base, tmp_path):
     assert torch.equal(logits(loaded), logits(model))
 
 
-def test_an_adapted_embedding_is_saved_and_loaded(base, tmp_path):
+def test_an_adapted_embedding_is_saved_and_loaded(method, base, tmp_path):
     model = adapted(opened(base), target_modules=["embed_tokens", "q_proj"])
     folder = saved(model, tmp_path / "adapter")
 
@@ -252,7 +253,7 @@ def test_an_adapted_embedding_is_saved_and_loaded(base, tmp_path):
 # The same base in another precision, and another base
 
 
-def test_the_same_base_in_bfloat16_works_from_the_saved_pivots(babyllama, tmp_path):
+def test_the_same_base_in_bfloat16_works_from_the_saved_pivots(method, babyllama, tmp_path):
     """babyllama's own rounding moves its logits by 1 %; the adapter's part may add that much again."""
     model = adapted(opened(babyllama), r=64)
     folder = saved(model, tmp_path / "adapter")
@@ -266,8 +267,8 @@ def test_the_same_base_in_bfloat16_works_from_the_saved_pivots(babyllama, tmp_pa
         assert torch.equal(mine.maps["default"].read, theirs.maps["default"].read)
 
 
-def test_rounded_weights_without_a_checkpoint_give_nearly_the_same_factors(babyllama, tmp_path):
-    """bf16 rounding: rebuilt with the saved pivots; with its own pivots the update would be another one."""
+def test_rounded_weights_without_a_checkpoint_give_nearly_the_same_factors(method, babyllama, tmp_path):
+    """bf16 rounding; LoLDU rebuilds with the saved pivots: with its own ones the update would be another."""
     model = adapted(opened(babyllama), r=64)
     folder = saved(model, tmp_path / "adapter")
     edit_json(folder / "adapter_config.json", base_model_name_or_path=None)
@@ -278,8 +279,8 @@ def test_rounded_weights_without_a_checkpoint_give_nearly_the_same_factors(babyl
         loaded = PeftModel.from_pretrained(rounded, folder).eval()
 
     for mine, theirs in zip(layers(model), layers(loaded), strict=True):
-        write, rebuilt = mine.maps["default"].write, theirs.maps["default"].write
-        assert (write - rebuilt).norm() / write.norm() < 0.013  # measured for L at the saved pivots
+        moved = distance(theirs.get_delta_weight("default"), mine.get_delta_weight("default"))
+        assert moved < {"loldu": 0.2, "svfit": 0.1}[method]  # measured 0.13 and 0.06
     assert distance(logits(loaded, 361), logits(model, 361)) < 0.02
 
 
@@ -297,8 +298,10 @@ def nf4(folder):
     return model
 
 
-@pytest.mark.parametrize("r", [8, 1000])
-def test_an_nf4_base_takes_its_factors_from_the_full_precision_checkpoint(babyllama, tmp_path, r):
+@pytest.mark.parametrize(
+    ("method", "r"), [("loldu", 8), ("loldu", 1000), ("svfit", 8), ("svfit", 64)], indirect=["method"]
+)
+def test_an_nf4_base_takes_its_factors_from_the_full_precision_checkpoint(method, babyllama, tmp_path, r):
     """The update acts on the NF4 base's output, with the true L and read: NF4's own error (0.1), not LU's (24)."""
     model = adapted(opened(babyllama), r=r)
     folder = saved(model, tmp_path / "adapter")
@@ -310,7 +313,7 @@ def test_an_nf4_base_takes_its_factors_from_the_full_precision_checkpoint(babyll
     for mine, theirs in zip(layers(model), layers(loaded), strict=True):
         assert torch.equal(mine.maps["default"].write, theirs.maps["default"].write)
         assert torch.equal(mine.maps["default"].read, theirs.maps["default"].read)
-    # full-rank reads amplify the base's error by 1 / d_r
+    # reads amplify the base's error by 1 / d_r or 1 / s_r: SVFit's at full rank by so much that nothing is left
     assert distance(logits(loaded, 361), logits(model, 361)) < 3 * base_moves
 
 
@@ -325,7 +328,7 @@ def test_the_adapters_config_names_the_checkpoint_where_the_model_does_not(babyl
     assert torch.equal(layers(loaded)[0].maps["default"].write, layers(model)[0].maps["default"].write)
 
 
-def test_an_nf4_base_without_its_checkpoint_is_refused_with_the_remedy(babyllama, tmp_path):
+def test_an_nf4_base_without_its_checkpoint_is_refused_with_the_remedy(method, babyllama, tmp_path):
     """Rebuilt from NF4 weights the adapter would be another one: loss 5.1 instead of 3.2 at full rank."""
     folder = saved(adapted(opened(babyllama), r=64), tmp_path / "adapter")
     edit_json(folder / "adapter_config.json", base_model_name_or_path="/gone")
@@ -336,7 +339,7 @@ def test_an_nf4_base_without_its_checkpoint_is_refused_with_the_remedy(babyllama
         PeftModel.from_pretrained(quantised, folder)
 
 
-def test_an_adapter_made_on_an_nf4_base_without_a_checkpoint_comes_back_on_it(babyllama, tmp_path):
+def test_an_adapter_made_on_an_nf4_base_without_a_checkpoint_comes_back_on_it(method, babyllama, tmp_path):
     first, second = nf4(babyllama), nf4(babyllama)
     for model in (first, second):
         model.config._name_or_path = model.name_or_path = ""
@@ -350,7 +353,7 @@ def test_an_adapter_made_on_an_nf4_base_without_a_checkpoint_comes_back_on_it(ba
     assert torch.equal(logits(loaded, 361), logits(model, 361))
 
 
-def test_an_nf4_base_trains_the_cores_with_right_gradients(babyllama):
+def test_an_nf4_base_trains_the_cores_with_right_gradients(method, babyllama):
     """Against the same numbers dequantised; float32 sums in another order through five layers."""
     quantised = adapted(nf4(babyllama), r=16)
     plain = opened(babyllama)
@@ -380,7 +383,7 @@ def test_merging_into_a_quantised_base_is_refused(babyllama):
         model.merge_and_unload()
 
 
-def test_another_base_of_the_same_shapes_is_refused(base, tmp_path):
+def test_another_base_of_the_same_shapes_is_refused(method, base, tmp_path):
     folder = saved(adapted(opened(base)), tmp_path / "adapter")
 
     with (
@@ -392,7 +395,7 @@ def test_another_base_of_the_same_shapes_is_refused(base, tmp_path):
 
 @pytest.mark.parametrize("low_cpu_mem_usage", [False, True])
 def test_another_base_is_refused_by_transformers_load_adapter_before_its_first_output(
-    base, tmp_path, low_cpu_mem_usage
+    method, base, tmp_path, low_cpu_mem_usage
 ):
     """It sets tensors one by one and calls no hook: the check is then made at the first forward pass."""
     folder = saved(adapted(opened(base)), tmp_path / "adapter")
@@ -427,7 +430,7 @@ def test_a_compiled_model_checks_and_rebuilds_what_transformers_loaded(babyllama
     assert own_choice != [layer.maps["default"].pivots.tolist() for layer in layers(expected)]
 
 
-def test_another_rank_than_the_saved_one_is_named(base, tmp_path):
+def test_another_rank_than_the_saved_one_is_named(method, base, tmp_path):
     folder = saved(adapted(opened(base), r=8), tmp_path / "adapter")
     edit_json(folder / "adapter_config.json", r=4)
 
@@ -435,7 +438,7 @@ def test_another_rank_than_the_saved_one_is_named(base, tmp_path):
         PeftModel.from_pretrained(opened(base), folder)
 
 
-def test_another_width_is_refused(base, tmp_path):
+def test_another_width_is_refused(method, base, tmp_path):
     folder = saved(adapted(opened(base)), tmp_path / "adapter")
     other = tiny_llama(hidden_size=48)
 
@@ -578,7 +581,7 @@ def test_a_second_adapter_that_cannot_be_made_leaves_the_first_one():
     assert torch.equal(logits(model), expected)
 
 
-def test_a_rank_beyond_a_weights_smaller_side_is_clamped_and_said_once(caplog):
+def test_a_rank_beyond_a_weights_smaller_side_is_clamped_and_said_once(method, caplog):
     model = get_peft_model(tiny_llama(), lm_config(r=30))
 
     said = [record.getMessage() for record in caplog.records if "clamped" in record.getMessage()]
@@ -587,7 +590,7 @@ def test_a_rank_beyond_a_weights_smaller_side_is_clamped_and_said_once(caplog):
     assert ranks == {n: 16 if n in ("k_proj", "v_proj") else 30 for n in ranks}
 
 
-def test_clamped_ranks_are_saved_and_loaded(base, tmp_path):
+def test_clamped_ranks_are_saved_and_loaded(method, base, tmp_path):
     model = adapted(opened(base), r=1000)
     folder = saved(model, tmp_path / "adapter")
 
@@ -640,7 +643,9 @@ def test_adapters_per_sample_are_refused():
         model(tokens(), adapter_names=["default", "__base__"])
 
 
-def test_factors_come_from_a_source_where_there_is_one():
+def test_factors_come_from_a_source_where_there_is_one(
+    method,
+):
     given = factors_by_name(adapted(tiny_llama()))
     asked = []
 
@@ -658,7 +663,7 @@ def test_factors_come_from_a_source_where_there_is_one():
 # Other houses
 
 
-def test_transformers_add_adapter(base, tmp_path):
+def test_transformers_add_adapter(method, base, tmp_path):
     model = opened(base)
     expected = logits(model)
 
@@ -694,7 +699,7 @@ def trl_trainer(model, out, vocabulary=64, peft_config=None):
 
 
 @pytest.mark.parametrize("handed_over", ["as a config", "wrapped"])
-def test_trl_trains_it(base, tmp_path, handed_over):
+def test_trl_trains_it(method, base, tmp_path, handed_over):
     wrapped = handed_over == "wrapped"
     model = get_peft_model(opened(base), lm_config()) if wrapped else opened(base)
     trainer = trl_trainer(model, tmp_path / "run", peft_config=None if wrapped else lm_config())
@@ -729,3 +734,72 @@ def word_tokenizer():
     return PreTrainedTokenizerFast(
         tokenizer_object=Tokenizer(models.WordLevel(words, "w0")), pad_token="w0", eos_token="w1", unk_token="w0"
     )
+
+
+# SVFit's own
+
+
+def test_svfits_file_holds_core_values_and_probe_alone(base, tmp_path):
+    model = randomise(get_peft_model(opened(base), SVFitConfig(r=5, target_modules="all-linear")))
+    folder = saved(model, tmp_path / "adapter")
+
+    tensors = load_file(folder / "adapter_model.safetensors")
+
+    assert PeftConfig.from_pretrained(folder).peft_type == "SVFIT"
+    assert len(tensors) == 3 * 14
+    q = {n.rpartition(".")[2]: t for n, t in tensors.items() if "layers.0.self_attn.q_proj" in n}
+    W = model.get_base_model().get_submodule("model.layers.0.self_attn.q_proj").base.weight
+    torch.testing.assert_close(q["values"], torch.linalg.svdvals(W.double())[:5].float())
+    assert set(q) == {"core", "values", "probe"}
+
+
+@pytest.mark.parametrize("low_cpu_mem_usage", [False, True])
+def test_ranks_that_energy_chose_are_logged_saved_and_loaded(base, tmp_path, caplog, low_cpu_mem_usage):
+    caplog.set_level(logging.INFO)
+    config = SVFitConfig(energy=0.9, target_modules="all-linear", task_type="CAUSAL_LM")
+    model = randomise(get_peft_model(opened(base), config)).eval()
+    folder = saved(model, tmp_path / "adapter")
+
+    loaded = PeftModel.from_pretrained(opened(base), folder, low_cpu_mem_usage=low_cpu_mem_usage).eval()
+    through_transformers = opened(base)
+    through_transformers.load_adapter(str(folder))
+
+    ranks = {layer.name: len(layer.maps["default"].core) for layer in layers(model)}
+    assert len(set(ranks.values())) > 1
+    assert PeftConfig.from_pretrained(folder).ranks == ranks
+    assert "energy 0.9 chose the ranks: 11 on 4 weights, " in caplog.text
+    assert torch.equal(logits(loaded), logits(model))
+    assert torch.equal(logits(through_transformers), logits(model))
+
+
+def test_ranks_that_energy_chose_stay_on_a_rounded_base(base, tmp_path):
+    """The rounded weights alone might choose others, and the cores would not fit."""
+    config = SVFitConfig(energy=0.9, target_modules="all-linear", task_type="CAUSAL_LM")
+    folder = saved(randomise(get_peft_model(opened(base), config)), tmp_path / "adapter")
+    edit_json(folder / "adapter_config.json", ranks={name: r - 1 for name, r in config.ranks.items()})
+
+    with pytest.raises(ValueError, match="was saved at rank"):  # so it is the saved ranks that count
+        PeftModel.from_pretrained(opened(base), folder)
+
+
+def test_energy_needs_the_weights_or_the_ranks():
+    with torch.device("meta"):
+        model = tiny_llama()
+
+    with pytest.raises(ValueError, match=r"the rank of model\.layers\.0.* is on meta here: give ranks"):
+        get_peft_model(model, SVFitConfig(energy=0.9, target_modules=["q_proj"]))
+
+
+@pytest.mark.parametrize(
+    ("options", "said"),
+    [
+        ({"r": 0}, "SVFitConfig.r is a whole number of at least 1, got 0"),
+        ({"energy": 1.0}, "energy is a share between 0 and 1, got 1.0"),
+        ({"energy": 0}, "energy is a share between 0 and 1, got 0"),
+        ({"svd": "lucky"}, "svd is one of auto, exact, block, got 'lucky'"),
+        ({"normalize_directions": False}, "directions have norm one"),
+    ],
+)
+def test_a_wrong_setting_of_svfit_is_refused_on_construction(options, said):
+    with pytest.raises(ValueError, match=said):
+        SVFitConfig(**options)

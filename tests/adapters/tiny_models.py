@@ -5,8 +5,11 @@ from peft import PeftModel, get_peft_model
 from torch import nn
 from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM
 
-from adapters import LoLDUConfig
+from adapters import LoLDUConfig, SVFitConfig
 from adapters.layer import FactorLayer
+
+CONFIGS = {"loldu": LoLDUConfig, "svfit": SVFitConfig}
+METHOD = "loldu"  # the fixture `method` puts in another
 
 
 def tiny_llama(seed=0, **changes):
@@ -26,8 +29,13 @@ def tiny_gpt2(seed=0):
     ).eval()
 
 
+def config(**options):
+    """A config of the test's method."""
+    return CONFIGS[METHOD](**options)
+
+
 def lm_config(**changes):
-    return LoLDUConfig(**{"r": 8, "target_modules": "all-linear", "task_type": "CAUSAL_LM", **changes})
+    return config(**{"r": 8, "target_modules": "all-linear", "task_type": "CAUSAL_LM", **changes})
 
 
 def adapted(model, seed=1, **changes) -> PeftModel:
@@ -46,6 +54,16 @@ def randomise(model, adapter="default", seed=1, size=0.1):
     return model
 
 
+def paper(W, r):
+    """The paper's frozen left (m, r), starting values (r,) and right (r, n), from torch's factors of all of W."""
+    if METHOD == "svfit":
+        U, s, Vh = torch.linalg.svd(W, full_matrices=False)
+        return U[:, :r], s[:r], Vh[:r]
+    P, L, U = torch.linalg.lu(W)
+    d = U.diagonal()
+    return (P @ L)[:, :r], d[:r], (U / d[:, None])[:r]
+
+
 def layers(model):
     return [layer for layer in model.modules() if isinstance(layer, FactorLayer)]
 
@@ -62,4 +80,4 @@ def logits(model, vocabulary=64):
 def one_layer(layer: nn.Module, r=8, **changes):
     """A model of one layer, and the same adapted with random cores."""
     model = nn.Sequential(layer)
-    return randomise(get_peft_model(model, LoLDUConfig(r=r, target_modules=["0"], **changes)))
+    return randomise(get_peft_model(model, config(r=r, target_modules=["0"], **changes)))

@@ -53,6 +53,36 @@ def test_on_a_terminal_there_are_tables_and_a_bar_that_goes_away(babyllama, tmp_
     assert "model.layers.4.self_attn.q_proj" in text
 
 
+def test_svfits_factors_are_made_and_listed_with_the_ranks_that_energy_chose(babyllama, tmp_path, screen):
+    options = {"method": "svfit", "energy": 0.9, "cache_folder": str(tmp_path), "console": screen}
+
+    commands.factorize(model=str(babyllama), targets=["q_proj"], **options)
+    cold = said(screen)
+    commands.factorize(model=str(babyllama), targets=["q_proj"], **options)
+    warm = said(screen)
+    commands.cache_ls(str(tmp_path), screen)
+
+    ranks = [entry.about["rank"] for entry in cache.entries(tmp_path)]
+    assert len(set(ranks)) > 1
+    assert f"q_proj\t128 x 128\t{min(ranks)}-{max(ranks)}\t5\t5\t" in cold
+    assert f"q_proj\t128 x 128\t{min(ranks)}-{max(ranks)}\t5\t0\t" in warm
+    assert "clamped" not in cold
+    assert said(screen).count("\tsvfit\t128 x 128\t") == 5
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"energy": 0.9}, "--energy and --svd belong to svfit"),
+        ({"svd": "exact"}, "--energy and --svd belong to svfit"),
+        ({"method": "svfit", "energy": 1.5}, "energy is a share between 0 and 1"),
+    ],
+)
+def test_options_of_another_method_are_refused(babyllama, tmp_path, options, message):
+    with pytest.raises(ValueError, match=message):
+        commands.factorize(model=str(babyllama), cache_folder=str(tmp_path), **options)
+
+
 def test_a_clamped_rank_is_said_once(babyllama, tmp_path, screen):
     commands.factorize(model=str(babyllama), rank=500, targets=["k_proj"], cache_folder=str(tmp_path), console=screen)
 
@@ -82,7 +112,7 @@ def test_the_cache_commands_list_verify_and_prune(babyllama, tmp_path, screen):
     pruned = commands.cache_prune(str(tmp_path), max_gb=0, console=screen), said(screen)
 
     assert listed[0] == 0
-    assert listed[1].count("self_attn.q_proj\t128 x 128\t8\tfloat32") == 5
+    assert listed[1].count("self_attn.q_proj\tloldu\t128 x 128\t8\tfloat32") == 5
     assert (good[0], bad[0], pruned[0]) == (0, 1, 0)
     assert "5 weights are good, 0 damaged" in good[1]
     assert "4 weights are good, 1 damaged" in bad[1]

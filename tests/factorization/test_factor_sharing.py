@@ -18,6 +18,7 @@ from torch.distributed.distributed_c10d import _get_default_store
 
 from adapters.checkpoint_files import TensorInfo, list_tensors
 from adapters.factors import Factors, base_fingerprint, loldu_factors, probe_digest
+from adapters.svd import svd_factors
 from launcher.factorization import cache, distribute
 from launcher.factorization.distribute import FactorRequest, cost, factorize, factors_of, share_out
 from launcher.ranks import Party, Ranks
@@ -126,6 +127,47 @@ def test_every_kind_of_layer_gets_the_factors_of_its_matrix(tmp_path, folder, sh
     assert request.shape == tuple(W.shape)
 
 
+@pytest.mark.parametrize(
+    ("shape", "options"),
+    [((20, 12), {}), ((12, 20), {"transposed": True}), ((20, 12), {"embedding": True}), ((8, 3, 2, 2), {})],
+)
+@pytest.mark.parametrize("energy", [None, 0.8])
+def test_every_kind_of_layer_gets_svfits_factors_of_its_matrix(tmp_path, folder, shape, options, energy):
+    model = write_model(tmp_path, {"w": shape})
+    (request,) = requests_for(model, 5, method="svfit", energy=energy, **options)
+    stored = load_file(tmp_path / "model.safetensors")["w.weight"]
+    W = stored.T if options.get("transposed") else stored.flatten(1)
+    outputs = W.T if options.get("embedding") else W
+    expected = svd_factors(outputs, None if energy else 5, energy=energy or 1.0)
+
+    how = factorize([request], folder, ALONE)["w"]
+    factors = factors_of(request, folder)
+    part = factors_of(request, folder, slice(2, 5))
+
+    for name in ("write", "read", "values"):
+        torch.testing.assert_close(getattr(factors, name), getattr(expected, name), rtol=1e-5, atol=1e-6)
+    assert torch.equal(factors.probe, probe_digest(W, W.shape))
+    assert torch.equal(part.write, factors.write[2:5])
+    assert how.rank == len(factors.values) == len(expected.values)
+    assert factorize([request], folder, ALONE)["w"] == how._replace(made=False)
+    assert cache.entries(folder)[0].about["residual"] < 1e-6  # float32 roundings of columns of 20
+    assert cache.verify(folder) == []
+
+
+def test_a_whole_weight_of_svfit_is_the_key_and_not_its_panel(tmp_path, folder):
+    """One number in the last column is another SVD, though LoLDU's panel and the probe may not have it."""
+    first = torch.randn(300, 200, generator=torch.Generator().manual_seed(0))
+    second = first.clone()
+    second[1, 199] += 1
+    assert torch.equal(probe_digest(first, first.shape), probe_digest(second, second.shape))
+    save_file({"a.weight": first, "b.weight": second}, tmp_path / "model.safetensors")
+
+    keys = {distribute.make(request, folder).key for request in requests_for(tmp_path, method="svfit")}
+    panels = {distribute.make(request, folder).key for request in requests_for(tmp_path)}
+
+    assert (len(keys), len(panels)) == (2, 1)
+
+
 def test_the_write_map_is_stored_in_the_asked_dtype_and_the_rest_in_float32(model, folder):
     request = requests_for(model, dtype="bfloat16")[0]
 
@@ -170,6 +212,7 @@ def test_another_rank_dtype_option_or_weight_has_another_key(model, folder, tmp_
     variants = [
         request,
         *(requests_for(model, **options)[0] for options in ({"rank": 3}, {"dtype": "bfloat16"}, {"normalize": True})),
+        *(requests_for(model, method="svfit", **options)[0] for options in ({}, {"energy": 0.9}, {"svd": "exact"})),
         requests_for(other)[0],
         requests_for(model)[2],
     ]
