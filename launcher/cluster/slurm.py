@@ -207,10 +207,12 @@ note "srun rc=$rc state=$(outcome) warned=$warned ended=$ended"
 [ ! -s "$run/logs/failures" ] || cat "$run/logs/failures" >&2
 
 [ "$(outcome)" != finished ] || exit 0
+id=$SLURM_JOB_ID                       # of an array's last task this is the whole array
+[ -z "${SLURM_ARRAY_JOB_ID:-}" ] || id=${SLURM_ARRAY_JOB_ID}_$SLURM_ARRAY_TASK_ID
+# A preemption may tell the ranks alone, by TERM: Slurm would take a job that then leaves in time for one that is done.
+case $(scontrol -o show job "$id") in *" PreemptTime="[0-9]*) warned=1 ;; esac
 if [ -n "$warned" ] && [ -z "$ended" ] && [ "$(outcome)" = stopped ] && [ "$restart" -lt @MAX_RESTARTS@ ]; then
   trap - USR2 TERM                     # a trapped TERM would sit out Slurm's time to kill
-  id=$SLURM_JOB_ID                     # of an array's last task this is the whole array
-  [ -z "${SLURM_ARRAY_JOB_ID:-}" ] || id=${SLURM_ARRAY_JOB_ID}_$SLURM_ARRAY_TASK_ID
   scontrol requeue "$id" 2>>"$run/events"   # a harmless error where Slurm was first
   exit 0
 fi
