@@ -1,9 +1,8 @@
 """Whole runs on a real small Llama: the folder they leave, exact resume, processes that agree, mistakes."""
 
 import json
-import os
+import shutil
 import signal
-import subprocess
 import sys
 import time
 from dataclasses import replace
@@ -11,6 +10,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from launching import RECIPE, finish, flags, start
 from peft import PeftModel
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
@@ -21,16 +21,15 @@ from launcher.training import sharding
 from launcher.training.loop import learning_rate_at
 from launcher.training.run import run
 
-REPO = Path(__file__).resolve().parents[2]
-RECIPE = REPO / "recipes" / "llama2_alpaca_loldu.py"
-
 
 @pytest.fixture
 def small(stories, alpaca_file, tmp_path):
     """Six quick steps of a real Llama with 260,032 parameters."""
+    records = tmp_path / "records.json"
+    records.write_text(json.dumps(json.loads(alpaca_file.read_text())[:400]))
     return Config(
         model=ModelConfig(model=str(stories)),
-        data=DataConfig(data=str(alpaca_file), eval_records=20, prompt_template="short", max_length=96),
+        data=DataConfig(data=str(records), eval_records=20, prompt_template="short", max_length=96),
         adapter=AdapterConfig(rank=16, targets=("all-linear",)),
         optimizer=OptimizerConfig(learning_rate=1e-3, batch_size=4, max_steps=6),
         run=RunConfig(output=str(tmp_path / "run"), cache=str(tmp_path / "cache"), save_every=2),
@@ -47,29 +46,6 @@ def losses(config):
 
 def with_run(config, **values):
     return replace(config, run=replace(config.run, **values))
-
-
-def flags(config):
-    """The recipe's options for this config."""
-    optimizer, data = config.optimizer, config.data
-    return [
-        f"--model={config.model.model}", f"--data={data.data}", f"--eval-records={data.eval_records}",
-        f"--prompt-template={data.prompt_template}", f"--max-length={data.max_length}",
-        f"--rank={config.adapter.rank}", "--targets", *config.adapter.targets,
-        f"--learning-rate={optimizer.learning_rate}", f"--batch-size={optimizer.batch_size}",
-        f"--max-steps={optimizer.max_steps}", f"--output={config.run.output}", f"--cache={config.run.cache}",
-        f"--save-every={config.run.save_every}",
-    ]  # fmt: skip
-
-
-def start(command, **environment):
-    environment = os.environ | {"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"} | environment
-    return subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
-
-
-def finish(process, timeout_s=120):
-    out, _ = process.communicate(timeout=timeout_s)
-    return process.returncode, out
 
 
 def test_a_run_leaves_a_complete_folder(small):
@@ -122,6 +98,70 @@ def test_a_resumed_run_is_the_uninterrupted_one_bit_for_bit(small, tmp_path):
     assert all(torch.equal(again[name], once[name]) for name in once)
 
 
+def test_checkpoints_in_the_background_are_the_same(small, tmp_path):
+    behind = with_run(small, output=str(tmp_path / "behind"), async_save=True, save_every=1, keep_last=2)
+    run(small, "test")
+
+    assert run(behind, "test") == 0
+
+    assert events(behind) == events(small)
+    folder = Path(behind.run.output) / "checkpoints"
+    assert sorted(path.name for path in folder.iterdir()) == ["step-000005", "step-000006"]
+    found, once = (load_file(Path(c.run.output) / "checkpoints" / "step-000006" / "rank-00000.safetensors") for c in (behind, small))  # fmt: skip  # noqa: E501
+    assert all(torch.equal(found[name], once[name]) for name in once)
+
+
+def test_resume_with_a_path_goes_back_in_its_own_folder(small):
+    run(small, "test")
+    once, folder = events(small), Path(small.run.output) / "checkpoints"
+
+    assert run(with_run(small, resume=str(folder / "step-000002")), "test") == 0
+
+    assert events(small) == once
+    assert {path.name.split(".")[0] for path in folder.glob("*.before-*")} == {"step-000004", "step-000006"}
+
+
+@pytest.mark.slow
+def test_resume_with_a_path_from_another_folder_is_where_a_run_begins(small, tmp_path):
+    """Once it has checkpoints of its own, the same command goes on from those."""
+    run(small, "test")
+    source = Path(small.run.output) / "checkpoints" / "step-000002"
+    branch = with_run(small, output=str(tmp_path / "branch"), resume=str(source))
+
+    assert run(branch, "test") == 0
+    shutil.rmtree(Path(branch.run.output) / "checkpoints" / "step-000006")
+    (Path(branch.run.output) / "state").write_text("stopped\n")
+    assert run(branch, "test") == 0
+
+    after = [event for event in events(small) if event["step"] > 2]
+    assert events(branch) == after
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["adapter_model.safetensors", "SHA256SUMS"])
+def test_a_finished_adapter_that_was_damaged_is_named_and_made_again(small, name, capsys):
+    run(small, "test")
+    file = Path(small.run.output) / "adapter" / name
+    content = file.read_bytes()
+    middle = len(content) // 2
+    file.write_bytes(content[:middle] + bytes([content[middle] ^ 1]) + content[middle + 1 :])
+
+    assert run(small, "test") == 0
+
+    assert "SHA256SUMS" in "".join(capsys.readouterr().out.split())
+    assert file.read_bytes() == content
+
+
+def test_a_run_folder_that_cannot_tell_what_it_was_is_refused(small, capsys):
+    run(small, "test")
+    shutil.rmtree(Path(small.run.output) / "checkpoints")
+    (Path(small.run.output) / "config.json").write_bytes(b'{"identity": \xff')
+
+    assert run(small, "test") == 2
+
+    assert "config.json is damaged and no checkpoint tells which run this was" in capsys.readouterr().err
+
+
 def test_a_finished_run_started_again_does_nothing(small, capsys):
     run(small, "test")
     before = (Path(small.run.output) / "events.jsonl").read_bytes()
@@ -151,6 +191,7 @@ def test_another_run_in_the_folder_is_refused_by_name(small, change, named, caps
     assert "--output" in error
 
 
+@pytest.mark.slow
 def test_resume_never_sets_the_old_run_aside(small, tmp_path):
     run(small, "test")
     first = losses(small)
@@ -164,6 +205,7 @@ def test_resume_never_sets_the_old_run_aside(small, tmp_path):
     assert (aside[0] / "adapter").is_dir()
 
 
+@pytest.mark.slow
 def test_accumulation_and_checkpointing_do_not_change_the_curve(small, tmp_path):
     """4 samples at once, or 1 + 1 + 1 + 1, or recomputed: the same sums in another order; float32 rounding only."""
     run(small, "test")
@@ -178,6 +220,7 @@ def test_accumulation_and_checkpointing_do_not_change_the_curve(small, tmp_path)
     torch.testing.assert_close(losses(again), losses(small), atol=5e-6, rtol=0)
 
 
+@pytest.mark.slow
 def test_packing_trains_and_keeps_the_loss_of_each_token(small):
     packed = replace(small, data=replace(small.data, packing=True, max_length=192))
 

@@ -19,7 +19,10 @@ from launcher.ranks import Ranks
 from launcher.training.sharding import Replicated, check_sharding, decoder_layers
 
 CURVE = 5e-6  # float32: the same sums in another order (measured 1e-6)
-BF16_CURVE = 2e-3  # ZeRO-3 adds up a layer's input gradients in another order, and bf16 rounds each sum to 3 digits
+# bf16: equal to ddp on as many processes, but ZeRO-3 adds up a layer's input gradients in another order; against one
+# process each product has another shape, and losses of about 30 answer tokens round differently (measured 1.4e-2).
+BF16_CURVE = {"fsdp2": CURVE, "zero2": CURVE, "zero3": 2e-3}
+BF16_SHAPE = 5e-2
 SHARDED = ["ddp", "fsdp2", "zero2", "zero3"]
 
 
@@ -131,12 +134,13 @@ def test_all_ranks_write_answers_together(runs, sharding):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("sharding", SHARDED)
-def test_a_bf16_base_trains_float32_cores_to_nearly_the_same_curve(runs, sharding):
-    torch.testing.assert_close(runs.losses(f"{sharding}-bf16"), runs.losses("one-bf16"), atol=BF16_CURVE, rtol=0)
-    assert {tensor.dtype for name, tensor in runs.adapter(f"{sharding}-bf16").items() if name.endswith("core")} == {
-        torch.float32
-    }
+@pytest.mark.parametrize("sharding", BF16_CURVE)
+def test_a_bf16_base_trains_float32_cores_to_the_curve_of_ddp(runs, sharding):
+    expected = runs.losses("ddp-bf16")
+    torch.testing.assert_close(runs.losses(f"{sharding}-bf16"), expected, atol=BF16_CURVE[sharding], rtol=0)
+    torch.testing.assert_close(expected, runs.losses("one-bf16"), atol=BF16_SHAPE, rtol=0)
+    cores = {tensor.dtype for name, tensor in runs.adapter(f"{sharding}-bf16").items() if name.endswith("core")}
+    assert cores == {torch.float32}
 
 
 @pytest.mark.slow

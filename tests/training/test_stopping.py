@@ -1,0 +1,187 @@
+"""Being asked to stop, in every phase: ranks agree, what there is is saved, and the next start goes on exactly."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+from launching import RECIPE, REPO, Runs, finish, flags, start
+
+from launcher.factorization import distribute
+from launcher.training import checkpoint, loop
+from launcher.training import run as run_module
+from launcher.training.preemption import StopRequest
+from launcher.training.run import run
+
+TORCHRUN = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
+
+
+@pytest.fixture
+def runs(stories, alpaca_file, tmp_path):
+    return Runs(tmp_path, stories, alpaca_file)
+
+
+def evaluating(config):
+    optimizer = replace(config.optimizer, max_steps=6)
+    return replace(config, optimizer=optimizer, run=replace(config.run, eval_every=3, save_every=0))
+
+
+# phase -> (where its work is done, which call of it)
+PHASES = {
+    "factoring": (distribute, "make", 3),
+    "loading": (run_module, "build", 1),
+    "evaluating at the start": (loop, "evaluate", 1),
+    "training": (loop, "tokens_in", 2),
+    "evaluating on the way": (loop, "evaluate", 2),
+    "saving": (checkpoint, "save", 1),
+    "evaluating at the end": (loop, "evaluate", 3),
+}
+
+
+@pytest.fixture(scope="module")
+def whole(stories, alpaca_file, tmp_path_factory):
+    """The uninterrupted run."""
+    runs = Runs(tmp_path_factory.mktemp("whole"), stories, alpaca_file)
+    runs.alone("whole", change=evaluating)
+    return runs.events("whole")
+
+
+QUICK = ("factoring", "evaluating on the way")
+
+
+@pytest.mark.parametrize("phase", [p if p in QUICK else pytest.param(p, marks=pytest.mark.slow) for p in PHASES])
+def test_a_signal_in_any_phase_ends_the_run_and_the_next_start_goes_on_exactly(runs, whole, phase, monkeypatch):
+    config = runs.config("run", change=evaluating, cache=str(runs.folder / "cold"))
+    if phase == "saving":
+        config = replace(config, run=replace(config.run, save_every=2))
+    module, name, wanted = PHASES[phase]
+    work, calls = getattr(module, name), []
+
+    def interrupted(*args, **options):
+        calls.append(name)
+        if len(calls) == wanted:
+            os.kill(os.getpid(), signal.SIGUSR2)
+        return work(*args, **options)
+
+    monkeypatch.setattr(module, name, interrupted)
+    code = run(config, "test")
+    monkeypatch.undo()
+    state = (runs.folder / "run" / "state").read_text()
+
+    assert (code, state) == (75, "stopped\n")
+    assert not (runs.folder / "run" / "adapter").exists()
+    assert run(config, "test") == 0
+    assert runs.events("run") == whole
+
+
+def test_the_time_limit_holds_before_training_too(runs, capsys):
+    assert run(runs.config("run", max_seconds=0.01), "test") == 75
+
+    assert "stopped by its time limit before training began" in capsys.readouterr().out
+
+
+def test_the_control_file_asks_like_a_signal(tmp_path):
+    with StopRequest() as stop:
+        stop.control = tmp_path / "control"
+        stop.control.write_text("run\n")
+        before = stop.asked()
+        stop.control.write_bytes(b"\xff")  # half written, or damaged
+        damaged = stop.asked()
+        stop.control.write_text("stop\n")
+
+        assert (before, damaged, stop.asked()) == (False, False, True)
+        assert stop.reason == "the control file"
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGUSR2])
+def test_a_second_signal_ends_at_once(number):
+    code = """
+import sys, time
+sys.path.insert(0, sys.argv[1])
+from launcher.training.preemption import StopRequest
+with StopRequest():
+    print("ready", flush=True)
+    for _ in range(600):
+        time.sleep(0.1)
+"""
+    process = subprocess.Popen([sys.executable, "-c", code, str(REPO)], stdout=subprocess.PIPE, text=True)
+    process.stdout.readline()
+
+    process.send_signal(number)
+    process.send_signal(number)  # a launcher's echo of the first, not a second one
+    time.sleep(0.7)
+    still_there = process.poll() is None
+    process.send_signal(number)
+
+    assert still_there
+    assert process.wait(timeout=10) == -number
+
+
+def ranks_of(launcher):
+    """The ranks' process ids under torchrun, in rank order."""
+    children = Path(f"/proc/{launcher.pid}/task/{launcher.pid}/children").read_text().split()
+    ranks = {}
+    for child in children:
+        environment = Path(f"/proc/{child}/environ").read_bytes().split(b"\0")
+        ranks |= {int(line[5:]): int(child) for line in environment if line.startswith(b"RANK=")}
+    return [ranks[rank] for rank in sorted(ranks)]
+
+
+def wait_for_losses(file, count, process):
+    deadline = time.monotonic() + 240
+    while not file.exists() or file.read_text().count('"loss"') < count:
+        assert time.monotonic() < deadline
+        assert process.poll() is None, finish(process)[1]
+        time.sleep(0.05)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("sharding", ["ddp", "fsdp2"])
+def test_one_rank_that_is_asked_stops_all_of_them(runs, sharding):
+    """Slurm's warning may reach one rank only."""
+    runs.base = replace(runs.base, optimizer=replace(runs.base.optimizer, max_steps=400))
+    config = runs.config("run", sharding, save_every=0)
+    process = start([*TORCHRUN, str(RECIPE), *flags(config)])
+    wait_for_losses(runs.folder / "run" / "events.jsonl", 3, process)
+
+    os.kill(ranks_of(process)[1], signal.SIGUSR2)
+    code, out = finish(process)
+
+    assert code == 0, out
+    assert (runs.folder / "run" / "state").read_text() == "stopped\n"
+    steps = [event["step"] for event in runs.events("run") if "loss" in event]
+    assert [path.name for path in (runs.folder / "run" / "checkpoints").iterdir()] == [f"step-{steps[-1]:06d}"]
+    assert "stopped by" in out
+
+
+@pytest.mark.slow
+def test_when_a_rank_is_killed_the_others_end_and_torchrun_names_it(runs):
+    runs.base = replace(runs.base, optimizer=replace(runs.base.optimizer, max_steps=4000))
+    process = start([*TORCHRUN, str(RECIPE), *flags(runs.config("run", "ddp"))])
+    wait_for_losses(runs.folder / "run" / "events.jsonl", 3, process)
+
+    os.kill(ranks_of(process)[1], signal.SIGKILL)
+    code, out = finish(process, 90)
+
+    assert code != 0
+    assert "Signal 9 (SIGKILL)" in out
+    assert checkpoint.newest(runs.folder / "run" / "checkpoints") is not None
+
+
+@pytest.mark.slow
+def test_kills_at_random_moments_a_full_disk_and_a_shared_cache_do_no_harm(stories, alpaca_file, tmp_path):
+    """The seeded sample of the campaign in benchmarks/faults.py: 8 kills of one rank or all, in every phase."""
+    campaign = [sys.executable, str(REPO / "benchmarks" / "faults.py"), f"--model={stories}", f"--data={alpaca_file}"]
+    for part in ("kills", "disk", "cache"):
+        result = tmp_path / f"{part}.json"
+
+        code, out = finish(start([*campaign, "--kills=8", "--seed=1", f"--only={part}", f"--output={result}"]), 600)
+
+        assert code == 0, out
+        found = json.loads(result.read_text())[part]
+        assert part != "kills" or (found["kills"], found["differing"]) == (8, 0)
