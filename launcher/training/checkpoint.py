@@ -157,7 +157,8 @@ class Saver:
             work(pieces)
             return
         copies = {name: replace(piece, rows=piece.rows.detach().cpu().clone()) for name, piece in pieces.items()}
-        self._thread = threading.Thread(target=work_aside, args=(copies,), name="save")
+        # a daemon: where other ranks have died it would wait for their rows, and keep this process from ending
+        self._thread = threading.Thread(target=work_aside, args=(copies,), name="save", daemon=True)
         self._thread.start()
 
     def wait(self) -> None:
