@@ -44,10 +44,13 @@ class FourBit(bnb.nn.Linear4bit):
 
         Byte for byte what bitsandbytes makes of the whole weight at once.
         """
-        parts, scales = [], []
+        column = torch.empty(self.weight.shape, dtype=self.quant_storage, device=device)
+        at = 0
+        scales: list[Tensor] = []
         for rows in _by_rows(stored, self.transposed, device, self.compute_dtype):
             packed, state = quantize_4bit(rows, quant_type=self.kind, quant_storage=self.quant_storage)
-            parts.append(packed)
+            column[at : at + len(packed)] = packed
+            at += len(packed)
             scales.append(state.absmax)
         absmax = torch.cat(scales)
         offset = absmax.mean()
@@ -62,7 +65,7 @@ class FourBit(bnb.nn.Linear4bit):
             offset=offset,
             state2=second,
         )
-        return torch.cat(parts)
+        return column
 
     def keep(self, filled: nn.Parameter) -> None:
         """Take the whole packed column, in the parameter class that PEFT knows; under a sharding engine bitsandbytes
@@ -88,9 +91,15 @@ class EightBit(bnb.nn.Linear8bitLt):
 
     def pack(self, stored: Any, device: torch.device) -> Tensor:
         """The weight in int8 (m, n) of a weight as the checkpoint has it; scales are kept."""
-        pieces = [int8_vectorwise_quant(rows)[:2] for rows in _by_rows(stored, self.transposed, device, torch.float16)]
-        self.state.SCB = torch.cat([scales for _, scales in pieces])
-        return torch.cat([rows for rows, _ in pieces])
+        whole = torch.empty(self.weight.shape, dtype=torch.int8, device=device)
+        at = 0
+        scales: list[Tensor] = []
+        for rows in _by_rows(stored, self.transposed, device, torch.float16):
+            whole[at : at + len(rows)], scale, _ = int8_vectorwise_quant(rows)
+            at += len(rows)
+            scales.append(scale)
+        self.state.SCB = torch.cat(scales)
+        return whole
 
     def keep(self, filled: nn.Parameter) -> None:
         """Take the whole weight."""

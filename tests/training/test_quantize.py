@@ -1,0 +1,417 @@
+"""8- and 4-bit bases: the bytes are bitsandbytes' own, training leaves them alone, adapters fit every precision."""
+
+import hashlib
+import importlib.metadata
+import json
+import os
+import shutil
+import subprocess
+import sys
+import warnings
+from dataclasses import replace
+from pathlib import Path
+
+import bitsandbytes as bnb
+import pytest
+import torch
+from bitsandbytes.nn.modules import has_avx512bf16
+from launching import REPO, Runs
+from peft import PeftModel
+from transformers import (
+    AutoModelForCausalLM,
+    BitsAndBytesConfig,
+    GPT2Config,
+    GPT2LMHeadModel,
+    LlamaConfig,
+    LlamaForCausalLM,
+)
+
+from adapters import BasePrecisionWarning, LoLDUConfig
+from launcher.config import Config, ModelConfig
+from launcher.inference.export import export_lora
+from launcher.inference.merge import merge
+from launcher.ranks import Ranks
+from launcher.training import quantized_layers
+from launcher.training.model import build
+from launcher.training.quantize import Quantised, bytes_per_number, check_base, check_quantize, packed_away
+from launcher.training.run import check, run
+
+KINDS = ["int8", "nf4", "fp4"]
+CURVE = 5e-6  # float32: the same sums in another order (measured 1e-6)
+
+
+def quantised(folder, kind, adapter=None, dtype="float32", **settings):
+    """The base as a run loads it; new adapters make their factors from it."""
+    config = ModelConfig(model=str(folder), quantize=kind, **settings)
+    how = {"dtype": dtype, "attention": "sdpa", "factors": lambda module: None, "device": torch.device("cpu")}
+    return build(config, Path(folder), adapter, **how)
+
+
+def by_transformers(folder, kind, dtype=torch.float32):
+    """The same base through transformers' own loading."""
+    four = {"bnb_4bit_quant_type": kind, "bnb_4bit_use_double_quant": True, "bnb_4bit_quant_storage": dtype}
+    config = (
+        BitsAndBytesConfig(load_in_8bit=True)
+        if kind == "int8"
+        else BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_compute_dtype=dtype, **four)
+    )
+    model = AutoModelForCausalLM.from_pretrained(folder, quantization_config=config, device_map="cpu", dtype=dtype)
+    for layer in model.modules():
+        if isinstance(layer, bnb.nn.Linear4bit):
+            layer.support_avx512bf16_for_cpu = False
+    return model
+
+
+def packed_bytes(model):
+    """A hash per quantised weight."""
+    kinds = (bnb.nn.Linear4bit, bnb.nn.Linear8bitLt)
+    found = {name: layer.weight.data for name, layer in model.named_modules() if isinstance(layer, kinds)}
+    return {
+        name: hashlib.sha256(weight.contiguous().view(torch.uint8).numpy().tobytes()).hexdigest()
+        for name, weight in found.items()
+    }
+
+
+def tokens(vocabulary=361, length=24):
+    return torch.randint(vocabulary, (2, length), generator=torch.Generator().manual_seed(0))
+
+
+@torch.no_grad()
+def logits(model, vocabulary=361):
+    return model.eval()(tokens(vocabulary)).logits.float()
+
+
+@torch.no_grad()
+def logits_of_training(model):
+    """For 8 bits on a CPU, where bitsandbytes' own layer chooses outliers in evaluation alone."""
+    for layer in model.modules():
+        layer.training = isinstance(layer, bnb.nn.Linear8bitLt)
+    return model(tokens()).logits.float()
+
+
+def distance(a, b):
+    return float((a - b).norm() / b.norm())
+
+
+@pytest.fixture(scope="module")
+def gpt2(tmp_path_factory):
+    """A random GPT-2, whose layers are transposed and have biases."""
+    torch.manual_seed(0)
+    config = GPT2Config(n_embd=32, n_layer=2, n_head=2, vocab_size=361, n_positions=64, initializer_range=0.2)
+    folder = tmp_path_factory.mktemp("gpt2")
+    GPT2LMHeadModel(config).save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def runs(stories, alpaca_file, tmp_path_factory):
+    """Eight steps on stories260K in every precision, rank 15."""
+    runs = Runs(tmp_path_factory.mktemp("runs"), stories, alpaca_file)
+    for kind in ("none", *KINDS):
+        runs.alone(kind, change=precision(kind))
+    return runs
+
+
+def precision(kind, dtype="float32"):
+    return lambda config: replace(config, model=replace(config.model, quantize=kind, dtype=dtype))
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("piece", [1 << 20, 64 * 64])
+def test_the_bytes_are_those_of_transformers_own_loading(babyllama, kind, dtype, piece, monkeypatch):
+    """Also when a weight is quantised in several pieces; and nothing else of the model differs.
+
+    int8 is made from the file's own numbers, where transformers rounds them to the compute dtype first.
+    """
+    monkeypatch.setattr(quantized_layers, "PIECE", piece)
+
+    ours = quantised(babyllama, kind, dtype=str(dtype).removeprefix("torch."))
+
+    theirs = by_transformers(babyllama, kind, torch.float32 if kind == "int8" else dtype)
+    assert packed_bytes(ours) == packed_bytes(theirs)
+    assert len(packed_bytes(ours)) == 35
+    if kind != "int8":
+        assert torch.equal(logits(ours), logits(theirs))
+    elif dtype == torch.float32:
+        assert torch.equal(logits(ours), logits_of_training(theirs))
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_transposed_layers_with_biases_are_quantised_as_transformers_does(gpt2, kind):
+    ours, theirs = quantised(gpt2, kind), by_transformers(gpt2, kind)
+
+    assert packed_bytes(ours) == packed_bytes(theirs)
+    assert packed_bytes(ours)
+    assert torch.equal(logits(ours), logits_of_training(theirs) if kind == "int8" else logits(theirs))
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_embeddings_norms_and_head_keep_the_compute_dtype(babyllama, kind):
+    model = quantised(babyllama, kind, dtype="bfloat16")
+
+    whole = {name: p.dtype for name, p in model.named_parameters() if not name.endswith("proj.weight")}
+    assert set(whole.values()) == {torch.bfloat16}
+    assert {"model.embed_tokens.weight", "model.norm.weight"} <= set(whole)
+    assert sum(isinstance(module, Quantised) for module in model.modules()) == 35
+
+
+def test_modules_that_are_trained_whole_keep_their_precision(babyllama):
+    adapter = LoLDUConfig(r=4, target_modules=["q_proj"], modules_to_save=["o_proj"], task_type="CAUSAL_LM")
+
+    model = quantised(babyllama, "nf4", adapter)
+
+    trained = {name: p for name, p in model.named_parameters() if p.requires_grad}
+    assert {name.split(".")[-4] for name in trained if "o_proj" in name} == {"o_proj"}
+    assert all(p.dtype == torch.float32 for p in trained.values())
+    assert not any("o_proj" in name for name in packed_bytes(model))
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_training_and_evaluation_leave_the_base_alone_and_move_only_float32_cores(babyllama, kind):
+    """An evaluation comes first: that is where bitsandbytes would pack a 4-bit weight anew on an AVX512-BF16 CPU."""
+    adapter = LoLDUConfig(r=8, target_modules="all-linear", task_type="CAUSAL_LM")
+    model = quantised(babyllama, kind, adapter, dtype="bfloat16")
+    before, first = packed_bytes(model), logits(model)
+    trained = {name: p for name, p in model.named_parameters() if p.requires_grad}
+    optimizer = torch.optim.AdamW(trained.values(), lr=1e-3)
+
+    for _ in range(3):
+        model.train()
+        model(tokens(), labels=tokens()).loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+        logits(model)
+
+    assert packed_bytes(model) == before
+    assert all(name.endswith(".core") and p.dtype == torch.float32 for name, p in trained.items())
+    assert all(p.abs().sum() > 0 for p in trained.values())
+    assert not torch.equal(logits(model), first)
+
+
+@pytest.mark.skipif(not has_avx512bf16(), reason="bitsandbytes packs 4-bit weights anew only on AVX512-BF16 CPUs")
+def test_without_the_guard_an_evaluation_changes_the_bytes(babyllama):
+    """So the guard is needed, and the test above can fail. (Rows of 352 numbers, as in down_proj, would crash.)"""
+    model = quantised(babyllama, "nf4", dtype="bfloat16")
+    before = packed_bytes(model)
+
+    for layer in model.modules():
+        if isinstance(layer, quantized_layers.FourBit) and layer.in_features % 64 == 0:
+            layer.support_avx512bf16_for_cpu = True
+    logits(model)
+
+    assert packed_bytes(model) != before
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_memory_is_what_was_predicted(babyllama, kind, dtype):
+    """Parameters and scales of every layer; the two small tables of a 4-bit format are left out (1.1 KB a layer)."""
+    model = quantised(babyllama, kind, dtype=dtype)
+
+    for layer in (module for module in model.modules() if isinstance(module, Quantised)):
+        held = layer.weight.numel() * layer.weight.element_size()
+        state = layer.state if kind == "int8" else layer.quant_state
+        scales = [state.SCB] if kind == "int8" else [state.absmax, state.state2.absmax]
+        held += sum(scale.numel() * scale.element_size() for scale in scales)
+        numbers = layer.in_features * layer.out_features
+        predicted = bytes_per_number(kind, getattr(torch, dtype), layer.in_features) * numbers
+        assert held == pytest.approx(predicted, abs=8)  # the last block of scales may be cut
+    plain = AutoModelForCausalLM.from_pretrained(babyllama)
+    assert sum(p.numel() for p in model.parameters()) + packed_away(model) == sum(p.numel() for p in plain.parameters())
+
+
+def test_a_layer_that_fills_no_whole_bytes_keeps_its_precision_and_is_named(tmp_path, caplog):
+    sizes = {"hidden_size": 12, "intermediate_size": 7, "num_hidden_layers": 1, "vocab_size": 16}
+    LlamaForCausalLM(LlamaConfig(**sizes, num_attention_heads=2)).save_pretrained(tmp_path)
+
+    model = quantised(tmp_path, "nf4")
+
+    assert isinstance(model.model.layers[0].mlp.up_proj, torch.nn.Linear)
+    assert model.model.layers[0].mlp.up_proj.weight.shape == (7, 12)
+    assert isinstance(model.model.layers[0].self_attn.q_proj, quantized_layers.FourBit)
+    assert "3 layers" in caplog.text
+    assert "up_proj" in caplog.text
+    assert torch.isfinite(logits(model, 16)).all()
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_the_adapter_of_a_quantised_run_follows_from_the_full_precision_checkpoint(runs, kind):
+    """Pivots, factors' values and probes of a run on the full-precision base; no factor is made twice."""
+    ours, plain = runs.adapter(kind), runs.adapter("none")
+
+    for name, value in plain.items():
+        assert torch.equal(ours[name], value) != name.endswith(".core"), name
+    configs = [json.loads((runs.folder / k / "adapter" / "adapter_config.json").read_text()) for k in (kind, "none")]
+    assert configs[0]["base_fingerprint"] == configs[1]["base_fingerprint"]
+    assert len(list((runs.folder / "cache").rglob("*.safetensors"))) == 35
+
+
+def test_the_adapter_of_an_nf4_run_loads_on_the_full_precision_base_and_on_nf4(runs, stories):
+    folder = runs.folder / "nf4" / "adapter"
+
+    with warnings.catch_warnings():
+        warnings.simplefilter("error", BasePrecisionWarning)
+        plain = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(stories), folder)
+    four = PeftModel.from_pretrained(by_transformers(stories, "nf4"), folder)
+
+    for model in (plain, four):
+        on = logits(model, 512)
+        with model.disable_adapter():
+            assert distance(on, logits(model, 512)) > 1e-3
+    for (name, a), (_, b) in zip(plain.named_parameters(), four.named_parameters(), strict=True):
+        if "loldu_map" in name:
+            assert torch.equal(a, b), name
+
+
+def test_losses_on_a_quantised_base_stay_near_those_of_the_full_precision_base(runs):
+    """Measured 0.023, 0.33 and 0.40. Zero would mean that nothing was quantised."""
+    for kind, far in (("int8", 0.1), ("nf4", 0.6), ("fp4", 0.6)):
+        moved = max(abs(a - b) for a, b in zip(runs.losses(kind), runs.losses("none"), strict=True))
+        assert 1e-4 < moved < far
+
+
+def test_a_quantised_run_merges_and_exports_onto_the_full_precision_base(runs, tmp_path, capsys):
+    """Both commands check their result against base and adapter themselves: merge within rounding, LoRA to 1e-4."""
+    merge(str(runs.folder / "nf4"), out=str(tmp_path / "merged"))
+    export_lora(str(runs.folder / "nf4"), out=str(tmp_path / "lora"))
+
+    said = capsys.readouterr().err
+    assert "checked: logits differ from base with adapter by" in said
+    assert "checked: stock PEFT reads it back" in said
+
+
+def test_going_on_in_another_precision_is_refused(runs, capsys):
+    config = runs.config("nf4", change=precision("none"))
+
+    assert run(config, "test") == 2
+
+    assert 'quantize was "nf4", now "none"' in capsys.readouterr().err
+
+
+def test_other_methods_train_on_a_quantised_base(runs):
+    """LoRA on NF4 (QLoRA)."""
+    lora = {"method": "lora", "rank": 4}
+
+    runs.alone("qlora", change=lambda c: replace(precision("nf4")(c), adapter=replace(c.adapter, **lora)))
+
+    assert runs.losses("qlora")[0] == pytest.approx(runs.losses("nf4")[0], abs=1e-6)  # both start as the base
+    assert runs.losses("qlora")[-1] != runs.losses("nf4")[-1]
+
+
+@pytest.mark.parametrize(
+    ("found", "message"),
+    [
+        (None, "needs bitsandbytes, which is not installed: pip install 'bitsandbytes>=0.50'"),
+        ("0.46.1", r"needs bitsandbytes 0.50 or newer, this is 0.46.1: pip install -U bitsandbytes"),
+    ],
+)
+def test_a_missing_or_old_bitsandbytes_is_named(found, message, monkeypatch):
+    def version(name):
+        if found is None:
+            raise importlib.metadata.PackageNotFoundError(name)
+        return found
+
+    monkeypatch.setattr(importlib.metadata, "version", version)
+
+    with pytest.raises(ValueError, match=message):
+        check_quantize("nf4", "none")
+
+
+@pytest.mark.parametrize(
+    ("kind", "sharding", "offload", "message"),
+    [
+        ("nf4", "zero3", False, "--quantize nf4 cannot be sharded by ZeRO-3.*--sharding fsdp2"),
+        ("int8", "zero3", False, "--quantize int8 cannot be sharded by ZeRO-3.*--sharding fsdp2"),
+        ("nf4", "fsdp2", True, "--cpu-offload moves weights.*leave one of the two out"),
+    ],
+)
+def test_what_an_engine_cannot_do_is_refused_before_anything_is_loaded(kind, sharding, offload, message):
+    config = Config(model=ModelConfig(model="/nowhere", quantize=kind))
+    config = replace(config, run=replace(config.run, sharding=sharding, cpu_offload=offload))
+
+    with pytest.raises(ValueError, match=message):
+        check(config, Ranks())
+
+
+def test_a_checkpoint_that_is_quantised_already_is_refused(runs, stories, tmp_path, capsys):
+    shutil.copytree(stories, tmp_path / "base")
+    settings = json.loads((stories / "config.json").read_text())
+    (tmp_path / "base" / "config.json").write_text(
+        json.dumps(settings | {"quantization_config": {"quant_method": "gptq"}})
+    )
+    config = runs.config(
+        "twice", change=lambda c: replace(c, model=ModelConfig(model=str(tmp_path / "base"), quantize="nf4"))
+    )
+
+    assert run(config, "test") == 2
+
+    assert "is quantised already (gptq, by its config.json)" in capsys.readouterr().err
+    assert not (runs.folder / "twice").exists()
+
+
+def test_a_tensor_in_a_format_that_bitsandbytes_cannot_read_is_named(stories, tmp_path):
+    from safetensors.torch import load_file, save_file
+
+    shutil.copytree(stories, tmp_path / "base")
+    tensors = load_file(stories / "model.safetensors")
+    name = "model.layers.0.mlp.up_proj.weight"
+    save_file(tensors | {name: tensors[name].to(torch.float8_e4m3fn)}, tmp_path / "base" / "model.safetensors")
+
+    with pytest.raises(ValueError, match=r"up_proj.weight in .* is stored as F8_E4M3; bitsandbytes quantises F64"):
+        check_base(tmp_path / "base", "nf4")
+
+
+@pytest.fixture(scope="module")
+def many(stories, alpaca_file, tmp_path_factory):
+    """int8 and NF4 on one process and on several."""
+    many = Runs(tmp_path_factory.mktemp("many"), stories, alpaca_file)
+    for kind in ("int8", "nf4"):
+        many.alone(kind, change=precision(kind))
+        many.alone(f"{kind}-bf16", change=precision(kind, "bfloat16"))
+    both = [(kind, sharding) for kind in ("int8", "nf4") for sharding in ("ddp", "fsdp2", "zero2")]
+    many.start(
+        2,
+        *(many.entry(f"{kind}-{sharding}", sharding, change=precision(kind)) for kind, sharding in both),
+        *(many.entry(f"{k}-bf16-fsdp2", "fsdp2", change=precision(k, "bfloat16")) for k in ("int8", "nf4")),
+    )
+    many.start(4, *(many.entry(f"{k}-hsdp", "hsdp", shard_size=2, change=precision(k)) for k in ("int8", "nf4")))
+    return many
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("kind", ["int8", "nf4"])
+@pytest.mark.parametrize("sharding", ["ddp", "fsdp2", "zero2", "hsdp", "bf16-fsdp2"])
+def test_several_processes_give_the_curve_of_one(many, kind, sharding):
+    """Evaluations, adapter and all; in bfloat16 too, since the packed bytes and the rounding are the same."""
+    one = f"{kind}-bf16" if "bf16" in sharding else kind
+
+    torch.testing.assert_close(many.losses(f"{kind}-{sharding}"), many.losses(one), atol=CURVE, rtol=0)
+    evaluations = [
+        [e["eval_loss"] for e in many.events(name) if "eval_loss" in e] for name in (f"{kind}-{sharding}", one)
+    ]
+    torch.testing.assert_close(*evaluations, atol=CURVE, rtol=0)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("kind", "per_number"), [("int8", 1.0), ("nf4", 0.52)])
+def test_loading_needs_little_more_memory_than_the_quantised_model(tmp_path, stories, kind, per_number):
+    """67 million numbers (134 MB in bf16): the packed model, its embeddings and at most one full weight (34 MB).
+
+    The C library is told to hand freed blocks back, else it keeps some of them (39 MB here) for later use.
+    """
+    sizes = {"hidden_size": 2048, "intermediate_size": 8192, "num_hidden_layers": 1, "vocab_size": 512}
+    torch.manual_seed(0)
+    model = LlamaForCausalLM(LlamaConfig(**sizes, num_attention_heads=16)).to(torch.bfloat16)
+    model.save_pretrained(tmp_path)
+    numbers = sum(p.numel() for name, p in model.named_parameters() if "proj" in name)
+    rest = 2 * sum(p.numel() for name, p in model.named_parameters() if "proj" not in name)
+
+    script = Path(__file__).with_name("load_quantised.py")
+    command = [sys.executable, str(script), str(tmp_path), kind, str(stories)]
+    environment = os.environ | {"MALLOC_MMAP_THRESHOLD_": "1000000"}
+    done = subprocess.run(command, capture_output=True, text=True, cwd=REPO, env=environment)
+
+    assert done.returncode == 0, done.stderr[-3000:]
+    peak = json.loads(done.stdout.splitlines()[-1])["peak_bytes"]
+    assert peak < per_number * numbers + rest + 34e6
