@@ -48,8 +48,8 @@ def check_quantize(kind: str, sharding: str, *, cpu_offload: bool = False) -> No
         )
     if sharding == "zero3":
         raise ValueError(
-            f"--quantize {kind} cannot be sharded by ZeRO-3, which would keep every packed weight whole from its use "
-            "forward to its use backward: give --sharding fsdp2 (shards it too), zero2 or ddp"
+            f"--quantize {kind} cannot be sharded by ZeRO-3: of what it gathers bitsandbytes makes tensors of its own, "
+            "which stay whole: give --sharding fsdp2, which shards them, or zero2 or ddp"
         )
     if cpu_offload:
         raise ValueError(
