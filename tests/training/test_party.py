@@ -1,0 +1,68 @@
+"""What ranks say to each other outside collectives: a stop is a stop on all, and past words do not pile up."""
+
+import threading
+
+import pytest
+import torch.distributed as dist
+
+from launcher.ranks import Party, Ranks, Stopped
+
+
+def together(world, do):
+    """do(party) on world threads that share a key-value store; each result or exception, and the store."""
+    store, results = dist.HashStore(), [None] * world
+
+    def one(rank):
+        try:
+            results[rank] = do(Party(Ranks(rank, world, rank, world), store))
+        except Exception as error:
+            results[rank] = error
+
+    threads = [threading.Thread(target=one, args=(rank,)) for rank in range(world)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join(60)
+    return results, store
+
+
+def test_where_one_rank_is_stopped_all_are():
+    def work(party):
+        def do():
+            if party.ranks.rank == 1:
+                raise Stopped("SIGUSR2")
+
+        party.together("loading", do)
+
+    results, _ = together(3, work)
+
+    assert [type(result) for result in results] == [Stopped] * 3
+    assert str(results[1]) == "SIGUSR2"
+
+
+@pytest.mark.parametrize(("kind", "heard"), [(ValueError, ValueError), (OSError, ValueError), (KeyError, RuntimeError)])
+def test_a_mistake_of_one_rank_is_a_mistake_on_all_and_names_it(kind, heard):
+    def work(party):
+        def do():
+            if party.ranks.rank == 1:
+                raise kind("no such file")
+
+        party.together("data", do)
+
+    results, _ = together(2, work)
+
+    assert isinstance(results[1], kind)
+    assert isinstance(results[0], heard)
+    assert "rank 1: " in str(results[0])
+
+
+def test_words_of_past_rounds_are_forgotten():
+    """A run that saves at every step would fill the memory of the process that keeps the store."""
+
+    def work(party):
+        return [party.gather("rows", [party.ranks.rank, number]) for number in range(20)]
+
+    results, store = together(2, work)
+
+    assert results[0] == results[1] == [[[0, number], [1, number]] for number in range(20)]
+    assert store.num_keys() == 2  # each rank's last word
