@@ -9,7 +9,7 @@ from rich.console import Console
 
 from adapters.config import FactorConfig
 from adapters.lora_export import export_lora as write_lora
-from launcher.inference.merge import new_folder, probe_logits
+from launcher.inference.merge import new_folder, probe_logits, quantised_gap
 from launcher.inference.sources import adapter_config, find, load_model
 
 
@@ -48,6 +48,7 @@ def export_lora(
                 f"largest is {float(wanted.abs().max()):.3g}; if that is rounding, raise --tolerance {tolerance:g}"
             )
         largest = f"largest difference of a logit {gap:.2g}, allowed {tolerance:g}"
-        console.print(f"checked: stock PEFT reads it back on {source.base_name}, {largest}")
+        other = quantised_gap(source, wanted, device)
+        console.print(f"checked: stock PEFT reads it back on {source.base_name}, {largest}{other}")
     console.print(f"LoRA adapter of rank {exported.peft_config['default'].r} in {out}")
     return Path(out)

@@ -28,6 +28,7 @@ from torch import Tensor, nn
 from adapters.checkpoint_files import TensorInfo, list_tensors, weight_of
 from adapters.config import FactorConfig
 from adapters.layer import FactorLayer
+from launcher.config import ModelConfig
 from launcher.factorization.targets import skeleton
 from launcher.inference.sources import DTYPES, Source, adapter_config, attach, context_length, find, load_model
 
@@ -349,7 +350,26 @@ def _compare(source: Source, folder: Path, dtype: torch.dtype, device: str) -> s
     if not gap <= allowed:
         raise RuntimeError(f"the merged model is removed: its logits differ from base with adapter by {said}")
     hint = f"; rounding to {name} hides much of it, --dtype float32 would not" if gap > effect / 2 > 0 else ""
-    return f"checked: logits differ from base with adapter by {said}{hint}"
+    return f"checked: logits differ from base with adapter by {said}{hint}{quantised_gap(source, wanted, device)}"
+
+
+def quantised_gap(source: Source, wanted: Tensor, device: str) -> str:
+    """How far those logits are from the adapter's on the quantised base it was trained on; empty for other runs."""
+    if source.quantize == "none" or source.adapter is None:
+        return ""
+    from launcher.training.model import build
+    from launcher.training.quantize import check_quantize
+
+    try:
+        check_quantize(source.quantize, "none")
+    except ValueError as missing:
+        return f"; not compared with the base it was trained on: {missing}"
+    place = torch.device(("cuda" if torch.cuda.is_available() else "cpu") if device == "auto" else device)
+    config = ModelConfig(model=str(source.base), quantize=source.quantize)  # type: ignore[arg-type]
+    how: Any = {"dtype": "float32", "attention": "sdpa", "factors": lambda module: None, "device": place}
+    model = attach(build(config, source.base, None, **how), source.adapter).eval()
+    gap = distance(probe_logits(model), wanted)
+    return f"; on the {source.quantize} base it was trained on the adapter's logits are {gap:.2g} away (relative)"
 
 
 def distance(found: Tensor, wanted: Tensor) -> float:

@@ -34,6 +34,7 @@ class Source:
     tokenizer: Path
     template: str | None = None  # what the run recorded; None: no run is known
     dtype: str | None = None  # likewise
+    quantize: str = "none"  # likewise; what is loaded here is the full-precision base
 
 
 def find(model: str, *, adapter: str | None = None, base: str | None = None) -> Source:
@@ -213,7 +214,8 @@ def _recorded(run: dict[str, Any] | None) -> dict[str, Any]:
     if run is None:
         return {}
     setting = run.get("resolved", {}).get("prompt_template") or run["config"].get("data", {}).get("prompt_template")
-    return {"template": setting, "dtype": run["config"]["model"].get("dtype")}
+    model = run["config"]["model"]
+    return {"template": setting, "dtype": model.get("dtype"), "quantize": model.get("quantize", "none")}
 
 
 def _has_tokenizer(folder: Path) -> bool:

@@ -4,6 +4,7 @@ import hashlib
 import importlib.metadata
 import json
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -279,6 +280,9 @@ def test_a_quantised_run_merges_and_exports_onto_the_full_precision_base(runs, t
     said = capsys.readouterr().err
     assert "checked: logits differ from base with adapter by" in said
     assert "checked: stock PEFT reads it back" in said
+    gaps = re.findall(r"on the nf4 base it was trained on the adapter's logits are (\S+) away", said)
+    assert len(gaps) == 2
+    assert all(0.01 < float(gap) < 0.5 for gap in gaps)
 
 
 def test_going_on_in_another_precision_is_refused(runs, capsys):
