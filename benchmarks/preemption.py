@@ -1,6 +1,6 @@
 """Ten interruptions of a real two-node training run on a local Slurm; each must end with the uninterrupted curve.
 
-    python benchmarks/preemption.py                  # about ten minutes on two cores; root, for the local Slurm
+    python benchmarks/preemption.py                  # 10 to 20 minutes on two cores; root, for the local Slurm
     python benchmarks/preemption.py --only "node crash"
 
 A run survives where it finished after at least one restart, every step stands once in events.jsonl, and each loss is
