@@ -1,10 +1,19 @@
 """Adapters whose frozen factors come from the base weights and whose trained core is tiny, as PEFT methods."""
 
 import adapters.tuner  # noqa: F401 (registers them)
-from adapters.config import LoLDUConfig, SVFitConfig
+from adapters.config import LoLDUConfig, LoLDUXSConfig, LoRAXSConfig, SVFitConfig, SVFTConfig
 from adapters.factors import Factors
 from adapters.layer import BasePrecisionWarning, factors_from
 
 PROJECT = "loldu-launcher"  # tells this package from another one named adapters
 
-__all__ = ["BasePrecisionWarning", "Factors", "LoLDUConfig", "SVFitConfig", "factors_from"]
+__all__ = [
+    "BasePrecisionWarning",
+    "Factors",
+    "LoLDUConfig",
+    "LoLDUXSConfig",
+    "LoRAXSConfig",
+    "SVFTConfig",
+    "SVFitConfig",
+    "factors_from",
+]

@@ -6,6 +6,8 @@ import math
 from dataclasses import dataclass, field
 from typing import Any, ClassVar
 
+import torch
+import torch.nn.functional as F
 from peft import PeftConfig, PeftType
 from torch import Tensor
 
@@ -45,7 +47,7 @@ class FactorConfig(PeftConfig):
     base_fingerprint: str | None = field(default=None, metadata={"help": "of the base the adapter was made for"})
 
     method: ClassVar[str]  # its name in lower case; PEFT's type is the same in capitals
-    saved: ClassVar[tuple[str, ...]]  # of its Factors, beside the core
+    through_write: ClassVar[bool]  # whether it reads through its write map (svd.py), or pivot rows (factors.py)
     # Largest `rebuilt_error` of factors made from a rounded weight, no checkpoint at hand.
     rebuilt_bound: ClassVar[float]
 
@@ -68,6 +70,18 @@ class FactorConfig(PeftConfig):
     def note_rank(self, module: str, r: int) -> None:
         """Take note of a rank that the factors decided, to be saved."""
 
+    def core_shape(self, r: int) -> tuple[int, ...]:
+        """Of the trained numbers; here the diagonal of an r x r matrix."""
+        return (r,)
+
+    def multiply(self, h: Tensor, core: Tensor) -> Tensor:
+        """The r x r matrix that core stands for, times h (..., r)."""
+        return h * core
+
+    def core_matrix(self, core: Tensor, r: int) -> Tensor:
+        """That matrix, or its diagonal (r,) where there is no more."""
+        return core
+
     def factors(self, W: Tensor, r: int | None, *, embedding: bool = False, saved: Factors | None = None) -> Factors:
         """Factors of W (m, n), probe left empty; saved: the pivots and values that an adapter was saved with."""
         raise NotImplementedError
@@ -78,7 +92,20 @@ class FactorConfig(PeftConfig):
 
     def factor_options(self) -> dict[str, Any]:
         """What decides the factors beside rank and weight, as JSON: for those who make them elsewhere."""
-        return {"method": self.method}
+        raise NotImplementedError
+
+
+class DenseCore:
+    """An r x r core, for a config that inherits from this first.
+
+    For an embedding the formula of the SVD methods is that of W^T; LoLDU's has R transposed. A diagonal is the same.
+    """
+
+    def core_shape(self, r: int) -> tuple[int, ...]:
+        return (r, r)
+
+    def multiply(self, h: Tensor, core: Tensor) -> Tensor:
+        return F.linear(h, core)
 
 
 @dataclass
@@ -94,7 +121,7 @@ class LoLDUConfig(FactorConfig):
     )
 
     method = "loldu"
-    saved = ("pivots", "values", "probe")
+    through_write = False
     # Measured on two small Llamas and Gaussian weights at ranks 1, 8, 64 and full: bf16 stays below 0.05, int8 below
     # 0.1 on 96 % of the weights, NF4 passes it on nearly all from rank 8 up and another base on all. A bound of 0.25
     # cost an NF4 base 70 % of what a trained rank 8 had gained, one of 1 all of it at rank 64, and full rank was left
@@ -121,26 +148,31 @@ class LoLDUConfig(FactorConfig):
         return lu.rebuilt_error(W[:, : len(saved.pivots)], saved.pivots, saved.values)
 
     def factor_options(self) -> dict[str, Any]:
-        return {"method": self.method, "normalize": self.normalize_directions}
+        return {"method": "loldu", "normalize": self.normalize_directions}
 
 
 @dataclass
-class SVFitConfig(FactorConfig):
-    """SVFit (arXiv 2409.05926): W' = W + scale U_r diag(delta) V_r^T, delta (r,) trained from zero.
+class LoLDUXSConfig(DenseCore, LoLDUConfig):
+    """LoRA-XS's core between LoLDU's directions: W' = W + scale P L_r R U_r, R (r, r) trained from zero."""
 
-    delta is the paper's s' - s: its unit is that of the singular values, and every direction has norm one.
-    """
+    method = "lolduxs"
+
+
+@dataclass
+class SVDConfig(FactorConfig):
+    """What the methods on singular vectors share."""
 
     energy: float | None = field(
         default=None,
         metadata={"help": "choose each weight's rank, r aside: the least that holds this share of its squared norm"},
     )
-    normalize_directions: bool = field(default=True, metadata={"help": "they have norm one by themselves: always true"})
+    normalize_directions: bool = field(
+        default=True, metadata={"help": "u v^T has norm one; without, LoRA-XS takes the paper's u s v^T"}
+    )
     svd: str = field(default="auto", metadata={"help": f"how the factors are made: {', '.join(svd.METHODS)}"})
     ranks: dict[str, int] | None = field(default=None, metadata={"help": "the ranks that energy chose, by module"})
 
-    method = "svfit"
-    saved = ("values", "probe")
+    through_write = True
     # Measured as above (71 weights): the error is the predicted one to a factor of 2. bf16 stays below 0.13 (and the
     # update's true error below 0.07), NF4 passes 0.19 on all weights from rank 8 up, another base is at 1.4. int8 is
     # accepted on two weights of three, with a true error of up to 0.2.
@@ -149,11 +181,13 @@ class SVFitConfig(FactorConfig):
     def __post_init__(self) -> None:
         super().__post_init__()
         if self.energy is not None and not 0 < self.energy < 1:
-            raise ValueError(f"SVFitConfig.energy is a share between 0 and 1, got {self.energy}; give r for all of it")
-        if not self.normalize_directions:
-            raise ValueError("normalize_directions=false is not to be had: SVFit's directions have norm one")
+            raise ValueError(
+                f"{type(self).__name__}.energy is a share between 0 and 1, got {self.energy}; give r for all of it"
+            )
+        if not self.normalize_directions and self.method != "loraxs":
+            raise ValueError("normalize_directions=false is not to be had: singular vectors have norm one")
         if self.svd not in svd.METHODS:
-            raise ValueError(f"SVFitConfig.svd is one of {', '.join(svd.METHODS)}, got {self.svd!r}")
+            raise ValueError(f"{type(self).__name__}.svd is one of {', '.join(svd.METHODS)}, got {self.svd!r}")
 
     def rank_of(self, module: str, shape: tuple[int, int]) -> int | None:
         return super().rank_of(module, shape) if self.energy is None else (self.ranks or {}).get(module)
@@ -163,15 +197,81 @@ class SVFitConfig(FactorConfig):
             self.ranks = {**(self.ranks or {}), module: r}
 
     def factors(self, W: Tensor, r: int | None, *, embedding: bool = False, saved: Factors | None = None) -> Factors:
-        return svd.svd_factors(W.T if embedding else W, r, energy=self.energy or 1.0, method=self.svd)
+        return svd.svd_factors(
+            W.T if embedding else W,
+            r,
+            energy=self.energy or 1.0,
+            method=self.svd,
+            pivots=saved.pivots if saved else None,
+            divide=self.normalize_directions,
+        )
 
     def rebuilt_error(self, W: Tensor, saved: Factors) -> float:
         return svd.rebuilt_error(W, saved.values)
 
     def factor_options(self) -> dict[str, Any]:
-        return {"method": self.method, "energy": self.energy, "svd": self.svd}
+        how = "svfit" if self.normalize_directions else "loraxs"
+        return {"method": how, "energy": self.energy, "svd": self.svd}
 
 
-FAMILY = (LoLDUConfig, SVFitConfig)
+@dataclass
+class SVFitConfig(SVDConfig):
+    """SVFit (arXiv 2409.05926): W' = W + scale U_r diag(delta) V_r^T, delta (r,) trained from zero.
+
+    delta is the paper's s' - s: its unit is that of the singular values, and every direction has norm one.
+    """
+
+    method = "svfit"
+
+
+@dataclass
+class SVFTConfig(SVDConfig):
+    """SVFT, banded (arXiv 2405.19597): W' = W + scale U_r M V_r^T, M's diagonals -b .. b trained from zero.
+
+    The core holds them one after the other, r (2 b + 1) - b (b + 1) numbers. The paper has r = k.
+    """
+
+    off_diagonals: int = field(default=2, metadata={"help": "b: diagonals on either side of the main one"})
+
+    method = "svft"
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if type(self.off_diagonals) is not int or self.off_diagonals < 0:
+            raise ValueError(f"SVFTConfig.off_diagonals is a whole number of at least 0, got {self.off_diagonals!r}")
+
+    def _bands(self, r: int) -> list[tuple[int, int]]:
+        """(place above the main diagonal, numbers) of each diagonal that an r x r matrix has."""
+        b = min(self.off_diagonals, r - 1)
+        return [(above, r - abs(above)) for above in range(-b, b + 1)]
+
+    def core_shape(self, r: int) -> tuple[int, ...]:
+        return (sum(count for _, count in self._bands(r)),)
+
+    def multiply(self, h: Tensor, core: Tensor) -> Tensor:
+        r, total = h.shape[-1], torch.zeros_like(h)
+        bands = self._bands(r)
+        for (above, count), band in zip(bands, core.split([count for _, count in bands]), strict=True):
+            row, column = max(0, -above), max(0, above)
+            total[..., row : row + count] += h[..., column : column + count] * band
+        return total
+
+    def core_matrix(self, core: Tensor, r: int) -> Tensor:
+        return self.multiply(torch.eye(r).to(core), core).T
+
+
+@dataclass
+class LoRAXSConfig(DenseCore, SVDConfig):
+    """LoRA-XS (arXiv 2405.17604): W' = W + scale U_r R diag(s_r) V_r^T, R (r, r) trained from zero.
+
+    The paper draws R from N(0, 1e-10); zero is the same start to rounding, and keeps the function exactly.
+    """
+
+    normalize_directions: bool = field(default=False, metadata={"help": "leave diag(s_r) out"})
+
+    method = "loraxs"
+
+
+FAMILY = (LoLDUConfig, LoLDUXSConfig, SVFitConfig, SVFTConfig, LoRAXSConfig)
 for _config in FAMILY:
     _new_peft_type(_config.method.upper())

@@ -31,7 +31,7 @@ class Factors(NamedTuple):
 
     write: Tensor  # (out, r) what the core's r numbers are written through
     read: Tensor  # (r, r) applied to r entries of the base layer's output; svd: (r,), after reading through write
-    pivots: Tensor  # (r,) int32, the rows of W chosen, in order of elimination; svd: (0,)
+    pivots: Tensor  # (r,) int32, the rows of W chosen, in order of elimination; svd: where directions are positive
     values: Tensor  # (r,) float32, d_r; svd: s_r
     probe: Tensor  # (32,) uint8, digest of the whole weight (`probe_digest`)
 
@@ -88,16 +88,16 @@ def loldu_factors(
     """
     lower, upper, pivots = lu_of_panel(panel, pivots)
     d, one = upper.diagonal(), torch.eye(len(upper)).to(upper)
-    read = torch.linalg.solve_triangular(lower[pivots.long()], one, upper=False, unitriangular=True) / d[:, None]
+    write, read = lower, torch.linalg.solve_triangular(lower[pivots.long()], one, upper=False, unitriangular=True)
+    read = read / d[:, None]
     if normalize or embedding:
         right = read @ rows(pivots).to(read)  # U_r (r, n)
-        norms = lower.norm(dim=0) * right.norm(dim=1) if normalize else torch.ones_like(d)
     if embedding:
         write, read = right.T, torch.linalg.solve_triangular(upper, one, upper=True).T
-    else:
-        write = lower
     if normalize:
-        write = write / norms
+        norms = (lower.norm(dim=0), right.norm(dim=1))
+        written, reads = norms[::-1] if embedding else norms
+        write, read = write / written, read / reads[:, None]
     return Factors(write.contiguous(), read.contiguous(), pivots, d.float(), torch.zeros(32, dtype=torch.uint8))
 
 

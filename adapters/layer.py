@@ -48,8 +48,9 @@ def factors_from(source: FactorSource) -> Iterator[None]:
 class FactorMap(nn.Module):
     """One adapter on one layer: read r numbers from y0, multiply them by the trained core, write them back.
 
-    core (r,) is float32 and all that trains. write (out, r) and read are frozen parameters, so that sharding engines
-    spread them; they follow from the base and are in no state dict. pivots, values and probe say from what.
+    core, of the config's core_shape, is float32 and all that trains. write (out, r) and read are frozen parameters, so
+    that sharding engines spread them; they follow from the base and are in no state dict. pivots, values and probe say
+    from what.
     """
 
     core: nn.Parameter
@@ -65,17 +66,17 @@ class FactorMap(nn.Module):
     ):
         super().__init__()
         self.config, self.scale, self.embedding = config, config.scale, embedding
-        self.picks = "pivots" in config.saved  # reads r entries of y0, else through write
         wide = torch.promote_types(dtype, torch.float32)
         place = torch.device("cpu") if device.type == "meta" else device
-        self.core = nn.Parameter(torch.zeros(r, device=device))
+        self.core = nn.Parameter(torch.zeros(config.core_shape(r), device=device))
         self.write = nn.Parameter(torch.empty(out, r, dtype=dtype, device=device), requires_grad=False)
-        self.read = nn.Parameter(torch.empty((r, r) if self.picks else r, dtype=wide, device=device), False)
-        pivots = torch.zeros(r if self.picks else 0, dtype=torch.int32, device=place)
-        self.register_buffer("pivots", pivots, persistent=self.picks)
+        self.read = nn.Parameter(
+            torch.empty((r,) if config.through_write else (r, r), dtype=wide, device=device), False
+        )
+        self.register_buffer("pivots", torch.zeros(r, dtype=torch.int32, device=place))
         self.register_buffer("values", torch.zeros(r, device=place))
         self.register_buffer("probe", torch.zeros(32, dtype=torch.uint8, device=place))
-        self.register_buffer("rows", torch.arange(len(pivots), device=place), persistent=False)  # of y0 that are read
+        self.register_buffer("rows", torch.arange(r, device=place), persistent=False)  # entries of y0 that are read
         self._made_from: bytes | None = None
         self._seen: Tensor | None = None
 
@@ -113,7 +114,7 @@ class FactorMap(nn.Module):
 
     def forward(self, y0: Tensor, bias: Tensor | None, onto: Tensor) -> Tensor:
         """onto + Write (scale core * Read (y0 - bias)); y0 (..., out) is the base output with its bias."""
-        h = self.reading(y0, bias) * (self.scale * self.core.to(self.read.dtype))
+        h = self.config.multiply(self.reading(y0, bias), self.scale * self.core.to(self.read.dtype))
         h = h.to(self.write.dtype)
         if y0.dtype != self.write.dtype:  # under autocast
             return onto + F.linear(h, self.write).to(onto.dtype)
@@ -121,7 +122,7 @@ class FactorMap(nn.Module):
 
     def reading(self, y0: Tensor, bias: Tensor | None) -> Tensor:
         """Read (y0 - bias): the r numbers per token, in read's dtype."""
-        if not self.picks:
+        if self.config.through_write:
             offset = None if bias is None else -(bias @ self.write)
             return F.linear(y0, self.write.T, offset).to(self.read.dtype) * self.read
         taken = y0.index_select(-1, self.rows)
@@ -302,6 +303,7 @@ class FactorLayer(nn.Module, BaseTunerLayer):
     def _update_parts(self, adapter_name: str) -> tuple[Tensor, Factors, Tensor]:
         factor_map = self.maps[adapter_name]
         core = factor_map.scale * factor_map.core.detach().to(factor_map.read.dtype)
+        core = factor_map.config.core_matrix(core, len(factor_map.values))
         return self.matrix(), factor_map.factors, core
 
     def _new_factors(self, config: FactorConfig, r: int | None) -> Factors:

@@ -1,14 +1,18 @@
-"""The page of maths: SVFit's frozen factors from the leading singular vectors of the weight.
+"""The page of maths: frozen factors from the leading singular vectors of the weight; SVFit and its relatives.
 
-Paper: SVFit, arXiv 2409.05926. Letters: W (m, n) = out x in, k = min(m, n), r <= k the rank, y0 = W x.
+Letters: W (m, n) = out x in, k = min(m, n), r <= k the rank, y0 = W x. scale is left out of the formulas.
 
     W = U diag(s) V^T                          s descending; the largest entry of each u_i is positive
-    W' = W + U_r diag(delta) V_r^T             delta = scale * (s' - s): r trained numbers, zero at the start
     V_r^T x = diag(1/s_r) U_r^T (W x)          for U_r^T W is diag(s_r) V_r^T
 
-So the adapted layer reads its own base output through the matrix it writes through: y = y0 + U_r (delta * h) with
-h = (U_r^T y0) / s_r. V_r is never stored, W is never written: r m frozen numbers. Directions have norm one, so delta's
-unit is that of W's singular values. At r = k this is SVFT-plain (2405.19597) and SVF (2206.06122).
+    SVFit (arXiv 2409.05926)      W' = W + U_r diag(delta) V_r^T         delta = s' - s: r trained numbers
+    SVFT, banded (2405.19597)     W' = W + U_r M V_r^T                   M: the diagonals -b .. b
+    LoRA-XS (2405.17604)          W' = W + U_r R diag(s_r) V_r^T         R: r x r
+
+All start at zero. The adapted layer reads its own base output through the matrix it writes through: SVFit's is y = y0 +
+U_r (delta * h) with h = (U_r^T y0) / s_r, and LoRA-XS needs no division. V_r is never stored, W is never written: r m
+frozen numbers. Directions have norm one, so delta's unit is that of W's singular values, while R has none. At r = k
+SVFit is SVFT-plain and SVF (2206.06122). LoRA-XS's s_r stands where its authors' code has it.
 
 There is no panel here as for LU: the leading singular vectors follow from the whole weight.
 """
@@ -30,11 +34,20 @@ BLOCK_ERROR = 0.01  # largest angle by which a direction of `leading_block` may 
 BLOCK_FROM, BLOCK_SHARE = 1024, 1 / 8  # where auto tries it: weights so large, ranks up to this share of k
 
 
-def svd_factors(W: Tensor, r: int | None, *, energy: float = 1.0, method: str = "auto") -> Factors:
-    """SVFit's factors of W (m, n), probe left empty; r None: of the least rank that holds this share of |W|^2.
+def svd_factors(
+    W: Tensor,
+    r: int | None,
+    *,
+    energy: float = 1.0,
+    method: str = "auto",
+    pivots: Tensor | None = None,
+    divide: bool = True,
+) -> Factors:
+    """Factors of W (m, n), probe left empty; r None: of the least rank that holds this share of |W|^2.
 
     method auto tries block where it is quicker, and takes exact where block's directions are not good enough, which the
-    log says.
+    log says. pivots (r,) are the rows where directions are positive, saved ones: in a rounded W another entry may be
+    the largest, and to all cores but a diagonal the sign matters. divide=False reads U_r^T y0.
 
     Raises ValueError for NaN or infinite entries, a rank above that of W, or too large an error of method block.
     """
@@ -54,10 +67,12 @@ def svd_factors(W: Tensor, r: int | None, *, energy: float = 1.0, method: str = 
     zeros = (~(s > torch.finfo(torch.float32).eps * k**0.5 * s[0])).nonzero()
     if len(zeros):
         raise ValueError(f"its singular value {int(zeros[0])} is zero: it has only {int(zeros[0])} directions")
-    U = U * torch.where(U.gather(0, U.abs().argmax(dim=0)[None]) < 0, -1.0, 1.0)
+    chosen = U.abs().argmax(dim=0) if pivots is None else pivots.to(U.device, torch.long)
+    U = U * torch.where(U.gather(0, chosen[None]) < 0, -1.0, 1.0)
     dtype = torch.promote_types(W.dtype, torch.float32)
-    pivots, probe = torch.zeros(0, dtype=torch.int32), torch.zeros(32, dtype=torch.uint8)
-    return Factors(U.to(dtype).contiguous(), (1 / s).to(dtype), pivots, s.float(), probe)
+    read = 1 / s if divide else torch.ones_like(s)
+    probe = torch.zeros(32, dtype=torch.uint8)
+    return Factors(U.to(dtype).contiguous(), read.to(dtype), chosen.to(torch.int32), s.float(), probe)
 
 
 def leading_exact(W: Tensor, r: int | None, energy: float = 1.0) -> tuple[Tensor, Tensor]:

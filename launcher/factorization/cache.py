@@ -276,7 +276,7 @@ def _index_file(folder: Path, identity: Mapping[str, Any]) -> tuple[Path, Any]:
 
 
 def _block_rows(tensor: Tensor) -> int:
-    return max(1, BLOCK_BYTES // max(1, tensor[:1].numel() * tensor.element_size()))
+    return max(1, BLOCK_BYTES // max(1, tensor[0].numel() * tensor.element_size()))
 
 
 def _bytes(tensor: Tensor) -> Any:

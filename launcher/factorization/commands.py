@@ -27,7 +27,7 @@ def factorize(
     rank: int = 64,
     targets: Sequence[str] = ("q_proj", "v_proj"),
     exclude: Sequence[str] = (),
-    method: Literal["loldu", "svfit"] = "loldu",
+    method: Literal["loldu", "lolduxs", "svfit", "svft", "loraxs"] = "loldu",
     normalize: bool = False,
     energy: float | None = None,
     svd: Literal["auto", "exact", "block"] = "auto",
@@ -45,9 +45,9 @@ def factorize(
         targets: Last parts of module names, or the one word all-linear.
         exclude: Modules to leave out.
         method: The run's --method.
-        normalize: With loldu: for runs with --options normalize_directions=true.
-        energy: With svfit: for runs with --options energy=X, where each weight gets the rank that holds this share.
-        svd: With svfit: for runs with --options svd=X.
+        normalize: For runs of loldu and lolduxs with --options normalize_directions=true.
+        energy: For runs of the others with --options energy=X, where each weight gets the rank that holds this share.
+        svd: Likewise for --options svd=X.
         dtype: The run's --dtype.
         cache_folder: Folder of the cache, else the user's cache directory.
         verify_base: Read the weights again instead of trusting the size and time of their files.
@@ -57,7 +57,7 @@ def factorize(
     Raises ValueError for a model that is not there, targets that match nothing, a weight without factors, a cache that
     cannot be written.
     """
-    from adapters import SVFitConfig  # with transformers, which takes seconds to import
+    from adapters.config import FAMILY  # with transformers, which takes seconds to import
     from launcher.factorization.targets import targets_of
 
     party = party or connect(Ranks.from_environment())
@@ -65,13 +65,16 @@ def factorize(
     started, folder, requests = time.monotonic(), _folder(cache_folder), []
     if rank < 1:
         raise ValueError(f"--rank is at least 1, got {rank}")
-    if method == "loldu" and (energy is not None or svd != "auto"):
-        raise ValueError("--energy and --svd belong to svfit: give --method svfit as well")
-    if method == "svfit":
-        SVFitConfig(energy=energy)  # checks it
-        options: dict[str, Any] = {"energy": energy, "svd": svd}
-    else:
-        options = {"normalize": normalize}
+    options: dict[str, Any] = {
+        "normalize_directions": normalize or None,
+        "energy": energy,
+        "svd": None if svd == "auto" else svd,
+    }
+    config: Any = next(known for known in FAMILY if known.method == method)
+    try:
+        how = config(**{name: value for name, value in options.items() if value is not None}).factor_options()
+    except TypeError:
+        raise ValueError(f"--normalize belongs to loldu, --energy and --svd to the others, not to {method}") from None
 
     def look() -> None:
         path = local_folder(model)
@@ -79,7 +82,7 @@ def factorize(
             raise ValueError(
                 f"there is no model {model}, neither as a folder nor in the hub cache; fetch it: hf download {model}"
             )
-        requests.extend(targets_of(path, targets, exclude, rank, dtype=dtype, method=method, **options))
+        requests.extend(targets_of(path, targets, exclude, rank, dtype=dtype, **how))
 
     party.together("the weights to factor", look)  # a node without the model is named, nobody waits for it
     if energy is None and (clamped := [request for request in requests if request.rank < rank]):

@@ -35,7 +35,7 @@ from launcher.ranks import Party, Stopped
 log = logging.getLogger(__name__)
 Progress = Callable[[int, int, str], None]  # weights done on all ranks, weights to do, one being worked on
 
-ALGORITHMS = {"loldu": ("loldu-panel-lu", 1), "svfit": ("svd", 1)}
+ALGORITHMS = {"loldu": ("loldu-panel-lu", 2), "svfit": ("svd", 1), "loraxs": ("svd", 1)}
 BEAT_S = 0.2  # how often a rank says that it is alive
 SILENCE_S = 7.0  # without a word for so long a rank counts as dead; all ranks say so within 10 s
 
@@ -51,9 +51,11 @@ class FactorRequest:
     embedding: bool = False
     normalize: bool = False  # loldu
     dtype: str = "float32"  # of the stored write map
-    method: str = "loldu"
-    energy: float | None = None  # svfit: rank is then min(m, n), and the factors have the rank that holds this share
-    svd: str = "auto"  # svfit: how
+    method: str = "loldu"  # whose factors: loldu, svfit or loraxs
+    energy: float | None = (
+        None  # of the SVD: rank is then min(m, n), and the factors have the rank that holds this share
+    )
+    svd: str = "auto"  # how
 
     @property
     def shape(self) -> tuple[int, int]:
@@ -389,7 +391,8 @@ def _factors(request: FactorRequest, W: Tensor, on_device: Tensor) -> Factors:
         )
     outputs = on_device.T if request.embedding else on_device
     r = request.rank if request.energy is None else None
-    return svd_factors(outputs, r, energy=request.energy or 1.0, method=request.svd)
+    divide = request.method != "loraxs"
+    return svd_factors(outputs, r, energy=request.energy or 1.0, method=request.svd, divide=divide)
 
 
 def _rank(folder: Path, key: str) -> int:
@@ -398,7 +401,7 @@ def _rank(folder: Path, key: str) -> int:
 
 
 def _recipe(request: FactorRequest) -> dict[str, Any]:
-    own = {"loldu": ("normalize",), "svfit": ("energy", "svd")}[request.method]
+    own = ("normalize",) if request.method == "loldu" else ("energy", "svd")
     names = ("rank", "embedding", "transposed", "dtype", "method", *own)
     how = {name: getattr(request, name) for name in names}
     return how | {"algorithm": list(ALGORITHMS[request.method]), "shape": list(request.tensor.shape)}
@@ -416,17 +419,17 @@ def _file_identity(file: Path) -> dict[str, Any]:
 def _residual(request: FactorRequest, weight: Tensor, factors: Factors) -> float:
     """How well the maps fit W, before `write` is rounded.
 
-    loldu: max |L11 diag(d) (read panel[pivots]) - panel[pivots]| over max |panel|. svfit: the largest |W v - s u| over
-    s_1, with V^T as it is read.
+    loldu: max |L11 diag(d) (read panel[pivots]) - panel[pivots]| over max |panel|. Else: the largest |W v - s u| over
+    s_1 with v = W^T u / s.
     """
     if request.method != "loldu":
-        outputs = (weight.T if request.embedding else weight).to(factors.write)
-        right = factors.read[:, None] * (factors.write.T @ outputs)
-        return float((outputs @ right.T - factors.write / factors.read).norm(dim=0).max() * factors.read.min())
+        W = (weight.T if request.embedding else weight).to(factors.write)
+        s = factors.values.to(W)
+        return float((W @ (W.T @ factors.write) / s - factors.write * s).norm(dim=0).max() / s[0])
     chosen, r = weight[factors.pivots.long()].to(factors.read), len(factors.values)
     square = factors.write[:r] if request.embedding else factors.write[factors.pivots.long()]
-    square = square / square.diagonal()  # normalize divided the columns of a unit triangle
+    inner = chosen @ factors.read.T if request.embedding else (factors.read @ chosen).T
+    square, inner = (part / part.diagonal() for part in (square, inner))  # unit triangles, which normalize divided
     d = factors.values.to(square)
-    inner = factors.read @ chosen
-    again = (chosen @ factors.read.T * d) @ square.T if request.embedding else square @ (d[:, None] * inner)
+    again = (inner * d) @ square.T if request.embedding else (square * d) @ inner.T
     return float((again - chosen).abs().max() / chosen.abs().max())

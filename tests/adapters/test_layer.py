@@ -7,8 +7,10 @@ import pytest
 import torch
 from peft import LoraConfig, get_peft_model
 from tiny_models import (
+    CONFIGS,
     adapted,
     config,
+    dense_update,
     layers,
     lm_config,
     logits,
@@ -26,6 +28,7 @@ from transformers.pytorch_utils import Conv1D
 from adapters.layer import FactorLayer
 
 pytestmark = pytest.mark.usefixtures("method")
+each_method = pytest.mark.parametrize("method", CONFIGS, indirect=True)
 
 
 def conv1d(out, inside):
@@ -67,49 +70,50 @@ def matrix_of(layer):
     return (layer.weight.T if isinstance(layer, Conv1D) else layer.weight.flatten(1)).detach()
 
 
+@each_method
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize(("r", "scale"), [(1, 1.0), (5, -0.7), (12, 3.0)])
-def test_the_layer_is_the_papers_residual_form(kind, r, scale):
-    """(W - scale left diag(d) right) + scale left diag(z) right for random z; the core is z - d."""
+def test_the_layer_is_the_papers_residual_form(method, kind, r, scale):
+    """(W - scale left start right) + scale left (start + core) right for a random core."""
     layer, x = made(kind)
-    left, d, right = paper(matrix_of(layer), r)
+    W, embedding = matrix_of(layer), isinstance(layer, nn.Embedding)
     model = one_layer(copy.deepcopy(layer), r=r, scale=scale)
-    core = model.base_model.model[0].maps["default"].core
-    z = d + core.detach().double()  # the core is float32: rounded before, so both forms have the same numbers
+    core = model.base_model.model[0].maps["default"].core.detach().double()
+    left, start, right = paper(W, r)
 
-    residual = matrix_of(layer) - scale * left * d @ right
-    expected = with_matrix(layer, residual + scale * left * z @ right)(x)
+    residual = W - scale * left @ start @ right
+    trained = scale * left @ start @ right + scale * dense_update(W, core, r, embedding)
+    expected = with_matrix(layer, residual + trained)(x)
 
     torch.testing.assert_close(model(x), expected, rtol=1e-10, atol=1e-10)  # float64 eps x growth, dimension 40
     assert (expected - layer(x)).norm() > 0.01 * layer(x).norm()  # and not the base
 
 
+@each_method
 @pytest.mark.parametrize("kind", KINDS)
-def test_normalised_directions_have_norm_one(kind):
+def test_normalised_directions_have_norm_one(method, kind):
     layer, x = made(kind)
-    left, _, right = paper(matrix_of(layer), 5)
+    W, embedding = matrix_of(layer), isinstance(layer, nn.Embedding)
     model = one_layer(copy.deepcopy(layer), r=5, normalize_directions=True)
     core = model.base_model.model[0].maps["default"].core.detach().double()
 
-    left, right = left / left.norm(dim=0), right / right.norm(dim=1, keepdim=True)
-    expected = with_matrix(layer, matrix_of(layer) + left * core @ right)(x)
+    expected = with_matrix(layer, W + dense_update(W, core, 5, embedding, normalize=True))(x)
 
     torch.testing.assert_close(model(x), expected, rtol=1e-10, atol=1e-10)
 
 
+@each_method
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("options", [{}, {"normalize_directions": True}], ids=str)
-def test_the_cores_gradient_is_autograds_through_the_dense_formula(kind, options):
+def test_the_cores_gradient_is_autograds_through_the_dense_formula(method, kind, options):
     layer, x = made(kind)
-    left, _, right = paper(matrix_of(layer), 6)
-    if options:
-        left, right = left / left.norm(dim=0), right / right.norm(dim=1, keepdim=True)
+    W, embedding = matrix_of(layer), isinstance(layer, nn.Embedding)
     model = one_layer(copy.deepcopy(layer), r=6, scale=0.5, **options)
     model.double()  # the core too: a float32 one rounds its gradient to 6e-8
     core = model.base_model.model[0].maps["default"].core
     dense = core.detach().clone().requires_grad_()
 
-    W = matrix_of(layer) + 0.5 * left * dense @ right
+    W = W + 0.5 * dense_update(W, dense, 6, embedding, normalize=bool(options))
     weight = (W.T if isinstance(layer, Conv1D) else W).reshape(layer.weight.shape)
     expected = torch.func.functional_call(layer, {"weight": weight}, (x,))
     expected.square().sum().backward()
@@ -131,14 +135,15 @@ def test_the_gradient_reaches_the_input_through_the_adapted_weight():
     torch.testing.assert_close(gradient, expected, rtol=1e-10, atol=1e-10)
 
 
-def test_only_the_cores_train():
+@each_method
+def test_only_the_cores_train(method):
     model = get_peft_model(tiny_llama(), lm_config(r=8))
 
     model(tokens(), labels=tokens()).loss.backward()
 
     trained = {name: p for name, p in model.named_parameters() if p.requires_grad}
     assert all(name.endswith("_map.default.core") for name in trained)
-    assert sum(p.numel() for p in trained.values()) == 14 * 8
+    assert sum(p.numel() for p in trained.values()) == 14 * {"svft": 34, "loraxs": 64, "lolduxs": 64}.get(method, 8)
     assert all(p.grad is not None and p.grad.abs().min() > 0 for p in trained.values())
     assert all(p.grad is None for p in model.parameters() if not p.requires_grad)
 
@@ -160,9 +165,10 @@ def saved_bytes(model, loss):
     return sum(nbytes for nbytes, _ in kept.values())
 
 
+@each_method
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("r", [1, 4, 16])
-def test_autograd_keeps_r_numbers_per_token_and_layer_and_no_layer_input(dtype, r):
+def test_autograd_keeps_r_numbers_per_token_and_layer_and_no_layer_input(method, dtype, r):
     """Three layers, 60 tokens: beyond the frozen base's, the r read numbers (float32) and scale x core itself."""
     width, count, n_tokens = 24, 3, 60
     torch.manual_seed(0)
@@ -176,7 +182,8 @@ def test_autograd_keeps_r_numbers_per_token_and_layer_and_no_layer_input(dtype, 
 
     beyond = saved_bytes(ours, lambda: ours(x).sum()) - frozen
 
-    per_layer = 4 * r * n_tokens + 4 * r  # h for the core's gradient; scale * core (r,) for h's
+    numbers = ours.base_model.model[0].maps["default"].core.numel()
+    per_layer = 4 * r * n_tokens + 4 * numbers  # h for the core's gradient; scale * core for h's
     assert beyond == count * per_layer
 
 
@@ -254,9 +261,8 @@ def dense_logits(base, model, names):
         W = dense.get_submodule(layer.name).weight.data
         for name in names:
             if name in layer.maps:
-                core, r = layer.maps[name].core.detach(), len(layer.maps[name].core)
-                left, _, right = paper(layer.matrix().double(), r)
-                W += layer.maps[name].scale * left * core @ right
+                core, r = layer.maps[name].core.detach().double(), len(layer.maps[name].values)
+                W += layer.maps[name].scale * dense_update(layer.matrix().double(), core, r)
     return logits(dense)
 
 
@@ -322,8 +328,9 @@ def test_merging_in_any_order_is_the_dense_formula_and_unmerging_is_exact(order)
         assert torch.equal(logits(model), before)
 
 
+@each_method
 @pytest.mark.parametrize("kind", KINDS)
-def test_merged_equals_unmerged_for_every_kind_of_layer(kind):
+def test_merged_equals_unmerged_for_every_kind_of_layer(method, kind):
     layer, x = made(kind)
     model = one_layer(layer)
     expected = model(x).detach()
@@ -363,8 +370,8 @@ def test_merging_onto_bfloat16_loses_no_more_than_rounding_the_merged_weight():
     model = adapted(base)
     sums = {}
     for layer in layers(model):
-        left, _, right = paper(layer.matrix().double(), 8)
-        sums[layer.name] = layer.matrix().double() + left * layer.maps["default"].core.detach() @ right
+        core = layer.maps["default"].core.detach().double()
+        sums[layer.name] = layer.matrix().double() + dense_update(layer.matrix().double(), core, 8)
 
     plain = model.merge_and_unload()
 
@@ -489,8 +496,8 @@ def test_gpt2_is_adapted_on_its_conv1d_layers():
 
     plain = copy.deepcopy(base)
     for layer in layers(model):
-        left, _, right = paper(layer.matrix(), 6)
-        plain.get_submodule(layer.name).weight.data += (left * layer.maps["default"].core.detach() @ right).T
+        core = layer.maps["default"].core.detach().double()
+        plain.get_submodule(layer.name).weight.data += dense_update(layer.matrix(), core, 6).T
 
     torch.testing.assert_close(logits(model), logits(plain), rtol=1e-9, atol=1e-9)
 

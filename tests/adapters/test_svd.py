@@ -39,7 +39,7 @@ def test_factors_are_the_leading_singular_vectors(shape, r):
     torch.testing.assert_close(values, s[:r].float())
     right = read[:, None] * (write.T @ W)
     assert float(angles(right.T, Vh[:r].T).max()) < 1e-10
-    assert len(pivots) == 0
+    assert torch.equal(pivots.long(), U[:, :r].abs().argmax(0))
     torch.testing.assert_close((write / read) @ right, U[:, :r] * s[:r] @ Vh[:r], rtol=0, atol=1e-11)
 
 
@@ -51,6 +51,17 @@ def test_signs_make_the_largest_entry_of_every_direction_positive(shape):
 
     assert (up.gather(0, up.abs().argmax(0)[None]) > 0).all()
     torch.testing.assert_close(up, down, rtol=0, atol=1e-12)
+
+
+def test_saved_pivots_keep_the_signs_where_another_entry_has_become_the_largest():
+    W = torch.tensor([[3.0, 0.0], [-2.99, 0.0], [0.0, 1.0]])
+    pivots = svd_factors(W, 1).pivots
+    rounded = torch.tensor([[2.98, 0.0], [-3.0, 0.0], [0.0, 1.0]])
+
+    alone, kept = svd_factors(rounded, 1), svd_factors(rounded, 1, pivots=pivots)
+
+    assert pivots.tolist() == [0]
+    assert alone.write[0] < 0 < kept.write[0]
 
 
 @pytest.mark.parametrize("energy", [0.3, 0.9, 0.999])

@@ -5,10 +5,10 @@ from peft import PeftModel, get_peft_model
 from torch import nn
 from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM
 
-from adapters import LoLDUConfig, SVFitConfig
+from adapters import LoLDUConfig, LoLDUXSConfig, LoRAXSConfig, SVFitConfig, SVFTConfig
 from adapters.layer import FactorLayer
 
-CONFIGS = {"loldu": LoLDUConfig, "svfit": SVFitConfig}
+CONFIGS = {cls.method: cls for cls in (LoLDUConfig, LoLDUXSConfig, SVFitConfig, SVFTConfig, LoRAXSConfig)}
 METHOD = "loldu"  # the fixture `method` puts in another
 
 
@@ -55,13 +55,44 @@ def randomise(model, adapter="default", seed=1, size=0.1):
 
 
 def paper(W, r):
-    """The paper's frozen left (m, r), starting values (r,) and right (r, n), from torch's factors of all of W."""
-    if METHOD == "svfit":
-        U, s, Vh = torch.linalg.svd(W, full_matrices=False)
-        return U[:, :r], s[:r], Vh[:r]
-    P, L, U = torch.linalg.lu(W)
-    d = U.diagonal()
-    return (P @ L)[:, :r], d[:r], (U / d[:, None])[:r]
+    """The paper's frozen left (m, r), starting core (r, r) and right (r, n), from torch's factors of all of W."""
+    if METHOD in ("loldu", "lolduxs"):
+        P, L, U = torch.linalg.lu(W)
+        d = U.diagonal()
+        return (P @ L)[:, :r], d[:r].diag(), (U / d[:, None])[:r]
+    U, s, Vh = torch.linalg.svd(W, full_matrices=False)
+    sign = U.gather(0, U.abs().argmax(0)[None]).sign()[0]
+    U, Vh = U * sign, Vh * sign[:, None]
+    if METHOD == "loraxs":  # its core has no start of its own: W' = W + U R diag(s) V^T
+        return U[:, :r], torch.zeros(r, r).to(W), (s[:, None] * Vh)[:r]
+    return U[:, :r], s[:r].diag(), Vh[:r]
+
+
+def dense_update(W, core, r, embedding=False, normalize=False):
+    """What the paper's formula with this core adds to W (m, n)."""
+    if embedding and METHOD in ("svfit", "svft", "loraxs"):  # whose output is a column of W^T
+        return dense_update(W.T, core, r, normalize=normalize).T
+    left, _, right = paper(W, r)
+    if normalize:
+        left, right = left / left.norm(dim=0), right / right.norm(dim=1, keepdim=True)
+    M = as_matrix(core, r)
+    return left @ (M.T if embedding else M) @ right
+
+
+def as_matrix(core, r):
+    """The r x r matrix that a core stands for, written out entry by entry."""
+    if METHOD in ("loldu", "svfit"):
+        return core.diag()
+    if METHOD != "svft":
+        return core
+    M, at = torch.zeros(r, r).to(core), 0
+    for above in range(-min(2, r - 1), min(2, r - 1) + 1):
+        for i in range(r):
+            if 0 <= i + above < r:
+                M[i, i + above] = core[at]
+                at += 1
+    assert at == len(core)
+    return M
 
 
 def layers(model):

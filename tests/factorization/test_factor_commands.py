@@ -73,8 +73,8 @@ def test_svfits_factors_are_made_and_listed_with_the_ranks_that_energy_chose(bab
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"energy": 0.9}, "--energy and --svd belong to svfit"),
-        ({"svd": "exact"}, "--energy and --svd belong to svfit"),
+        ({"energy": 0.9}, "--energy and --svd to the others, not to loldu"),
+        ({"svd": "exact"}, "--energy and --svd to the others, not to loldu"),
         ({"method": "svfit", "energy": 1.5}, "energy is a share between 0 and 1"),
     ],
 )
