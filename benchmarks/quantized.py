@@ -1,0 +1,254 @@
+"""What 8 and 4 bits cost: losses after equal training, logits, an adapter on another precision than its own, memory.
+
+    python benchmarks/quantized.py ../shared/data   # writes benchmarks/results/quantized.json; ten minutes on one core
+
+The folder holds models/babyllama-361, models/stories260K and instruction/alpaca_5000.json. A third model is random:
+four layers of hidden size 1024 whose weights have a power-law spectrum. Each method's rate is the better of two on the
+full-precision base, seed 0; precisions are then compared at that rate. LoRA on nf4 is QLoRA.
+"""
+
+from __future__ import annotations
+
+import json
+import platform
+import shutil
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+from statistics import mean
+from types import SimpleNamespace
+from typing import Any
+
+import torch
+from peft import PeftModel
+from transformers import LlamaConfig, LlamaForCausalLM
+
+REPO = Path(__file__).resolve().parents[1]
+sys.path.insert(0, str(REPO))
+
+from launcher.config import AdapterConfig, Config, DataConfig, ModelConfig, OptimizerConfig, RunConfig  # noqa: E402
+from launcher.inference.export import export_lora  # noqa: E402
+from launcher.training import data, records  # noqa: E402
+from launcher.training.loop import loss_of  # noqa: E402
+from launcher.training.model import build, load_tokenizer  # noqa: E402
+from launcher.training.quantize import Quantised  # noqa: E402
+from launcher.training.run import run, versions  # noqa: E402
+
+RESULTS = REPO / "benchmarks" / "results" / "quantized.json"
+PRECISIONS = ("none", "int8", "nf4", "fp4")
+METHODS: dict[str, dict[str, Any]] = {
+    "LoLDU, full rank": {
+        "adapter": {"rank": 4096, "options": ("normalize_directions=true",)},
+        "rates": (3e-2, 1e-1),
+    },
+    "LoLDU, r 64": {"adapter": {"rank": 64, "options": ("normalize_directions=true",)}, "rates": (3e-2, 1e-1)},
+    "LoRA, r 8": {
+        "adapter": {"method": "lora", "rank": 8, "options": ("lora_alpha=16",)},
+        "rates": (3e-3, 1e-2),
+    },
+}
+# model -> steps, seeds of the comparison
+PLANS = {"babyllama-361": (25, (1, 2)), "stories260K": (25, (1, 2)), "random 4 x 1024": (8, (1,))}
+
+
+def random_spectrum(folder: Path, tokenizer: Path) -> Path:
+    """Four layers of hidden size 1024, every weight G1 diag(i^-0.7) G2 with Gaussian G, entries of size 1/sqrt(n)."""
+    sizes = {"hidden_size": 1024, "intermediate_size": 1024, "num_hidden_layers": 4, "vocab_size": 512}
+    model = LlamaForCausalLM(LlamaConfig(**sizes, num_attention_heads=8, max_position_embeddings=512))
+    generator = torch.Generator().manual_seed(0)
+    for name, weight in model.named_parameters():
+        if name.endswith("proj.weight"):
+            m, n = weight.shape
+            left, right = torch.randn(m, n, generator=generator), torch.randn(n, n, generator=generator)
+            product = left * torch.arange(1, n + 1) ** -0.7 @ right
+            weight.data = product / product.std() / n**0.5
+    model.save_pretrained(folder)
+    for file in tokenizer.glob("token*"):
+        shutil.copy(file, folder)
+    return folder
+
+
+def config_of(model: Path, method: str, rate: float, seed: int, kind: str, steps: int, work: Path) -> Config:
+    small = "babyllama" in model.name or "stories" in model.name
+    return Config(
+        model=ModelConfig(model=str(model), quantize=kind, dtype="float32"),  # type: ignore[arg-type]
+        data=DataConfig(
+            data=str(work / "records.json"), eval_records=60 if small else 16, prompt_template="short", max_length=128
+        ),
+        adapter=AdapterConfig(targets=("all-linear",), **METHODS[method]["adapter"]),
+        optimizer=OptimizerConfig(learning_rate=rate, batch_size=8 if small else 2, max_steps=steps, seed=seed),
+        run=RunConfig(output=str(work / "run"), cache=str(work / "cache"), resume="never"),
+    )
+
+
+def measure(config: Config) -> dict[str, Any]:
+    """Held-out loss before and after one run."""
+    shutil.rmtree(config.run.output or "", ignore_errors=True)
+    started = time.monotonic()
+    if run(config, "benchmark"):
+        raise SystemExit(f"{config} failed")
+    events = [json.loads(line) for line in (Path(config.run.output or "") / "events.jsonl").read_text().splitlines()]
+    losses = [event["eval_loss"] for event in events if "eval_loss" in event]
+    resolved = json.loads((Path(config.run.output or "") / "config.json").read_text())["resolved"]
+    return {
+        "before": losses[0], "after": losses[-1], "trained": resolved["trained"],
+        "seconds": round(time.monotonic() - started, 1),
+    }  # fmt: skip
+
+
+class HeldOut:
+    """The run's own held-out samples, and the loss and logits of any model on them."""
+
+    def __init__(self, config: Config):
+        _, held = records.load_splits(config.data.data, None, config.data.eval_records)
+        self.tokenizer = load_tokenizer(Path(config.model.model))
+        self.encoded = data.encode(held, self.tokenizer, config.data)
+
+    @torch.no_grad()
+    def loss(self, model: Any) -> float:
+        cpu, rows = torch.device("cpu"), range(len(self.encoded))
+        job: Any = SimpleNamespace(
+            attention="sdpa", tokenizer=self.tokenizer, device=cpu, engine=SimpleNamespace(forward=model.eval())
+        )
+        parts = [loss_of(job, self.encoded, rows[at : at + 16], 1, packing=False) for at in range(0, len(rows), 16)]
+        return float(sum(parts)) / data.target_tokens(self.encoded, rows)
+
+    @torch.no_grad()
+    def logits(self, model: Any) -> torch.Tensor:
+        batch = data.collate(self.encoded, range(8), pad_id=0, packing=False, attention="sdpa")
+        return model.eval()(input_ids=batch["input_ids"]).logits[batch["labels"] != -100]
+
+
+def bare(model: Path, kind: str) -> Any:
+    """The base alone in a precision, as a run loads it."""
+    config = ModelConfig(model=str(model), quantize=kind)  # type: ignore[arg-type]
+    how: dict[str, Any] = {"factors": lambda module: None, "device": torch.device("cpu")}
+    return build(config, model, None, dtype="float32", attention="sdpa", **how)
+
+
+def weight_error(model: Any, full: Any) -> float:
+    """Relative distance of the quantised weights from the full-precision ones, all layers together."""
+    from peft.utils.integrations import dequantize_bnb_weight
+
+    far = size = 0.0
+    for name, layer in model.named_modules():
+        if isinstance(layer, Quantised):
+            W = full.get_submodule(name).weight
+            found = dequantize_bnb_weight(layer.weight, state=getattr(layer, "state", None))
+            far, size = far + float((found - W).square().sum()), size + float(W.square().sum())
+    return (far / size) ** 0.5 if size else 0.0
+
+
+def compare(name: str, folder: Path, work: Path) -> dict[str, Any]:
+    """Everything about one model."""
+    steps, seeds = PLANS[name]
+    small = len(seeds) > 1
+    runs, swaps, bases = [], [], []
+    ours = "LoLDU, full rank" if small else "LoLDU, r 64"
+    methods = {key: METHODS[key] for key in (ours, "LoRA, r 8")}
+    held = HeldOut(config_of(folder, "LoRA, r 8", 1e-3, 0, "none", steps, work))
+    full = bare(folder, "none")
+    plain = held.logits(full)
+    for kind in PRECISIONS:
+        base = full if kind == "none" else bare(folder, kind)
+        off = held.logits(base)
+        bases.append(
+            {"precision": kind, "loss": held.loss(base), "logits_error": float((off - plain).norm() / plain.norm()),
+             "weight_error": weight_error(base, full)}
+        )  # fmt: skip
+    for method, spec in methods.items():
+        tried = {}
+        for rate in spec["rates"]:
+            found = measure(config_of(folder, method, rate, 0, "none", steps, work))
+            tried[rate] = found["after"]
+            runs.append({"method": method, "precision": "none", "rate": rate, "seed": 0, "search": True} | found)
+        best = min(tried, key=lambda rate: tried[rate])
+        for kind in PRECISIONS:
+            if kind == "fp4" and method != ours:
+                continue
+            for seed in seeds:
+                found = measure(config_of(folder, method, best, seed, kind, steps, work))
+                runs.append({"method": method, "precision": kind, "rate": best, "seed": seed, "search": False} | found)
+                if seed == seeds[0] and kind != "fp4":
+                    entry = {"method": method, "trained_on": kind}
+                    swaps += [entry | used for used in on_every_precision(folder, work, held, method == ours)]
+    return {"model": name, "steps": steps, "bases": bases, "runs": runs, "other_precision": swaps}
+
+
+def on_every_precision(folder: Path, work: Path, held: HeldOut, export: bool) -> list[dict[str, Any]]:
+    """Held-out losses of the run's adapter on other bases than its own; with export also as the LoRA it equals on the
+    full-precision base, which reads the layer's input where ours reads the quantised output."""
+    forms = {"adapter": work / "run" / "adapter"}
+    if export:
+        forms["exported LoRA"] = work / "lora"
+        shutil.rmtree(forms["exported LoRA"], ignore_errors=True)
+        export_lora(str(work / "run"), out=str(forms["exported LoRA"]))
+    return [
+        {"form": form, "used_on": kind, "loss": held.loss(PeftModel.from_pretrained(bare(folder, kind), where))}
+        for form, where in forms.items()
+        for kind in ("none", "int8", "nf4")
+    ]
+
+
+def table(found: list[dict[str, Any]]) -> str:
+    """Held-out losses: means over the seeds."""
+    lines = []
+    for one in found:
+        lines += [
+            f"\n{one['model']}, {one['steps']} steps",
+            "| | float32 | int8 | nf4 | fp4 |",
+            "|---|---|---|---|---|",
+        ]
+        by_kind = {base["precision"]: base for base in one["bases"]}
+        for key, form in (("weight_error", ".3f"), ("logits_error", ".3f"), ("loss", ".3f")):
+            cells = [f"{by_kind[kind][key]:{form}}" for kind in PRECISIONS]
+            lines.append(f"| the base: {key.replace('_', ' ')} | {' | '.join(cells)} |")
+        for method in METHODS:
+            rows = [entry for entry in one["runs"] if entry["method"] == method and not entry["search"]]
+            cells = []
+            for kind in PRECISIONS:
+                values = [entry["after"] for entry in rows if entry["precision"] == kind]
+                cells.append(f"{mean(values):.3f} ({min(values):.3f}-{max(values):.3f})" if values else "")
+            if rows:
+                lines.append(f"| {method}, rate {rows[0]['rate']:g} | {' | '.join(cells)} |")
+        swaps: dict[str, dict[str, float]] = {}
+        for swap in one["other_precision"]:
+            form = ", as exported LoRA" if swap["form"] != "adapter" else ""
+            name = f"{swap['method']}, trained on {swap['trained_on'].replace('none', 'float32')}{form}, used on"
+            swaps.setdefault(name, {})[swap["used_on"]] = swap["loss"]
+        for name, used in swaps.items():
+            lines.append(f"| {name} | {' | '.join(f'{used[kind]:.3f}' for kind in ('none', 'int8', 'nf4'))} | |")
+    return "\n".join(lines)
+
+
+def main() -> None:
+    torch.set_num_threads(1)
+    shared = Path(sys.argv[1] if len(sys.argv) > 1 else REPO.parent / "shared" / "data")
+    commit = subprocess.run(["git", "rev-parse", "HEAD"], capture_output=True, text=True, cwd=REPO).stdout.strip()
+    found: list[dict[str, Any]] = []
+    started = time.monotonic()
+    with tempfile.TemporaryDirectory() as temporary:
+        work = Path(temporary)
+        kept = json.loads((shared / "instruction" / "alpaca_5000.json").read_text())
+        fits = [record for record in kept if record["output"] and len(record["instruction"] + record["input"]) < 60]
+        (work / "records.json").write_text(json.dumps(fits[:1500]))
+        for name in PLANS:
+            folder = shared / "models" / name
+            if not folder.exists():
+                folder = random_spectrum(work / "random", shared / "models" / "stories260K")
+            found.append(compare(name, folder, work))
+            head = {
+                "date": time.strftime("%Y-%m-%d"),
+                "commit": commit,
+                "machine": f"{platform.machine()}, 1 thread",
+                "seconds": round(time.monotonic() - started),
+                "versions": versions(),
+            }
+            RESULTS.write_text(json.dumps({**head, "models": found}, indent=1) + "\n")
+    print(table(found))
+
+
+if __name__ == "__main__":
+    main()
