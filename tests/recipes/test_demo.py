@@ -13,7 +13,7 @@ REPO = Path(__file__).resolve().parents[2]
 
 @pytest.mark.slow
 def test_the_demo_elicits_the_pretrained_skills(tmp_path):
-    """From under 15 % exact answers on held-out words to over 60 %, by training 3,584 numbers (measured: see README)."""
+    """From under 15 % exact answers on held-out words to over 60 %, by training 3,584 numbers."""
     command = [sys.executable, "recipes/llama2_alpaca_loldu.py", "--tiny", "--output", str(tmp_path / "run")]
 
     done = subprocess.run(

@@ -305,7 +305,16 @@ def test_processes_give_the_curve_of_one(small, processes, tmp_path):
     run(small, "test")
     many = with_run(small, output=str(tmp_path / "many"), cache=str(tmp_path / "cache2"))
 
-    launch = ["accelerate", "launch", "--multi_gpu", "--num_processes", str(processes), "--main_process_port", "0"]
+    launch = [
+        sys.executable,
+        "-m",
+        "accelerate.commands.launch",
+        "--multi_gpu",
+        "--num_processes",
+        str(processes),
+        "--main_process_port",
+        "0",
+    ]
     code, out = finish(start([*launch, str(RECIPE), *flags(many)], ACCELERATE_USE_CPU="true"))
 
     assert code == 0, out

@@ -5,6 +5,7 @@ All runs with several processes happen in three starts, in the fixtures; the tes
 
 import json
 import shutil
+import sys
 from dataclasses import replace
 
 import pytest
@@ -162,7 +163,13 @@ def test_the_adapter_of_every_sharding_loads_in_plain_peft_with_the_same_logits(
 def test_accelerate_launch_with_a_ready_file_gives_the_sharding_it_names(name, stories, alpaca_file, tmp_path):
     runs = Runs(tmp_path, stories, alpaca_file)
     runs.alone("one", change=short)
-    launch = ["accelerate", "launch", "--config_file", str(REPO / "recipes" / "accelerate" / f"{name}.yaml")]
+    launch = [
+        sys.executable,
+        "-m",
+        "accelerate.commands.launch",
+        "--config_file",
+        str(REPO / "recipes" / "accelerate" / f"{name}.yaml"),
+    ]
     options = flags(runs.config("many", change=short))
 
     code, out = finish(
