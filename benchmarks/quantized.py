@@ -244,6 +244,7 @@ def main() -> None:
                 "commit": commit,
                 "machine": f"{platform.machine()}, 1 thread",
                 "seconds": round(time.monotonic() - started),
+                "seeds": {model: seeds for model, (_, seeds) in PLANS.items()},
                 "versions": versions(),
             }
             RESULTS.write_text(json.dumps({**head, "models": found}, indent=1) + "\n")
