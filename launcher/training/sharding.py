@@ -141,13 +141,19 @@ class Replicated:
                 self.optimizer.state[parameter] = {"step": torch.tensor(float(found.step)), **moments}
 
     def whole_state(self) -> dict[str, Tensor]:
-        """The trained parameters and the saved buffers in full, by name, on every rank. Called by all ranks."""
-        whole = {name: parameter.detach() for name, parameter in self.parameters.items()}
-        whole = {
-            name: tensor.full_tensor() if isinstance(tensor, DTensor) else tensor for name, tensor in whole.items()
-        }
+        """The trained parameters and the saved buffers in full, by name, on every rank. Called by all ranks.
+
+        What several modules share (VeRA's projections, Uni-LoRA's numbers) is there under each of its names.
+        """
+        values: dict[int, Tensor] = {}
+        for parameter in self.parameters.values():
+            value = parameter.detach()
+            values[id(parameter)] = value.full_tensor() if isinstance(value, DTensor) else value
+        parameters = self.model.named_parameters(remove_duplicate=False)
+        whole = {name: values[id(parameter)] for name, parameter in parameters if id(parameter) in values}
         saved = self.model.state_dict().keys()
-        return whole | {name: buffer for name, buffer in self.model.named_buffers() if name in saved}
+        buffers = self.model.named_buffers(remove_duplicate=False)
+        return whole | {name: buffer for name, buffer in buffers if name in saved}
 
     def _piece(self, tensor: Tensor) -> Piece | None:
         return Piece.whole(tensor) if self.ranks.is_main else None
