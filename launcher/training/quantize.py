@@ -12,7 +12,6 @@ from __future__ import annotations
 
 import importlib.metadata
 import json
-import logging
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any, Protocol, runtime_checkable
@@ -24,11 +23,8 @@ from transformers.pytorch_utils import Conv1D
 from adapters.checkpoint_files import list_tensors
 from launcher.training.sharding import size
 
-log = logging.getLogger(__name__)
-
 OLDEST = (0, 50)  # of bitsandbytes: the first that multiplies by 4-bit weights with 8-bit scales on every backend
 READABLE = ("F64", "F32", "F16", "BF16")  # as safetensors names them
-ROOM = 8  # numbers that 4 bits each fill a float32 with: a layer's count is a multiple, or it stays as it is
 
 
 def check_quantize(kind: str, sharding: str, *, cpu_offload: bool = False) -> None:
@@ -77,27 +73,25 @@ def check_base(folder: Path, kind: str) -> None:
             )
 
 
-def quantize_skeleton(base: Any, kind: str, dtype: torch.dtype, trained_whole: Iterable[str] = ()) -> None:
-    """Put quantised layers on meta in the place of the base's linear layers, in place. `fill` gives them their bytes.
+def linear_layers(base: Any, trained_whole: Iterable[str] = ()) -> dict[str, nn.Module]:
+    """The layers that are quantised, by name: every linear one but the output head and those that are trained whole.
 
     trained_whole: last parts of names of modules that keep their precision, since they are trained.
     """
-    from launcher.training.quantized_layers import EightBit, FourBit
-
     head, whole = base.get_output_embeddings(), set(trained_whole)
-    left = []
-    for name, module in list(base.named_modules()):
-        if type(module) not in (nn.Linear, Conv1D) or module is head or whole & set(name.split(".")):
-            continue
-        if kind != "int8" and module.weight.numel() % ROOM:
-            left.append(name)
-            continue
-        layer = EightBit(module, kind, dtype) if kind == "int8" else FourBit(module, kind, dtype)
-        base.set_submodule(name, layer)
-    if left:
-        log.warning(
-            "%d layers do not fill whole bytes of %s and stay in %s: %s", len(left), kind, dtype, ", ".join(left)
-        )
+    return {
+        name: module
+        for name, module in base.named_modules()
+        if type(module) in (nn.Linear, Conv1D) and module is not head and not whole & set(name.split("."))
+    }
+
+
+def quantize_skeleton(base: Any, kind: str, dtype: torch.dtype, trained_whole: Iterable[str] = ()) -> None:
+    """Put quantised layers on meta in the place of the base's linear layers, in place. `fill` gives them their bytes."""
+    from launcher.training.quantized_layers import LAYERS
+
+    for name, module in linear_layers(base, trained_whole).items():
+        base.set_submodule(name, LAYERS[kind](module, kind, dtype))
     # What transformers sets: PEFT and save_pretrained go by it.
     base.is_quantized = True
     base.is_loaded_in_8bit, base.is_loaded_in_4bit = kind == "int8", kind != "int8"

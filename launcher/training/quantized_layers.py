@@ -24,17 +24,18 @@ OUTLIER = 6.0
 class FourBit(bnb.nn.Linear4bit):
     """NF4 or FP4 in blocks of 64 numbers whose scales take 8 bits (arXiv 2305.14314).
 
-    weight is a column (m n / 2 / itemsize, 1) of packed bytes seen as the compute dtype, since some engines shard only
-    floating numbers. Whoever casts it destroys it.
+    weight is a column (m n / 2, 1) of bytes, uint8: fully_shard spreads a frozen parameter of any dtype. The engines
+    before it could spread floating numbers alone, and packed bytes shown to them as bfloat16 have been reported to come
+    back changed where they look like NaN (bitsandbytes issue 1945). Whoever casts the column destroys it.
     """
 
     def __init__(self, like: Any, kind: str, dtype: torch.dtype):
         self.transposed, self.from_shape = isinstance(like, Conv1D), tuple(like.weight.shape)
         m, n = self.from_shape[::-1] if self.transposed else self.from_shape
-        super().__init__(n, m, False, dtype, quant_type=kind, quant_storage=dtype, device=torch.device("meta"))
+        super().__init__(n, m, False, dtype, quant_type=kind, device=torch.device("meta"))
         self.bias = like.bias
         self.kind = kind
-        packed = torch.empty(m * n // 2 // dtype.itemsize, 1, dtype=dtype, device="meta")
+        packed = torch.empty(-(-m * n // 2), 1, dtype=torch.uint8, device="meta")
         self.weight: Any = nn.Parameter(packed, requires_grad=False)
         # Else, on a CPU with AVX512-BF16, the first pass without gradients packs the bytes another way in place.
         self.support_avx512bf16_for_cpu = False
@@ -44,11 +45,11 @@ class FourBit(bnb.nn.Linear4bit):
 
         Byte for byte what bitsandbytes makes of the whole weight at once.
         """
-        column = torch.empty(self.weight.shape, dtype=self.quant_storage, device=device)
+        column = torch.empty(self.weight.shape, dtype=torch.uint8, device=device)
         at = 0
         scales: list[Tensor] = []
         for rows in _by_rows(stored, self.transposed, device, self.compute_dtype):
-            packed, state = quantize_4bit(rows, quant_type=self.kind, quant_storage=self.quant_storage)
+            packed, state = quantize_4bit(rows, quant_type=self.kind)
             column[at : at + len(packed)] = packed
             at += len(packed)
             scales.append(state.absmax)
@@ -70,7 +71,7 @@ class FourBit(bnb.nn.Linear4bit):
     def keep(self, filled: nn.Parameter) -> None:
         """Take the whole packed column, in the parameter class that PEFT knows; under a sharding engine bitsandbytes
         makes it at each forward pass, from the layer's scales."""
-        how: Any = {"quant_type": self.kind, "quant_storage": self.quant_storage, "bnb_quantized": True}
+        how: Any = {"quant_type": self.kind, "bnb_quantized": True}
         self.weight = bnb.nn.Params4bit(filled.data, quant_state=self.quant_state, module=self, **how)
 
 
@@ -110,6 +111,9 @@ class EightBit(bnb.nn.Linear8bitLt):
         # make a sample's loss depend on the others in its batch (by 0.003). On a GPU it changes nothing, and they do.
         self.state.is_training, self.state.CB = True, self.weight
         return bnb.matmul(x, self.weight, bias=self.bias, state=self.state)
+
+
+LAYERS: dict[str, Any] = {"int8": EightBit, "nf4": FourBit, "fp4": FourBit}
 
 
 def _by_rows(stored: Any, transposed: bool, device: torch.device, dtype: torch.dtype) -> Iterator[Tensor]:
