@@ -44,24 +44,27 @@ def lu_of_panel(panel: Tensor, pivots: Tensor | None = None) -> tuple[Tensor, Te
 
     Raises ValueError for NaN or infinite entries, a zero pivot, or pivots that do not fit the panel.
     """
-    panel = panel if panel.dtype == torch.float64 else panel.float()
-    m, r = panel.shape
+    (m, r), wide = panel.shape, torch.promote_types(panel.dtype, torch.float32)
     if not torch.isfinite(panel).all():
         bad = int((~torch.isfinite(panel)).sum())
         raise ValueError(f"{bad} of the {panel.numel()} numbers in its first {r} columns are NaN or infinite")
-    packed, swaps, _ = torch.linalg.lu_factor_ex(panel)
+    tiny = m * torch.finfo(wide).eps * float(panel.abs().max())
+    # LAPACK works by columns and in place: one copy of the panel in that order, and beside it only the result
+    packed = torch.empty(r, m, dtype=wide, device=panel.device).copy_(panel.detach().T).T
+    swaps, info = (torch.empty(size, dtype=torch.int32, device=panel.device) for size in (r, ()))
+    torch.linalg.lu_factor_ex(packed, out=(packed, swaps, info))
     order = _permutation(swaps, m)
     if pivots is None or pivots.tolist() == order[:r].tolist():
-        pivots, lower = order[:r], torch.empty_like(packed)
+        pivots, lower = order[:r], torch.empty(m, r, dtype=wide, device=panel.device)
         lower[order] = packed
     else:
         pivots = pivots.to(panel.device, torch.long)
         if not len(set(pivots.tolist())) == len(pivots) == r or int(pivots.min()) < 0 or int(pivots.max()) >= m:
             raise ValueError(f"its {len(pivots)} saved pivots are not {r} different rows out of {m}")
+        panel = panel.to(wide)
         packed = _eliminate(panel[pivots])
         lower = torch.linalg.solve_triangular(packed.triu(), panel, upper=True, left=False)
     upper = packed[:r].triu()
-    tiny = m * torch.finfo(panel.dtype).eps * panel.abs().max()
     zeros = (~(upper.diagonal().abs() > tiny)).nonzero()  # written so that NaN counts
     if len(zeros):
         raise ValueError(

@@ -19,6 +19,7 @@ from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor, wait
 from contextlib import suppress
 from dataclasses import dataclass
+from itertools import zip_longest
 from math import prod
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -140,8 +141,10 @@ def factorize(
     # Work goes on in a second thread, so that this one can speak and listen while a long factorisation runs.
     pool = ThreadPoolExecutor(1, thread_name_prefix="factorize")
     try:
-        for request in mine:
+        for request, next_one in zip_longest(mine, mine[1:]):
             future = pool.submit(make, request, folder, device or own_device(party.ranks.local_rank))
+            if next_one is not None:
+                ask_for(next_one.tensor)
             while not wait([future], timeout=BEAT_S).done:
                 watch.beat(len(made), request.module)
             made[request.module] = future.result()
@@ -171,14 +174,11 @@ def make(request: FactorRequest, folder: Path, device: torch.device | None = Non
 
     Raises ValueError naming module, tensor, file and the remedy.
     """
-    # By slice: a panel of 4096 x 4096 in bfloat16 takes 1.7 ms (r = 64) or 2.7 ms (r = 1024) from the page cache and
-    # 14 ms from a cold local disk; one sequential read of the whole weight takes 23 ms and 32 ms. The cold disk serves
-    # all 33.6 MB either way (read-ahead), but a slice comes through the memory map and only r columns are copied.
     opened, recipe = _open_matrix(request.tensor), _recipe(request)
     if request.needs_all:
         stored = opened[:].contiguous()
-    else:
-        stored = (opened[: request.rank] if request.transposed else opened[:, : request.rank]).contiguous()
+    else:  # a view of the file: the disk reads ahead anyway, but only r columns ever become memory
+        stored = opened[: request.rank] if request.transposed else opened[:, : request.rank]
     # the probe belongs to the key: it is one of the factors, and the panel does not decide it
     probe = probe_digest(_Turned(opened) if request.transposed else opened, request.shape)
     key = cache.content_key(recipe, stored, probe)
@@ -201,8 +201,11 @@ def make(request: FactorRequest, folder: Path, device: torch.device | None = Non
             "file": str(request.tensor.file),
             "rank": len(factors.values),
             "residual": _residual(request, on_device, factors),
-            "norms": {"panel": float(on_device.float().norm()), "write": float(factors.write.norm())}
-            | {"read": float(factors.read.norm())},
+            "norms": {
+                "panel": float(on_device.float().norm()),
+                "write": float(factors.write.norm()),
+                "read": float(factors.read.norm()),
+            },
             "device": torch.cuda.get_device_name(on_device.device) if on_device.is_cuda else "cpu",
         }
         dtype = getattr(torch, request.dtype)
@@ -212,6 +215,19 @@ def make(request: FactorRequest, folder: Path, device: torch.device | None = Non
             raise ValueError(f"{where}: {error}") from error
     cache.remember(folder, _identity(request), key)
     return Factored(key, made, len(factors.values) if made else _rank(folder, key))
+
+
+def ask_for(info: TensorInfo) -> None:
+    """Let the disk read a tensor while another is factored: a hint to the system, that nothing waits for.
+
+    The whole of it: rows are as long as a page or two, so a slice of columns touches every page or every other one, and
+    reading on is quicker than jumping (4096 x 4096, r = 64, row by row: 2.3 times fewer bytes in 14 times the time).
+    """
+    with suppress(OSError, ValueError, LookupError), open(info.file, "rb") as file:
+        header_bytes = int.from_bytes(file.read(8), "little")
+        first, last = json.loads(file.read(header_bytes))[info.name]["data_offsets"]
+        if hasattr(os, "posix_fadvise"):  # not on macOS
+            os.posix_fadvise(file.fileno(), 8 + header_bytes + first, last - first, os.POSIX_FADV_WILLNEED)
 
 
 def factors_of(request: FactorRequest, folder: Path, rows: slice = slice(None)) -> Factors:
