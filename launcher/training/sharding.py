@@ -211,9 +211,15 @@ def shard(model: nn.Module, mesh: DeviceMesh, *, cpu_offload: bool = False) -> N
     """
     base = _base(model)  # the root, since generate() calls it and not PEFT's wrapper
     policy = CPUOffloadPolicy() if cpu_offload else OffloadPolicy()
-    for layer in decoder_layers(base):
-        fully_shard(layer, mesh=mesh, offload_policy=policy)
-    fully_shard(base, mesh=mesh, offload_policy=policy)
+    units: list[Any] = [*decoder_layers(base), base]
+    for unit in units:
+        fully_shard(unit, mesh=mesh, offload_policy=policy)
+        if mesh.device_type == "cpu":
+            # Gloo gathers into a buffer of its own and copies: with what torch fetches ahead for overlap, which gloo
+            # has none of, three layers would be in memory. So: fetch nothing ahead (a unit that fetches itself), and
+            # let no gathered bytes outlive their copy (as torch does where it overlaps the next gather).
+            unit.set_modules_to_backward_prefetch([unit])
+            unit._set_unshard_async_op(True)
 
 
 def decoder_layers(base: Any) -> list[nn.Module]:
