@@ -16,7 +16,8 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -178,17 +179,21 @@ def write_file(file: str, text: str) -> bool:
     return True
 
 
-def read_file(file: str, expected: str, limit_s: float = 10.0) -> str | None:
-    """The file's text, once it is the expected one or limit_s has passed; None where there is none."""
+def unseen(files: dict[str, str], limit_s: float = 10.0) -> list[str]:
+    """Those of the files that do not hold their text, also not after limit_s."""
     deadline = time.monotonic() + limit_s
     while True:
-        try:
-            text: str | None = Path(file).read_text()
-        except OSError:
-            text = None
-        if text == expected or time.monotonic() > deadline:
-            return text
+        left = [file for file, text in files.items() if text_of(file) != text]
+        if not left or time.monotonic() > deadline:
+            return left
         time.sleep(0.2)
+
+
+def text_of(file: str) -> str | None:
+    try:
+        return Path(file).read_text()
+    except OSError:
+        return None
 
 
 def remove_folder(folder: str) -> bool:
@@ -214,15 +219,26 @@ def listen(port: int, seconds: float) -> bool:
     return True
 
 
-def connect(address: str, port: int, limit_s: float = 5.0) -> float:
-    """Milliseconds until a connection stands."""
+def connect(addresses: dict[str, str], port: int, limit_s: float = 5.0) -> dict[str, float | str]:
+    """By name the milliseconds until a connection stands, or why there is none. All at once."""
+    return together(lambda name: connect_one(addresses[name], port, limit_s), addresses)
+
+
+def connect_one(address: str, port: int, limit_s: float) -> float | str:
     began = time.monotonic()
-    socket.create_connection((address, port), timeout=limit_s).close()
+    try:
+        socket.create_connection((address, port), timeout=limit_s).close()
+    except OSError as error:
+        return str(error)
     return (time.monotonic() - began) * 1e3
 
 
-def import_package(name: str, limit_s: float = 120.0) -> str:
-    """Nothing where `import name` works; else why not. In a process of its own: some crash."""
+def import_packages(names: list[str], limit_s: float = 120.0) -> dict[str, str]:
+    """By name nothing where `import name` works, else why not. Each in a process of its own: some crash."""
+    return together(lambda name: import_one(name, limit_s), names)
+
+
+def import_one(name: str, limit_s: float) -> str:
     words = [sys.executable, "-c", f"import {name}"]
     try:
         done = subprocess.run(words, capture_output=True, text=True, timeout=limit_s)
@@ -230,6 +246,13 @@ def import_package(name: str, limit_s: float = 120.0) -> str:
         return f"no end of `import {name}` in {limit_s:.0f} s"
     lines = done.stderr.strip().splitlines()
     return "" if done.returncode == 0 else (lines[-1] if lines else f"it ended with {done.returncode}")
+
+
+def together(do: Callable[[str], Any], names: Iterable[str]) -> dict[str, Any]:
+    """do(name) for all names at once, by name."""
+    names = list(names)
+    with ThreadPoolExecutor(max(1, len(names))) as pool:
+        return dict(zip(names, pool.map(do, names), strict=True))
 
 
 def all_reduce(
@@ -269,10 +292,10 @@ def all_reduce(
 ORDERS: dict[str, Callable[..., Any]] = {
     "facts": facts,
     "write": write_file,
-    "read": read_file,
+    "unseen": unseen,
     "listen": listen,
     "connect": connect,
-    "import": import_package,
+    "import": import_packages,
     "all_reduce": all_reduce,
     "remove": remove_folder,
     "ping": time.time,

@@ -3,8 +3,11 @@ function each; what starts a recipe hands on the recipe's own options unread."""
 
 from __future__ import annotations
 
+import difflib
+import shlex
 from collections.abc import Sequence
-from typing import Annotated, Literal
+from dataclasses import fields
+from typing import Annotated, Any, Literal
 
 import tyro
 
@@ -111,6 +114,7 @@ def doctor(
     ssh_config: str | None = None,
     folder: str = ".",
     port: int = 29500,
+    quick: bool = False,
     json: bool = False,
 ) -> int:
     """Check this machine, the hosts of a file, or the nodes of the Slurm job it is typed in. Exit code 1: a problem.
@@ -121,11 +125,14 @@ def doctor(
         ssh_config: ssh's configuration file, instead of the user's.
         folder: Folder that should be shared by all nodes, for runs and the factor cache.
         port: Port on which nodes must reach each other.
+        quick: Leave out importing flash-attn, bitsandbytes and deepspeed, which takes longest.
         json: As JSON.
     """
     from launcher.cluster.doctor import doctor as examine
 
-    return examine(hostfile, ssh_port=ssh_port, ssh_config=ssh_config, folder=folder, port=port, as_json=json)
+    return examine(
+        hostfile, ssh_port=ssh_port, ssh_config=ssh_config, folder=folder, port=port, quick=quick, as_json=json
+    )
 
 
 def simulate_preempt(run: Run, *, how: Literal["warning", "requeue"] = "warning", timeout: float = 900.0) -> int:
@@ -145,15 +152,52 @@ NO_VALUE = ("--dry-run", "--no-dry-run", "--help", "-h")
 
 
 def split_recipe_options(name: str, arguments: Sequence[str]) -> tuple[list[str], tuple[str, ...]]:
-    """The own words of submit or launch, and the recipe's: behind the first --, for launch all behind RECIPE."""
+    """The own words of submit or launch, and the recipe's: behind the first --, for launch all behind RECIPE.
+
+    Raises ValueError, with the line to type, for an option on the wrong side.
+    """
     words = list(arguments)
     if name == "launch":
         at = 0
         while at < len(words) and words[at].startswith("-") and words[at] != "--":
             at += 1 if "=" in words[at] or words[at] in NO_VALUE else 2
-        options = words[at + 1 :]
-        return words[: at + 1], tuple(options[1:] if options[:1] == ["--"] else options)
-    if "--" in words:
-        at = words.index("--")
-        return words[:at], tuple(words[at + 1 :])
-    return words, ()
+        own, options = words[: at + 1], words[at + 1 :]
+        options = options[1:] if options[:1] == ["--"] else options
+    else:
+        at = words.index("--") if "--" in words else len(words)
+        own, options = words[:at], words[at + 1 :]
+    if not {"-h", "--help"} & set(own):
+        _check_sides(name, own, options)
+    return own, tuple(options)
+
+
+def _check_sides(name: str, own: Sequence[str], options: Sequence[str]) -> None:
+    """Raises ValueError where an own word is no option of the command, and for launch's hostfile among the recipe's."""
+    kind: Any = Resources if name == "submit" else Hosts
+    known = {f"--{field.name.replace('_', '-')}" for field in fields(kind)} | {"--name", *NO_VALUE}
+    recipe: list[str] = []
+    mine: list[str] = []
+    strange: list[str] = []
+    at = 0
+    while at < len(own):
+        flag, into, end = own[at].partition("=")[0].replace("_", "-"), recipe, at + 1
+        if flag in known:
+            into, end = mine, end + ("=" not in own[at] and flag not in NO_VALUE)
+        elif flag.startswith("-"):
+            into = strange
+            while end < len(own) and not own[end].startswith("-"):
+                end += 1
+        into += own[at:end]
+        at = end
+    if name == "launch" and not strange and "--hostfile" in {word.partition("=")[0] for word in options}:
+        raise ValueError("--hostfile stands before RECIPE: loldu launch --hostfile FILE RECIPE RECIPE OPTIONS")
+    if not strange:
+        return
+    flag = strange[0].partition("=")[0]
+    if near := difflib.get_close_matches(flag, known, n=1, cutoff=0.75):
+        raise ValueError(f"loldu {name} has no option {flag}: did you mean {near[0]}? (loldu {name} --help)")
+    if not recipe and len(strange) > 1 and not strange[-1].startswith("-"):
+        recipe = [strange.pop()]  # it stood behind the strange option
+    where, between = ("behind --", ["--"]) if name == "submit" else ("behind RECIPE", [])
+    line = shlex.join(["loldu", name, *mine, *recipe, *between, *strange, *options])
+    raise ValueError(f"loldu {name} has no option {flag}. A recipe's own options stand {where}; type:\n  {line}")

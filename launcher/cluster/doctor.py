@@ -14,11 +14,13 @@ from pathlib import Path
 from typing import Any
 
 from launcher.cluster import hostfile as hostfiles
+from launcher.cluster.agent import together
 from launcher.cluster.environment import differences
 from launcher.cluster.fleet import AGENT, Fleet, by_srun, over_ssh
 from launcher.cluster.slurm import ask
 
 GREET_S = 60.0
+SHARED_S = 5.0  # a network file system may take so long to show what another node wrote
 SKEW_S = 2.0  # more, and file times and logs mislead
 FREE_GB = 5.0
 SLOW = 3.0  # a pair this many times slower than the middle one is named
@@ -48,12 +50,14 @@ def doctor(
     ssh_config: str | None = None,
     folder: str = ".",
     port: int = 29500,
+    quick: bool = False,
     as_json: bool = False,
 ) -> int:
     """Examine, print, and return 0, or 1 where something is BAD."""
     lines = nodes(hostfile, ssh_port, ssh_config)
     with Fleet(lines) as fleet:
-        findings = examine(fleet, os.path.abspath(folder), port, progress=print_progress if not as_json else None)
+        say = print_progress if not as_json else None
+        findings = examine(fleet, os.path.abspath(folder), port, quick=quick, progress=say)
     bad = [finding for finding in findings if finding.result == BAD]
     if as_json:
         print(json.dumps({"ok": not bad, "nodes": list(lines), "findings": [asdict(f) for f in findings]}, indent=2))
@@ -84,8 +88,13 @@ def print_progress(text: str) -> None:
     print(f"… {text}", file=sys.stderr, flush=True)
 
 
-def examine(fleet: Fleet, folder: str, port: int, progress: Callable[[str], None] | None = None) -> list[Finding]:
-    """All checks on all nodes; a node that does not answer is a finding, and the others go on."""
+def examine(
+    fleet: Fleet, folder: str, port: int, *, quick: bool = False, progress: Callable[[str], None] | None = None
+) -> list[Finding]:
+    """All checks on all nodes; a node that does not answer is a finding, and the others go on.
+
+    quick leaves out importing the optional packages.
+    """
     say = progress or (lambda text: None)
     say("reaching the nodes, reading versions and devices")
     problems = fleet.greet(GREET_S)
@@ -98,8 +107,9 @@ def examine(fleet: Fleet, folder: str, port: int, progress: Callable[[str], None
         return findings
     findings += check_environment(facts) + check_gpus(facts) + check_disk(facts)
     findings += check_clocks(fleet, names)
-    say("importing the optional packages")
-    findings += check_optional(fleet, facts)
+    if not quick:
+        say("importing the optional packages")
+        findings += check_optional(fleet, facts)
     if len(names) > 1:
         say(f"writing and reading {folder} on every node")
         findings += check_folder(fleet, names, folder)
@@ -170,18 +180,21 @@ def check_disk(facts: Mapping[str, Mapping[str, Any]]) -> list[Finding]:
 
 def check_clocks(fleet: Fleet, names: Sequence[str]) -> list[Finding]:
     """Against this machine's clock; half the question's time is the uncertainty, the quickest of three counts."""
-    findings = []
-    for name in names:
+
+    def ask(name: str) -> tuple[float, float]:
         best = (float("inf"), 0.0)
         for _ in range(3):
             began = time.time()
             try:
                 there = fleet.agents[name].ask("ping", 20.0)
             except Exception:
-                continue
+                break
             took = time.time() - began
             best = min(best, (took, there - began - took / 2))
-        took, skew = best
+        return best
+
+    findings = []
+    for name, (took, skew) in together(ask, names).items():
         if took == float("inf"):
             findings.append(Finding("clock", name, BAD, "no answer in 20 s", "it is very slow: look at its load"))
         elif abs(skew) > SKEW_S + took:
@@ -193,17 +206,21 @@ def check_clocks(fleet: Fleet, names: Sequence[str]) -> list[Finding]:
 
 def check_optional(fleet: Fleet, facts: Mapping[str, Mapping[str, Any]]) -> list[Finding]:
     """Ready, or why not. Missing packages are no fault."""
+
+    def installed(versions: Mapping[str, str]) -> list[str]:
+        return [module for package, (module, _) in OPTIONAL.items() if versions[package] != "missing"]
+
+    orders = {name: {"names": installed(fact["environment"])} for name, fact in facts.items()}
+    errors, lost = fleet.ask_all("import", 150.0, orders)
     findings = []
     for package, (module, remedy) in OPTIONAL.items():
-        here = {name: fact["environment"][package] for name, fact in facts.items()}
-        found = {name: {"name": module} for name, version in here.items() if version != "missing"}
-        errors, lost = fleet.ask_all("import", 150.0, found)
-        for name, version in here.items():
+        for name, fact in facts.items():
+            version = fact["environment"][package]
             if version == "missing":
                 findings.append(Finding(package, name, NOTE, "not installed", remedy))
-            elif reason := errors.get(name) or lost.get(name):
+            elif reason := lost.get(name) or errors[name][module]:
                 findings.append(Finding(package, name, NOTE, f"{version}, not ready: {reason}", remedy))
-            elif package == "flash-attn" and not facts[name]["gpus"]:
+            elif package == "flash-attn" and not fact["gpus"]:
                 findings.append(Finding(package, name, NOTE, f"{version}, but no GPU: attention is SDPA"))
             else:
                 findings.append(Finding(package, name, OK, f"{version}, ready"))
@@ -216,22 +233,16 @@ def check_folder(fleet: Fleet, names: Sequence[str], folder: str) -> list[Findin
     orders = {name: {"file": str(place / name), "text": name} for name in names}
     _, unwritten = fleet.ask_all("write", 30.0, orders)
     findings = [Finding("shared folder", name, BAD, f"cannot write: {text}", f"see the rights of {folder}") for name, text in unwritten.items()]  # fmt: skip  # noqa: E501
-    unseen: dict[str, list[str]] = {name: [] for name in names}
-    for writer in names:
-        if writer not in unwritten:
-            order = {"file": str(place / writer), "expected": writer, "limit_s": 5.0}
-            texts, _ = fleet.ask_all("read", 30.0, dict.fromkeys(names, order))
-            for reader in names:
-                if texts.get(reader) != writer:
-                    unseen[reader].append(writer)
-    for reader, writers in unseen.items():
-        if writers:
+    files = {str(place / name): name for name in names if name not in unwritten}
+    unseen, unread = fleet.ask_all("unseen", 30.0, {name: {} for name in names}, files=files, limit_s=SHARED_S)
+    for name in names:
+        missing = [files[file] for file in unseen.get(name, files)]
+        if missing:
             remedy = f"{folder} is not one folder on all nodes: give --folder on the shared file system"
-            findings.append(
-                Finding("shared folder", reader, BAD, f"does not see what {', '.join(writers)} wrote", remedy)
-            )
-        elif reader not in unwritten:
-            findings.append(Finding("shared folder", reader, OK, f"sees all of {folder}"))
+            found = unread.get(name) or f"does not see what {', '.join(missing)} wrote"
+            findings.append(Finding("shared folder", name, BAD, found, remedy))
+        elif name not in unwritten:
+            findings.append(Finding("shared folder", name, OK, f"sees all of {folder}"))
     fleet.ask_all("remove", 30.0, {name: {"folder": str(place)} for name in names})
     return findings
 
@@ -247,20 +258,20 @@ def addresses(facts: Mapping[str, Mapping[str, Any]]) -> dict[str, str]:
 
 def check_ports(fleet: Fleet, names: Sequence[str], reached: Mapping[str, str], port: int) -> list[Finding]:
     """Each node opens the port, each other connects to it."""
-    findings, waiting = [], 8.0 + 2.0 * len(names)
-    _, taken = fleet.ask_all("listen", 20.0, {name: {"port": port, "seconds": waiting} for name in names})
+    findings = []
+    _, taken = fleet.ask_all("listen", 20.0, {name: {} for name in names}, port=port, seconds=20.0)
     for name, text in taken.items():
         findings.append(Finding("port", name, BAD, f"{port}: {text}", "another program holds it: give another --port"))
+    targets = {name: {other: reached[other] for other in names if other not in (name, *taken)} for name in names}
+    times, lost = fleet.ask_all("connect", 20.0, {name: {"addresses": to} for name, to in targets.items()}, port=port)
     for server in names:
-        if server in taken:
-            continue
-        order = {"address": reached[server], "port": port, "limit_s": 5.0}
-        times, failed = fleet.ask_all("connect", 20.0, {name: order for name in names if name != server})
+        seen = {name: lost.get(name) or times[name][server] for name in names if server in targets[name]}
+        failed = {name: answer for name, answer in seen.items() if isinstance(answer, str)}
         for client, text in failed.items():
             remedy = f"open port {port} and those above 32767 between the nodes (firewall on {server}), or correct its name"  # fmt: skip  # noqa: E501
             findings.append(Finding("port", f"{client} -> {server}", BAD, f"{reached[server]}:{port}: {text}", remedy))
-        if times and not failed:
-            findings.append(Finding("port", server, OK, f"{port} open for all others, {max(times.values()):.1f} ms"))
+        if seen and not failed:
+            findings.append(Finding("port", server, OK, f"{port} open for all others, {max(seen.values()):.1f} ms"))
     return findings
 
 

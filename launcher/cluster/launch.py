@@ -85,7 +85,7 @@ def check(fleet: Fleet, hosts: Sequence[Host], recipe: Path, run: Path, attempt:
     _refuse(problems)
     head = facts[hosts[0].name]
     gpus = any(fact["gpus"] for fact in facts.values())
-    seen, unread = fleet.ask_all("read", 30.0, file=str(run / "logs" / "attempt"), expected=attempt)
+    unseen, unread = fleet.ask_all("unseen", 30.0, files={str(run / "logs" / "attempt"): attempt})
     for host in hosts:
         fact, wrong = facts[host.name], []
         differ = differences(fact["environment"], head["environment"])
@@ -93,7 +93,7 @@ def check(fleet: Fleet, hosts: Sequence[Host], recipe: Path, run: Path, attempt:
             wrong.append(f"differs from {hosts[0].name}: {'; '.join(differ)}: install the same on all hosts")
         if gpus and len(fact["gpus"]) <= max(host.slots):
             wrong.append(f"slots={max(host.slots) + 1}, but it has {len(fact['gpus'])} GPUs: correct the hostfile")
-        if seen.get(host.name) != attempt:
+        if unseen.get(host.name) != []:
             wrong.append(f"does not see {run}: start on a file system that all hosts share ({unread.get(host.name, 'no such file')})")  # fmt: skip  # noqa: E501
         if wrong:
             problems[host.name] = "; ".join(wrong)

@@ -53,7 +53,7 @@ def run_folder(name: str | None, recipe: Path, options: Sequence[str]) -> Path:
     output = option("--output", options)
     if output is not None and name is not None:
         raise ValueError(f"--name {name} and the recipe's --output {output} both name the run folder: give one")
-    folder = Path(output) if output is not None else RUNS / safe_name(name or default_name(recipe))
+    folder = Path(output) if output is not None else RUNS / safe_name(default_name(recipe) if name is None else name)
     return Path(os.path.abspath(folder))
 
 

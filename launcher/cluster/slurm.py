@@ -42,8 +42,11 @@ class Resources:
     time: str | None = None
     """Time limit, as Slurm writes it: 30, 12:00:00 or 2-00:00:00. Without it the partition's default."""
     partition: str | None = None
+    """Queue of the site; sinfo lists them."""
     account: str | None = None
+    """Whom the time is charged to."""
     qos: str | None = None
+    """Quality of service, where the site has several."""
     constraint: str | None = None
     """Features the nodes must have, such as "a100&nvlink"."""
     sbatch: tuple[str, ...] = ()
@@ -363,21 +366,49 @@ ENDED = {
 }  # fmt: skip
 
 
+def job_states(asked: Sequence[tuple[Mapping[str, Any], str | None]], run: Run = subprocess.run) -> list[JobState]:
+    """What Slurm says about jobs (each a job.json, and an array's task or None for all of it), in their order.
+
+    One question however many: to scontrol while it remembers, then to accounting, where there is one, for the others.
+    """
+    found: dict[int, JobState] = {}
+    for cluster in dict.fromkeys(known.get("cluster") or "" for known, _ in asked):
+        where = ["-M", cluster] if cluster else []
+        left = {at: (known["job_id"], task) for at, (known, task) in enumerate(asked) if (known.get("cluster") or "") == cluster}  # fmt: skip  # noqa: E501
+        one = [job + (f"_{task}" if task is not None else "") for job, task in left.values()] if len(left) == 1 else []
+        answer = ask(["scontrol", *where, "-o", "show", "job", *one], run)
+        _sort_in(found, left, parse_scontrol(answer.stdout) if answer.returncode == 0 else [])
+        if left and (run is not subprocess.run or shutil.which("sacct")):
+            jobs = ",".join(dict.fromkeys(job for job, _ in left.values()))
+            answer = ask(["sacct", *where, "-n", "-P", "-X", "-j", jobs, "-o", "JobID,State,NodeList,Restarts"], run)
+            _sort_in(found, left, parse_sacct(answer.stdout) if answer.returncode == 0 else [])
+        for at, (job, task) in left.items():
+            job_id = job + (f"_{task}" if task is not None else "")
+            found[at] = JobState(job_id, "UNKNOWN", "Slurm has forgotten it")
+    return [found[at] for at in range(len(asked))]
+
+
+def _sort_in(found: dict[int, JobState], left: dict[int, tuple[str, str | None]], states: Sequence[JobState]) -> None:
+    """Move what the states answer from left to found; of several tasks a living one speaks for the array."""
+    by_job: dict[str, list[JobState]] = {}
+    for state in states:
+        by_job.setdefault(state.job_id.partition("_")[0], []).append(state)
+    for at, (job, task) in list(left.items()):
+        mine = [state for state in by_job.get(job, []) if task is None or _holds(state.job_id.partition("_")[2], task)]
+        if mine:
+            found[at] = next((state for state in mine if state.alive), mine[0])
+            del left[at]
+
+
+def _holds(tasks: str, task: str) -> bool:
+    """Whether Slurm's list of array tasks, `3` or `0-4,7%2`, has this one. A job without tasks is all of them."""
+    ends = [part.split("-") for part in tasks.strip("[]").partition("%")[0].split(",")]
+    return tasks == "" or any(int(end[0]) <= int(task) <= int(end[-1]) for end in ends)
+
+
 def job_state(known: Mapping[str, Any], run: Run = subprocess.run, task: str | None = None) -> JobState | None:
-    """What Slurm says about the job of a job.json: scontrol while it remembers, then accounting where there is one."""
-    if not known:
-        return None
-    where = ["-M", known["cluster"]] if known.get("cluster") else []
-    job_id = known["job_id"] + (f"_{task}" if task is not None else "")
-    answer = ask(["scontrol", *where, "-o", "show", "job", job_id], run)
-    states = parse_scontrol(answer.stdout) if answer.returncode == 0 else []
-    if not states and (run is not subprocess.run or shutil.which("sacct")):
-        answer = ask(["sacct", *where, "-n", "-P", "-X", "-j", job_id, "-o", "JobID,State,NodeList,Restarts"], run)
-        states = parse_sacct(answer.stdout) if answer.returncode == 0 else []
-    if not states:
-        return JobState(job_id, "UNKNOWN", "Slurm has forgotten it")
-    alive = [state for state in states if state.alive]
-    return (alive or states)[0]
+    """What Slurm says about the job of a job.json; None for an empty one."""
+    return job_states([(known, task)], run)[0] if known else None
 
 
 def parse_scontrol(text: str) -> list[JobState]:
@@ -420,20 +451,24 @@ def state_of(folder: Path, run: Run = subprocess.run) -> JobState | None:
 def status(given: Sequence[str] = (), *, as_json: bool = False, run: Run = subprocess.run) -> int:
     """Print how the named runs stand, or all of runs/. Returns an exit code."""
     folders = [runs.find_run(one) for one in given] if given else runs.all_runs()
+    tops = {
+        folder: top
+        for top in folders
+        for folder in sorted(top.glob("task-*"), key=lambda path: int(path.name[5:])) or [top]
+    }
     rows: list[dict[str, Any]] = []
-    for top in folders:
-        for folder in sorted(top.glob("task-*"), key=lambda path: int(path.name[5:])) or [top]:
-            state, step = _state_for_a_table(folder, run), runs.last_step(folder)
-            rows.append(
-                {
-                    "run": folder.name if folder == top else f"{top.name}/{folder.name}",
-                    "state": runs.read(folder / "state") or ("unknown" if state and not state.alive else "not started"),
-                    "step": step.get("step"), "loss": step.get("loss"), "saved_step": runs.checkpoint_step(folder),
-                    "job": state.job_id if state else None, "slurm": state.state if state else None,
-                    "reason": state.reason if state else "", "nodes": state.nodes if state else "",
-                    "restarts": state.restarts if state else 0, "folder": str(folder),
-                }
-            )  # fmt: skip
+    for (folder, top), state in zip(tops.items(), _states_for_a_table(list(tops), run), strict=True):
+        step = runs.last_step(folder)
+        rows.append(
+            {
+                "run": folder.name if folder == top else f"{top.name}/{folder.name}",
+                "state": runs.read(folder / "state") or ("unknown" if state and not state.alive else "not started"),
+                "step": step.get("step"), "loss": step.get("loss"), "saved_step": runs.checkpoint_step(folder),
+                "job": state.job_id if state else None, "slurm": state.state if state else None,
+                "reason": state.reason if state else "", "nodes": state.nodes if state else "",
+                "restarts": state.restarts if state else 0, "folder": str(folder),
+            }
+        )  # fmt: skip
     if as_json:
         print(json.dumps(rows, indent=2))
         return 0
@@ -446,7 +481,7 @@ def status(given: Sequence[str] = (), *, as_json: bool = False, run: Run = subpr
     names = ("run", "state", "step", "loss", "saved", "job", "Slurm", "nodes", "restarts")
     table = Table(*names)
     for row in rows:
-        slurm = f"{row['slurm'] or ''} {row['reason'] and '(' + row['reason'] + ')'}"
+        slurm = f"{row['slurm'] or ''} {row['reason'] and '(' + row['reason'] + ')'}".rstrip()
         loss = f"{row['loss']:.4f}" if row["loss"] is not None else ""
         cells = (row["run"], row["state"], row["step"], loss, row["saved_step"], row["job"], slurm, row["nodes"], row["restarts"])  # fmt: skip  # noqa: E501
         table.add_row(*("" if cell is None else str(cell) for cell in cells))
@@ -454,12 +489,15 @@ def status(given: Sequence[str] = (), *, as_json: bool = False, run: Run = subpr
     return 0
 
 
-def _state_for_a_table(folder: Path, run: Run) -> JobState | None:
-    """As state_of, but a machine without Slurm can still show what the run folder says."""
+def _states_for_a_table(folders: Sequence[Path], run: Run) -> list[JobState | None]:
+    """As state_of for each; a machine without Slurm can still show what the run folders say."""
+    known = [(runs.job_of(top), task) for top, task in map(task_of, folders)]
+    jobs = [job for job in known if job[0]]
     try:
-        return state_of(folder, run)
+        states = iter(job_states(jobs, run))
     except ValueError:
-        return JobState(runs.job_of(task_of(folder)[0])["job_id"], "UNKNOWN", "no answer from Slurm here")
+        states = iter(JobState(job["job_id"], "UNKNOWN", "no answer from Slurm here") for job, _ in jobs)
+    return [next(states) if job else None for job, _ in known]
 
 
 def cancel(given: str, *, run: Run = subprocess.run) -> int:

@@ -71,11 +71,11 @@ class Cluster:
         return dict(word.partition("=")[::2] for word in text.split() if "=" in word)
 
     def until(self, condition, what, timeout_s=180):
-        """Wait until condition() is true; generous, since the machine may be busy."""
+        """Wait until condition() is true; generous, since the machine may be busy. what says, when asked, for what."""
         deadline = time.monotonic() + timeout_s
         while not (value := condition()):
-            assert time.monotonic() < deadline, f"waited {timeout_s} s for {what}"
-            time.sleep(0.2)
+            assert time.monotonic() < deadline, f"waited {timeout_s} s for {what() if callable(what) else what}"
+            time.sleep(0.1)
         return value
 
     def ended(self, job_id, timeout_s=240):
@@ -86,7 +86,12 @@ class Cluster:
 
     def at_step(self, run, step, timeout_s=240):
         """Wait until the run has trained this step."""
-        self.until(lambda: len(read_losses(run)) >= step, f"step {step} of {run}: {said(run)}", timeout_s)
+
+        def trained():
+            assert not (run / "logs" / "failures").exists(), said(run)
+            return len(read_losses(run)) >= step
+
+        self.until(trained, lambda: f"step {step} of {run}: {said(run)}", timeout_s)
 
     def node_pid(self, node):
         """Process 1 of a node's namespaces, by its number here."""

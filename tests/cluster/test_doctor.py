@@ -133,7 +133,18 @@ def test_healthy_hosts_have_no_problem(cluster, ssh, tmp_path):
     assert problems == {}
     assert found["ok"]
     kinds = {f["check"] for f in found["findings"]}
-    assert kinds >= {"versions", "GPUs", "free disk", "clock", "flash-attn", "shared folder", "port", "all-reduce"}
+    assert kinds >= {
+        "bitsandbytes",
+        "deepspeed",
+        "versions",
+        "GPUs",
+        "free disk",
+        "clock",
+        "flash-attn",
+        "shared folder",
+        "port",
+        "all-reduce",
+    }
     (pair,) = (f for f in found["findings"] if f["check"] == "all-reduce")
     assert pair["where"] == "node1 + node2"
     assert "right" in pair["found"]
@@ -154,7 +165,7 @@ def test_a_sick_host_is_named_with_the_remedy(cluster, ssh, tmp_path):
     subprocess.run([*inside, "ip", "rule", "add", *rule], check=True)
     try:
         words = [sys.executable, "-c", ENTRY, "doctor", f"--hostfile={hostfile}", f"--ssh-config={ssh.config}"]
-        done = cluster.run(*words, f"--folder={own}", "--json", check=False)
+        done = cluster.run(*words, f"--folder={own}", "--quick", "--json", check=False)
     finally:
         subprocess.run([*inside, "ip", "rule", "del", *rule], check=True)
         subprocess.run([*inside, "umount", own], check=True)
@@ -171,7 +182,7 @@ def test_a_sick_host_is_named_with_the_remedy(cluster, ssh, tmp_path):
 @pytest.mark.slow
 def test_inside_a_slurm_job_its_nodes_are_examined(cluster, tmp_path):
     script = tmp_path / "job.sh"
-    script.write_text(f'#!/bin/bash\nexec {sys.executable} -c "$ENTRY" doctor --json --folder={tmp_path}\n')
+    script.write_text(f'#!/bin/bash\nexec {sys.executable} -c "$ENTRY" doctor --quick --json --folder={tmp_path}\n')
     log = tmp_path / "log"
 
     job = cluster.run("sbatch", "--parsable", "-N2", f"--output={log}", script, environ={"ENTRY": ENTRY}).stdout.strip()

@@ -9,13 +9,12 @@ from real_cluster import COUNT, RECIPE, losses, read_losses, said
 pytestmark = pytest.mark.slow
 
 
-@pytest.mark.parametrize("how", ["warning", "requeue"])
-def test_a_run_that_keeps_the_contract_survives(cluster, tmp_path, how):
+def test_a_warned_run_survives(cluster, tmp_path):
     run = tmp_path / "run"
     job = cluster.loldu("submit", COUNT, "--", f"--output={run}", "--steps=40").stdout.split()[1].rstrip(":")
     cluster.at_step(run, 2)
 
-    done = cluster.loldu("simulate-preempt", run, f"--how={how}", check=False, timeout_s=180)
+    done = cluster.loldu("simulate-preempt", run, check=False, timeout_s=180)
 
     assert done.returncode == 0, done.stdout + done.stderr + said(run)
     assert "it survived" in done.stdout
@@ -23,15 +22,37 @@ def test_a_run_that_keeps_the_contract_survives(cluster, tmp_path, how):
     assert len(losses(run)) == 40
 
 
-def test_a_run_that_may_not_come_back_is_told_apart(cluster, tmp_path):
+def test_a_run_requeued_without_warning_survives_and_once_finished_is_left_alone(cluster, tmp_path):
+    """Also the numbers are those of an uninterrupted run."""
+    whole, run = tmp_path / "whole", tmp_path / "run"
+    cluster.run(sys.executable, COUNT, f"--output={whole}", "--steps=30", "--seconds=0")
+    job = cluster.loldu("submit", COUNT, "--", f"--output={run}", "--steps=30").stdout.split()[1].rstrip(":")
+    cluster.at_step(run, 2)
+
+    done = cluster.loldu("simulate-preempt", run, "--how=requeue", check=False, timeout_s=180)
+    end = cluster.ended(job)
+    written = (run / "events.jsonl").stat().st_mtime_ns
+    cluster.run("scontrol", "requeue", job)
+    cluster.until(lambda: "already finished" in (run / "events").read_text(), lambda: f"the third start: {said(run)}")
+
+    assert done.returncode == 0, done.stdout + done.stderr + said(run)
+    assert (end, cluster.ended(job)) == ("COMPLETED", "COMPLETED")
+    assert losses(run) == losses(whole)
+    assert (run / "events.jsonl").stat().st_mtime_ns == written
+
+
+def test_a_run_that_may_not_come_back_is_told_apart_and_ends_saved(cluster, tmp_path):
     run = tmp_path / "run"
-    cluster.loldu("submit", COUNT, "--max-restarts=0", "--", f"--output={run}", "--steps=500")
+    words = ["submit", COUNT, "--max-restarts=0", "--", f"--output={run}", "--steps=500"]
+    job = cluster.loldu(*words).stdout.split()[1].rstrip(":")
     cluster.at_step(run, 2)
 
     done = cluster.loldu("simulate-preempt", run, check=False, timeout_s=180)
 
     assert done.returncode == 1
     assert "it did not come back: Slurm says FAILED" in done.stderr
+    assert cluster.job(job)["ExitCode"] == "75:0"
+    assert (run / "state").read_text() == "stopped\n"
 
 
 def test_a_run_outside_slurm_saves_and_is_not_promised_more(cluster, tmp_path):

@@ -4,7 +4,6 @@ import json
 import shlex
 import subprocess
 import sys
-import time
 from functools import partial
 from pathlib import Path
 
@@ -67,7 +66,7 @@ def test_a_preempted_run_saves_comes_back_and_has_the_same_curve(cluster, one_pr
     cluster.at_step(run, 3)
 
     cluster.run("sbatch", "-p", "urgent", "-N2", "--exclusive", "--output=/dev/null", "--wrap", "sleep 1")
-    cluster.until(lambda: starts(run) == 2, f"the second start: {said(run)}")
+    cluster.until(lambda: starts(run) == 2, lambda: f"the second start: {said(run)}")
     final = cluster.ended(job)
 
     assert final == "COMPLETED", said(run)
@@ -84,7 +83,7 @@ def test_a_warning_to_a_job_that_is_only_starting_is_not_lost(cluster, tmp_path)
     cluster.until(lambda: (run / "logs" / "attempt").exists(), "the batch script")
 
     cluster.run("scancel", "--batch", "--signal=USR2", job)
-    cluster.until(lambda: starts(run) == 2, f"the second start: {said(run)}")
+    cluster.until(lambda: starts(run) == 2, lambda: f"the second start: {said(run)}")
 
     assert cluster.ended(job) == "COMPLETED", said(run)
     assert len(losses(run)) == 30
@@ -98,8 +97,7 @@ def test_a_cancelled_job_saves_and_does_not_come_back(cluster, tmp_path):
 
     cluster.run("scancel", "--batch", "--signal=USR2", job)
     cluster.loldu("cancel", run)
-    final = cluster.ended(job)
-    time.sleep(7)  # a requeued job may start 5 s later here
+    final = cluster.ended(job)  # a requeued one would be pending: its batch script is gone, nobody asks any more
 
     assert final == "CANCELLED"
     assert cluster.job(job)["JobState"] == "CANCELLED"
@@ -108,33 +106,6 @@ def test_a_cancelled_job_saves_and_does_not_come_back(cluster, tmp_path):
     again = cluster.loldu("cancel", run, check=False)
     assert again.returncode == 2
     assert f"job {job} is not running: Slurm says CANCELLED" in again.stderr
-
-
-def test_a_requeue_by_somebody_else_goes_on_where_it_was_saved(cluster, tmp_path):
-    whole, run = tmp_path / "whole", tmp_path / "run"
-    cluster.run(sys.executable, COUNT, f"--output={whole}", "--steps=30", "--seconds=0", cwd=RECIPE.parents[1],
-                environ={"PYTHONPATH": str(RECIPE.parents[1])})  # fmt: skip
-    job = count(cluster, run, "--steps=30")
-    cluster.at_step(run, 2)
-
-    cluster.run("scontrol", "requeue", job)
-    cluster.until(lambda: starts(run) == 2, f"the second start: {said(run)}")
-
-    assert cluster.ended(job) == "COMPLETED", said(run)
-    assert losses(run) == losses(whole)
-
-
-def test_a_finished_job_requeued_exits_at_once(cluster, tmp_path):
-    run = tmp_path / "run"
-    job = count(cluster, run, "--steps=2")
-    assert cluster.ended(job) == "COMPLETED", said(run)
-    before = (run / "events.jsonl").stat().st_mtime_ns
-
-    cluster.run("scontrol", "requeue", job)
-    cluster.until(lambda: "already finished" in (run / "events").read_text(), "the second start")
-
-    assert cluster.ended(job) == "COMPLETED"
-    assert (run / "events.jsonl").stat().st_mtime_ns == before
 
 
 def test_a_finished_run_submitted_again_stays_finished_and_a_crash_at_its_start_is_none_of_that(cluster, tmp_path):
@@ -172,7 +143,7 @@ def test_one_task_of_an_array_comes_back_alone(cluster, tmp_path):
     cluster.at_step(last, 1)
 
     cluster.run("scancel", "--batch", "--signal=USR2", f"{job}_1")
-    cluster.until(lambda: state(first) == state(last) == "finished", f"both ends: {said(first)} {said(last)}")
+    cluster.until(lambda: state(first) == state(last) == "finished", lambda: f"both ends: {said(first)} {said(last)}")
 
     assert (starts(first), starts(last)) == (1, 2)
     assert (len(losses(first)), len(losses(last))) == (40, 41)
@@ -207,27 +178,13 @@ def test_a_crash_loop_stops(cluster, tmp_path):
         return starts(run) == start and state(run) == "running"
 
     for start in (1, 2, 3):
-        cluster.until(partial(running, start), f"start {start}: {said(run)}")
+        cluster.until(partial(running, start), lambda: f"another start: {said(run)}")
         cluster.run("scontrol", "requeue", job)
 
     final = cluster.ended(job)
 
     assert final == "FAILED"
     assert "3 starts gained no saved step" in (run / f"slurm-{job}.log").read_text()
-
-
-def test_max_restarts_ends_a_run_that_is_saved_and_says_so(cluster, tmp_path):
-    run = tmp_path / "run"
-    job = count(cluster, run, "--steps=500", submit=["--max-restarts=0"])
-    cluster.at_step(run, 1)
-
-    cluster.run("scancel", "--batch", "--signal=USR2", job)
-    final = cluster.ended(job)
-
-    assert final == "FAILED"
-    assert cluster.job(job)["ExitCode"] == "75:0"
-    assert state(run) == "stopped"
-    assert starts(run) == 1
 
 
 def test_a_taken_port_and_differing_code_end_clearly(cluster, tmp_path):

@@ -1,7 +1,9 @@
 """job.sbatch as text: compared whole with a golden file, and what no value may do to it. No Slurm needed."""
 
+import json
 import os
 import re
+import shlex
 import subprocess
 import sys
 from dataclasses import replace
@@ -244,6 +246,68 @@ def test_the_recipes_options_are_told_from_the_commands(words, own, recipes):
     name, *rest = words.split()
 
     assert split_recipe_options(name, rest) == (own, recipes)
+
+
+@pytest.mark.parametrize(
+    ("typed", "hint"),
+    [
+        ("submit r.py --nodes 2 --lr 1", "behind --; type:\n  loldu submit --nodes 2 r.py -- --lr 1"),
+        ("submit --lr 1 r.py", "type:\n  loldu submit r.py -- --lr 1"),
+        ("submit r.py --targets a b --time=3 -- --seed 2", "  loldu submit --time=3 r.py -- --targets a b --seed 2"),
+        ("submit r.py --data 'my file'", "  loldu submit r.py -- --data 'my file'"),
+        ("submit r.py --partiton gpu", "no option --partiton: did you mean --partition?"),
+        ("launch --hostfile h --rank 8 r.py", "behind RECIPE; type:\n  loldu launch --hostfile h r.py --rank 8"),
+        ("launch r.py --hostfile h", "--hostfile stands before RECIPE"),
+    ],
+)
+def test_an_option_on_the_wrong_side_is_answered_with_the_line_to_type(typed, hint):
+    name, *rest = shlex.split(typed)
+
+    with pytest.raises(ValueError, match=re.escape(hint)):
+        split_recipe_options(name, rest)
+
+
+def test_status_asks_slurm_once_however_many_runs(tmp_path, monkeypatch, capsys):
+    """Three jobs, one of them an array of two: the living, the ended, and one that only accounting remembers."""
+    monkeypatch.chdir(tmp_path)
+    for job_id, name in (("2", "array/task-0"), ("2", "array/task-1"), ("7", "done"), ("8", "gone")):
+        (tmp_path / "runs" / name).mkdir(parents=True)
+        (tmp_path / "runs" / name.partition("/")[0] / "job.json").write_text(json.dumps({"job_id": job_id}))
+    there = (GOLDEN / "scontrol_array.txt").read_text() + "JobId=7 JobState=COMPLETED Reason=None NodeList=node1\n"
+    asked = []
+
+    def slurm_says(words, **_):
+        asked.append(words)
+        return subprocess.CompletedProcess(words, 0, there if words[0] == "scontrol" else "8|FAILED|node2|1\n", "")
+
+    slurm.status(as_json=True, run=slurm_says)
+
+    rows = {row["run"]: (row["job"], row["slurm"]) for row in json.loads(capsys.readouterr().out)}
+    assert rows == {
+        "array/task-0": ("2_0", "RUNNING"), "array/task-1": ("2_1", "PENDING"), "done": ("7", "COMPLETED"),
+        "gone": ("8", "FAILED"),
+    }  # fmt: skip
+    assert [words[0] for words in asked] == ["scontrol", "sacct"]
+
+
+def test_a_task_is_found_in_a_list_of_tasks_that_wait():
+    line = "JobId=9 ArrayJobId=9 ArrayTaskId=0-2,7%2 JobState=PENDING Reason=None"
+
+    def slurm_says(words, **_):
+        return subprocess.CompletedProcess(words, 0, f"{line}\nJobId=4 JobState=RUNNING\n", "")
+
+    asked = [({"job_id": "9"}, task) for task in ("1", "3", "7", None)]
+    assert [state.state for state in slurm.job_states(asked, slurm_says)] == [
+        "PENDING",
+        "UNKNOWN",
+        "PENDING",
+        "PENDING",
+    ]
+
+
+def test_an_empty_name_is_a_mistake_and_not_the_default():
+    with pytest.raises(ValueError, match="--name '' has no letter or digit"):
+        slurm.submit(str(REPO / "recipes/llama2_alpaca_loldu.py"), Resources(), name="", dry_run=True)
 
 
 def test_importing_the_rank_entry_costs_no_heavy_library():
