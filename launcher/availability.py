@@ -33,12 +33,14 @@ def unavailable(model: str, data: str) -> str | None:
     # Threads, since a name look-up has no time limit of its own; one that hangs is left behind.
     pool = concurrent.futures.ThreadPoolExecutor()
     asked = {pool.submit(ask, name): name for name in missing}
-    done, pending = concurrent.futures.wait(asked, timeout=LIMIT_S)
+    _, pending = concurrent.futures.wait(asked, timeout=LIMIT_S)
     pool.shutdown(wait=False, cancel_futures=True)
-    reasons = [f"{asked[future]} cannot be had (no answer in {LIMIT_S:.0f} s)" for future in pending]
-    for future in done:
-        if error := future.exception():
-            reasons.append(f"{asked[future]} cannot be had ({type(error).__name__})")
+    reasons = []
+    for future, name in asked.items():
+        if future in pending:
+            reasons.append(f"{name} cannot be had (no answer in {LIMIT_S:.0f} s)")
+        elif error := future.exception():
+            reasons.append(f"{name} cannot be had ({type(error).__name__})")
     return "; ".join(reasons) or None
 
 

@@ -4,20 +4,33 @@ from __future__ import annotations
 
 import importlib
 import inspect
+import io
 import logging
 import os
+import re
 import sys
 import warnings
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import redirect_stderr, redirect_stdout
 from dataclasses import dataclass
+from functools import partial
 from typing import Annotated, Any, NamedTuple, get_args, get_type_hints
 
 import tyro
 
-from launcher.config import Config
+from launcher.config import Config, nearest
+from launcher.ranks import say_mistake
 
 MISTAKE = 2
 FLAT = (tyro.conf.OmitArgPrefixes,)
+PLAINLY = {  # how tyro says it: how we do
+    r"no type matching .*>: ": "",
+    r"invalid literal for int\(\) with base 10:": "expected a whole number, got",
+    r"could not convert string to float:": "expected a number, got",
+    r"invalid choice '(.*)' for argument '(.*)'\. Expected one of \((.*)\)\.": r"\2 \1: expected one of \3",
+    r"Missing value for argument '(.*)'\. Expected \d+ values\.": r"\1 needs a value",
+    r" \(required\)": "",
+}
 FOR_CALLERS = {"Console", "Party", "TextIO"}  # parameters of these types are no options
 
 
@@ -59,14 +72,19 @@ def main(arguments: Sequence[str]) -> int:
         print(overview())
         return 0 if name else MISTAKE
     if name not in COMMANDS:
-        print(f"error: there is no command {name!r}\n\n{overview()}", file=sys.stderr)
+        print(f"error: there is no command loldu {name}; {nearest(name, set(COMMANDS))}", file=sys.stderr)
         return MISTAKE
-    known = {}
-    if name in ("submit", "launch"):  # the recipe's own options are handed on unread
-        from launcher.cluster.commands import split_recipe_options
 
-        rest, known["recipe_options"] = split_recipe_options(name, rest)
-    return guarded(lambda: tyro.cli(command(COMMANDS[name].target, known), args=rest, prog=f"loldu {name}"))
+    def act() -> Any:
+        known = {}
+        options = rest
+        if name in ("submit", "launch"):  # the recipe's own options are handed on unread
+            from launcher.cluster.commands import split_recipe_options
+
+            options, known["recipe_options"] = split_recipe_options(name, rest)
+        return parse(command(COMMANDS[name].target, known), options, f"loldu {name}")()
+
+    return guarded(act)
 
 
 def overview() -> str:
@@ -78,7 +96,7 @@ def overview() -> str:
 def command(target: str, known: Mapping[str, Any]) -> Callable[..., Any]:
     """The function of a command as tyro should see it: what must lead is positional, what callers pass is left out.
 
-    known are arguments that are there already.
+    known are arguments that are there already. Called with the others it gives the call, ready to be made.
     """
     module, _, name = target.partition(":")
     function = getattr(importlib.import_module(module), name)
@@ -89,18 +107,69 @@ def command(target: str, known: Mapping[str, Any]) -> Callable[..., Any]:
         if parameter.name in known or FOR_CALLERS & {getattr(part, "__name__", "") for part in get_args(hint)}:
             continue
         if parameter.kind is inspect.Parameter.POSITIONAL_OR_KEYWORD and parameter.default is inspect.Parameter.empty:
-            hint = Annotated[hint, tyro.conf.Positional]
+            hint = Annotated[hint, tyro.conf.Positional, tyro.conf.arg(metavar=parameter.name.upper())]
         elif parameter.name == "cache_folder":
             hint = Annotated[hint, tyro.conf.arg(name="cache")]
         shown[parameter.name] = parameter.replace(annotation=hint)
 
-    def call(*positional: Any, **options: Any) -> Any:
-        return function(*positional, **known, **options)
+    def call(*positional: Any, **options: Any) -> Callable[[], Any]:
+        return partial(function, *positional, **known, **options)
 
     call.__signature__ = inspect.Signature(list(shown.values()))  # type: ignore[attr-defined]
     call.__annotations__ = {name: parameter.annotation for name, parameter in shown.items()}
     call.__doc__ = function.__doc__
     return call
+
+
+class Misread(ValueError):
+    """A mistake on the command line itself: every process of a run finds the same one."""
+
+
+def parse(target: Callable[..., Any], arguments: Sequence[str], prog: str, **settings: Any) -> Any:
+    """What tyro makes of the arguments. Raises Misread, one line, where tyro would draw a box and leave."""
+    box = io.StringIO()
+    try:
+        with redirect_stderr(box):
+            found, unknown = tyro.cli(target, args=list(arguments), prog=prog, return_unknown_args=True, **settings)
+    except SystemExit as left:
+        if left.code != MISTAKE:  # --help
+            raise
+        raise Misread(_line(box.getvalue(), left, prog)) from None
+    if options := [word for word in unknown if word.startswith("-")]:
+        known = _options(target, prog, settings)
+        raise Misread(f"unknown option {options[0]}; {nearest(options[0].partition('=')[0], known)} ({prog} --help)")
+    if unknown:
+        raise Misread(f"{' '.join(unknown)!r} belongs to no option ({prog} --help)")
+    return found
+
+
+def _line(box: str, left: SystemExit, prog: str) -> str:
+    """What a box of tyro's says, without its frame and what stands below its first rule.
+
+    What a check of launcher/config.py raised is taken as it was: the box breaks long words, and says no option's name.
+    """
+    lines = [line.strip(" │") for line in box.partition("│ ──")[0].splitlines() if line[:1] not in "╭╰"]
+    said = " ".join(lines).strip().removeprefix("Error parsing ")
+    cause: BaseException | None = left
+    while cause is not None and not isinstance(cause, ValueError):
+        cause = cause.__context__
+    if cause is not None and not said.startswith("-"):
+        return str(cause)
+    for pattern, plainly in PLAINLY.items():
+        said = re.sub(pattern, plainly, said)
+    return f"{said} ({prog} --help)"
+
+
+def _options(target: Callable[..., Any], prog: str, settings: Mapping[str, Any]) -> set[str]:
+    """Every option of a command, as its help shows them."""
+    shown = io.StringIO()
+    try:
+        with redirect_stdout(shown):
+            tyro.cli(target, args=["--help"], prog=prog, **settings)
+    except SystemExit:
+        pass
+    lines = re.findall(r"^[│ ]*(-.*?)(?:  |│|$)", shown.getvalue(), re.MULTILINE)
+    return {option for line in lines for option in re.findall(r"--[a-z][a-z0-9-]*", line)}
 
 
 def run_recipe(name: str, default: Callable[[], Config], tiny: Callable[[], Config], arguments: Sequence[str]) -> int:
@@ -114,28 +183,18 @@ def run_recipe(name: str, default: Callable[[], Config], tiny: Callable[[], Conf
         tiny: bool = False
         """Run the small Llama and the instructions that come with the project: minutes on a CPU, no network."""
 
-    def parse(config: Config) -> Options:
-        return tyro.cli(
-            Options, default=Options(**vars(config)), args=list(arguments), prog=f"recipes/{name}.py", config=FLAT
-        )
+    def read(config: Config) -> Options:
+        return parse(Options, arguments, f"recipes/{name}.py", default=Options(**vars(config)), config=FLAT)
+
+    def plain(options: Options) -> Config:
+        return Config(**{part: value for part, value in vars(options).items() if part != "tiny"})
 
     def act() -> int:
-        options = parse(tiny() if "--tiny" in arguments else default())
-        own = {flag for flag in ("--model", "--data") if any(a.split("=")[0] == flag for a in arguments)}
-        if not options.tiny and not own:
-            from launcher.availability import unavailable
-
-            if reason := unavailable(options.model.model, options.data.data):
-                text = (
-                    f"{reason}: running the embedded default instead (--tiny). Name your own: --model DIR --data FILE"
-                )
-                if os.environ.get("RANK", "0") == "0":
-                    print(f"{'=' * 80}\n{text}\n{'=' * 80}", flush=True)
-                options = parse(tiny())
+        options = read(tiny() if "--tiny" in arguments else default())
+        named = any(word.partition("=")[0] in ("--model", "--data", "--tiny") for word in arguments)
         from launcher.training.run import run
 
-        parts = {part: value for part, value in vars(options).items() if part != "tiny"}
-        return run(Config(**parts), name)
+        return run(plain(options), name, instead=None if named else lambda: plain(read(tiny())))
 
     return guarded(act)
 
@@ -149,8 +208,15 @@ def guarded(act: Callable[[], Any]) -> int:
     try:
         result = act()
     except ValueError as error:
-        print(f"error: {error}", file=sys.stderr)
+        is_main = os.environ.get("RANK", "0") == "0"
+        say_mistake(error, is_main, shared=isinstance(error, Misread) or _connected())
         return MISTAKE
     except KeyboardInterrupt:
         return 130
     return result if isinstance(result, int) else 0
+
+
+def _connected() -> bool:
+    """Whether processes that were started together have found each other: they then raise the same error."""
+    distributed: Any = sys.modules.get("torch.distributed")
+    return distributed is not None and distributed.is_initialized()

@@ -85,13 +85,15 @@ class AdapterConfig:
         _at_least("adapter.rank", self.rank, 1)
         if not self.targets:
             raise ValueError(
-                "adapter.targets is empty: name modules (--targets q_proj v_proj) or give --targets all-linear"
+                "--targets (adapter.targets) is empty: give --targets q_proj v_proj, or --targets all-linear"
             )
         for option in self.options:
             if "=" not in option:
-                raise ValueError(f"adapter.options are written name=value (--options scale=2), got {option!r}")
+                raise ValueError(
+                    f"--options (adapter.options) are written name=value (--options scale=2), got {option!r}"
+                )
         if "all-linear" in self.targets and len(self.targets) > 1:
-            raise ValueError(f"adapter.targets: all-linear stands alone, got {' '.join(self.targets)}")
+            raise ValueError(f"--targets all-linear stands alone, got {' '.join(self.targets)}")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -121,7 +123,7 @@ class OptimizerConfig:
 
     def __post_init__(self) -> None:
         if not (math.isfinite(self.learning_rate) and self.learning_rate > 0):
-            raise ValueError(f"optimizer.learning_rate is a positive number, got {self.learning_rate}")
+            raise ValueError(f"{_flag('optimizer.learning_rate')} is a positive number, got {self.learning_rate}")
         _at_least("optimizer.batch_size", self.batch_size, 1)
         _at_least("optimizer.micro_batch_size", self.micro_batch_size, 0)
         _at_least("optimizer.max_steps", self.max_steps, 0)
@@ -130,7 +132,7 @@ class OptimizerConfig:
         _at_least("optimizer.seed", self.seed, 0)
         for name in ("adam_beta1", "adam_beta2", "warmup_ratio"):
             if not 0 <= getattr(self, name) < 1:
-                raise ValueError(f"optimizer.{name} lies in [0, 1), got {getattr(self, name)}")
+                raise ValueError(f"{_flag(f'optimizer.{name}')} lies in [0, 1), got {getattr(self, name)}")
         if self.max_steps == 0 and not self.epochs > 0:
             raise ValueError(f"nothing to train: --max-steps is 0 and --epochs is {self.epochs}; give one of them")
 
@@ -230,4 +232,9 @@ def nearest(name: str, known: set[str]) -> str:
 
 def _at_least(name: str, value: float, low: float) -> None:
     if not value >= low:  # written so that NaN fails too
-        raise ValueError(f"{name} is at least {low}, got {value}")
+        raise ValueError(f"{_flag(name)} is at least {low}, got {value}")
+
+
+def _flag(name: str) -> str:
+    """A setting as it is typed, and as a recipe writes it."""
+    return f"--{name.rpartition('.')[2].replace('_', '-')} ({name})"

@@ -8,12 +8,14 @@ from __future__ import annotations
 
 import json
 import os
+import sys
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
 POLL_S = 0.1
+PATIENCE_S = 3.0
 
 
 class Stopped(Exception):
@@ -116,6 +118,21 @@ class Party:
                 where = f"rank {rank}: " if self.ranks.world_size > 1 and rank > 0 else ""
                 raise (ValueError if answer["mistake"] else RuntimeError)(f"{where}{answer['error']}")
         return [answer["value"] for answer in answers]
+
+
+def say_mistake(error: Exception, is_main: bool, *, shared: bool, ended: Callable[[], bool] = lambda: False) -> None:
+    """Print one line on standard error, once for all ranks where all have met the same mistake.
+
+    Rank 0 prints at once. The others wait for that, since a launcher ends all when one leaves, until `ended` or for
+    PATIENCE_S; then they print as well, for each may have met it alone, unless it is known to be shared.
+    """
+    if not is_main:
+        deadline = time.monotonic() + PATIENCE_S
+        while time.monotonic() < deadline and not ended():
+            time.sleep(POLL_S)
+        if shared or ended():
+            return
+    print(f"error: {error}", file=sys.stderr, flush=True)
 
 
 def connect(ranks: Ranks) -> Party:

@@ -10,7 +10,7 @@ from types import SimpleNamespace
 import pytest
 
 import loldu
-from launcher import cli
+from launcher import cli, ranks
 from launcher.config import Config
 
 REPO = Path(__file__).resolve().parents[1]
@@ -36,10 +36,37 @@ def test_help_imports_nothing_heavy():
     assert out.strip().endswith("set()")
 
 
-def test_an_unknown_command_lists_those_there_are(capsys):
-    assert cli.main(["factorise"]) == 2
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    [
+        (["factorise"], "there is no command loldu factorise; did you mean factorize"),
+        (["cache"], "cache ls"),
+        (["status", "--jsn"], "unknown option --jsn; did you mean --json"),
+        (["cache", "ls", "all"], "'all' belongs to no option"),
+        (["logs"], "Missing from loldu logs: RUN"),
+        (["cache", "prune", "--max-gb", "much"], "--max-gb: expected a number, got 'much'"),
+        (["cache", "prune"], "nothing to prune by: give --max-gb X"),
+    ],
+)
+def test_a_mistake_on_the_command_line_is_one_line_that_says_what_to_type(arguments, said, capfd):
+    assert cli.main(arguments) == 2
 
-    assert "loldu factorize" in capsys.readouterr().err
+    out, error = capfd.readouterr()
+    assert out == ""
+    assert error.startswith("error: ")
+    assert error.count("\n") == 1
+    assert said in error
+
+
+@pytest.mark.parametrize(("rank", "lines"), [("0", 1), ("1", 0)])
+def test_of_several_processes_one_says_what_is_wrong_with_the_command_line(rank, lines, monkeypatch, capfd):
+    monkeypatch.setenv("RANK", rank)
+    monkeypatch.setattr(ranks, "PATIENCE_S", 0)
+
+    code = cli.run_recipe("test", Config, Config, ["--rank=0"])
+
+    assert code == 2
+    assert capfd.readouterr().err.count("\n") == lines
 
 
 @pytest.mark.parametrize("found", [None, SimpleNamespace(origin="/elsewhere/adapters/__init__.py")])
@@ -76,18 +103,29 @@ def test_a_foreign_launcher_on_the_path_is_caught_when_a_recipe_starts(tmp_path)
     assert "a stranger ran" not in done.stderr
 
 
-def test_what_the_user_names_is_never_replaced(monkeypatch):
-    """The embedded default stands in only where neither --model nor --data was given."""
-    ran = []
-    monkeypatch.setattr("launcher.availability.unavailable", lambda model, data: "no network")
-    monkeypatch.setattr("launcher.training.run.run", lambda config, name: ran.append(config.model.model) or 0)
+@pytest.mark.parametrize(
+    ("arguments", "replaced"),
+    [
+        ([], True),
+        (["--seed", "3"], True),
+        (["--tiny"], False),
+        (["--model", "mine"], False),
+        (["--data=m.json"], False),
+    ],
+)
+def test_what_the_user_names_is_never_replaced(arguments, replaced, monkeypatch):
+    """The embedded default may stand in only where neither --model nor --data nor --tiny was given."""
     default = Config()
     tiny = replace(default, model=replace(default.model, model="small"))
+    ran = []
+    monkeypatch.setattr("launcher.training.run.run", lambda config, name, instead: ran.append((config, instead)))
 
-    for arguments in ([], ["--tiny"], ["--model", "mine"], ["--data=mine.json"], ["--seed", "3"]):
-        cli.run_recipe("test", lambda: default, lambda: tiny, arguments)
+    cli.run_recipe("test", lambda: default, lambda: tiny, arguments)
 
-    assert ran == ["small", "small", "mine", default.model.model, "small"]
+    [(config, instead)] = ran
+    assert config.model.model == {"--tiny": "small", "--model": "mine"}.get("".join(arguments[:1]), default.model.model)
+    assert (instead is not None) == replaced
+    assert not replaced or instead().model.model == "small"
 
 
 def test_the_hub_is_given_ten_seconds_and_no_more(monkeypatch):

@@ -15,8 +15,10 @@ from typing import Any
 import torch
 from rich.console import Console
 from rich.logging import RichHandler
+from rich.panel import Panel
 from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 from rich.table import Table
+from rich.text import Text
 
 from launcher.training.checkpoint import write_atomically
 
@@ -85,6 +87,10 @@ class Screen:
     def say(self, text: str) -> None:
         """A line of plain text; nothing in it is markup."""
         self.console.print(text, markup=False, highlight=False, soft_wrap=True)
+
+    def banner(self, text: str) -> None:
+        """What must not be overlooked."""
+        self.console.print(Panel(Text(text), border_style="yellow"))
 
     @contextmanager
     def bar(self, what: str, total: int, done: int = 0) -> Iterator[Any]:

@@ -13,7 +13,7 @@ import sys
 import time
 import traceback
 import warnings
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -23,11 +23,12 @@ import transformers
 
 from adapters.checkpoint_files import list_tensors
 from adapters.config import FactorConfig
+from launcher.availability import unavailable
 from launcher.config import Config, as_dict
 from launcher.factorization import cache
 from launcher.factorization.distribute import FactorRequest, factorize, factors_of, fingerprint
 from launcher.factorization.targets import targets_of
-from launcher.ranks import Party, Ranks, Stopped, connect
+from launcher.ranks import Party, Ranks, Stopped, connect, say_mistake
 from launcher.training import checkpoint, data, records, templates
 from launcher.training.loop import Job, Question, train, write_answers
 from launcher.training.model import (
@@ -53,10 +54,11 @@ CHECKSUMS = "SHA256SUMS"  # as sha256sum -c reads it
 PACKAGES = ("torch", "transformers", "peft", "accelerate", "safetensors", "datasets", "deepspeed", "bitsandbytes")
 
 
-def run(config: Config, name: str) -> int:
+def run(config: Config, name: str, instead: Callable[[], Config] | None = None) -> int:
     """One training run under whatever started this process; returns its exit code.
 
-    A single process that was stopped and saved returns 75 (run me again); under a launcher every rank returns 0 then,
+    Where instead is given, and the config's base or data cannot be had, what it returns is run in the config's place. A
+    single process that was stopped and saved returns 75 (run me again); under a launcher every rank returns 0 then,
     and the run folder's `state` tells.
     """
     try:
@@ -66,13 +68,22 @@ def run(config: Config, name: str) -> int:
         return MISTAKE
     quiet_libraries()
     screen = Screen(ranks.is_main)
-    state = _State(ranks, None)
+    state, connected = _State(ranks, None), ranks.world_size == 1
     with StopRequest(config.run.max_seconds) as stop:
         try:
             check(config, ranks)
             party = connect(ranks)
-            stop.store = party.store
+            stop.store, connected = party.store, True
             try:
+                if instead is not None and (
+                    reason := party.from_main("the hub", lambda: unavailable(config.model.model, config.data.data))
+                ):
+                    screen.banner(
+                        f"{reason}: running the embedded model and instructions instead, as --tiny does.\n"
+                        "To run your own: --model DIR --data FILE"
+                    )
+                    config = instead()
+                    check(config, ranks)
                 status = _run(config, name, party, stop, screen, state)
             finally:
                 _disconnect(party)
@@ -81,8 +92,8 @@ def run(config: Config, name: str) -> int:
             status = "stopped"
         except (ValueError, OSError) as error:
             state.write("failed")
-            if ranks.is_main or not _started(ranks):
-                print(f"error: {error}", file=sys.stderr)
+            # Once connected, a mistake of one rank is raised on all.
+            say_mistake(error, ranks.is_main, shared=connected, ended=lambda: stop.reason is not None)
             return MISTAKE
         except Exception:
             state.write("failed")
@@ -471,10 +482,6 @@ class _State:
     def write(self, state: str) -> None:
         if self.ranks.is_main and self.folder is not None:
             checkpoint.write_atomically(self.folder / "state", state + "\n")
-
-
-def _started(ranks: Ranks) -> bool:
-    return ranks.world_size == 1 or dist.is_initialized()
 
 
 def _disconnect(party: Party) -> None:

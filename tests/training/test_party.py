@@ -5,7 +5,8 @@ import threading
 import pytest
 import torch.distributed as dist
 
-from launcher.ranks import Party, Ranks, Stopped
+from launcher import ranks
+from launcher.ranks import Party, Ranks, Stopped, say_mistake
 
 
 def together(world, do):
@@ -66,3 +67,19 @@ def test_words_of_past_rounds_are_forgotten():
 
     assert results[0] == results[1] == [[[0, number], [1, number]] for number in range(20)]
     assert store.num_keys() == 2  # each rank's last word
+
+
+@pytest.mark.parametrize(("rank", "shared", "said"), [(0, True, 1), (0, False, 1), (1, True, 0), (1, False, 1)])
+def test_a_mistake_is_said_once_unless_a_rank_may_have_met_it_alone(rank, shared, said, monkeypatch, capsys):
+    monkeypatch.setattr(ranks, "PATIENCE_S", 0.01)
+
+    say_mistake(ValueError("no such file"), rank == 0, shared=shared)
+
+    assert capsys.readouterr().err == "error: no such file\n" * said
+
+
+def test_a_rank_whose_launcher_ends_it_meanwhile_adds_nothing(capsys):
+    """torchrun ends the others as soon as rank 0 has spoken and left."""
+    say_mistake(ValueError("no such file"), False, shared=False, ended=lambda: True)
+
+    assert capsys.readouterr().err == ""
