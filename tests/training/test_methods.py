@@ -1,0 +1,184 @@
+"""Any PEFT method in the one loop: trained, stopped, resumed, loaded in plain PEFT; what cannot be is refused."""
+
+import json
+import shutil
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+from launching import Runs
+from peft import PeftModel
+from safetensors.torch import load_file
+from transformers import AutoModelForCausalLM
+
+from launcher.config import AdapterConfig, Config, DataConfig, ModelConfig, OptimizerConfig, RunConfig
+from launcher.ranks import Ranks
+from launcher.training import checkpoint
+from launcher.training.model import build, peft_config
+from launcher.training.run import run
+from launcher.training.sharding import Replicated
+
+PROJECTIONS = ("q_proj", "v_proj", "down_proj")
+NORMS = ("input_layernorm", "norm")
+ALWAYS = [
+    ("full",), ("lora", "lora_dropout=0.1"), ("dora",), ("vera",), ("randlora",), ("fourierft",), ("ia3",), ("svfit",),
+]  # fmt: skip
+# The rest of PEFT's methods, and of ours; those with sizes of their own get ones that fit.
+ALSO = [
+    ("rslora",), ("pissa",), ("olora",), ("lora_xs",), ("svft",), ("loldu",), ("lolduxs",), ("svfit", "energy=0.9"),
+    ("psoft",), ("oft",), ("ln_tuning",), ("boft",), ("beft",), ("c3a", "block_size=4"), ("deft",), ("delora",),
+    ("frod",), ("glora",), ("gralora",), ("hira",), ("hra",), ("lily",), ("loha",), ("lokr",), ("miss",), ("osf",),
+    ("peanut",), ("pvera",), ("road", "group_size=4"), ("shira",), ("supertuning",), ("tinylora",), ("unilora",),
+    ("trainable_tokens", "token_indices=[5,6]"), ("vblora", "vector_length=4"), ("waveft", "n_frequency=100"),
+    ("shadow", "target_modules=.*layers[.][0-9]+$"),
+]  # fmt: skip
+TARGETS = {"ln_tuning": NORMS, "trainable_tokens": ("embed_tokens",), "full": ("q_proj", "v_proj")}
+
+
+def name_of(method):
+    return " ".join(method)
+
+
+@pytest.fixture
+def four_steps(stories, alpaca_file, tmp_path):
+    """Four quick steps of a real Llama with 260,032 parameters, saved after two."""
+    records = tmp_path / "records.json"
+    records.write_text(json.dumps(json.loads(alpaca_file.read_text())[:60]))
+
+    def config(method):
+        name, *options = method
+        targets = TARGETS.get(name, PROJECTIONS)
+        return Config(
+            model=ModelConfig(model=str(stories)),
+            data=DataConfig(data=str(records), prompt_template="short", max_length=64),
+            adapter=AdapterConfig(method=name, rank=4, targets=targets, options=tuple(options)),
+            optimizer=OptimizerConfig(learning_rate=1e-2, batch_size=4, max_steps=4),
+            run=RunConfig(output=str(tmp_path / "run"), cache=str(tmp_path / "cache"), save_every=2),
+        )
+
+    return config
+
+
+@pytest.mark.parametrize(
+    "method",
+    [pytest.param(m, id=name_of(m)) for m in ALWAYS]
+    + [pytest.param(m, id=name_of(m), marks=pytest.mark.slow) for m in ALSO],
+)
+def test_a_method_trains_resumes_bit_for_bit_and_loads_in_plain_peft(method, four_steps, stories, tmp_path):
+    whole = four_steps(method)
+    again = replace(whole, run=replace(whole.run, output=str(tmp_path / "again")))
+
+    assert run(whole, "test") == 0
+    stopped_after(2, whole.run.output, again.run.output)
+    torch.manual_seed(999)  # what a new process would not know either
+    assert run(again, "test") == 0
+
+    assert events(again) == events(whole)
+    once, twice = (load_file(last_checkpoint(c) / "rank-00000.safetensors") for c in (whole, again))
+    assert once.keys() == twice.keys()
+    assert all(torch.equal(once[name], twice[name]) for name in once)
+    assert torch.equal(logits(loaded(whole, stories)), logits(trained(whole, stories)))
+    assert not torch.equal(logits(trained(whole, stories)), logits(AutoModelForCausalLM.from_pretrained(stories)))
+
+
+def stopped_after(step, source, target):
+    """A copy of a finished run's folder as a stop after this step leaves it."""
+    shutil.copytree(source, target)
+    for folder in Path(target, "checkpoints").iterdir():
+        if int(folder.name.removeprefix("step-")) > step:
+            shutil.rmtree(folder)
+    for result in ("adapter", "model"):
+        shutil.rmtree(Path(target, result), ignore_errors=True)
+    Path(target, "state").write_text("stopped\n")
+
+
+def events(config):
+    return [json.loads(line) for line in Path(config.run.output, "events.jsonl").read_text().splitlines()]
+
+
+def last_checkpoint(config):
+    return Path(config.run.output, "checkpoints", "step-000004")
+
+
+def trained(config, base):
+    """The model of the last checkpoint, as a resume builds it."""
+    torch.manual_seed(config.optimizer.seed)
+    cpu = torch.device("cpu")
+    adapter = peft_config(config.adapter)
+    model = build(config.model, base, adapter, dtype="float32", attention="sdpa", factors=lambda name: None, device=cpu)
+    Replicated(model, config.optimizer, Ranks()).restore(checkpoint.load(last_checkpoint(config)))
+    return model
+
+
+def loaded(config, base):
+    """The run's result by stock functions alone."""
+    torch.manual_seed(31)
+    if config.adapter.method == "full":
+        return AutoModelForCausalLM.from_pretrained(Path(config.run.output, "model"))
+    return PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(base), Path(config.run.output, "adapter"))
+
+
+@torch.no_grad()
+def logits(model):
+    tokens = torch.randint(3, 300, (2, 20), generator=torch.Generator().manual_seed(0))
+    return model.eval()(tokens).logits
+
+
+@pytest.mark.slow
+def test_two_processes_train_what_one_does(stories, alpaca_file, tmp_path):
+    """A parameter shared by layers (Uni-LoRA), shared frozen buffers (VeRA), the whole base: one flat all-reduce each.
+
+    Sums over ranks come in another order: float32 rounding, which Adam's first steps pass on times the rate.
+    """
+    runs = Runs(tmp_path, stories, alpaca_file)
+
+    def changed(method):
+        adapter = AdapterConfig(method=method, rank=4, targets=PROJECTIONS)
+        optimizer = replace(runs.base.optimizer, max_steps=4)
+        return lambda config: replace(config, adapter=adapter, optimizer=optimizer)
+
+    methods = ("lora", "vera", "unilora", "full")
+    runs.start(2, *(runs.entry(f"{method}-2", "ddp", change=changed(method)) for method in methods))
+    for method in methods:
+        runs.alone(method, change=changed(method))
+
+    for method in methods:
+        torch.testing.assert_close(runs.losses(f"{method}-2"), runs.losses(method), rtol=0, atol=5e-6)
+
+
+@pytest.mark.parametrize(
+    ("adapter", "said"),
+    [
+        ({"method": "lorra"}, "unknown --method lorra; there are, the nearest first: lora, "),
+        ({"method": "prefix_tuning"}, "cannot be trained here: it puts trained tokens before each sample"),
+        ({"method": "adalora"}, "adalora cannot be trained here: it moves ranks from weight to weight"),
+        ({"method": "poly"}, "poly cannot be trained here: it needs a task number"),
+        ({"method": "lora", "options": ("init_lora_weights=eva",)}, "init_lora_weights=eva cannot .* a pass over data"),
+        ({"method": "lora", "options": ("init_lora_weights=pissa_niter_4",)}, "at each loading: give pissa"),
+        ({"method": "lora", "options": ("lora_alhpa=8",)}, "unknown option lora_alhpa .* did you mean lora_alpha"),
+        ({"method": "lora", "options": ("lora_alpha=big",)}, "lora_alpha=big of method lora: .* expected int, got str"),
+        ({"method": "loldu", "options": ("through_write=true",)}, "unknown option through_write"),
+        ({"method": "ln_tuning"}, "not for linear layers but for norm layers: --targets input_layernorm"),
+        ({"method": "svfit", "options": ("energy=2",)}, "energy is a share between 0 and 1"),
+    ],
+)
+def test_what_cannot_be_trained_is_refused_with_the_reason(adapter, said):
+    with pytest.raises(ValueError, match=said):
+        peft_config(AdapterConfig(**adapter))
+
+
+@pytest.mark.parametrize(
+    ("method", "options", "expected"),
+    [
+        ("dora", (), {"use_dora": True, "r": 6}),
+        ("pissa", (), {"init_lora_weights": "pissa"}),
+        ("lora", ("lora_dropout=0", "lora_alpha=32"), {"lora_dropout": 0.0, "lora_alpha": 32}),
+        ("oft", (), {"r": 0, "oft_block_size": 32}),  # its r is a number of blocks
+        ("vera", ("d_initial=0.2",), {"r": 6, "d_initial": 0.2}),
+    ],
+)
+def test_names_and_options_become_pefts_fields(method, options, expected):
+    config = peft_config(AdapterConfig(method=method, rank=6, options=options))
+
+    assert {name: getattr(config, name) for name in expected} == expected
