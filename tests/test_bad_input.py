@@ -10,7 +10,6 @@ import torch
 
 from launcher import cli
 from launcher.config import Config
-from launcher.factorization import cache
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "recipes"))
 from llama2_alpaca_loldu import llama2_alpaca, tiny
@@ -147,7 +146,7 @@ def test_no_space_left_on_the_caches_disk(train, monkeypatch, tmp_path):
     def full(*_, **__):
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr(cache, "save_file", full)
+    monkeypatch.setattr("safetensors.torch.save_file", full)
 
     code, error = train()
 

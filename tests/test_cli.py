@@ -8,10 +8,13 @@ from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
+import torch
 
 import loldu
+from adapters import Factors
 from launcher import cli, ranks
 from launcher.config import Config
+from launcher.factorization import cache
 
 REPO = Path(__file__).resolve().parents[1]
 
@@ -26,14 +29,22 @@ def test_every_command_has_options_and_help(capsys):
         assert f"loldu {name}" in capsys.readouterr().out
 
 
-def test_help_imports_nothing_heavy():
-    """The overview comes at once: neither torch nor transformers nor peft is imported for it (goal: under 1 s)."""
-    code = "import sys, loldu; sys.argv[1:] = ['--help']; loldu.main(); print({'torch', 'peft'} & set(sys.modules))"
+@pytest.mark.parametrize("arguments", [["--help"], ["cache", "ls"], ["cache", "prune", "--max-gb", "1"], ["status"]])
+def test_what_only_looks_imports_nothing_heavy(arguments, tmp_path):
+    """torch, transformers and peft take seconds to import; these answer at once."""
+    code = "import sys, loldu; sys.argv[1:] = eval(sys.argv[1]); print(loldu.main()); print(*sys.modules)"
+    place = {"XDG_CACHE_HOME": str(tmp_path), "PATH": "/usr/bin:/bin", "PYTHONPATH": str(REPO)}
+    about = {"name": "q_proj", "method": "loldu", "shape": [2, 2], "rank": 1, "dtype": "float32"}
+    cache.store(tmp_path / "loldu", "0" * 64, Factors(*torch.ones(5, 1)), about)
 
-    out = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=REPO, check=True).stdout
+    done = subprocess.run(
+        [sys.executable, "-c", code, str(arguments)], capture_output=True, text=True, cwd=tmp_path, env=place
+    )
 
-    assert "loldu factorize" in out
-    assert out.strip().endswith("set()")
+    *said, code, modules = done.stdout.splitlines()
+    assert code == "0", done.stderr
+    assert said or done.stderr
+    assert not {"torch", "peft", "transformers", "datasets", "accelerate"} & set(modules.split())
 
 
 @pytest.mark.parametrize(

@@ -24,15 +24,15 @@ import uuid
 from collections.abc import Callable, Mapping
 from contextlib import suppress
 from pathlib import Path
-from typing import Any, NamedTuple, TypeVar
+from typing import TYPE_CHECKING, Any, NamedTuple, TypeVar
 
 import safetensors
-import torch
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
-from torch import Tensor
 
-from adapters.factors import Factors
+if TYPE_CHECKING:  # `loldu cache ls` reads headers alone, and torch takes seconds to import
+    from torch import Tensor
+
+    from adapters.factors import Factors
 
 log = logging.getLogger(__name__)
 T = TypeVar("T")
@@ -75,7 +75,7 @@ def content_key(recipe: Mapping[str, Any], *contents: Tensor) -> str:
 
 def find(folder: Path, key: str) -> Entry | None:
     """The entry of a key from its header alone; None where there is none, or a damaged one (now set aside)."""
-    return _reading(_file(folder, key), lambda opened, entry: entry)
+    return _reading(_file(folder, key), lambda opened, entry: entry, framework="np")
 
 
 def load(folder: Path, key: str, rows: slice = slice(None)) -> Factors | None:
@@ -83,6 +83,7 @@ def load(folder: Path, key: str, rows: slice = slice(None)) -> Factors | None:
 
     None where there is no such file, or a damaged one (now set aside): make the factors again.
     """
+    from adapters.factors import Factors
 
     def read(opened: Any, entry: Entry) -> Factors:
         return Factors(
@@ -97,6 +98,9 @@ def store(folder: Path, key: str, factors: Factors, about: Mapping[str, Any]) ->
 
     Raises ValueError naming the folder and the remedy where it cannot be written or is full; nothing is left behind.
     """
+    import torch
+    from safetensors.torch import save_file
+
     tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in factors._asdict().items()}
     versions = {"torch": torch.__version__, "safetensors": safetensors.__version__}
     checksums = {name: [_sha(part) for part in tensor.split(_block_rows(tensor))] for name, tensor in tensors.items()}
@@ -135,14 +139,16 @@ def remember(folder: Path, identity: Mapping[str, Any], value: Any) -> None:
 def entries(folder: Path) -> list[Entry]:
     """Every entry from the headers, last used first; damaged ones are set aside."""
     files = sorted((folder / "factors").glob("*.safetensors"), key=_used, reverse=True)
-    return [entry for file in files if (entry := _reading(file, lambda opened, entry: entry, use=False))]
+    return [
+        entry for file in files if (entry := _reading(file, lambda opened, entry: entry, use=False, framework="np"))
+    ]
 
 
 def verify(folder: Path, on_entry: Callable[[Entry], None] = lambda entry: None) -> list[Path]:
     """Read every byte against its checksum; the files that failed, under the names they have now. Ages stay."""
 
     def read(opened: Any, entry: Entry) -> None:
-        for name in Factors._fields:
+        for name in entry.about["checksums"]:
             for start in range(0, opened.get_slice(name).get_shape()[0], 4096):  # bounded memory
                 _rows(opened, entry, name, slice(start, start + 4096))
         on_entry(entry)
@@ -184,11 +190,11 @@ class _Damaged(Exception):
     """A file whose bytes are not those that were written."""
 
 
-def _reading(file: Path, read: Callable[[Any, Entry], T], use: bool = True) -> T | None:
+def _reading(file: Path, read: Callable[[Any, Entry], T], use: bool = True, framework: str = "pt") -> T | None:
     for attempt in range(10):
         try:
             before = _version(file)
-            with safe_open(file, framework="pt") as opened:
+            with safe_open(file, framework=framework) as opened:
                 result = read(opened, _header(opened, file))
             break
         except (FileNotFoundError, NotADirectoryError):
@@ -280,6 +286,8 @@ def _block_rows(tensor: Tensor) -> int:
 
 
 def _bytes(tensor: Tensor) -> Any:
+    import torch
+
     tensor = tensor.contiguous()
     return tensor.as_strided((tensor.numel(),), (1,)).view(torch.uint8).numpy()  # one number alone may have any stride
 

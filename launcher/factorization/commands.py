@@ -6,16 +6,18 @@ import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 from rich.box import SIMPLE
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from rich.table import Table
 
-from adapters.checkpoint_files import local_folder
-from launcher.factorization import cache, distribute
+from launcher.factorization import cache
 from launcher.ranks import Party, Ranks, connect
+
+if TYPE_CHECKING:
+    from launcher.factorization.distribute import Progress as OnProgress
 
 GB = 1e9
 LINE_EVERY_S = 10.0  # without a terminal: a line for a log file
@@ -57,7 +59,9 @@ def factorize(
     Raises ValueError for a model that is not there, targets that match nothing, a weight without factors, a cache that
     cannot be written.
     """
-    from adapters.config import FAMILY  # with transformers, which takes seconds to import
+    from adapters.checkpoint_files import local_folder  # with torch and transformers, which take seconds to import
+    from adapters.config import FAMILY
+    from launcher.factorization import distribute
     from launcher.factorization.targets import targets_of
 
     party = party or connect(Ranks.from_environment())
@@ -201,7 +205,7 @@ def _show(console: Console, columns: Sequence[str], rows: Sequence[Sequence[str]
 
 
 @contextmanager
-def _bar(console: Console, what: str = "factoring") -> Iterator[distribute.Progress]:
+def _bar(console: Console, what: str = "factoring") -> Iterator[OnProgress]:
     """One progress bar on a terminal; elsewhere a line now and then."""
     if not console.is_terminal:
         said = time.monotonic()

@@ -396,14 +396,14 @@ def test_a_zero_pivot_says_which_column_and_what_to_type(tmp_path, folder):
 
 
 def test_a_full_disk_on_one_rank_is_named_on_all(model, folder, monkeypatch):
-    real = cache.save_file
+    real = save_file
 
     def full(tensors, file, metadata):
         if '"name": "layers.2.q"' in metadata["about"]:
             raise OSError(errno.ENOSPC, "No space left on device")
         real(tensors, file, metadata)
 
-    monkeypatch.setattr(cache, "save_file", full)
+    monkeypatch.setattr("safetensors.torch.save_file", full)
     errors = together(2, lambda party: factorize(requests_for(model), folder, party))
 
     for error in errors:
