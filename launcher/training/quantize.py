@@ -73,7 +73,7 @@ def check_base(folder: Path, kind: str) -> None:
             )
 
 
-def linear_layers(base: Any, trained_whole: Iterable[str] = ()) -> dict[str, nn.Module]:
+def linear_layers(base: Any, trained_whole: Iterable[str] = ()) -> dict[str, Any]:
     """The layers that are quantised, by name: every linear one but the output head and those that are trained whole.
 
     trained_whole: last parts of names of modules that keep their precision, since they are trained.
@@ -87,7 +87,7 @@ def linear_layers(base: Any, trained_whole: Iterable[str] = ()) -> dict[str, nn.
 
 
 def quantize_skeleton(base: Any, kind: str, dtype: torch.dtype, trained_whole: Iterable[str] = ()) -> None:
-    """Put quantised layers on meta in the place of the base's linear layers, in place. `fill` gives them their bytes."""
+    """Put quantised layers on meta in the place of the base's linear layers, in place. `fill` gives them bytes."""
     from launcher.training.quantized_layers import LAYERS
 
     for name, module in linear_layers(base, trained_whole).items():
@@ -108,6 +108,35 @@ class Quantised(Protocol):
     def pack(self, stored: Any, device: torch.device) -> Tensor: ...
 
     def keep(self, filled: nn.Parameter) -> None: ...
+
+    def layout(self) -> dict[str, tuple[str, tuple[int, ...]]]: ...
+
+    def saved(self, packed: Tensor) -> dict[str, Tensor]: ...
+
+
+def keep_packing(model: nn.Module) -> None:
+    """Keep bitsandbytes' own 4-bit layers from packing their bytes another way, in place, at the first pass without
+    gradients: on a CPU with AVX512-BF16 they would, gradients are wrong afterwards, and some row widths crash."""
+    for module in model.modules():
+        if hasattr(module, "support_avx512bf16_for_cpu"):
+            module.support_avx512bf16_for_cpu = False  # type: ignore[assignment]
+
+
+def transformers_config(kind: str, dtype: torch.dtype, kept: Iterable[str]) -> dict[str, Any]:
+    """The quantization_config with which transformers loads such weights from files; kept: linear layers in dtype."""
+    from transformers import BitsAndBytesConfig
+
+    how: dict[str, Any] = (
+        {"load_in_8bit": True}
+        if kind == "int8"
+        else {
+            "load_in_4bit": True,
+            "bnb_4bit_quant_type": kind,
+            "bnb_4bit_use_double_quant": True,
+            "bnb_4bit_compute_dtype": dtype,
+        }
+    )
+    return BitsAndBytesConfig(**how, llm_int8_skip_modules=sorted(kept)).to_dict()
 
 
 def packed_away(model: nn.Module) -> int:

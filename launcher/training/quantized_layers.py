@@ -19,6 +19,7 @@ from transformers.pytorch_utils import Conv1D
 PIECE = 1 << 20  # numbers quantised at a time
 # LLM.int8() (arXiv 2208.07339) multiplies columns with a larger activation in full precision, on a GPU.
 OUTLIER = 6.0
+STATE = 256  # bytes for what bitsandbytes notes of a 4-bit weight in JSON (about 160), so that a file's layout is known
 
 
 class FourBit(bnb.nn.Linear4bit):
@@ -74,6 +75,27 @@ class FourBit(bnb.nn.Linear4bit):
         how: Any = {"quant_type": self.kind, "bnb_quantized": True}
         self.weight = bnb.nn.Params4bit(filled.data, quant_state=self.quant_state, module=self, **how)
 
+    def layout(self) -> dict[str, tuple[str, tuple[int, ...]]]:
+        """dtype, as safetensors names it, and shape of what `saved` returns."""
+        blocks = -(-self.in_features * self.out_features // 64)
+        return {
+            "weight": ("U8", tuple(self.weight.shape)),
+            "weight.absmax": ("U8", (blocks,)),
+            "weight.quant_map": ("F32", (16,)),
+            "weight.nested_absmax": ("F32", (-(-blocks // 256),)),
+            "weight.nested_quant_map": ("F32", (256,)),
+            f"weight.quant_state.bitsandbytes__{self.kind}": ("U8", (STATE,)),
+        }
+
+    def saved(self, packed: Tensor) -> dict[str, Tensor]:
+        """What a file for transformers holds of the layer, by the end of its name; `pack` has just returned packed."""
+        assert self.quant_state is not None
+        self.quant_state.dtype = self.compute_dtype
+        parts = {f"weight.{name}": part for name, part in self.quant_state.as_dict(packed=True).items()}
+        text = parts[name := f"weight.quant_state.bitsandbytes__{self.kind}"]
+        spaces = torch.full((STATE - len(text),), ord(" "), dtype=torch.uint8)  # JSON, so they mean nothing
+        return {"weight": packed, **parts, name: torch.cat([text, spaces])}
+
 
 class EightBit(bnb.nn.Linear8bitLt):
     """LLM.int8(): weight (m, n) in int8, one scale per row.
@@ -105,6 +127,16 @@ class EightBit(bnb.nn.Linear8bitLt):
     def keep(self, filled: nn.Parameter) -> None:
         """Take the whole weight."""
         self.weight = filled
+
+    def layout(self) -> dict[str, tuple[str, tuple[int, ...]]]:
+        """dtype, as safetensors names it, and shape of what `saved` returns."""
+        m, n = self.weight.shape
+        return {"weight": ("I8", (m, n)), "SCB": ("F32", (m,)), "weight_format": ("U8", ())}
+
+    def saved(self, packed: Tensor) -> dict[str, Tensor]:
+        """What a file for transformers holds of the layer, by the end of its name; `pack` has just returned packed."""
+        assert self.state.SCB is not None
+        return {"weight": packed, "SCB": self.state.SCB, "weight_format": torch.tensor(0, dtype=torch.uint8)}
 
     def forward(self, x: Tensor) -> Tensor:
         # is_training: on a CPU the dequantised weight serves evaluation too, since there the choice of outliers would
