@@ -30,9 +30,10 @@ sys.path.insert(0, str(REPO))
 
 from launcher.config import AdapterConfig, Config, DataConfig, ModelConfig, OptimizerConfig, RunConfig  # noqa: E402
 from launcher.inference.export import export_lora  # noqa: E402
+from launcher.inference.sources import load_tokenizer  # noqa: E402
 from launcher.training import data, records  # noqa: E402
 from launcher.training.loop import loss_of  # noqa: E402
-from launcher.training.model import build, load_tokenizer  # noqa: E402
+from launcher.training.model import build  # noqa: E402
 from launcher.training.quantize import Quantised  # noqa: E402
 from launcher.training.run import run, versions  # noqa: E402
 

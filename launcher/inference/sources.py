@@ -16,7 +16,7 @@ from peft import PeftConfig, PeftModel
 from safetensors import SafetensorError, safe_open
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-import adapters  # noqa: F401 (registers our methods with PEFT)
+import adapters  # registers our methods with PEFT as well
 from adapters.checkpoint_files import list_tensors, local_folder
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
@@ -35,7 +35,6 @@ class Source:
     template: str | None = None  # what the run recorded; None: no run is known
     dtype: str | None = None  # likewise
     quantize: str = "none"  # likewise; what is loaded here is the full-precision base
-    data: dict[str, Any] | None = None  # likewise: its data settings
 
 
 def find(model: str, *, adapter: str | None = None, base: str | None = None) -> Source:
@@ -73,22 +72,27 @@ def find(model: str, *, adapter: str | None = None, base: str | None = None) -> 
     return Source(base=folder, base_name=model, tokenizer=tokenizer, **_recorded(run))
 
 
-def base_folder(model: str) -> Path:
-    """The local folder of a model whose weight files are whole. Raises ValueError naming what is not."""
+def base_folder(model: str, option: str = "") -> Path:
+    """The local folder of a model whose weight files are whole. Raises ValueError naming what is not.
+
+    option: what the model was given with, for the message.
+    """
     path = Path(model).expanduser()
     folder = path if path.is_dir() else local_folder(model)
     if folder is None:
         raise ValueError(
-            f"{model} is neither a folder here nor in the hub cache: give the folder of a model, an adapter or "
-            f"a run, or fetch the model first (hf download {model})"
+            f"{option}{model} is neither a folder here nor in the hub cache: "
+            + ("give a model's folder" if option else "give the folder of a model, an adapter or a run")
+            + f", or fetch the model first (hf download {model})"
         )
     if _run(folder) is not None:
-        raise ValueError(f"{model} is a run folder and no base model: give it alone, it knows its base")
+        raise ValueError(f"{option}{model} is a run folder and no base model: give it alone, it knows its base")
     if (folder / "adapter_config.json").is_file() and not (folder / "config.json").is_file():
-        raise ValueError(f"{model} is an adapter and no base model: give the model it was trained on")
+        raise ValueError(f"{option}{model} is an adapter and no base model: give the model it was trained on")
     if not (folder / "config.json").is_file():
         raise ValueError(
-            f"{folder} holds no model (config.json), no adapter (adapter_config.json) and no run: look at the path"
+            f"{option}{folder} holds no model (config.json), no adapter (adapter_config.json) and no run: "
+            "look at the path"
         )
     list_tensors(folder)
     return folder
@@ -127,6 +131,7 @@ def load(source: Source, *, dtype: str = "auto", device: str = "auto") -> tuple[
 
 def load_model(source: Source, *, dtype: str = "auto", device: str = "auto") -> Any:
     """The base with its adapter, if it has one."""
+    as_trained = source.dtype is not None and dtype in ("auto", source.dtype)
     dtype = (source.dtype or "auto") if dtype == "auto" else dtype
     if dtype not in (*DTYPES, "auto"):
         raise ValueError(f"--dtype {dtype} is unknown: give auto, {', '.join(DTYPES)}")
@@ -149,11 +154,13 @@ def load_model(source: Source, *, dtype: str = "auto", device: str = "auto") -> 
             f"{source.base} lacks {len(missing)} of its weights ({', '.join(missing[:3])}), which would be random: "
             "fetch the model again"
         )
-    if getattr(model, "is_loaded_in_4bit", False):
-        from launcher.training.quantize import keep_packing
-
-        keep_packing(model)
-    return (attach(model, source.adapter) if source.adapter else model).eval()
+    if source.adapter is None:
+        return model.eval()
+    with warnings.catch_warnings():
+        if as_trained:  # the files' precision may be another one: so it was in training
+            for said in ("this base has fingerprint", ".*factors come from the checkpoint"):
+                warnings.filterwarnings("ignore", said, adapters.BasePrecisionWarning)
+        return attach(model, source.adapter).eval()
 
 
 def attach(model: Any, folder: Path, *, low_cpu_mem_usage: bool = False) -> PeftModel:
@@ -171,12 +178,12 @@ def attach(model: Any, folder: Path, *, low_cpu_mem_usage: bool = False) -> Peft
             ) from None
 
 
-def load_tokenizer(folder: Path) -> Any:
+def load_tokenizer(folder: Path, *, trust_remote_code: bool = False) -> Any:
     """The tokenizer of a folder. Raises ValueError where there is none: transformers would make up an empty one."""
     reason = f"none of {', '.join(TOKENIZER_FILES)} is there"
     if _has_tokenizer(folder):
         try:
-            return AutoTokenizer.from_pretrained(folder, local_files_only=True)
+            return AutoTokenizer.from_pretrained(folder, local_files_only=True, trust_remote_code=trust_remote_code)
         except Exception as error:  # tokenizer libraries raise bare Exceptions
             reason = _line(error)
     raise ValueError(f"{folder} has no tokenizer that loads ({reason}): copy the model's tokenizer files there")
@@ -218,9 +225,9 @@ def _bases(run: dict[str, Any] | None) -> list[str]:
 def _recorded(run: dict[str, Any] | None) -> dict[str, Any]:
     if run is None:
         return {}
-    model, data = run["config"]["model"], run["config"].get("data", {})
-    setting = run.get("resolved", {}).get("prompt_template") or data.get("prompt_template")
-    return {"template": setting, "dtype": model.get("dtype"), "quantize": model.get("quantize", "none"), "data": data}
+    setting = run.get("resolved", {}).get("prompt_template") or run["config"].get("data", {}).get("prompt_template")
+    model = run["config"]["model"]
+    return {"template": setting, "dtype": model.get("dtype"), "quantize": model.get("quantize", "none")}
 
 
 def _has_tokenizer(folder: Path) -> bool:

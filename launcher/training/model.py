@@ -7,6 +7,7 @@ import importlib.util
 import json
 import logging
 import re
+import warnings
 from collections.abc import Callable, Mapping
 from difflib import SequenceMatcher
 from pathlib import Path
@@ -18,42 +19,17 @@ from huggingface_hub.dataclasses import type_validator
 from peft import PeftConfig, PromptLearningConfig, get_peft_model
 from peft.mapping import PEFT_TYPE_TO_CONFIG_MAPPING
 from torch import Tensor, nn
-from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoConfig, AutoModelForCausalLM
 
 import adapters
 from adapters import Factors
-from adapters.checkpoint_files import list_tensors, local_folder, open_tensor, weight_of
+from adapters.checkpoint_files import list_tensors, open_tensor, weight_of
 from adapters.config import FactorConfig
 from adapters.layer import FactorLayer
 from launcher.config import AdapterConfig, ModelConfig, nearest
 from launcher.training.quantize import Quantised, quantize_skeleton
 
 log = logging.getLogger(__name__)
-
-
-def base_folder(model: str) -> Path:
-    """The local folder of the base model. Raises ValueError with what to do where there is none."""
-    folder = local_folder(model)
-    if folder is None:
-        raise ValueError(
-            f"--model {model} is neither a folder here nor in the hub cache: give a folder with config.json and "
-            f"model.safetensors, or fetch it first with: hf download {model}"
-        )
-    if not (folder / "config.json").is_file():
-        raise ValueError(f"--model {folder} has no config.json: it is not a Hugging Face model folder")
-    list_tensors(folder)
-    return folder
-
-
-def load_tokenizer(folder: Path, *, trust_remote_code: bool = False) -> Any:
-    """The model's tokenizer. Raises ValueError where the folder has none."""
-    try:
-        return AutoTokenizer.from_pretrained(folder, trust_remote_code=trust_remote_code)
-    except Exception as error:  # transformers raises many kinds here
-        reason = str(error).strip().splitlines()[0]
-        raise ValueError(
-            f"{folder} has no tokenizer that loads ({reason}): copy tokenizer.json and its config there"
-        ) from None
 
 
 def choose_dtype(wanted: str) -> str:
@@ -202,7 +178,9 @@ def build(
         _prepare(base, config, folder)
     if adapter is None:
         return base.to(device)
-    with adapters.factors_from(lambda module, shape: factors(module)):
+    with adapters.factors_from(lambda module, shape: factors(module)), warnings.catch_warnings():
+        # The adapter has the fingerprint of the base's files, whatever precision the base runs in.
+        warnings.filterwarnings("ignore", "this base has fingerprint", adapters.BasePrecisionWarning)
         return get_peft_model(base, adapter, autocast_adapter_dtype=True).to(device)
 
 

@@ -6,6 +6,7 @@ import hashlib
 import json
 import logging
 import os
+import re
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
@@ -14,7 +15,6 @@ from typing import Any
 
 import torch
 from rich.console import Console
-from rich.logging import RichHandler
 from rich.panel import Panel
 from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 from rich.table import Table
@@ -78,8 +78,7 @@ class Screen:
 
     def __init__(self, is_main: bool):
         self.console = Console(quiet=not is_main)
-        handler = RichHandler(console=self.console, show_path=False, show_time=False, markup=False)
-        logging.basicConfig(handlers=[handler], level=logging.WARNING, format="%(message)s", force=True)
+        logging.basicConfig(handlers=[_Notes(self)], level=logging.WARNING, format="%(message)s", force=True)
         logging.captureWarnings(True)
         if not is_main:
             logging.getLogger().setLevel(logging.ERROR)
@@ -115,6 +114,22 @@ class Screen:
         for row in rows:
             table.add_row(*(cell.replace("[", r"\[") for cell in row))
         self.console.print(table)
+
+
+class _Notes(logging.Handler):
+    """What is logged, each a line; the screen is given here, and not standard error, so that no bar is torn apart."""
+
+    def __init__(self, screen: Screen):
+        super().__init__()
+        self.screen = screen
+
+    def emit(self, record: logging.LogRecord) -> None:
+        style = "bold red" if record.levelno >= logging.ERROR else "yellow"
+        label = Text(f"{record.levelname.lower()}: ", style=style)
+        text = self.format(record).strip()
+        if record.name == "py.warnings":  # file:line: Category: message, then a line of source
+            text = re.sub(r"^.*?:\d+: ", "", text.partition("\n  ")[0])
+        self.screen.console.print(label + Text(text), soft_wrap=True)
 
 
 class _Lines:

@@ -28,17 +28,16 @@ from launcher.config import Config, as_dict
 from launcher.factorization import cache
 from launcher.factorization.distribute import FactorRequest, factorize, factors_of, fingerprint
 from launcher.factorization.targets import targets_of
+from launcher.inference.sources import base_folder, load_tokenizer
 from launcher.ranks import Party, Ranks, Stopped, connect, say_mistake
 from launcher.training import checkpoint, data, records, templates
 from launcher.training.loop import Job, Question, train, write_answers
 from launcher.training.model import (
     Parts,
-    base_folder,
     build,
     choose_attention,
     choose_dtype,
     fill,
-    load_tokenizer,
     peft_config,
     skeleton,
 )
@@ -123,7 +122,7 @@ def _run(config: Config, name: str, party: Party, stop: StopRequest, screen: Scr
     output = Path(party.from_main("run folder", lambda: config.run.output or f"runs/{name}-{time.strftime('%Y%m%d-%H%M%S')}"))  # fmt: skip  # noqa: E501
 
     # 1. The base's files and the data: read by every rank for itself, so nothing large travels.
-    folder = Path(party.together("base model", lambda: str(base_folder(config.model.model)))[0])
+    folder = Path(party.together("base model", lambda: str(base_folder(config.model.model, "--model ")))[0])
     check_base(folder, config.model.quantize)
     tokenizer = load_tokenizer(folder, trust_remote_code=config.model.trust_remote_code)
     local: dict[str, Any] = {}
