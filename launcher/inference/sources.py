@@ -35,6 +35,7 @@ class Source:
     template: str | None = None  # what the run recorded; None: no run is known
     dtype: str | None = None  # likewise
     quantize: str = "none"  # likewise; what is loaded here is the full-precision base
+    data: dict[str, Any] | None = None  # likewise: its data settings
 
 
 def find(model: str, *, adapter: str | None = None, base: str | None = None) -> Source:
@@ -154,6 +155,10 @@ def load_model(source: Source, *, dtype: str = "auto", device: str = "auto") -> 
             f"{source.base} lacks {len(missing)} of its weights ({', '.join(missing[:3])}), which would be random: "
             "fetch the model again"
         )
+    if getattr(model, "is_loaded_in_4bit", False):
+        from launcher.training.quantize import keep_packing
+
+        keep_packing(model)
     if source.adapter is None:
         return model.eval()
     with warnings.catch_warnings():
@@ -225,9 +230,9 @@ def _bases(run: dict[str, Any] | None) -> list[str]:
 def _recorded(run: dict[str, Any] | None) -> dict[str, Any]:
     if run is None:
         return {}
-    setting = run.get("resolved", {}).get("prompt_template") or run["config"].get("data", {}).get("prompt_template")
-    model = run["config"]["model"]
-    return {"template": setting, "dtype": model.get("dtype"), "quantize": model.get("quantize", "none")}
+    model, data = run["config"]["model"], run["config"].get("data", {})
+    setting = run.get("resolved", {}).get("prompt_template") or data.get("prompt_template")
+    return {"template": setting, "dtype": model.get("dtype"), "quantize": model.get("quantize", "none"), "data": data}
 
 
 def _has_tokenizer(folder: Path) -> bool:
