@@ -49,13 +49,13 @@ STEPS, BATCH, MAX_LENGTH = 60, 8, 128
 SEEDS = (1, 2, 3)
 RATES = tuple(float(f"{digit}e{power}") for power in range(-6, 2) for digit in (1, 3))
 MODELS = {"babyllama-361": 110, "stories260K": 55}  # numbers per weight that a full-rank diagonal core has on average
-CELLS = (  # most telling first: an early stop leaves whole cells
+CELLS = (  # an early stop leaves whole cells: first the larger model on real instructions, then what is cheapest
     ("babyllama-361", "alpaca"),
     ("stories260K", "instructions"),
-    ("babyllama-361", "sst2"),
-    ("stories260K", "alpaca"),
-    ("babyllama-361", "instructions"),
     ("stories260K", "sst2"),
+    ("stories260K", "alpaca"),
+    ("babyllama-361", "sst2"),
+    ("babyllama-361", "instructions"),
 )
 FIRST = 8  # methods that go through all cells before the others do
 ALL, FULL = ("all-linear",), 4096  # every linear layer; full rank, after clamping
