@@ -20,6 +20,7 @@ import shutil
 import threading
 import time
 from collections.abc import Callable, Mapping
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -76,10 +77,18 @@ class Checkpoint:
         return found[0] if len(found) == 1 else torch.cat(found)
 
 
-def save(root: Path, step: int, pieces: Mapping[str, Piece], meta: dict[str, Any], party: Party) -> Path:
+def save(
+    root: Path,
+    step: int,
+    pieces: Mapping[str, Piece],
+    meta: dict[str, Any],
+    party: Party,
+    before: Callable[[], None] = lambda: None,
+) -> Path:
     """Write one checkpoint; every rank calls it with the rows it holds (replicated tensors: rank 0 alone).
 
-    Raises ValueError on every rank where one of them cannot write; what was there before stays.
+    before() is called on rank 0, in another thread, and has ended when the checkpoint becomes complete. Raises
+    ValueError on every rank where one of them cannot write; what was there before stays.
     """
     final = root / f"step-{step:06d}"
     partial = final.with_suffix(".tmp")
@@ -90,15 +99,17 @@ def save(root: Path, step: int, pieces: Mapping[str, Piece], meta: dict[str, Any
             return {}
         with _disk_errors(root):
             save_file({name: piece.rows.detach().cpu().contiguous() for name, piece in pieces.items()}, partial / file)
+            if not party.ranks.is_main:  # rank 0 does it with the index
+                _sync(partial / file)
             return {
                 "file": file,
-                "sha256": digest(partial / file, sync=True),
+                "sha256": digest(partial / file),
                 "pieces": {
                     name: {
                         "shape": list(piece.shape),
                         "dtype": str(piece.rows.dtype).removeprefix("torch."),
                         "start": piece.start,
-                        "rows": len(piece.rows) if piece.rows.ndim else 1,
+                        "rows": piece.rows.shape[0] if piece.rows.ndim else 1,
                     }
                     for name, piece in pieces.items()
                 },
@@ -112,7 +123,7 @@ def save(root: Path, step: int, pieces: Mapping[str, Piece], meta: dict[str, Any
     try:
         party.from_main("checkpoint folder", begin)
         written = [part for part in party.together("checkpoint rows", write) if part]
-        party.from_main("checkpoint index", lambda: _seal(partial, final, step, written, meta))
+        party.from_main("checkpoint index", lambda: _seal(partial, final, step, written, meta, before))
     except ValueError:
         if party.ranks.is_main:
             shutil.rmtree(partial, ignore_errors=True)
@@ -139,12 +150,11 @@ class Saver:
         before: Callable[[], None] = lambda: None,
         after: Callable[[], None] = lambda: None,
     ) -> None:
-        """As `save`, between before() and after(); raises what the save before this one failed with."""
+        """As `save`, and then after(); raises what the save before this one failed with."""
         self.wait()
 
         def work(pieces: Mapping[str, Piece]) -> None:
-            before()
-            save(self.root, step, pieces, meta, self.party)
+            save(self.root, step, pieces, meta, self.party, before)
             after()
 
         def work_aside(pieces: Mapping[str, Piece]) -> None:
@@ -230,35 +240,42 @@ def write_atomically(path: Path, text: str) -> None:
     os.replace(partial, path)
 
 
-def _seal(partial: Path, final: Path, step: int, written: list[dict[str, Any]], meta: dict[str, Any]) -> None:
+def _seal(
+    partial: Path, final: Path, step: int, written: list[dict[str, Any]], meta: Any, before: Callable[[], None]
+) -> None:
     tensors: dict[str, dict[str, Any]] = {}
     for part in written:
         for name, piece in part["pieces"].items():
             entry = tensors.setdefault(name, {"shape": piece["shape"], "dtype": piece["dtype"], "pieces": []})
             entry["pieces"].append({"file": part["file"], "start": piece["start"], "rows": piece["rows"]})
     files = {part["file"]: part["sha256"] for part in written}
-    text = json.dumps({"format": FORMAT, "step": step, "meta": meta, "files": files, "tensors": tensors}, indent=1)
+    text = json.dumps({"format": FORMAT, "step": step, "meta": meta, "files": files, "tensors": tensors})
     with _disk_errors(final.parent):
-        write_atomically(partial / "index.json", text)
-        write_atomically(partial / "COMPLETE", hashlib.sha256(text.encode()).hexdigest() + "\n")
+        (partial / "index.json").write_text(text)
+        (partial / "COMPLETE").write_text(hashlib.sha256(text.encode()).hexdigest() + "\n")
+        # All at once: a journal commits together what waits for it, which takes a quarter of the time of one by one.
+        mine = [partial / name for name in ("rank-00000.safetensors", "index.json", "COMPLETE")]
+        with ThreadPoolExecutor(1 + len(mine)) as pool:
+            waiting = [pool.submit(before), *(pool.submit(_sync, file) for file in mine if file.exists())]
+        for future in waiting:
+            future.result()
         shutil.rmtree(final, ignore_errors=True)  # of the same step, from before a resume
         os.replace(partial, final)
-        _sync_folder(final.parent)
+        _sync(final.parent)
 
 
-def digest(path: Path, *, sync: bool = False) -> str:
-    """sha256 (hex) of a file; with sync, once its bytes are on the disk."""
+def digest(path: Path) -> str:
+    """sha256 (hex) of a file."""
     sha = hashlib.sha256()
-    with open(path, "rb+" if sync else "rb") as file:
-        if sync:
-            os.fsync(file.fileno())
+    with open(path, "rb") as file:
         while block := file.read(1 << 20):
             sha.update(block)
     return sha.hexdigest()
 
 
-def _sync_folder(folder: Path) -> None:
-    handle = os.open(folder, os.O_RDONLY)
+def _sync(path: Path) -> None:
+    """Return once a file's bytes, or a folder's names, are on the disk."""
+    handle = os.open(path, os.O_RDONLY)
     try:
         os.fsync(handle)
     finally:
