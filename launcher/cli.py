@@ -201,7 +201,7 @@ def run_recipe(name: str, default: Callable[[], Config], tiny: Callable[[], Conf
 
 def guarded(act: Callable[[], Any]) -> int:
     """The user's mistakes become one line and exit code 2; a command that returns nothing has succeeded."""
-    logging.getLogger("bitsandbytes").setLevel(logging.ERROR)  # advertises an optional package at import
+    logging.getLogger("bitsandbytes.backends.cpu.ops").addFilter(_no_advertisement)
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")  # our own words and bars are enough
     os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
     warnings.filterwarnings("ignore", category=FutureWarning)
@@ -214,6 +214,13 @@ def guarded(act: Callable[[], Any]) -> int:
     except KeyboardInterrupt:
         return 130
     return result if isinstance(result, int) else 0
+
+
+def _no_advertisement(record: logging.LogRecord) -> bool:
+    """PEFT imports bitsandbytes also where nothing is quantised, and that warns of an optional package: at debug."""
+    if record.getMessage().startswith("Failed to load CPU gemm_4bit_forward"):
+        record.levelno, record.levelname = logging.DEBUG, "DEBUG"
+    return logging.getLogger(record.name).isEnabledFor(record.levelno)
 
 
 def _connected() -> bool:

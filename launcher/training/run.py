@@ -169,8 +169,7 @@ def _run(config: Config, name: str, party: Party, stop: StopRequest, screen: Scr
         return "finished"
     state.write("running")
     if ranks.is_main:
-        checkpoint.write_atomically(output / "control", "run\n")
-        stop.control = output / "control"
+        stop.watch(output / "control")
     factored = {}
     if requests:
         with screen.bar("factors", len(requests)) as bar:
@@ -468,7 +467,6 @@ def quiet_libraries() -> None:
     """No progress bars and notes of libraries between ours; warnings stay."""
     transformers.logging.set_verbosity_error()
     transformers.logging.disable_progress_bar()
-    logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
     warnings.filterwarnings("ignore", category=FutureWarning)
 
 

@@ -87,23 +87,37 @@ def test_the_time_limit_holds_before_training_too(runs, capsys):
 
 def test_the_control_file_asks_like_a_signal(tmp_path):
     with StopRequest() as stop:
-        stop.control = tmp_path / "control"
-        stop.control.write_text("run\n")
+        control = tmp_path / "control"
+        stop.watch(control)
         before = stop.asked()
-        stop.control.write_bytes(b"\xff")  # half written, or damaged
+        control.write_bytes(b"\xff")  # half written, or damaged
         damaged = stop.asked()
-        stop.control.write_text("stop\n")
+        control.write_text("stop\n")
 
         assert (before, damaged, stop.asked()) == (False, False, True)
         assert stop.reason == "the control file"
 
 
-@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGUSR2])
-def test_a_second_signal_ends_at_once(number):
+def test_a_stop_that_was_written_while_the_run_was_starting_is_honoured_once(runs):
+    (runs.folder / "run").mkdir()
+    control = runs.folder / "run" / "control"
+    control.write_text("stop\n")
+
+    codes = [run(runs.config("run"), "test") for _ in range(2)]
+
+    assert codes == [75, 0]
+    assert control.read_text() == "run\n"
+
+
+@pytest.mark.parametrize(("number", "again_s"), [(signal.SIGTERM, 0.3), (signal.SIGUSR2, 0.3), (signal.SIGINT, 0.0)])
+def test_a_repeated_signal_is_one_request_and_a_second_one_ends_at_once(number, again_s):
+    """A scheduler that repeats itself does not end a save; a person who insists does."""
     code = """
 import sys, time
 sys.path.insert(0, sys.argv[1])
+from launcher.training import preemption
 from launcher.training.preemption import StopRequest
+preemption.QUIET_S = 1.0
 with StopRequest():
     print("ready", flush=True)
     for _ in range(600):
@@ -112,9 +126,10 @@ with StopRequest():
     process = subprocess.Popen([sys.executable, "-c", code, str(REPO)], stdout=subprocess.PIPE, text=True)
     process.stdout.readline()
 
-    process.send_signal(number)
-    process.send_signal(number)  # a launcher's echo of the first, not a second one
-    time.sleep(0.7)
+    for _ in range(6):
+        process.send_signal(number)
+        time.sleep(again_s)
+    time.sleep(1.5)
     still_there = process.poll() is None
     process.send_signal(number)
 
