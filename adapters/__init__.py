@@ -1,9 +1,10 @@
 """Adapters whose frozen factors come from the base weights and whose trained core is tiny, as PEFT methods."""
 
 import adapters.tuner  # noqa: F401 (registers them)
-from adapters.config import LoLDUConfig, LoLDUXSConfig, LoRAXSConfig, SVFitConfig, SVFTConfig
+from adapters.config import LoLDUConfig, LoLDUXSConfig, LoRASBConfig, LoRAXSConfig, SVFitConfig, SVFTConfig
 from adapters.factors import Factors
 from adapters.layer import BasePrecisionWarning, factors_from
+from adapters.lora_sb import factors_from_gradients
 
 PROJECT = "loldu-launcher"  # tells this package from another one named adapters
 
@@ -12,8 +13,10 @@ __all__ = [
     "Factors",
     "LoLDUConfig",
     "LoLDUXSConfig",
+    "LoRASBConfig",
     "LoRAXSConfig",
     "SVFTConfig",
     "SVFitConfig",
     "factors_from",
+    "factors_from_gradients",
 ]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from abc import ABC, abstractmethod
 from dataclasses import dataclass, field
 from typing import Any, ClassVar
 
@@ -32,7 +33,7 @@ def _new_peft_type(name: str) -> None:
 
 
 @dataclass
-class FactorConfig(PeftConfig):
+class FactorConfig(PeftConfig, ABC):
     """What all methods of the family share; each adds the options of its own factors."""
 
     r: int = field(default=64, metadata={"help": "rank of the trained core, clamped to a weight's smaller side"})
@@ -48,6 +49,7 @@ class FactorConfig(PeftConfig):
 
     method: ClassVar[str]  # its name in lower case; PEFT's type is the same in capitals
     through_write: ClassVar[bool]  # whether it reads through its write map (svd.py), or pivot rows (factors.py)
+    reads_input: ClassVar[bool] = False  # reads the layer's input, not its output: its factors are not W's (lora_sb.py)
     # Largest `rebuilt_error` of factors made from a rounded weight, no checkpoint at hand.
     rebuilt_bound: ClassVar[float]
 
@@ -82,17 +84,22 @@ class FactorConfig(PeftConfig):
         """That matrix, or its diagonal (r,) where there is no more."""
         return core
 
+    @abstractmethod
     def factors(self, W: Tensor, r: int | None, *, embedding: bool = False, saved: Factors | None = None) -> Factors:
         """Factors of W (m, n), probe left empty; saved: the pivots and values that an adapter was saved with."""
-        raise NotImplementedError
 
+    @abstractmethod
     def rebuilt_error(self, W: Tensor, saved: Factors) -> float:
         """How far factors rebuilt from this W are from those with the saved pivots and values."""
-        raise NotImplementedError
 
+    @abstractmethod
     def factor_options(self) -> dict[str, Any]:
         """What decides the factors beside rank and weight, as JSON: for those who make them elsewhere."""
-        raise NotImplementedError
+
+
+def _check_svd(config: Any) -> None:
+    if config.svd not in svd.METHODS:
+        raise ValueError(f"{type(config).__name__}.svd is one of {', '.join(svd.METHODS)}, got {config.svd!r}")
 
 
 class DenseCore:
@@ -186,8 +193,7 @@ class SVDConfig(FactorConfig):
             )
         if not self.normalize_directions and self.method != "loraxs":
             raise ValueError("normalize_directions=false is not to be had: singular vectors have norm one")
-        if self.svd not in svd.METHODS:
-            raise ValueError(f"{type(self).__name__}.svd is one of {', '.join(svd.METHODS)}, got {self.svd!r}")
+        _check_svd(self)
 
     def rank_of(self, module: str, shape: tuple[int, int]) -> int | None:
         return super().rank_of(module, shape) if self.energy is None else (self.ranks or {}).get(module)
@@ -272,6 +278,46 @@ class LoRAXSConfig(DenseCore, SVDConfig):
     method = "loraxs"
 
 
-FAMILY = (LoLDUConfig, LoLDUXSConfig, SVFitConfig, SVFTConfig, LoRAXSConfig)
+@dataclass
+class LoRASBConfig(DenseCore, FactorConfig):
+    """LoRA-SB (arXiv 2411.19557): W' = W + scale U_r R V_r^T, R (r, r) trained from the first step's step * diag(s).
+
+    U, s, V are of the sign of the summed gradient of a few samples, not of W: see lora_sb.py.
+    """
+
+    step: float | None = field(
+        default=None,
+        metadata={"help": "size of the first step; the launcher takes the learning rate, as the paper does"},
+    )
+    samples: int = field(default=64, metadata={"help": "samples whose gradient makes the factors (the launcher's)"})
+    svd: str = field(default="auto", metadata={"help": f"how the factors are made: {', '.join(svd.METHODS)}"})
+
+    method = "lorasb"
+    through_write = False
+    reads_input = True
+    rebuilt_bound = 0.0
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.step is not None and not (math.isfinite(self.step) and self.step > 0):
+            raise ValueError(f"LoRASBConfig.step is a positive number, got {self.step}")
+        if type(self.samples) is not int or self.samples < 1:
+            raise ValueError(f"LoRASBConfig.samples is a whole number of at least 1, got {self.samples!r}")
+        _check_svd(self)
+
+    def factors(self, W: Tensor, r: int | None, *, embedding: bool = False, saved: Factors | None = None) -> Factors:
+        """Of the summed gradient W (m, n), not of the weight."""
+        assert r is not None
+        assert not embedding
+        return svd.first_step_factors(W, r, method=self.svd)
+
+    def rebuilt_error(self, W: Tensor, saved: Factors) -> float:
+        return math.inf  # no weight tells its gradient
+
+    def factor_options(self) -> dict[str, Any]:
+        return {"method": "lorasb", "svd": self.svd}
+
+
+FAMILY = (LoLDUConfig, LoLDUXSConfig, SVFitConfig, SVFTConfig, LoRAXSConfig, LoRASBConfig)
 for _config in FAMILY:
     _new_peft_type(_config.method.upper())

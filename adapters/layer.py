@@ -10,7 +10,7 @@ import warnings
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from contextvars import ContextVar
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 import torch.nn.functional as F
@@ -45,6 +45,11 @@ def factors_from(source: FactorSource) -> Iterator[None]:
         _factor_source.reset(token)
 
 
+def factor_source() -> FactorSource | None:
+    """The source that is in force."""
+    return _factor_source.get()
+
+
 class FactorMap(nn.Module):
     """One adapter on one layer: read r numbers from y0, multiply them by the trained core, write them back.
 
@@ -52,6 +57,8 @@ class FactorMap(nn.Module):
     that sharding engines spread them; they follow from the base and are in no state dict. pivots, values and probe say
     from what.
     """
+
+    derived: ClassVar[tuple[str, ...]] = ("write", "read")  # what is in no state dict
 
     core: nn.Parameter
     write: nn.Parameter
@@ -150,7 +157,7 @@ class FactorMap(nn.Module):
 
     def _save_to_state_dict(self, destination: Any, prefix: str, keep_vars: bool) -> None:
         super()._save_to_state_dict(destination, prefix, keep_vars)
-        for name in ("write", "read"):
+        for name in self.derived:
             del destination[prefix + name]
 
     def _load_from_state_dict(self, state_dict: Any, prefix: str, *rest: Any) -> None:
@@ -164,7 +171,7 @@ class FactorMap(nn.Module):
             self._seen = None  # loading in place keeps the buffer's identity
         super()._load_from_state_dict(state_dict, prefix, *rest)
         missing: list[str] = rest[2]
-        missing[:] = [name for name in missing if name not in (prefix + "write", prefix + "read")]
+        missing[:] = [name for name in missing if name not in [prefix + each for each in self.derived]]
 
 
 class FactorLayer(nn.Module, BaseTunerLayer):
@@ -201,7 +208,7 @@ class FactorLayer(nn.Module, BaseTunerLayer):
         dtype = weight.dtype
         if self.quantization_backend is not None:
             dtype = getattr(self.base, "compute_dtype", None) or torch.float32
-        r, source = config.rank_of(self.name, self.shape), _factor_source.get()
+        r, source = config.rank_of(self.name, self.shape), factor_source()
         factors = source(self.name, self.shape) if source is not None else None
         if factors is None and not weight.is_meta:
             factors = self._new_factors(config, r)

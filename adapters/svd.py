@@ -14,6 +14,8 @@ U_r (delta * h) with h = (U_r^T y0) / s_r, and LoRA-XS needs no division. V_r is
 frozen numbers. Directions have norm one, so delta's unit is that of W's singular values, while R has none. At r = k
 SVFit is SVFT-plain and SVF (2206.06122). LoRA-XS's s_r stands where its authors' code has it.
 
+LoRA-SB (arXiv 2411.19557) takes the singular vectors of another matrix, the first step of full fine-tuning: lora_sb.py.
+
 There is no panel here as for LU: the leading singular vectors follow from the whole weight.
 """
 
@@ -73,6 +75,19 @@ def svd_factors(
     read = 1 / s if divide else torch.ones_like(s)
     probe = torch.zeros(32, dtype=torch.uint8)
     return Factors(U.to(dtype).contiguous(), read.to(dtype), chosen.to(torch.int32), s.float(), probe)
+
+
+def first_step_factors(gradient: Tensor, r: int, *, method: str = "auto") -> Factors:
+    """LoRA-SB's factors from a weight's summed gradient (m, n): write U_r (m, r), read V_r^T (r, n), values s (r,).
+
+    Of -sign(gradient), the direction of AdamW's first step; probe is left empty. Raises ValueError where the gradient
+    is zero, is not finite, or its signs have no r directions.
+    """
+    step = -gradient.sign().where(gradient.isfinite(), gradient)
+    if not step.any():
+        raise ValueError("its gradient is zero: no sample reaches it")
+    factors = svd_factors(step, r, method=method)
+    return factors._replace(read=factors.read[:, None] * (factors.write.T @ step.to(factors.write)))
 
 
 def leading_exact(W: Tensor, r: int | None, energy: float = 1.0) -> tuple[Tensor, Tensor]:

@@ -18,6 +18,7 @@ from transformers.pytorch_utils import Conv1D
 from adapters.config import FAMILY, FactorConfig
 from adapters.factors import base_fingerprint, probe_digest
 from adapters.layer import BasePrecisionWarning, FactorLayer, FactorLinear, matrix_shape
+from adapters.lora_sb import InputLinear
 
 log = logging.getLogger(__name__)
 
@@ -81,6 +82,13 @@ class FactorTuner(BaseTuner):
                     f"them: leave it out (exclude_modules=['{target_name}']) or load with tie_word_embeddings=False"
                 )
             kind = FactorLinear if isinstance(target, (nn.Linear, Conv1D)) else FactorLayer
+            if config.reads_input:
+                if kind is FactorLayer:
+                    raise ValueError(
+                        f"{current_key} is a {type(target).__name__}; {config.method} goes on Linear and Conv1D: leave "
+                        f"it out (exclude_modules=['{target_name}'])"
+                    )
+                kind = InputLinear
             layer = kind(target, current_key, config.method)
             layer.set_adapter([adapter_name] if isinstance(self.active_adapter, str) else self.active_adapter)
         loaded_from = getattr(getattr(self.model, "config", None), "_name_or_path", None)

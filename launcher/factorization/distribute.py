@@ -19,6 +19,7 @@ from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor, wait
 from contextlib import suppress
 from dataclasses import dataclass
+from functools import partial
 from itertools import zip_longest
 from math import prod
 from pathlib import Path
@@ -29,14 +30,18 @@ from torch import Tensor
 
 from adapters.checkpoint_files import TensorInfo, open_tensor
 from adapters.factors import Factors, base_fingerprint, loldu_factors, probe_digest
-from adapters.svd import svd_factors
+from adapters.svd import first_step_factors, svd_factors
 from launcher.factorization import cache
 from launcher.ranks import Party, Stopped
 
 log = logging.getLogger(__name__)
 Progress = Callable[[int, int, str], None]  # weights done on all ranks, weights to do, one being worked on
 
-ALGORITHMS = {"loldu": ("loldu-panel-lu", 2), "svfit": ("svd", 1), "loraxs": ("svd", 1)}
+ALGORITHMS = {
+    "loldu": ("loldu-panel-lu", 2), "svfit": ("svd", 1), "loraxs": ("svd", 1), "lorasb": ("svd-of-first-step", 1)
+}  # fmt: skip
+# The summed gradient (m, n) of the first of these modules' weights; the others are asked for next.
+GradientOf = Callable[[Sequence[str]], Tensor]
 BEAT_S = 0.2  # how often a rank says that it is alive
 SILENCE_S = 7.0  # without a word for so long a rank counts as dead; all ranks say so within 10 s
 
@@ -52,11 +57,12 @@ class FactorRequest:
     embedding: bool = False
     normalize: bool = False  # loldu
     dtype: str = "float32"  # of the stored write map
-    method: str = "loldu"  # whose factors: loldu, svfit or loraxs
+    method: str = "loldu"  # whose factors: loldu, svfit, loraxs or lorasb
     energy: float | None = (
         None  # of the SVD: rank is then min(m, n), and the factors have the rank that holds this share
     )
     svd: str = "auto"  # how
+    gradients: str | None = None  # lorasb: digest of all that the weight's gradient depends on
 
     @property
     def shape(self) -> tuple[int, int]:
@@ -111,9 +117,11 @@ def factorize(
     *,
     verify_base: bool = False,
     device: torch.device | None = None,
+    gradient_of: GradientOf | None = None,
 ) -> dict[str, Factored]:
     """Factors of every request in the cache folder, by module; what is there is not made again. Called by all ranks.
 
+    gradient_of is for requests whose factors come from gradients; each rank asks it for those of its own weights.
     verify_base reads the weights again instead of trusting the file's size and time. on_progress is called on every
     rank, a few times a second; where it raises Stopped on one rank, all raise it, and what was made stays.
 
@@ -141,8 +149,9 @@ def factorize(
     # Work goes on in a second thread, so that this one can speak and listen while a long factorisation runs.
     pool = ThreadPoolExecutor(1, thread_name_prefix="factorize")
     try:
-        for request, next_one in zip_longest(mine, mine[1:]):
-            future = pool.submit(make, request, folder, device or own_device(party.ranks.local_rank))
+        for number, (request, next_one) in enumerate(zip_longest(mine, mine[1:])):
+            gradient = partial(gradient_of, [later.module for later in mine[number:]]) if gradient_of else None
+            future = pool.submit(make, request, folder, device or own_device(party.ranks.local_rank), gradient)
             if next_one is not None:
                 ask_for(next_one.tensor)
             while not wait([future], timeout=BEAT_S).done:
@@ -169,8 +178,15 @@ def lookup(request: FactorRequest, folder: Path) -> str | None:
     return key if key and cache.find(folder, key) else None
 
 
-def make(request: FactorRequest, folder: Path, device: torch.device | None = None) -> Factored:
+def make(
+    request: FactorRequest,
+    folder: Path,
+    device: torch.device | None = None,
+    gradient: Callable[[], Tensor] | None = None,
+) -> Factored:
     """Read what the factors depend on, and make and store them unless the same content is already there.
+
+    gradient returns the summed gradient of this weight, for factors that come from it.
 
     Raises ValueError naming module, tensor, file and the remedy.
     """
@@ -188,7 +204,12 @@ def make(request: FactorRequest, folder: Path, device: torch.device | None = Non
         where = (
             f"{request.module} ({request.tensor.name} in {request.tensor.file}, {' x '.join(map(str, request.shape))})"
         )
-        on_device = W.to(device) if request.method != "loldu" else W[:, : request.rank].to(device)
+        if request.method == "lorasb":
+            if gradient is None:  # asked for while the model is being built
+                raise ValueError(f"{where}: its factors were lost, and only a new start makes them: run this again")
+            on_device = gradient().to(device)
+        else:
+            on_device = W.to(device) if request.method != "loldu" else W[:, : request.rank].to(device)
         try:
             factors = _factors(request, W, on_device)
         except ValueError as error:
@@ -405,6 +426,8 @@ def _factors(request: FactorRequest, W: Tensor, on_device: Tensor) -> Factors:
             normalize=request.normalize,
             embedding=request.embedding,
         )
+    if request.method == "lorasb":
+        return first_step_factors(on_device, request.rank, method=request.svd)
     outputs = on_device.T if request.embedding else on_device
     r = request.rank if request.energy is None else None
     divide = request.method != "loraxs"
@@ -417,7 +440,7 @@ def _rank(folder: Path, key: str) -> int:
 
 
 def _recipe(request: FactorRequest) -> dict[str, Any]:
-    own = ("normalize",) if request.method == "loldu" else ("energy", "svd")
+    own = {"loldu": ("normalize",), "lorasb": ("svd", "gradients")}.get(request.method, ("energy", "svd"))
     names = ("rank", "embedding", "transposed", "dtype", "method", *own)
     how = {name: getattr(request, name) for name in names}
     return how | {"algorithm": list(ALGORITHMS[request.method]), "shape": list(request.tensor.shape)}
@@ -440,6 +463,7 @@ def _residual(request: FactorRequest, weight: Tensor, factors: Factors) -> float
     """
     if request.method != "loldu":
         W = (weight.T if request.embedding else weight).to(factors.write)
+        W = W.sign() if request.method == "lorasb" else W
         s = factors.values.to(W)
         return float((W @ (W.T @ factors.write) / s - factors.write * s).norm(dim=0).max() / s[0])
     chosen, r = weight[factors.pivots.long()].to(factors.read), len(factors.values)

@@ -14,6 +14,7 @@ import time
 import traceback
 import warnings
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -22,7 +23,7 @@ import torch.distributed as dist
 import transformers
 
 from adapters.checkpoint_files import list_tensors
-from adapters.config import FactorConfig
+from adapters.config import FactorConfig, LoRASBConfig
 from launcher.availability import unavailable
 from launcher.config import Config, as_dict
 from launcher.factorization import cache
@@ -31,6 +32,7 @@ from launcher.factorization.targets import targets_of
 from launcher.inference.sources import base_folder, load_tokenizer
 from launcher.ranks import Party, Ranks, Stopped, connect, say_mistake
 from launcher.training import checkpoint, data, records, templates
+from launcher.training.gradients import FirstStep, check_first_step
 from launcher.training.loop import Job, Question, train, write_answers
 from launcher.training.model import (
     Parts,
@@ -107,7 +109,7 @@ def check(config: Config, ranks: Ranks) -> None:
     sharding = check_sharding(config.run.sharding, ranks, config.run.shard_size)
     check_quantize(config.model.quantize, sharding, cpu_offload=config.run.cpu_offload)
     data.check_batch(config.optimizer.batch_size, ranks.world_size)
-    peft_config(config.adapter)
+    check_first_step(peft_config(config.adapter), sharding)
     check_trackers(config.run.trackers)
     dtype = choose_dtype(config.model.dtype)
     choose_attention(config.model.attention, on_gpu=torch.cuda.is_available(), dtype=dtype)
@@ -162,6 +164,15 @@ def _run(config: Config, name: str, party: Party, stop: StopRequest, screen: Scr
     }
     if ours:
         adapter.base_fingerprint = identity["base"]
+    how: Any = {"dtype": dtype, "attention": attention}
+    first_step = None
+    if isinstance(adapter, LoRASBConfig):
+        adapter.step = adapter.step or config.optimizer.learning_rate
+        first_step = FirstStep(
+            config, adapter, train_data, identity, pad_id=tokenizer.pad_token_id or 0,
+            load=lambda: build(config.model, folder, None, factors=lambda name: None, device=device, **how),
+        )  # fmt: skip
+        requests = [replace(request, gradients=first_step.digest) for request in requests]
     resume = _prepare_output(config, output, identity, party)
     state.folder = output
     if resume is not None and party.from_main("state", lambda: _finished(config, output, resume, steps)):
@@ -178,7 +189,11 @@ def _run(config: Config, name: str, party: Party, stop: StopRequest, screen: Scr
                 bar(done, weight)
                 stop.before_training()
 
-            factored = factorize(requests, cache_folder, party, progress, verify_base=config.run.verify_base)
+            factored = factorize(
+                requests, cache_folder, party, progress, verify_base=config.run.verify_base, gradient_of=first_step
+            )
+        if first_step is not None:
+            first_step.free()
         for module, entry in factored.items():
             adapter.note_rank(module, entry.rank)
         made = sum(entry.made for entry in factored.values())
@@ -197,7 +212,6 @@ def _run(config: Config, name: str, party: Party, stop: StopRequest, screen: Scr
     def load() -> tuple[Any, Any]:
         stop.before_training()
         torch.manual_seed(config.optimizer.seed)
-        how: Any = {"dtype": dtype, "attention": attention}
         if sharding in ("none", "ddp", "zero2"):
             return build(config.model, folder, adapter, factors=source, device=device, **how), None
         open_alone(device)

@@ -13,6 +13,7 @@ from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
 from launcher.config import AdapterConfig, Config, DataConfig, ModelConfig, OptimizerConfig, RunConfig
+from launcher.factorization import cache
 from launcher.ranks import Ranks
 from launcher.training import checkpoint
 from launcher.training.model import build, peft_config
@@ -23,6 +24,7 @@ PROJECTIONS = ("q_proj", "v_proj", "down_proj")
 NORMS = ("input_layernorm", "norm")
 ALWAYS = [
     ("full",), ("lora", "lora_dropout=0.1"), ("dora",), ("vera",), ("randlora",), ("fourierft",), ("ia3",), ("svfit",),
+    ("lorasb",),
 ]  # fmt: skip
 # The rest of PEFT's methods, and of ours; those with sizes of their own get ones that fit.
 ALSO = [
@@ -106,7 +108,11 @@ def trained(config, base):
     torch.manual_seed(config.optimizer.seed)
     cpu = torch.device("cpu")
     adapter = peft_config(config.adapter)
-    model = build(config.model, base, adapter, dtype="float32", attention="sdpa", factors=lambda name: None, device=cpu)
+    if config.adapter.method == "lorasb":
+        adapter.step = config.optimizer.learning_rate
+    folder = Path(config.run.cache)
+    made = {entry.about["name"]: cache.load(folder, entry.key) for entry in cache.entries(folder)}
+    model = build(config.model, base, adapter, dtype="float32", attention="sdpa", factors=made.get, device=cpu)
     Replicated(model, config.optimizer, Ranks()).restore(checkpoint.load(last_checkpoint(config)))
     return model
 
