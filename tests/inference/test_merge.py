@@ -207,7 +207,9 @@ def records(alpaca_file, tmp_path_factory):
 
 def by_transformers(folder, settings):
     """The folder's weights quantised by transformers as it loads them; bitsandbytes left from packing them anew."""
-    model = AutoModelForCausalLM.from_pretrained(folder, quantization_config=BitsAndBytesConfig(**settings))
+    model = AutoModelForCausalLM.from_pretrained(
+        folder, quantization_config=BitsAndBytesConfig(**settings), device_map="cpu"
+    )
     keep_packing(model)
     return model
 

@@ -17,7 +17,7 @@ import pytest
 import torch
 from bitsandbytes.nn.modules import has_avx512bf16
 from launching import REPO, Runs
-from peft import PeftModel
+from peft import PeftModel, get_peft_model
 from transformers import (
     AutoModelForCausalLM,
     BitsAndBytesConfig,
@@ -27,28 +27,38 @@ from transformers import (
     LlamaForCausalLM,
 )
 
-from adapters import BasePrecisionWarning, LoLDUConfig
+from adapters import BasePrecisionWarning, LoLDUConfig, LoLDUXSConfig, LoRAXSConfig, SVFitConfig, SVFTConfig
+from adapters.layer import FactorLayer
 from launcher.config import Config, ModelConfig
 from launcher.inference.export import export_lora
 from launcher.inference.merge import merge
 from launcher.ranks import Ranks
 from launcher.training import quantized_layers
-from launcher.training.model import build
-from launcher.training.quantize import Quantised, bytes_per_number, check_base, check_quantize, packed_away
+from launcher.training.model import build, fill, skeleton
+from launcher.training.quantize import (
+    Quantised,
+    bytes_per_number,
+    check_base,
+    check_quantize,
+    keep_packing,
+    packed_away,
+)
 from launcher.training.run import check, run
+from launcher.training.sharding import Rows, open_alone, shard, shard_mesh
 
 KINDS = ["int8", "nf4", "fp4"]
+DEVICES = ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)]
 CURVE = 5e-6  # float32: the same sums in another order (measured 1e-6)
 
 
-def quantised(folder, kind, adapter=None, dtype="float32", **settings):
-    """The base as a run loads it; new adapters make their factors from it."""
-    config = ModelConfig(model=str(folder), quantize=kind, **settings)
-    how = {"dtype": dtype, "attention": "sdpa", "factors": lambda module: None, "device": torch.device("cpu")}
+def quantised(folder, kind, adapter=None, dtype="float32", device="cpu"):
+    """The base as a run loads it; new adapters make their factors from its checkpoint."""
+    config = ModelConfig(model=str(folder), quantize=kind)
+    how = {"dtype": dtype, "attention": "sdpa", "factors": lambda module: None, "device": torch.device(device)}
     return build(config, Path(folder), adapter, **how)
 
 
-def by_transformers(folder, kind, dtype=torch.float32):
+def by_transformers(folder, kind, dtype=torch.float32, device="cpu"):
     """The same base through transformers' own loading."""
     four = {"bnb_4bit_quant_type": kind, "bnb_4bit_use_double_quant": True}
     config = (
@@ -56,10 +66,8 @@ def by_transformers(folder, kind, dtype=torch.float32):
         if kind == "int8"
         else BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_compute_dtype=dtype, **four)
     )
-    model = AutoModelForCausalLM.from_pretrained(folder, quantization_config=config, device_map="cpu", dtype=dtype)
-    for layer in model.modules():
-        if isinstance(layer, bnb.nn.Linear4bit):
-            layer.support_avx512bf16_for_cpu = False
+    model = AutoModelForCausalLM.from_pretrained(folder, quantization_config=config, device_map=device, dtype=dtype)
+    keep_packing(model)
     return model
 
 
@@ -67,19 +75,20 @@ def packed_bytes(model):
     """A hash per quantised weight."""
     kinds = (bnb.nn.Linear4bit, bnb.nn.Linear8bitLt)
     found = {name: layer.weight.data for name, layer in model.named_modules() if isinstance(layer, kinds)}
-    return {
-        name: hashlib.sha256(weight.contiguous().view(torch.uint8).numpy().tobytes()).hexdigest()
-        for name, weight in found.items()
-    }
+    return {name: digest(weight) for name, weight in found.items()}
 
 
-def tokens(vocabulary=361, length=24):
-    return torch.randint(vocabulary, (2, length), generator=torch.Generator().manual_seed(0))
+def digest(weight):
+    return hashlib.sha256(weight.detach().clone().cpu().numpy().tobytes()).hexdigest()  # numpy pins what it sees
+
+
+def tokens(vocabulary=361, length=24, device="cpu"):
+    return torch.randint(vocabulary, (2, length), generator=torch.Generator().manual_seed(0)).to(device)
 
 
 @torch.no_grad()
 def logits(model, vocabulary=361):
-    return model.eval()(tokens(vocabulary)).logits.float()
+    return model.eval()(tokens(vocabulary, device=model.device)).logits.float()
 
 
 @torch.no_grad()
@@ -87,7 +96,7 @@ def logits_of_training(model):
     """For 8 bits on a CPU, where bitsandbytes' own layer chooses outliers in evaluation alone."""
     for layer in model.modules():
         layer.training = isinstance(layer, bnb.nn.Linear8bitLt)
-    return model(tokens()).logits.float()
+    return model(tokens(device=model.device)).logits.float()
 
 
 def distance(a, b):
@@ -120,16 +129,17 @@ def precision(kind, dtype="float32"):
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("piece", [1 << 20, 64 * 64])
-def test_the_bytes_are_those_of_transformers_own_loading(babyllama, kind, dtype, piece, monkeypatch):
+@pytest.mark.parametrize("device", DEVICES)
+def test_the_bytes_are_those_of_transformers_own_loading(babyllama, kind, dtype, piece, device, monkeypatch):
     """Also when a weight is quantised in several pieces; and nothing else of the model differs.
 
     int8 is made from the file's own numbers, where transformers rounds them to the compute dtype first.
     """
     monkeypatch.setattr(quantized_layers, "PIECE", piece)
 
-    ours = quantised(babyllama, kind, dtype=str(dtype).removeprefix("torch."))
+    ours = quantised(babyllama, kind, dtype=str(dtype).removeprefix("torch."), device=device)
 
-    theirs = by_transformers(babyllama, kind, torch.float32 if kind == "int8" else dtype)
+    theirs = by_transformers(babyllama, kind, torch.float32 if kind == "int8" else dtype, device)
     assert packed_bytes(ours) == packed_bytes(theirs)
     assert len(packed_bytes(ours)) == 35
     if kind != "int8":
@@ -169,17 +179,18 @@ def test_modules_that_are_trained_whole_keep_their_precision(babyllama):
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_training_and_evaluation_leave_the_base_alone_and_move_only_float32_cores(babyllama, kind):
+@pytest.mark.parametrize("device", DEVICES)
+def test_training_and_evaluation_leave_the_base_alone_and_move_only_float32_cores(babyllama, kind, device):
     """An evaluation comes first: that is where bitsandbytes would pack a 4-bit weight anew on an AVX512-BF16 CPU."""
     adapter = LoLDUConfig(r=8, target_modules="all-linear", task_type="CAUSAL_LM")
-    model = quantised(babyllama, kind, adapter, dtype="bfloat16")
+    model = quantised(babyllama, kind, adapter, dtype="bfloat16", device=device)
     before, first = packed_bytes(model), logits(model)
     trained = {name: p for name, p in model.named_parameters() if p.requires_grad}
     optimizer = torch.optim.AdamW(trained.values(), lr=1e-3)
 
     for _ in range(3):
         model.train()
-        model(tokens(), labels=tokens()).loss.backward()
+        model(tokens(device=device), labels=tokens(device=device)).loss.backward()
         optimizer.step()
         optimizer.zero_grad()
         logits(model)
@@ -204,11 +215,44 @@ def test_without_the_guard_an_evaluation_changes_the_bytes(babyllama):
     assert packed_bytes(model) != before
 
 
+@pytest.mark.parametrize("device", DEVICES)
+def test_the_bytes_that_fully_shard_gathers_are_those_that_were_packed(babyllama, device):
+    """In every forward pass, also after a step. Seen as bfloat16, some of these bytes are NaN: a float format's copies
+    may change those (bitsandbytes issue 1945, on CUDA)."""
+    adapter = LoLDUConfig(r=8, target_modules="all-linear", task_type="CAUSAL_LM")
+    whole = quantised(babyllama, "nf4", adapter, dtype="bfloat16", device=device)
+    config, how = ModelConfig(model=str(babyllama), quantize="nf4"), {"dtype": "bfloat16", "attention": "sdpa"}
+    place = torch.device(device)
+    maps = {layer.name: layer.maps["default"].factors for layer in whole.modules() if isinstance(layer, FactorLayer)}
+
+    open_alone(place)
+    try:
+        model = skeleton(config, babyllama, adapter, **how)
+        shard(model, shard_mesh("fsdp2", Ranks(), place))
+        fill(model, babyllama, lambda name, rows: maps[name], Rows(), place, lambda: None)
+        layers = [layer for layer in model.modules() if isinstance(layer, quantized_layers.FourBit)]
+        gathered = {layer: [] for layer in layers}
+        for layer in layers:
+            layer.register_forward_pre_hook(lambda layer, _: gathered[layer].append(digest(layer.weight)))
+        for _ in range(2):
+            logits(model)
+            model.train()
+            model(tokens(device=device), labels=tokens(device=device)).loss.backward()
+    finally:
+        torch.distributed.destroy_process_group()
+
+    packed = [layer.weight for layer in whole.modules() if isinstance(layer, quantized_layers.FourBit)]
+    assert [set(found) for found in gathered.values()] == [{digest(weight)} for weight in packed]
+    assert {len(found) for found in gathered.values()} == {4}
+    assert sum(int(weight.data.flatten().view(torch.bfloat16).isnan().sum()) for weight in packed) > 20
+
+
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
-def test_memory_is_what_was_predicted(babyllama, kind, dtype):
+@pytest.mark.parametrize("device", DEVICES)
+def test_memory_is_what_was_predicted(babyllama, kind, dtype, device):
     """Parameters and scales of every layer; the two small tables of a 4-bit format are left out (1.1 KB a layer)."""
-    model = quantised(babyllama, kind, dtype=dtype)
+    model = quantised(babyllama, kind, dtype=dtype, device=device)
 
     for layer in (module for module in model.modules() if isinstance(module, Quantised)):
         held = layer.weight.numel() * layer.weight.element_size()
@@ -222,18 +266,18 @@ def test_memory_is_what_was_predicted(babyllama, kind, dtype):
     assert sum(p.numel() for p in model.parameters()) + packed_away(model) == sum(p.numel() for p in plain.parameters())
 
 
-@pytest.mark.parametrize("kind", KINDS)
-def test_a_layer_with_an_odd_count_of_numbers_is_quantised_too(tmp_path, kind):
+@pytest.mark.slow  # 8 s: bitsandbytes compiles something for such shapes
+def test_a_layer_with_an_odd_count_of_numbers_is_quantised_too(tmp_path):
     """27 x 9 numbers: the last byte of a 4-bit weight is half empty, the last block of scales cut."""
     torch.manual_seed(0)
     config = GPT2Config(n_embd=9, n_layer=1, n_head=3, n_inner=5, vocab_size=361, n_positions=32, initializer_range=0.5)
     GPT2LMHeadModel(config).save_pretrained(tmp_path)
 
-    ours, theirs = quantised(tmp_path, kind), by_transformers(tmp_path, kind)
+    ours, theirs = quantised(tmp_path, "nf4"), by_transformers(tmp_path, "nf4")
 
     assert packed_bytes(ours) == packed_bytes(theirs)
     assert len(packed_bytes(ours)) == 4
-    assert torch.equal(logits(ours), logits_of_training(theirs) if kind == "int8" else logits(theirs))
+    assert torch.equal(logits(ours), logits(theirs))
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -272,17 +316,56 @@ def test_losses_on_a_quantised_base_stay_near_those_of_the_full_precision_base(r
         assert 1e-4 < moved < far
 
 
-def test_a_quantised_run_merges_and_exports_onto_the_full_precision_base(runs, tmp_path, capsys):
+@pytest.mark.parametrize(("kind", "far"), [("int8", 0.0), ("nf4", 0.01), ("fp4", 0.01)])
+def test_a_quantised_run_merges_and_exports_onto_the_full_precision_base(runs, kind, far, tmp_path, capsys):
     """Both commands check their result against base and adapter themselves: merge within rounding, LoRA to 1e-4."""
-    merge(str(runs.folder / "nf4"), out=str(tmp_path / "merged"))
-    export_lora(str(runs.folder / "nf4"), out=str(tmp_path / "lora"))
+    merge(str(runs.folder / kind), out=str(tmp_path / "merged"))
+    export_lora(str(runs.folder / kind), out=str(tmp_path / "lora"))
 
     said = capsys.readouterr().err
     assert "checked: logits differ from base with adapter by" in said
-    assert "checked: stock PEFT reads it back" in said
-    gaps = re.findall(r"on the nf4 base it was trained on the adapter's logits are (\S+) away", said)
-    assert len(gaps) == 2
-    assert all(0.01 < float(gap) < 0.5 for gap in gaps)
+    (gap,) = re.findall(r"stock PEFT reads it back on .*, largest difference of a logit (\S+), allowed 0.0001", said)
+    assert float(gap) < 1e-4
+    others = re.findall(rf"on the {kind} base it was trained on the adapter's logits are (\S+) away", said)
+    assert len(others) == 2
+    assert all(far < float(gap) < 0.5 for gap in others)
+
+
+@pytest.mark.parametrize("kind", ["int8", "nf4"])
+@pytest.mark.parametrize("method", [SVFitConfig, SVFTConfig, LoRAXSConfig, LoLDUXSConfig])
+def test_every_method_of_the_family_trains_on_a_quantised_base(babyllama, method, kind):
+    """It starts as the base, its factors are those of the full-precision weight, and only its cores move."""
+    adapter = method(r=6, target_modules=["q_proj", "down_proj"], task_type="CAUSAL_LM")
+    base = logits(quantised(babyllama, kind))
+
+    model = quantised(babyllama, kind, adapter)
+    plain = get_peft_model(AutoModelForCausalLM.from_pretrained(babyllama), adapter)
+
+    layers = [[layer for layer in each.modules() if isinstance(layer, FactorLayer)] for each in (model, plain)]
+    for ours, theirs in zip(*layers, strict=True):
+        assert torch.equal(ours.maps["default"].write, theirs.maps["default"].write)
+        assert torch.equal(ours.maps["default"].values, theirs.maps["default"].values)
+    assert torch.equal(logits(model), base)
+    before = packed_bytes(model)
+    trained = [p for p in model.parameters() if p.requires_grad]
+    optimizer = torch.optim.AdamW(trained, lr=1e-2)
+    model(tokens(), labels=tokens()).loss.backward()
+    optimizer.step()
+    assert packed_bytes(model) == before
+    assert all(p.abs().sum() > 0 and p.dtype == torch.float32 for p in trained)
+    assert not torch.equal(logits(model), base)
+
+
+def test_an_svfit_run_on_nf4_is_merged_and_exported(runs, tmp_path, capsys):
+    change = {"method": "svfit", "rank": 8, "targets": ("q_proj", "v_proj")}
+    runs.alone("svfit", change=lambda c: replace(precision("nf4")(c), adapter=replace(c.adapter, **change)))
+
+    merge(str(runs.folder / "svfit"), out=str(tmp_path / "merged"), quantize="nf4")
+    export_lora(str(runs.folder / "svfit"), out=str(tmp_path / "lora"))
+
+    said = capsys.readouterr().err
+    assert "held-out records: " in said
+    assert "largest difference of a logit" in said
 
 
 def test_going_on_in_another_precision_is_refused(runs, capsys):
@@ -369,6 +452,8 @@ def test_a_tensor_in_a_format_that_bitsandbytes_cannot_read_is_named(stories, tm
 @pytest.fixture(scope="module")
 def many(stories, alpaca_file, tmp_path_factory):
     """int8 and NF4 on one process and on several."""
+    if 0 < torch.cuda.device_count() < 4:
+        pytest.skip("four processes need four GPUs, or none at all")
     many = Runs(tmp_path_factory.mktemp("many"), stories, alpaca_file)
     for kind in ("int8", "nf4"):
         many.alone(kind, change=precision(kind))
