@@ -156,16 +156,15 @@ class InputLinear(FactorLinear):
     """A Linear, quantised Linear or Conv1D with LoRA-SB adapters."""
 
     def update_layer(self, adapter_name: str, config: Any, checkpoints: Sequence[str | None] = ()) -> int:
-        """Give a new adapter its factors and its start; without a source they have to be loaded. Returns its rank."""
-        weight, r, source = self.base.weight, min(config.r, *self.shape), factor_source()
+        """Give a new adapter its factors and its start; one that is loaded brings its own. Returns its rank."""
+        weight, r = self.base.weight, min(config.r, *self.shape)
+        source = None if config.inference_mode or weight.is_meta else factor_source()
         dtype = weight.dtype
         if self.quantization_backend is not None:
             dtype = getattr(self.base, "compute_dtype", None) or torch.float32
         factor_map = InputMap(self.shape, r, config, dtype, weight.device)
         if source is not None and (factors := source(self.name, self.shape)) is not None:
-            if not weight.is_meta:
-                factors = factors._replace(probe=probe_digest(self.matrix(), self.shape))
-            factor_map.set_factors(factors)
+            factor_map.set_factors(factors._replace(probe=probe_digest(self.matrix(), self.shape)))
         self.maps[adapter_name] = factor_map
         self.set_adapter(self.active_adapters, inference_mode=config.inference_mode)
         return r

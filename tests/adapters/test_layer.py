@@ -143,7 +143,7 @@ def test_only_the_cores_train(method):
 
     trained = {name: p for name, p in model.named_parameters() if p.requires_grad}
     assert all(name.endswith("_map.default.core") for name in trained)
-    assert sum(p.numel() for p in trained.values()) == 14 * {"svft": 34, "loraxs": 64, "lolduxs": 64}.get(method, 8)
+    assert sum(p.numel() for p in trained.values()) == 14 * {"svft": 34, "loldu": 8, "svfit": 8}.get(method, 64)
     assert all(p.grad is not None and p.grad.abs().min() > 0 for p in trained.values())
     assert all(p.grad is None for p in model.parameters() if not p.requires_grad)
 

@@ -68,7 +68,7 @@ torch.save(seen, out)
 """
 
 
-@pytest.mark.parametrize("method", ["loldu", "svfit"], indirect=True)
+@pytest.mark.parametrize("method", ["loldu", "svfit", "lorasb"], indirect=True)
 def test_a_new_process_gives_the_same_logits_bit_for_bit(method, base, tmp_path):
     model = adapted(opened(base))
     saved(model, tmp_path / "adapter")

@@ -5,11 +5,13 @@ from peft import PeftModel, get_peft_model
 from torch import nn
 from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM
 
-from adapters import LoLDUConfig, LoLDUXSConfig, LoRAXSConfig, SVFitConfig, SVFTConfig
+from adapters.config import FAMILY
 from adapters.layer import FactorLayer
+from adapters.svd import first_step_factors
 
-CONFIGS = {cls.method: cls for cls in (LoLDUConfig, LoLDUXSConfig, SVFitConfig, SVFTConfig, LoRAXSConfig)}
+CONFIGS = {cls.method: cls for cls in FAMILY}
 METHOD = "loldu"  # the fixture `method` puts in another
+RANK = 8  # of the last config
 
 
 def tiny_llama(seed=0, **changes):
@@ -31,7 +33,18 @@ def tiny_gpt2(seed=0):
 
 def config(**options):
     """A config of the test's method."""
-    return CONFIGS[METHOD](**options)
+    global RANK
+    RANK = options.get("r", RANK)
+    return CONFIGS[METHOD](**({"step": 0.01} if METHOD == "lorasb" else {}), **options)
+
+
+def gradient(shape):
+    """What stands for a weight's summed gradient where the method's factors come from one."""
+    return torch.randn(shape, generator=torch.Generator().manual_seed(sum(shape)), dtype=torch.float64)
+
+
+def factors_of_gradient(name, shape):
+    return first_step_factors(gradient(shape), min(RANK, *shape))
 
 
 def lm_config(**changes):
@@ -60,11 +73,13 @@ def paper(W, r):
         P, L, U = torch.linalg.lu(W)
         d = U.diagonal()
         return (P @ L)[:, :r], d[:r].diag(), (U / d[:, None])[:r]
-    U, s, Vh = torch.linalg.svd(W, full_matrices=False)
+    U, s, Vh = torch.linalg.svd(-gradient(W.shape).sign().to(W) if METHOD == "lorasb" else W, full_matrices=False)
     sign = U.gather(0, U.abs().argmax(0)[None]).sign()[0]
     U, Vh = U * sign, Vh * sign[:, None]
     if METHOD == "loraxs":  # its core has no start of its own: W' = W + U R diag(s) V^T
         return U[:, :r], torch.zeros(r, r).to(W), (s[:, None] * Vh)[:r]
+    if METHOD == "lorasb":  # likewise
+        return U[:, :r], torch.zeros(r, r).to(W), Vh[:r]
     return U[:, :r], s[:r].diag(), Vh[:r]
 
 

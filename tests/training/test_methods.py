@@ -133,7 +133,7 @@ def logits(model):
 
 @pytest.mark.slow
 def test_two_processes_train_what_one_does(stories, alpaca_file, tmp_path):
-    """A parameter shared by layers (Uni-LoRA), shared frozen buffers (VeRA), the whole base: one flat all-reduce each.
+    """A parameter shared by layers (Uni-LoRA), shared frozen buffers (VeRA), factors from gradients, the whole base.
 
     Sums over ranks come in another order: float32 rounding, which Adam's first steps pass on times the rate.
     """
@@ -144,7 +144,7 @@ def test_two_processes_train_what_one_does(stories, alpaca_file, tmp_path):
         optimizer = replace(runs.base.optimizer, max_steps=4)
         return lambda config: replace(config, adapter=adapter, optimizer=optimizer)
 
-    methods = ("lora", "vera", "unilora", "full")
+    methods = ("lora", "vera", "unilora", "lorasb", "full")
     runs.start(2, *(runs.entry(f"{method}-2", "ddp", change=changed(method)) for method in methods))
     for method in methods:
         runs.alone(method, change=changed(method))
