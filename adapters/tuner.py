@@ -126,7 +126,7 @@ class FactorTuner(BaseTuner):
         """Cores are float32 from the start, and the frozen maps stay in the base's dtype."""
 
     def _check_fingerprint(self, model: nn.Module, config: FactorConfig) -> None:
-        ours = (self.prefix, "modules_to_save.")
+        ours = (self.prefix, "modules_to_save.", *(f"{name}." for name in config.modules_to_save or ()))  # a new head
         bases = [p for name, p in model.named_parameters() if p.ndim >= 2 and not any(part in name for part in ours)]
         if any(p.is_meta or not p.dtype.is_floating_point for p in bases) or getattr(model, "is_quantized", False):
             return  # nothing to probe yet, or packed: each adapted weight is checked by itself

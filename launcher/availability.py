@@ -16,6 +16,7 @@ def unavailable(model: str, data: str) -> str | None:
 
     from adapters.checkpoint_files import local_folder
 
+    data = data.split(":")[0]  # without configuration and split
     here = {model: local_folder(model) is not None, data: Path(data).exists() or _dataset_cached(data)}
     missing = [name for name, found in here.items() if not found]
     if not missing:

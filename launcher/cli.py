@@ -172,10 +172,13 @@ def _options(target: Callable[..., Any], prog: str, settings: Mapping[str, Any])
     return {option for line in lines for option in re.findall(r"--[a-z][a-z0-9-]*", line)}
 
 
-def run_recipe(name: str, default: Callable[[], Config], tiny: Callable[[], Config], arguments: Sequence[str]) -> int:
+def run_recipe(
+    name: str, default: Callable[[], Config], tiny: Callable[[], Config] | None, arguments: Sequence[str]
+) -> int:
     """Run a recipe. Its own base or data that cannot be had is replaced by the embedded default, said in a banner.
 
-    What the user names is never replaced: an explicit --model or --data that is missing is an error.
+    What the user names is never replaced: an explicit --model or --data that is missing is an error, and so is
+    everything that is missing where the recipe has no embedded default.
     """
 
     @dataclass(frozen=True, kw_only=True)
@@ -190,11 +193,13 @@ def run_recipe(name: str, default: Callable[[], Config], tiny: Callable[[], Conf
         return Config(**{part: value for part, value in vars(options).items() if part != "tiny"})
 
     def act() -> int:
-        options = read(tiny() if "--tiny" in arguments else default())
+        options = read(tiny() if tiny and "--tiny" in arguments else default())
+        if options.tiny and tiny is None:
+            raise Misread("this recipe has no embedded model: give --model DIR --data FILE --eval-data FILE")
         named = any(word.partition("=")[0] in ("--model", "--data", "--tiny") for word in arguments)
         from launcher.training.run import run
 
-        return run(plain(options), name, instead=None if named else lambda: plain(read(tiny())))
+        return run(plain(options), name, instead=None if named or tiny is None else lambda: plain(read(tiny())))
 
     return guarded(act)
 

@@ -42,6 +42,33 @@ def alpaca_file() -> Path:
     return _shared("instruction/alpaca_5000.json")
 
 
+@pytest.fixture(scope="session")
+def sst2_rows() -> list[dict]:
+    """400 real film phrases and whether they praise: {sentence, label}."""
+    lines = _shared("classification/sst2_train.tsv").read_text().splitlines()[1:401]
+    return [{"sentence": text.strip(), "label": int(label)} for text, label in (line.rsplit("\t", 1) for line in lines)]
+
+
+@pytest.fixture(scope="session")
+def tiny_roberta(sst2_rows, tmp_path_factory) -> Path:
+    """A random RoBERTa of 35,000 parameters, for masked words as RoBERTa-base is, and a tokenizer of these phrases."""
+    from tokenizers import ByteLevelBPETokenizer
+    from transformers import RobertaConfig, RobertaForMaskedLM, RobertaTokenizerFast
+
+    folder = tmp_path_factory.mktemp("roberta")
+    words = ByteLevelBPETokenizer()
+    special = ["<s>", "<pad>", "</s>", "<unk>", "<mask>"]
+    words.train_from_iterator([row["sentence"] for row in sst2_rows], vocab_size=400, special_tokens=special)
+    words.save_model(str(folder))
+    RobertaTokenizerFast.from_pretrained(folder).save_pretrained(folder)
+    torch.manual_seed(0)
+    sizes: dict = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4}
+    # weights of size 0.3: with RoBERTa's 0.02 so small a model tells no two sentences apart
+    limits: dict = {"vocab_size": 400, "max_position_embeddings": 66, "type_vocab_size": 1, "hidden_dropout_prob": 0.0}
+    RobertaForMaskedLM(RobertaConfig(**sizes, **limits, initializer_range=0.3)).save_pretrained(folder)
+    return folder
+
+
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     for item in items:
         if item.get_closest_marker("gpu") and not torch.cuda.is_available():

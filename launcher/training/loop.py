@@ -19,7 +19,9 @@ from torch import Tensor
 from launcher.config import Config, OptimizerConfig
 from launcher.inference.generate import answer
 from launcher.ranks import Party
+from launcher.training import classification
 from launcher.training.checkpoint import Checkpoint, Saver, prune
+from launcher.training.classification import Labelled
 from launcher.training.data import Encoded, batch_indices, collate, share, target_tokens
 from launcher.training.preemption import StopRequest
 from launcher.training.report import Events, Rate, Screen, memory_gib
@@ -183,11 +185,19 @@ def gradients(job: Job, step: int) -> tuple[float, int, bool]:
 
 
 def loss_of(job: Job, data: Encoded, rows: Sequence[Any], targets: int, *, packing: bool) -> Tensor:
-    """Sum of the rows' token losses divided by targets, a scalar on the device."""
+    """Sum of the rows' token losses (labels: their own losses) divided by targets, a scalar on the device."""
+    if isinstance(data, Labelled):
+        return labelled_outputs(job, data, rows).loss * (len(rows) / targets)
     kind: Any = "flash" if job.attention == "flash_attention_2" else "sdpa"
     batch = collate(data, rows, pad_id=job.tokenizer.pad_token_id or 0, packing=packing, attention=kind)
     batch = {name: part.to(job.device) if isinstance(part, Tensor) else part for name, part in batch.items()}
     return job.engine.forward(**batch, num_items_in_batch=targets, use_cache=False).loss
+
+
+def labelled_outputs(job: Job, data: Labelled, rows: Sequence[int]) -> Any:
+    """The model's output on these rows: its mean loss, and logits (B, classes)."""
+    batch = classification.collate(data, rows, job.tokenizer.pad_token_id)
+    return job.engine.forward(**{name: part.to(job.device) for name, part in batch.items()})
 
 
 def evaluate(job: Job) -> dict[str, float] | None:
@@ -204,6 +214,7 @@ def evaluate(job: Job) -> dict[str, float] | None:
         sorted(job.questions, key=lambda question: len(question.prompt_ids)) if job.config.data.exact_match else []
     )
     shares = 1 if job.engine.gathers else ranks.world_size
+    sums = torch.zeros(classification.MOMENTS, dtype=torch.float64, device=job.device)
     total, right = torch.zeros((), device=job.device), torch.zeros((), device=job.device)
     model.eval()
     try:
@@ -212,7 +223,12 @@ def evaluate(job: Job) -> dict[str, float] | None:
                 return None
             part = samples[start : start + size * ranks.world_size][ranks.rank :: ranks.world_size]
             with torch.no_grad():
-                loss = loss_of(job, job.held_out, part or samples[:1], 1, packing=False)
+                if isinstance(job.held_out, Labelled) and part:
+                    output = labelled_outputs(job, job.held_out, part)
+                    loss = output.loss * len(part)
+                    sums += classification.moments(output.logits, job.held_out.labels[part].to(job.device))
+                else:
+                    loss = loss_of(job, job.held_out, part or samples[:1], 1, packing=False)
             total += loss if part else 0
         for start in range(0, len(questions), ANSWERS * shares):
             if stop_agreed(job):
@@ -222,10 +238,12 @@ def evaluate(job: Job) -> dict[str, float] | None:
             right += sum(text == question.expected.strip() for text, question in zip(written, asked, strict=True))
     finally:
         model.train()
-    total, right = sum_over_ranks([], [total, right], ranks.world_size)
+    total, right, *summed = sum_over_ranks([], [total, right, *sums], ranks.world_size)
     result = {"eval_loss": float(total) / target_tokens(job.held_out, samples)}
     if questions:
         result["exact_match"] = float(right) * shares / ranks.world_size / len(questions)
+    if isinstance(job.held_out, Labelled):
+        result |= classification.metrics(torch.stack(summed), job.held_out.classes)
     return result
 
 

@@ -19,7 +19,7 @@ from huggingface_hub.dataclasses import type_validator
 from peft import PeftConfig, PromptLearningConfig, get_peft_model
 from peft.mapping import PEFT_TYPE_TO_CONFIG_MAPPING
 from torch import Tensor, nn
-from transformers import AutoConfig, AutoModelForCausalLM
+from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSequenceClassification
 
 import adapters
 from adapters import Factors
@@ -85,8 +85,8 @@ OWN_TARGETS: Mapping[str, str] = {
 NOT_A_RANK = ("oft",)  # methods whose r is something else, here the number of blocks
 
 
-def peft_config(config: AdapterConfig) -> PeftConfig | None:
-    """The PEFT config of the adapter, ours or PEFT's own; None for full fine-tuning.
+def peft_config(config: AdapterConfig, task_type: str = "CAUSAL_LM") -> PeftConfig | None:
+    """The PEFT config of the adapter, ours or PEFT's own; None for full fine-tuning. task_type as PEFT names it.
 
     Raises ValueError for an unknown method (all names, the nearest first), one that the training loop cannot carry (the
     reason), an unknown option or an option of the wrong type.
@@ -113,7 +113,7 @@ def peft_config(config: AdapterConfig) -> PeftConfig | None:
         "target_modules": config.targets[0] if config.targets == ("all-linear",) else list(config.targets),
         "exclude_modules": list(config.exclude),
         "modules_to_save": list(config.modules_to_save),
-        "task_type": "CAUSAL_LM",
+        "task_type": task_type,
     }
     values = {field: value for field, value in common.items() if value and field in hints} | values
     for option in config.options:
@@ -158,22 +158,26 @@ def build(
     attention: str,
     factors: Callable[..., Any],
     device: torch.device,
+    head: Mapping[str, Any] | None = None,
 ) -> nn.Module:
     """The model ready to train on one device: base frozen (unless adapter is None), cores float32.
 
-    factors(module) hands out the frozen factors of our methods. A quantised base is filled weight by weight.
+    factors(module) hands out the frozen factors of our methods. A quantised base is filled weight by weight. head are
+    settings of a classification head; what the checkpoint lacks of it starts from torch's seed.
     """
     base: Any
     if config.quantize != "none":
         base = bare_skeleton(config, folder, adapter, dtype=dtype, attention=attention)
         fill(base, folder, factors, Whole(), device, lambda: None)
     else:
-        base = AutoModelForCausalLM.from_pretrained(
+        architecture = AutoModelForCausalLM if head is None else AutoModelForSequenceClassification
+        base = architecture.from_pretrained(
             folder,
             dtype=getattr(torch, dtype),
             attn_implementation=attention,
             trust_remote_code=config.trust_remote_code,
             local_files_only=True,
+            **(head or {}),
         )
         _prepare(base, config, folder)
     if adapter is None:
@@ -192,11 +196,20 @@ def skeleton(config: ModelConfig, folder: Path, adapter: PeftConfig | None, *, d
     return base if adapter is None else get_peft_model(base, adapter)
 
 
-def bare_skeleton(config: ModelConfig, folder: Path, adapter: Any, *, dtype: str, attention: str) -> Any:
+def bare_skeleton(
+    config: ModelConfig,
+    folder: Path,
+    adapter: Any,
+    *,
+    dtype: str,
+    attention: str,
+    head: Mapping[str, Any] | None = None,
+) -> Any:
     """The base alone on the meta device, its linear layers quantised where asked for."""
-    settings = AutoConfig.from_pretrained(folder, trust_remote_code=config.trust_remote_code)
+    settings = AutoConfig.from_pretrained(folder, trust_remote_code=config.trust_remote_code, **(head or {}))
+    architecture = AutoModelForCausalLM if head is None else AutoModelForSequenceClassification
     with init_empty_weights(include_buffers=False):
-        base: Any = AutoModelForCausalLM.from_config(
+        base: Any = architecture.from_config(
             settings,
             dtype=getattr(torch, dtype),
             attn_implementation=attention,

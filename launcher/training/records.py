@@ -18,6 +18,7 @@ import json
 import logging
 import os
 import re
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -31,12 +32,15 @@ FORMS = "{instruction, input, output}, {messages: [{role, content}]} or {convers
 SPLIT_SEED = 20240  # not the training seed: every run on a file holds out the same records
 
 
-def load_splits(data: str, eval_data: str | None, eval_records: int) -> tuple[list[Record], list[Record]]:
+def load_splits(
+    data: str, eval_data: str | None, eval_records: int, load: Callable[..., list[Record]] | None = None
+) -> tuple[list[Record], list[Record]]:
     """Training and held-out records; of a separate eval_data, eval_records (0: all) are taken."""
-    records = load_records(data)
+    load = load or load_records
+    records = load(data)
     if eval_data is None:
         return split(records, eval_records)
-    held_out = load_records(eval_data, option="--eval-data")
+    held_out = load(eval_data, option="--eval-data")
     return records, split(held_out, eval_records)[1] if 0 < eval_records < len(held_out) else held_out
 
 
@@ -63,7 +67,7 @@ def load_records(source: str, *, option: str = "--data") -> list[Record]:
     A record whose answer is empty is left out with a warning that names it: the published Alpaca has some.
     Raises ValueError, naming the file and the line or the record's index, for anything else that is wrong.
     """
-    rows = _read_file(Path(source).expanduser(), option) if _is_local(source) else _read_hub(source, option)
+    rows = load_rows(source, option)
     if not rows:
         raise ValueError(f"{option} {source} holds no records; expected {FORMS}")
     records: list[Record] = []
@@ -91,6 +95,11 @@ def load_records(source: str, *, option: str = "--data") -> list[Record]:
     return records
 
 
+def load_rows(source: str, option: str) -> list[Any]:
+    """The rows of a file, or of a hub dataset NAME[:CONFIGURATION[:SPLIT]], unchecked."""
+    return _read_file(Path(source).expanduser(), option) if _is_local(source) else _read_hub(source, option)
+
+
 def answer(record: Record) -> str:
     """The text the model should say: of a conversation, its last turn."""
     return record["messages"][-1]["content"] if "messages" in record else record["output"]
@@ -102,7 +111,7 @@ def _is_local(source: str) -> bool:
 
 
 def _read_hub(name: str, option: str) -> list[Any]:
-    if not re.fullmatch(r"[\w.-]+(/[\w.-]+)?", name):
+    if not re.fullmatch(r"[\w.-]+(/[\w.-]+)?(:[\w.-]+){0,2}", name):
         raise ValueError(
             f"{option} {name!r} is neither a file nor the name of a hub dataset: "
             "give FILE.json, FILE.jsonl, FILE.parquet, or a name such as tatsu-lab/alpaca"
@@ -110,7 +119,8 @@ def _read_hub(name: str, option: str) -> list[Any]:
     import datasets
 
     try:
-        return datasets.load_dataset(name, split="train").to_list()
+        dataset, configuration, split = [*name.split(":"), None, None][:3]
+        return datasets.load_dataset(dataset, configuration, split=split or "train").to_list()
     except Exception as error:  # the hub, its client and the network have many error classes with no common parent
         raise ValueError(
             f"{option} {name}: no such file here, and the hub dataset of that name cannot be read "
@@ -199,15 +209,19 @@ def _kind(row: Any, where: str) -> str:
 
 def _alpaca(row: Record, where: str) -> list[Record]:
     """One Alpaca record, or one for each of a seed task's instances."""
-    instruction = _text(row, "instruction", where)
+    instruction = text_of(row, "instruction", where)
     if row.get("output") is not None or "instances" not in row:
         return [
-            {"instruction": instruction, "input": _text(row, "input", where, ""), "output": _text(row, "output", where)}
+            {
+                "instruction": instruction,
+                "input": text_of(row, "input", where, ""),
+                "output": text_of(row, "output", where),
+            }
         ]
     if not isinstance(row["instances"], list) or not all(isinstance(one, dict) for one in row["instances"]):
         raise ValueError(f"{where}: 'instances' is a list of {{input, output}}, got {row['instances']!r:.60}")
     return [
-        {"instruction": instruction, "input": _text(one, "input", at, ""), "output": _text(one, "output", at)}
+        {"instruction": instruction, "input": text_of(one, "input", at, ""), "output": text_of(one, "output", at)}
         for i, one in enumerate(row["instances"])
         for at in [f"{where}, instance {i}"]
     ]
@@ -223,10 +237,10 @@ def _conversation(row: Record, column: str, where: str) -> list[Record]:
         raise ValueError(f"{where}: {column!r} is a list of {{{speaker}, {said}}}, got {turns!r:.60}")
     messages = []
     for i, turn in enumerate(turns):
-        role = _text(turn, speaker, f"{where}, turn {i}")
+        role = text_of(turn, speaker, f"{where}, turn {i}")
         if role not in roles:
             raise ValueError(f"{where}, turn {i}: unknown role {role!r}, expected one of {', '.join(roles)}")
-        messages.append({"role": roles[role], "content": _text(turn, said, f"{where}, turn {i}")})
+        messages.append({"role": roles[role], "content": text_of(turn, said, f"{where}, turn {i}")})
     asked = [message["role"] for message in messages]
     if "assistant" not in asked:
         raise ValueError(f"{where} has no assistant turn, so there is nothing to learn: leave the record out")
@@ -237,7 +251,7 @@ def _conversation(row: Record, column: str, where: str) -> list[Record]:
     return [{"messages": messages}]
 
 
-def _text(row: Record, column: str, where: str, default: str | None = None) -> str:
+def text_of(row: Record, column: str, where: str, default: str | None = None) -> str:
     value = row.get(column)
     if value is None and default is not None:
         return default

@@ -31,11 +31,13 @@ from launcher.factorization.distribute import FactorRequest, factorize, factors_
 from launcher.factorization.targets import targets_of
 from launcher.inference.sources import base_folder, load_tokenizer
 from launcher.ranks import Party, Ranks, Stopped, connect, say_mistake
-from launcher.training import checkpoint, data, records, templates
+from launcher.training import checkpoint, classification, data, records, templates
+from launcher.training.classification import Labelled
 from launcher.training.gradients import FirstStep, check_first_step
 from launcher.training.loop import Job, Question, train, write_answers
 from launcher.training.model import (
     Parts,
+    bare_skeleton,
     build,
     choose_attention,
     choose_dtype,
@@ -110,6 +112,8 @@ def check(config: Config, ranks: Ranks) -> None:
     check_quantize(config.model.quantize, sharding, cpu_offload=config.run.cpu_offload)
     data.check_batch(config.optimizer.batch_size, ranks.world_size)
     check_first_step(peft_config(config.adapter), sharding)
+    if config.data.text_columns:
+        classification.check_head(config, sharding)
     check_trackers(config.run.trackers)
     dtype = choose_dtype(config.model.dtype)
     choose_attention(config.model.attention, on_gpu=torch.cuda.is_available(), dtype=dtype)
@@ -135,7 +139,10 @@ def _run(config: Config, name: str, party: Party, stop: StopRequest, screen: Scr
     party.together("the factors", stop.before_training)
 
     # 2. The factors of our own methods, by all ranks together.
-    adapter: Any = peft_config(config.adapter)
+    how: Any = {"dtype": dtype, "attention": attention}
+    classes = train_data.classes if isinstance(train_data, Labelled) else None
+    head = None if classes is None else classification.head_settings(classes)
+    adapter: Any = peft_config(config.adapter, "CAUSAL_LM" if classes is None else "SEQ_CLS")
     cache_folder = Path(config.run.cache) if config.run.cache else cache.default_folder()
     ours = isinstance(adapter, FactorConfig)
     requests: list[FactorRequest] = []
@@ -149,6 +156,8 @@ def _run(config: Config, name: str, party: Party, stop: StopRequest, screen: Scr
                 config.adapter.exclude,
                 config.adapter.rank,
                 dtype=dtype,
+                modules_to_save=config.adapter.modules_to_save,
+                model=None if head is None else bare_skeleton(config.model, folder, None, **how, head=head),
                 **adapter.factor_options(),
             ),
         )
@@ -162,9 +171,8 @@ def _run(config: Config, name: str, party: Party, stop: StopRequest, screen: Scr
         "batch_size": config.optimizer.batch_size,
         "seed": config.optimizer.seed,
     }
-    if ours:
+    if ours and head is None:  # with a new head the base is more than its files, and known once it is built
         adapter.base_fingerprint = identity["base"]
-    how: Any = {"dtype": dtype, "attention": attention}
     first_step = None
     if isinstance(adapter, LoRASBConfig):
         adapter.step = adapter.step or config.optimizer.learning_rate
@@ -213,7 +221,7 @@ def _run(config: Config, name: str, party: Party, stop: StopRequest, screen: Scr
         stop.before_training()
         torch.manual_seed(config.optimizer.seed)
         if sharding in ("none", "ddp", "zero2"):
-            return build(config.model, folder, adapter, factors=source, device=device, **how), None
+            return build(config.model, folder, adapter, factors=source, device=device, head=head, **how), None
         open_alone(device)
         model, mesh = skeleton(config.model, folder, adapter, **how), None
         parts: Parts = Rows()
@@ -283,6 +291,11 @@ def _run(config: Config, name: str, party: Party, stop: StopRequest, screen: Scr
 
 
 def _read_data(config: Config, tokenizer: Any, folder: Path, ranks: Ranks) -> dict[str, Any]:
+    if config.data.text_columns:
+        rows, held_rows, classes = classification.load_splits(config.data)
+        encode = lambda some: classification.encode(some, classes, tokenizer, config.data)  # noqa: E731
+        held = encode(held_rows) if held_rows else None
+        return {"train": encode(rows), "held_out": held, "questions": [], "template": None}
     train_records, held_records = records.load_splits(config.data.data, config.data.eval_data, config.data.eval_records)
     train_data = data.encode(train_records, tokenizer, config.data)
     held_out = data.encode(held_records, tokenizer, config.data) if held_records else None
@@ -438,8 +451,8 @@ def _tell(job: Job, saved: Path, seconds: float) -> None:
     if evaluations:
         first, last = evaluations[0], evaluations[-1]
         rows = [["held-out loss", f"{first['eval_loss']:.4f}", f"{last['eval_loss']:.4f}"]]
-        if "exact_match" in last:
-            rows.append(["exact match", f"{first['exact_match']:.1%}", f"{last['exact_match']:.1%}"])
+        for name in [name for name in last if name not in ("step", "eval_loss")]:
+            rows.append([name.replace("_", " "), f"{first[name]:.1%}", f"{last[name]:.1%}"])
         job.screen.table("Held out", ["", "before", "after"], rows)
     shown = job.questions[: job.config.run.show_samples]
     if shown:
@@ -452,7 +465,9 @@ def _tell(job: Job, saved: Path, seconds: float) -> None:
         cells = [[q.prompt, q.expected, b, a] for q, b, a in zip(shown, before, after, strict=True)]
         job.screen.table("Answers", ["question", "expected", "before", "after"], cells)
     job.screen.say(f"{job.steps} steps in {seconds:.0f} s; saved in {saved}")
-    if job.config.adapter.method != "full":
+    if job.config.data.text_columns:
+        job.screen.say("It loads with AutoModelForSequenceClassification and peft's PeftModel.from_pretrained.")
+    elif job.config.adapter.method != "full":
         job.screen.say("Next, type one of:")
         job.screen.say(f"  loldu chat {job.output}")
         job.screen.say(f"  loldu merge {saved} --out {job.output / 'merged'}")

@@ -1,0 +1,161 @@
+"""Labels in place of answers: what is read, how it is batched and scored, and mistakes in the data."""
+
+import json
+from dataclasses import replace
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+import torch
+from transformers import AutoModelForSequenceClassification, AutoTokenizer
+
+from launcher.config import Config, DataConfig, RunConfig
+from launcher.training import classification
+from launcher.training.loop import loss_of
+
+
+@pytest.fixture
+def tokenizer(tiny_roberta):
+    return AutoTokenizer.from_pretrained(tiny_roberta)
+
+
+def write(folder, rows, name="rows.json"):
+    path = folder / name
+    path.write_text(json.dumps(rows))
+    return str(path)
+
+
+def config(data, **values):
+    return DataConfig(**{"data": data, "text_columns": ("sentence",), "max_length": 48, **values})
+
+
+def test_a_row_is_tokenised_as_the_tokenizer_joins_its_texts(tokenizer, tmp_path):
+    rows = [{"a": "good film", "b": "bad film", "label": "no"}, {"a": "good", "b": "a good one", "label": "yes"}]
+    settings = config(write(tmp_path, rows), text_columns=("a", "b"))
+
+    train, _, classes = classification.load_splits(settings)
+    found = classification.encode(train, classes, tokenizer, settings)
+
+    ids = found.ids.split(found.lengths)
+    assert ids[0].tolist() == tokenizer("good film", "bad film")["input_ids"]
+    assert classes == ("no", "yes")
+    assert found.labels.tolist() == [0, 1]
+    assert found.targets.tolist() == [1, 1]
+
+
+def test_a_long_row_is_cut_and_counted(tokenizer, tmp_path):
+    rows = [{"sentence": "good " * 60, "label": 1}, {"sentence": "bad", "label": 0}]
+    settings = config(write(tmp_path, rows))
+
+    train, _, classes = classification.load_splits(settings)
+    found = classification.encode(train, classes, tokenizer, settings)
+
+    assert found.lengths[0] == 48
+    assert "1 cut at 48 tokens" in str(found.report)
+
+
+def test_padding_changes_no_logit(tiny_roberta, tokenizer, sst2_rows, tmp_path):
+    """RoBERTa counts positions from the mask, so a row in a batch is the row alone, to rounding."""
+    settings = config(write(tmp_path, sst2_rows[:8]))
+    train, _, classes = classification.load_splits(settings)
+    found = classification.encode(train, classes, tokenizer, settings)
+    model = AutoModelForSequenceClassification.from_pretrained(tiny_roberta).eval()
+
+    with torch.no_grad():
+        together = model(**classification.collate(found, range(8), tokenizer.pad_token_id)).logits
+        alone = [model(**classification.collate(found, [row], tokenizer.pad_token_id)).logits for row in range(8)]
+
+    assert len(set(found.lengths)) > 1
+    torch.testing.assert_close(together, torch.cat(alone), rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("kind", ["classes", "numbers"])
+def test_the_losses_of_micro_batches_add_up_to_that_of_the_batch(kind, tiny_roberta, tokenizer, sst2_rows, tmp_path):
+    rows = [{**row, "label": row["label"] + 0.5 if kind == "numbers" else row["label"]} for row in sst2_rows[:8]]
+    settings = config(write(tmp_path, rows))
+    train, _, classes = classification.load_splits(settings)
+    found = classification.encode(train, classes, tokenizer, settings)
+    head = classification.head_settings(classes)
+    model = AutoModelForSequenceClassification.from_pretrained(tiny_roberta, **head).eval()
+    job = SimpleNamespace(engine=SimpleNamespace(forward=model), tokenizer=tokenizer, device=torch.device("cpu"))
+
+    parts = [loss_of(job, found, rows, 8, packing=False) for rows in (range(5), range(5, 8))]
+    whole = model(**classification.collate(found, range(8), tokenizer.pad_token_id)).loss
+
+    assert model.config.num_labels == (1 if kind == "numbers" else 2)
+    torch.testing.assert_close(sum(parts), whole)
+
+
+def test_metrics_are_accuracy_and_the_correlation_of_what_is_said_with_what_is_true():
+    """Matthews' coefficient is the correlation of two columns of zeros and ones. Parts on two ranks add up."""
+    generator = torch.Generator().manual_seed(0)
+    logits, labels = torch.randn(50, 2, generator=generator), torch.randint(0, 2, (50,), generator=generator)
+
+    sums = classification.moments(logits[:20], labels[:20]) + classification.moments(logits[20:], labels[20:])
+    found = classification.metrics(sums, ("no", "yes"))
+
+    said = logits.argmax(-1)
+    assert found["accuracy"] == pytest.approx(float((said == labels).float().mean()))
+    assert found["correlation"] == pytest.approx(np.corrcoef(said, labels)[0, 1])
+
+
+def test_the_metric_of_numbers_is_pearsons_correlation():
+    generator = torch.Generator().manual_seed(0)
+    logits, labels = torch.randn(50, 1, generator=generator), torch.randn(50, generator=generator)
+
+    found = classification.metrics(classification.moments(logits, labels), ())
+
+    assert found == {"correlation": pytest.approx(np.corrcoef(logits[:, 0], labels)[0, 1], abs=1e-6)}
+
+
+def test_a_model_that_says_one_thing_always_has_correlation_zero():
+    sums = classification.moments(torch.tensor([[1.0, 0.0]] * 4), torch.tensor([0, 0, 0, 1]))
+
+    assert classification.metrics(sums, ("no", "yes")) == {"accuracy": 0.75, "correlation": 0.0}
+
+
+ROW = {"sentence": "good", "label": 1}
+
+
+@pytest.mark.parametrize(
+    ("rows", "message"),
+    [
+        ([], "no rows"),
+        ([ROW, {"text": "good", "label": 0}], "record 1.*no 'sentence'.*text, label"),
+        ([ROW, {"sentence": 3, "label": 0}], "record 1.*'sentence' is a text"),
+        ([ROW, {"sentence": "bad"}], "record 1.*'label'.*its columns: sentence"),
+        ([ROW, {"sentence": "bad", "label": None}], "record 1.*'label'.*NoneType"),
+        ([ROW, {"sentence": "bad", "label": -1}], "record 1.*unlabelled.*another split"),
+        ([ROW, {"sentence": "bad", "label": "no"}], "record 1.*'no'.*record 0 has 1"),
+        ([ROW, ROW], "all 2 training rows have the label 1"),
+        ([ROW, {"sentence": "bad", "label": 3}], r"from 0 without gaps.*\[1, 3\]"),
+        (["good"], "record 0.*is a str"),
+    ],
+)
+def test_a_mistake_in_the_rows_is_named(rows, message, tmp_path):
+    with pytest.raises(ValueError, match=message):
+        classification.load_splits(config(write(tmp_path, rows)))
+
+
+def test_a_held_out_label_that_training_does_not_know_is_named(tmp_path):
+    train = write(tmp_path, [ROW, {"sentence": "bad", "label": 0}])
+    held_out = write(tmp_path, [ROW, {"sentence": "so", "label": 2}], "held.json")
+
+    with pytest.raises(ValueError, match=r"record 1 of .*held\.json has the label 2.*0, 1"):
+        classification.load_splits(config(train, eval_data=held_out))
+
+
+@pytest.mark.parametrize(
+    ("part", "change"),
+    [
+        ("data", {"packing": True}),
+        ("data", {"exact_match": True, "eval_records": 2}),
+        ("data", {"text_columns": ("a", "b", "c")}),
+        ("run", {"show_samples": 1}),
+    ],
+)
+def test_what_labels_have_no_use_for_is_refused(part, change):
+    whole = Config(data=DataConfig(text_columns=("sentence",), eval_records=4), run=RunConfig())
+
+    with pytest.raises(ValueError, match=r"text[_-]columns"):
+        replace(whole, **{part: replace(getattr(whole, part), **change)})
