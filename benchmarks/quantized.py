@@ -1,10 +1,12 @@
-"""What 8 and 4 bits cost: losses after equal training, logits, an adapter on another precision than its own, memory.
+"""What 8 and 4 bits cost: losses after equal training, logits, an adapter on another precision than its own, merging.
 
     python benchmarks/quantized.py ../shared/data   # writes benchmarks/results/quantized.json; ten minutes on one core
 
 The folder holds models/babyllama-361, models/stories260K and instruction/alpaca_5000.json. A third model is random:
 four layers of hidden size 1024 whose weights have a power-law spectrum. Each method's rate is the better of two on the
-full-precision base, seed 0; precisions are then compared at that rate. LoRA on nf4 is QLoRA.
+full-precision base, seed 0; precisions are then compared at that rate. LoRA on nf4 is QLoRA. A run's adapter is also
+merged into its own precision: by `loldu merge --quantize`, which rounds full-precision weight plus update, and, for
+comparison, by adding the update to the quantised weight and rounding that again.
 """
 
 from __future__ import annotations
@@ -18,23 +20,24 @@ import tempfile
 import time
 from pathlib import Path
 from statistics import mean
-from types import SimpleNamespace
 from typing import Any
 
 import torch
 from peft import PeftModel
-from transformers import LlamaConfig, LlamaForCausalLM
+from transformers import AutoModelForCausalLM, BitsAndBytesConfig, LlamaConfig, LlamaForCausalLM
 
 REPO = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(REPO))
 
+from adapters.layer import FactorLayer  # noqa: E402
 from launcher.config import AdapterConfig, Config, DataConfig, ModelConfig, OptimizerConfig, RunConfig  # noqa: E402
 from launcher.inference.export import export_lora  # noqa: E402
+from launcher.inference.heldout import mean_loss  # noqa: E402
+from launcher.inference.merge import merge  # noqa: E402
 from launcher.inference.sources import load_tokenizer  # noqa: E402
 from launcher.training import data, records  # noqa: E402
-from launcher.training.loop import loss_of  # noqa: E402
 from launcher.training.model import build  # noqa: E402
-from launcher.training.quantize import Quantised  # noqa: E402
+from launcher.training.quantize import Quantised, keep_packing  # noqa: E402
 from launcher.training.run import run, versions  # noqa: E402
 
 RESULTS = REPO / "benchmarks" / "results" / "quantized.json"
@@ -107,14 +110,8 @@ class HeldOut:
         self.tokenizer = load_tokenizer(Path(config.model.model))
         self.encoded = data.encode(held, self.tokenizer, config.data)
 
-    @torch.no_grad()
     def loss(self, model: Any) -> float:
-        cpu, rows = torch.device("cpu"), range(len(self.encoded))
-        job: Any = SimpleNamespace(
-            attention="sdpa", tokenizer=self.tokenizer, device=cpu, engine=SimpleNamespace(forward=model.eval())
-        )
-        parts = [loss_of(job, self.encoded, rows[at : at + 16], 1, packing=False) for at in range(0, len(rows), 16)]
-        return float(sum(parts)) / data.target_tokens(self.encoded, rows)
+        return mean_loss(model, self.encoded, self.tokenizer)
 
     @torch.no_grad()
     def logits(self, model: Any) -> torch.Tensor:
@@ -146,7 +143,7 @@ def compare(name: str, folder: Path, work: Path) -> dict[str, Any]:
     """Everything about one model."""
     steps, seeds = PLANS[name]
     small = len(seeds) > 1
-    runs, swaps, bases = [], [], []
+    runs, swaps, bases, merged = [], [], [], []
     ours = "LoLDU, full rank" if small else "LoLDU, r 64"
     methods = {key: METHODS[key] for key in (ours, "LoRA, r 8")}
     held = HeldOut(config_of(folder, "LoRA, r 8", 1e-3, 0, "none", steps, work))
@@ -172,10 +169,12 @@ def compare(name: str, folder: Path, work: Path) -> dict[str, Any]:
             for seed in seeds:
                 found = measure(config_of(folder, method, best, seed, kind, steps, work))
                 runs.append({"method": method, "precision": kind, "rate": best, "seed": seed, "search": False} | found)
+                if seed == seeds[0] and kind != "none" and method == ours:
+                    merged.append({"precision": kind, "apart": found["after"]} | merges(folder, work, held, kind))
                 if seed == seeds[0] and kind != "fp4":
                     entry = {"method": method, "trained_on": kind}
                     swaps += [entry | used for used in on_every_precision(folder, work, held, method == ours)]
-    return {"model": name, "steps": steps, "bases": bases, "runs": runs, "other_precision": swaps}
+    return {"model": name, "steps": steps, "bases": bases, "runs": runs, "other_precision": swaps, "merged": merged}
 
 
 def on_every_precision(folder: Path, work: Path, held: HeldOut, export: bool) -> list[dict[str, Any]]:
@@ -191,6 +190,30 @@ def on_every_precision(folder: Path, work: Path, held: HeldOut, export: bool) ->
         for form, where in forms.items()
         for kind in ("none", "int8", "nf4")
     ]
+
+
+def merges(folder: Path, work: Path, held: HeldOut, kind: str) -> dict[str, float]:
+    """Held-out losses of the run's adapter merged into its own precision, by the two ways."""
+    once, again = work / "once", work / "again"
+    for place in (once, again):
+        shutil.rmtree(place, ignore_errors=True)
+    merge(str(work / "run"), out=str(once), quantize=kind)  # type: ignore[arg-type]
+    full = AutoModelForCausalLM.from_pretrained(folder)
+    beside = PeftModel.from_pretrained(bare(folder, kind), work / "run" / "adapter")
+    for layer in beside.modules():
+        if isinstance(layer, FactorLayer):
+            full.get_submodule(layer.name).weight.data = layer.matrix().float() + layer.get_delta_weight("default")
+    full.save_pretrained(again)
+    settings = json.loads((once / "config.json").read_text())["quantization_config"]
+    losses = {}
+    for name, place, how in (
+        ("rounded once", once, {}),
+        ("rounded again", again, {"quantization_config": BitsAndBytesConfig(**settings)}),
+    ):
+        model = AutoModelForCausalLM.from_pretrained(place, **how)
+        keep_packing(model)
+        losses[name] = held.loss(model)
+    return losses
 
 
 def table(found: list[dict[str, Any]]) -> str:
@@ -221,6 +244,9 @@ def table(found: list[dict[str, Any]]) -> str:
             swaps.setdefault(name, {})[swap["used_on"]] = swap["loss"]
         for name, used in swaps.items():
             lines.append(f"| {name} | {' | '.join(f'{used[kind]:.3f}' for kind in ('none', 'int8', 'nf4'))} | |")
+        for way in ("rounded once", "rounded again"):
+            cells = [f"{each[way]:.3f} (apart {each['apart']:.3f})" for each in one["merged"]]
+            lines.append(f"| LoLDU, merged into its own precision, {way} | | {' | '.join(cells)} |")
     return "\n".join(lines)
 
 
