@@ -1,6 +1,6 @@
 """What 8 and 4 bits cost: losses after equal training, logits, an adapter on another precision than its own, merging.
 
-    python benchmarks/quantized.py ../shared/data   # writes benchmarks/results/quantized.json; ten minutes on one core
+    python benchmarks/quantized.py ../shared/data [MODEL ...]   # benchmarks/results/quantized.json; 10 min on one core
 
 The folder holds models/babyllama-361, models/stories260K and instruction/alpaca_5000.json. A third model is random:
 four layers of hidden size 1024 whose weights have a power-law spectrum. Each method's rate is the better of two on the
@@ -174,7 +174,15 @@ def compare(name: str, folder: Path, work: Path) -> dict[str, Any]:
                 if seed == seeds[0] and kind != "fp4":
                     entry = {"method": method, "trained_on": kind}
                     swaps += [entry | used for used in on_every_precision(folder, work, held, method == ours)]
-    return {"model": name, "steps": steps, "bases": bases, "runs": runs, "other_precision": swaps, "merged": merged}
+    return {
+        "model": name,
+        "steps": steps,
+        "seeds": seeds,
+        "bases": bases,
+        "runs": runs,
+        "other_precision": swaps,
+        "merged": merged,
+    }
 
 
 def on_every_precision(folder: Path, work: Path, held: HeldOut, export: bool) -> list[dict[str, Any]]:
@@ -254,28 +262,25 @@ def main() -> None:
     torch.set_num_threads(1)
     shared = Path(sys.argv[1] if len(sys.argv) > 1 else REPO.parent / "shared" / "data")
     commit = subprocess.run(["git", "rev-parse", "HEAD"], capture_output=True, text=True, cwd=REPO).stdout.strip()
-    found: list[dict[str, Any]] = []
-    started = time.monotonic()
+    found = {one["model"]: one for one in json.loads(RESULTS.read_text())} if RESULTS.exists() else {}
     with tempfile.TemporaryDirectory() as temporary:
         work = Path(temporary)
         kept = json.loads((shared / "instruction" / "alpaca_5000.json").read_text())
         fits = [record for record in kept if record["output"] and len(record["instruction"] + record["input"]) < 60]
         (work / "records.json").write_text(json.dumps(fits[:1500]))
-        for name in PLANS:
-            folder = shared / "models" / name
+        for name in sys.argv[2:] or PLANS:
+            folder, started = shared / "models" / name, time.monotonic()
             if not folder.exists():
                 folder = random_spectrum(work / "random", shared / "models" / "stories260K")
-            found.append(compare(name, folder, work))
-            head = {
+            found[name] = compare(name, folder, work) | {
                 "date": time.strftime("%Y-%m-%d"),
                 "commit": commit,
                 "machine": f"{platform.machine()}, 1 thread",
                 "seconds": round(time.monotonic() - started),
-                "seeds": {model: seeds for model, (_, seeds) in PLANS.items()},
                 "versions": versions(),
             }
-            RESULTS.write_text(json.dumps({**head, "models": found}, indent=1) + "\n")
-    print(table(found))
+            RESULTS.write_text(json.dumps([found[known] for known in PLANS if known in found], indent=1) + "\n")
+    print(table(list(found.values())))
 
 
 if __name__ == "__main__":
