@@ -219,7 +219,7 @@ def listen(port: int, seconds: float) -> bool:
     return True
 
 
-def connect(addresses: dict[str, str], port: int, limit_s: float = 5.0) -> dict[str, float | str]:
+def connect(addresses: dict[str, str], port: int, limit_s: float) -> dict[str, float | str]:
     """By name the milliseconds until a connection stands, or why there is none. All at once."""
     return together(lambda name: connect_one(addresses[name], port, limit_s), addresses)
 

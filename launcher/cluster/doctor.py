@@ -21,6 +21,7 @@ from launcher.cluster.slurm import ask
 
 GREET_S = 60.0
 SHARED_S = 5.0  # a network file system may take so long to show what another node wrote
+CONNECT_S = 5.0
 SKEW_S = 2.0  # more, and file times and logs mislead
 FREE_GB = 5.0
 SLOW = 3.0  # a pair this many times slower than the middle one is named
@@ -263,7 +264,8 @@ def check_ports(fleet: Fleet, names: Sequence[str], reached: Mapping[str, str], 
     for name, text in taken.items():
         findings.append(Finding("port", name, BAD, f"{port}: {text}", "another program holds it: give another --port"))
     targets = {name: {other: reached[other] for other in names if other not in (name, *taken)} for name in names}
-    times, lost = fleet.ask_all("connect", 20.0, {name: {"addresses": to} for name, to in targets.items()}, port=port)
+    orders = {name: {"addresses": to, "limit_s": CONNECT_S} for name, to in targets.items()}
+    times, lost = fleet.ask_all("connect", 20.0, orders, port=port)
     for server in names:
         seen = {name: lost.get(name) or times[name][server] for name in names if server in targets[name]}
         failed = {name: answer for name, answer in seen.items() if isinstance(answer, str)}

@@ -180,11 +180,11 @@ echo "from $newest" >>"$run/logs/starts"
   give_up "@SAME@ starts gained no saved step: read $run/logs, or save more often (--save-every)"
 
 # Time is nearly up, or somebody else's turn: save and come back. TERM (scancel, a requeue, the limit): outlive srun.
+rm -f "$run/logs/failures"
+echo run >"$run/control"
 warned='' ended=''
 trap 'warned=1; echo stop >"$run/control"; note "USR2: asked to stop"' USR2
 trap 'ended=1; note TERM' TERM
-rm -f "$run/logs/failures"
-echo run >"$run/control"
 
 @SETUP@@OPTIONS@
 # What the nodes compare themselves with, and where the processes meet.
@@ -200,10 +200,7 @@ export LOLDU_ATTEMPT LOLDU_ENVIRONMENT LOLDU_PER_NODE MASTER_ADDR MASTER_PORT
 @SRUN@ \
   @PYTHON@ @COMMAND@ &
 srun=$!
-while kill -0 $srun 2>/dev/null; do    # a trap ends a wait early
-  # Again and again: a run that is only starting writes `run` there.
-  if [ -n "$warned" ]; then echo stop >"$run/control"; sleep 1; else wait $srun; fi
-done
+while kill -0 $srun 2>/dev/null; do wait $srun; done    # a trap ends a wait early
 wait $srun
 rc=$?
 note "srun rc=$rc state=$(outcome) warned=$warned ended=$ended"

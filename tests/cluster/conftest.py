@@ -8,7 +8,7 @@ import sys
 from types import SimpleNamespace
 
 import pytest
-from real_cluster import RECIPE, Cluster, losses, why_not
+from real_cluster import COUNT, RECIPE, Cluster, losses, why_not
 
 
 @pytest.fixture(scope="session")
@@ -23,7 +23,18 @@ def cluster(tmp_path_factory):
 
 
 @pytest.fixture(scope="session")
-def one_process(cluster, stories, alpaca_file, tmp_path_factory):
+def crash_loop(cluster, tmp_path_factory):
+    """A job each start of which is requeued before it has saved a step: its folder and its id.
+
+    Slurm takes 20 s to start it four times; begun before the first training, it does so behind the other tests.
+    """
+    run = tmp_path_factory.mktemp("loop") / "run"
+    words = ["submit", COUNT, "--setup=scontrol requeue $SLURM_JOB_ID", "--", f"--output={run}", "--steps=500"]
+    return run, cluster.loldu(*words, "--never-save").stdout.split()[1].rstrip(":")
+
+
+@pytest.fixture(scope="session")
+def one_process(cluster, crash_loop, stories, alpaca_file, tmp_path_factory):
     """The losses of 20 steps by one process, and the options they were made with (without --output)."""
     folder = tmp_path_factory.mktemp("one")
     few = folder / "few.json"  # the first of them: reading all 5,000 at every start would cost more than the training

@@ -39,9 +39,8 @@ def main() -> int:
         step, loss = json.loads(saved[-1].read_text()) if saved else (0, 1.0)
         lines = (run / "events.jsonl").read_text().splitlines()[:step] if saved else []
         (run / "events.jsonl").write_text("".join(f"{line}\n" for line in lines))
-        write(run / "control", "run")
         write(run / "state", "running")
-        stop.control = run / "control"
+        stop.watch(run / "control")
         print(f"rank {rank} of {world} begins at step {step}", flush=True)
         while step < chosen.steps:
             time.sleep(chosen.seconds)

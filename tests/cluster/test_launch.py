@@ -5,6 +5,7 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -65,17 +66,17 @@ def test_two_hosts_give_the_curve_of_one_process(cluster, ssh, one_process, tmp_
 
 
 def test_ctrl_c_saves_everywhere_and_the_same_command_goes_on(cluster, ssh, tmp_path):
-    launch = Launch(cluster, ssh, tmp_path, COUNT, "--steps=60")
+    launch = Launch(cluster, ssh, tmp_path, COUNT, "--steps=30")
     launch.at_step(2)
 
     launch.process.send_signal(signal.SIGINT)
     code = launch.end()
     done = len(losses(launch.run))
-    again = Launch(cluster, ssh, tmp_path, COUNT, "--steps=60")
+    again = Launch(cluster, ssh, tmp_path, COUNT, "--steps=30")
 
     assert code == 75, launch.said
     assert "stopped and saved; the same command goes on" in launch.said
-    assert 2 <= done < 60
+    assert 2 <= done < 30
     assert again.end() == 0, again.said
     assert f"begins at step {done}" in again.said
     assert ranks_left(launch.run) == []
@@ -160,21 +161,25 @@ def test_what_differs_between_hosts_is_refused(cluster, ssh, tmp_path):
     entry = tmp_path / "python"
     entry.write_text(f"#!/bin/bash\n[ $(hostname) = node1 ] || exec {sys.base_prefix}/bin/python3 \"$@\"\nexec {sys.executable} \"$@\"\n")  # fmt: skip  # noqa: E501
     entry.chmod(0o755)
-    twice = tmp_path / "twice"
+    twice = tmp_path / "names"
     twice.write_text("node1 slots=1\nagain slots=1\n")
     config = tmp_path / "config"
     config.write_text(f"Host again\n  HostName {ssh_address(ssh, 'node1')}\n{ssh.config.read_text()}")
-    words = [sys.executable, "-c", ENTRY, "launch", f"--ssh-config={config}"]
+    here, there = SimpleNamespace(config=config, hostfile=ssh.hostfile), tmp_path / "there"
 
-    def refused(*options, output=tmp_path / "run"):
-        done = cluster.run(*words, *options, COUNT, f"--output={output}", check=False)
-        assert done.returncode == 2, done.stdout
-        return done.stderr
+    def refused(place, *options, hostfile=None):
+        place.mkdir(exist_ok=True)
+        return Launch(cluster, here, place, COUNT, hosts=options, hostfile=hostfile)
 
-    assert "node2: differs from node1: " in refused(f"--hostfile={ssh.hostfile}", f"--python={entry}")
-    assert f"node2: does not see {own}/run" in refused(f"--hostfile={ssh.hostfile}", output=own / "run")
-    assert "again: is the same machine as node1" in refused(f"--hostfile={twice}")
+    launches = refused(there, f"--python={entry}"), refused(own), refused(tmp_path / "twice", hostfile=twice)
+    codes = [launch.end() for launch in launches]
+    other, alone, same = (launch.said for launch in launches)
     subprocess.run([*mount, "umount", own], check=True)
+
+    assert codes == [2, 2, 2]
+    assert "node2: differs from node1: " in other
+    assert f"node2: does not see {own}/run" in alone
+    assert "again: is the same machine as node1" in same
 
 
 def ssh_address(ssh, node):

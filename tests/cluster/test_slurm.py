@@ -4,7 +4,6 @@ import json
 import shlex
 import subprocess
 import sys
-from functools import partial
 from pathlib import Path
 
 import pytest
@@ -77,16 +76,16 @@ def test_a_preempted_run_saves_comes_back_and_has_the_same_curve(cluster, one_pr
 
 
 def test_a_warning_to_a_job_that_is_only_starting_is_not_lost(cluster, tmp_path):
-    """The run writes `run` into its control file when it starts; the batch script asks again."""
+    """The batch script asks through the control file before there is a run to read it."""
     run = tmp_path / "run"
-    job = count(cluster, run, "--steps=30", "--seconds=0.3")
+    job = count(cluster, run, "--steps=6", "--seconds=0.5")
     cluster.until(lambda: (run / "logs" / "attempt").exists(), "the batch script")
 
     cluster.run("scancel", "--batch", "--signal=USR2", job)
     cluster.until(lambda: starts(run) == 2, lambda: f"the second start: {said(run)}")
 
     assert cluster.ended(job) == "COMPLETED", said(run)
-    assert len(losses(run)) == 30
+    assert len(losses(run)) == 6
 
 
 def test_a_cancelled_job_saves_and_does_not_come_back(cluster, tmp_path):
@@ -135,7 +134,7 @@ def test_a_rank_that_crashes_ends_the_job_and_is_named_with_its_error(cluster, t
 def test_one_task_of_an_array_comes_back_alone(cluster, tmp_path):
     """The last task carries the array's own job id: a requeue of that id would restart all of them."""
     array = tmp_path / "array.txt"
-    array.write_text("--steps=40  # the first run\n\n--steps=41\n")
+    array.write_text("--steps=20  # the first run\n\n--steps=21\n")
     words = ["submit", COUNT, f"--array={array}", "--name", "two runs", "--", "--seconds=0.2"]
     job = cluster.loldu(*words, cwd=tmp_path).stdout.split()[1].rstrip(":")
     first, last = (tmp_path / "runs" / "two-runs" / f"task-{task}" for task in (0, 1))
@@ -146,7 +145,7 @@ def test_one_task_of_an_array_comes_back_alone(cluster, tmp_path):
     cluster.until(lambda: state(first) == state(last) == "finished", lambda: f"both ends: {said(first)} {said(last)}")
 
     assert (starts(first), starts(last)) == (1, 2)
-    assert (len(losses(first)), len(losses(last))) == (40, 41)
+    assert (len(losses(first)), len(losses(last))) == (20, 21)
     rows = json.loads(cluster.loldu("status", "--json", "two runs", cwd=tmp_path).stdout)
     assert [row["run"] for row in rows] == ["two-runs/task-0", "two-runs/task-1"]
 
@@ -169,21 +168,14 @@ def test_a_job_submitted_from_a_job_is_its_own(cluster, tmp_path):
     assert "rank 0 of 2 begins" in (run / "logs" / "rank0@node1.log").read_text()
 
 
-def test_a_crash_loop_stops(cluster, tmp_path):
+def test_a_crash_loop_stops(cluster, crash_loop):
     """Somebody requeues a job that saves nothing, again and again: the fourth start gives up."""
-    run = tmp_path / "run"
-    job = count(cluster, run, "--steps=500", "--never-save")
-
-    def running(start):
-        return starts(run) == start and state(run) == "running"
-
-    for start in (1, 2, 3):
-        cluster.until(partial(running, start), lambda: f"another start: {said(run)}")
-        cluster.run("scontrol", "requeue", job)
+    run, job = crash_loop
 
     final = cluster.ended(job)
 
     assert final == "FAILED"
+    assert starts(run) == 4
     assert "3 starts gained no saved step" in (run / f"slurm-{job}.log").read_text()
 
 
@@ -192,17 +184,17 @@ def test_a_taken_port_and_differing_code_end_clearly(cluster, tmp_path):
     holder = (
         f"{sys.executable} -c 'import socket, time; s = socket.create_server((\"\", 23456)); time.sleep(3)' &\nsleep 1"
     )
-    first = count(cluster, taken, submit=["--nodes=2", "--port=23456", f"--setup={holder}"])
-    assert cluster.ended(first) == "FAILED"
-    log = (taken / f"slurm-{first}.log").read_text()
-    assert "port 23456 on node1 cannot be opened (Address already in use)" in log, said(taken)
-
     entry = tmp_path / "python"  # an interpreter that is another one on node2
     entry.write_text(f"#!/bin/bash\n[ $(hostname) = node1 ] || exec {sys.base_prefix}/bin/python3 \"$@\"\n"
                      f"exec {sys.executable} \"$@\"\n")  # fmt: skip
     entry.chmod(0o755)
+
+    first = count(cluster, taken, submit=["--nodes=2", "--port=23456", f"--setup={holder}"])
     second = count(cluster, differ, submit=["--nodes=2", f"--python={entry}"])
-    assert cluster.ended(second) == "FAILED"
+
+    assert (cluster.ended(first), cluster.ended(second)) == ("FAILED", "FAILED")
+    log = (taken / f"slurm-{first}.log").read_text()
+    assert "port 23456 on node1 cannot be opened (Address already in use)" in log, said(taken)
     assert "node2 differs from the first node: " in (differ / f"slurm-{second}.log").read_text()
 
 
