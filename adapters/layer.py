@@ -50,6 +50,38 @@ def factor_source() -> FactorSource | None:
     return _factor_source.get()
 
 
+class TakeRows(torch.autograd.Function):
+    """y0 (..., m) itself, and its entries rows (r,): their gradients come together in one pass.
+
+    Autograd by itself fills a tensor of y0's size with zeros, puts the r numbers there, and adds the two.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, y0: Tensor, rows: Tensor) -> tuple[Tensor, Tensor]:
+        ctx.save_for_backward(rows)
+        ctx.mark_dirty(y0)  # it is not, but without this it would come out as a view, closed to `AddProduct`
+        return y0, y0.index_select(-1, rows)
+
+    @staticmethod
+    def backward(ctx: Any, g: Tensor, g_taken: Tensor) -> Any:
+        return g.index_add(-1, ctx.saved_tensors[0], g_taken), None
+
+
+class AddProduct(torch.autograd.Function):
+    """onto (..., m) += h (..., r) write^T, write (m, r), with no copy of onto's size forward or backward."""
+
+    @staticmethod
+    def forward(ctx: Any, onto: Tensor, h: Tensor, write: Tensor) -> Tensor:
+        ctx.save_for_backward(write)
+        ctx.mark_dirty(onto)
+        onto.view(-1, onto.shape[-1]).addmm_(h.view(-1, h.shape[-1]), write.T)
+        return onto
+
+    @staticmethod
+    def backward(ctx: Any, g: Tensor) -> Any:
+        return g, g @ ctx.saved_tensors[0], None
+
+
 class FactorMap(nn.Module):
     """One adapter on one layer: read r numbers from y0, multiply them by the trained core, write them back.
 
@@ -119,23 +151,34 @@ class FactorMap(nn.Module):
     def _origin(self) -> bytes:
         return torch.cat([self.pivots.cpu().view(torch.uint8), self.probe.cpu()]).numpy().tobytes()
 
-    def forward(self, y0: Tensor, bias: Tensor | None, onto: Tensor) -> Tensor:
-        """onto + Write (scale core * Read (y0 - bias)); y0 (..., out) is the base output with its bias."""
-        h = self.config.multiply(self.reading(y0, bias), self.scale * self.core.to(self.read.dtype))
-        h = h.to(self.write.dtype)
+    def forward(self, y0: Tensor, bias: Tensor | None, onto: Tensor, fresh: bool = False) -> Tensor:
+        """onto + Write (scale core * Read (y0 - bias)); y0 (..., out) is the base output with its bias.
+
+        fresh: y0 is onto, and nobody else's, so it is written over.
+        """
+        fresh = fresh and y0.dtype == self.write.dtype
+        if self.config.through_write:
+            offset = None if bias is None else -(bias @ self.write)
+            h = F.linear(y0, self.write.T, offset).to(self.read.dtype) * self.read
+        else:
+            if fresh:
+                onto, taken = TakeRows.apply(y0, self.rows)
+            else:
+                taken = y0.index_select(-1, self.rows)
+            if bias is not None:
+                taken = taken - bias[self.rows]
+            h = F.linear(taken.to(self.read.dtype), self.read)
+        h = self.config.multiply(h, self.scaled_core(h.dtype)).to(self.write.dtype)
+        if fresh:
+            return AddProduct.apply(onto, h, self.write)
         if y0.dtype != self.write.dtype:  # under autocast
             return onto + F.linear(h, self.write).to(onto.dtype)
         return torch.addmm(onto.reshape(-1, onto.shape[-1]), h.reshape(-1, h.shape[-1]), self.write.T).view(onto.shape)
 
-    def reading(self, y0: Tensor, bias: Tensor | None) -> Tensor:
-        """Read (y0 - bias): the r numbers per token, in read's dtype."""
-        if self.config.through_write:
-            offset = None if bias is None else -(bias @ self.write)
-            return F.linear(y0, self.write.T, offset).to(self.read.dtype) * self.read
-        taken = y0.index_select(-1, self.rows)
-        if bias is not None:
-            taken = taken - bias[self.rows]
-        return F.linear(taken.to(self.read.dtype), self.read)
+    def scaled_core(self, dtype: torch.dtype) -> Tensor:
+        """scale * core, and the core itself where there is nothing to do."""
+        core = self.core.to(dtype)
+        return core if self.scale == 1 else self.scale * core
 
     def train(self, mode: bool = True) -> Any:
         """Keep the core in float32: TRL turns all that trains on a 4-bit base into bf16 where no hook sees it."""
@@ -231,12 +274,15 @@ class FactorLayer(nn.Module, BaseTunerLayer):
             return y
         channels_first = isinstance(self.base, nn.Conv2d)
         y0 = y = y.movedim(1, -1) if channels_first else y
+        # not a view, nor what a hook may have kept; a compiler joins the passes by itself
+        fresh = not (torch.compiler.is_compiling() or y._is_view() or self.base_layer._forward_hooks)
+        fresh = fresh and len(self.active_adapters) == 1 and y.is_contiguous()
         for adapter_name in self.active_adapters:
             if adapter_name in self.maps:
                 factor_map = self.maps[adapter_name]
                 if factor_map._seen is not factor_map.probe:  # a loader that calls no hook of ours
                     self.refresh()
-                y = factor_map(y0, getattr(self.base, "bias", None), onto=y)
+                y = factor_map(y0, getattr(self.base, "bias", None), onto=y, fresh=fresh)
         return y.movedim(-1, 1) if channels_first else y
 
     @torch.compiler.disable

@@ -134,11 +134,11 @@ class InputMap(FactorMap):
         self._filled = self._filled or bool(self.probe.any())
         return self._filled
 
-    def forward(self, x: Tensor, bias: Tensor | None, onto: Tensor) -> Tensor:
+    def forward(self, x: Tensor, bias: Tensor | None, onto: Tensor, fresh: bool = False) -> Tensor:
         """onto + write (scale core (read x)) for the layer's input x (..., n)."""
         wide = torch.promote_types(self.read.dtype, self.core.dtype)
         h = F.linear(x.to(self.read.dtype), self.read).to(wide)
-        h = self.config.multiply(h, self.scale * self.core.to(wide))
+        h = self.config.multiply(h, self.scaled_core(wide))
         return onto + F.linear(h.to(self.write.dtype), self.write).to(onto.dtype)
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Any:
