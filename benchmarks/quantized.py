@@ -252,7 +252,7 @@ def table(found: list[dict[str, Any]]) -> str:
             swaps.setdefault(name, {})[swap["used_on"]] = swap["loss"]
         for name, used in swaps.items():
             lines.append(f"| {name} | {' | '.join(f'{used[kind]:.3f}' for kind in ('none', 'int8', 'nf4'))} | |")
-        for way in ("rounded once", "rounded again"):
+        for way in ("rounded once", "rounded again") if one["merged"] else ():
             cells = [f"{each[way]:.3f} (apart {each['apart']:.3f})" for each in one["merged"]]
             lines.append(f"| LoLDU, merged into its own precision, {way} | | {' | '.join(cells)} |")
     return "\n".join(lines)
