@@ -204,6 +204,11 @@ class InputLinear(FactorLinear):
         A, B = self.lora(adapter_name)
         return (B @ A).T if isinstance(self.base, Conv1D) else B @ A
 
+    def _move_adapter_to_device_of_base_layer(self, adapter_name: str, device: Any = None) -> None:
+        """Not onto the meta device: what was loaded would be lost, and nothing makes it again."""
+        if not self.base.weight.is_meta:
+            super()._move_adapter_to_device_of_base_layer(adapter_name, device)
+
     def _ready(self, adapter_name: str) -> Any:
         factor_map: Any = self.maps[adapter_name]
         if not factor_map.filled:

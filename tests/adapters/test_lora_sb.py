@@ -118,6 +118,19 @@ def test_a_loaded_adapter_needs_no_gradients_and_follows_no_source(tmp_path):
     assert torch.equal(logits(loaded.eval()), logits(model))
 
 
+def test_what_is_loaded_onto_a_skeleton_stays_in_memory_for_merging(tmp_path):
+    """PEFT moves an adapter to its base layer's device, here meta."""
+    model = with_lora_sb(tiny_llama())
+    model.save_pretrained(tmp_path / "adapter")
+    with torch.device("meta"):
+        skeleton = tiny_llama()
+
+    loaded = PeftModel.from_pretrained(skeleton, tmp_path / "adapter", low_cpu_mem_usage=True)
+
+    for mine, theirs in zip(layers(model), layers(loaded), strict=True):
+        assert torch.equal(theirs.get_delta_weight("default"), mine.get_delta_weight("default"))
+
+
 def test_one_without_factors_says_where_they_come_from():
     model = get_peft_model(tiny_llama(), LoRASBConfig(r=4, step=0.1, target_modules=["q_proj"]))
 
