@@ -44,7 +44,7 @@ def tiny() -> Config:
             answer_tokens=16,
         ),
         adapter=AdapterConfig(rank=128, targets=("all-linear",), options=("normalize_directions=true",)),
-        optimizer=OptimizerConfig(learning_rate=5e-2, batch_size=16, max_steps=500, warmup_ratio=0.03),
+        optimizer=OptimizerConfig(learning_rate=1e-1, batch_size=16, max_steps=500, warmup_ratio=0.03),
         run=RunConfig(save_every=100, show_samples=3),
     )
 
