@@ -31,7 +31,7 @@ import time
 from collections.abc import Iterator
 from contextlib import contextmanager, redirect_stderr, redirect_stdout
 from pathlib import Path
-from statistics import mean, median
+from statistics import mean, median, stdev
 from typing import Any
 
 import torch
@@ -57,6 +57,7 @@ CELLS = (  # an early stop leaves whole cells: first the larger model on real in
     ("babyllama-361", "sst2"),
     ("babyllama-361", "instructions"),
 )
+OURS = ("loldu", "lolduxs", "svfit", "svft", "loraxs")  # diagonal, banded and dense cores between frozen factors
 FIRST = 8  # methods that go through all cells before the others do
 ALL, FULL = ("all-linear",), 4096  # every linear layer; full rank, after clamping
 # name -> adapter, and a first guess of the rate. "counted" ones get about as many numbers as a full-rank diagonal.
@@ -322,12 +323,86 @@ def plan() -> list[tuple[str, str, str]]:
     ]
 
 
+def tables(campaign: Campaign) -> str:
+    """For the README: results and costs on the first cell, then held-out losses (SST-2: exact match) on the others."""
+    lines = [
+        "| | trained | held-out loss | rate | frozen MB beside the base | CPU ms a step | peak MB |",
+        "|---|---|---|---|---|---|---|",
+    ]
+    for name in METHODS:
+        if runs := campaign.tested(name, *CELLS[0]):
+            cost = {key: median(run[key] for run in runs) for key in ("frozen_bytes", "step_ms", "peak_mb")}
+            lines.append(
+                f"| {name} | {runs[0]['trained']:,} | {spread(runs, 'loss')} | {runs[0]['rate']:g} | "
+                f"{cost['frozen_bytes'] / 1e6:.2f} | {cost['step_ms']:.0f} | {cost['peak_mb']:.0f} |"
+            )
+            before = f"| the base, untuned | 0 | {runs[0]['before']:.3f} | | | | |"
+    lines += [before] if len(lines) > 2 else []
+    cells = [cell for cell in CELLS[1:] if any(campaign.tested(name, *cell) for name in METHODS)]
+    if cells:
+        lines += [
+            "",
+            f"| | {' | '.join(f'{model}, {task}' for model, task in cells)} |",
+            "|---" * (len(cells) + 1) + "|",
+        ]
+    for name in METHODS if cells else ():
+        tested = [campaign.tested(name, *cell) for cell in cells]
+        shown = [spread(runs, "loss") + (f", {mean(run['exact'] for run in runs):.0%}" if runs[0]["exact"] is not None else "") if runs else "" for runs in tested]  # fmt: skip  # noqa: E501
+        if any(shown):
+            lines.append(f"| {name} | {' | '.join(shown)} |")
+    return "\n".join(lines)
+
+
+def spread(runs: list[dict[str, Any]], key: str) -> str:
+    values = [math.inf if run[key] is None else run[key] for run in runs]
+    return f"{mean(values):.3f} ± {stdev(values):.3f}" if all(map(math.isfinite, values)) else "diverged"
+
+
+def plot(campaign: Campaign) -> str:
+    """Held-out loss against trained numbers on the first cell, as SVG: a bar from the best to the worst seed."""
+    tested = {name: runs for name in METHODS if (runs := campaign.tested(name, *CELLS[0]))}
+    tested = {name: runs for name, runs in tested.items() if all(run["loss"] is not None for run in runs)}
+    losses = {name: [run["loss"] for run in runs] for name, runs in tested.items()}
+    order = sorted(tested, key=lambda name: mean(losses[name]))
+    low = math.floor(min(map(min, losses.values())) * 10) / 10
+    high = math.ceil(max(map(max, losses.values())) * 10) / 10
+    first, last = 3, 6  # powers of ten of trained numbers
+    x = lambda trained: 50 + 470 * (math.log10(trained) - first) / (last - first)  # noqa: E731
+    y = lambda loss: 20 + 340 * (high - loss) / (high - low)  # noqa: E731
+    parts = [
+        '<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 820 410" font-family="sans-serif" font-size="12">',
+        '<rect width="820" height="410" fill="white"/>',
+        '<text x="285" y="400" text-anchor="middle">trained numbers</text>',
+        f'<text x="50" y="12">held-out loss, {" on ".join(CELLS[0])}, {STEPS} steps</text>',
+    ]
+    for power in range(first, last + 1):
+        at = x(10**power)
+        parts.append(f'<path d="M{at:.0f} 20V360" stroke="#ddd"/><text x="{at:.0f}" y="378" text-anchor="middle">10<tspan dy="-5" font-size="9">{power}</tspan></text>')  # fmt: skip  # noqa: E501
+    for tenth in range(round(low * 10), round(high * 10) + 1):
+        at = y(tenth / 10)
+        parts.append(f'<path d="M50 {at:.0f}H520" stroke="#ddd"/><text x="44" y="{at + 4:.0f}" text-anchor="end">{tenth / 10:.1f}</text>')  # fmt: skip  # noqa: E501
+    for place, name in enumerate(order):
+        at, found = x(tested[name][0]["trained"]), losses[name]
+        ours = METHODS[name].get("method", "loldu") in OURS
+        color, line = ("#b3261e" if ours else "#1f4e9c"), 30 + 22 * place
+        parts += [
+            f'<path d="M{at:.1f} {y(min(found)):.1f}V{y(max(found)):.1f}" stroke="{color}" stroke-width="2"/>',
+            f'<circle cx="{at:.1f}" cy="{y(mean(found)):.1f}" r="4" fill="{color}"/>',
+            f'<path d="M{at + 5:.1f} {y(mean(found)):.1f}L532 {line - 4}" stroke="{color}" stroke-width="0.4"/>',
+            f'<text x="535" y="{line}" fill="{color}">{mean(found):.3f}  {name}</text>',
+        ]
+    return "\n".join([*parts, "</svg>\n"])
+
+
 def main() -> None:
     torch.set_num_threads(1)
     folders = [Path(argument) for argument in sys.argv[1:] if not argument.startswith("--")]
     campaign = Campaign(folders[0] if folders else REPO.parent / "shared" / "data")
-    if "--left" not in sys.argv:
+    if not {"--left", "--table"} & {*sys.argv}:
         campaign.run_all()
+    if "--left" not in sys.argv:
+        print(tables(campaign))
+        RESULTS.with_suffix(".svg").write_text(plot(campaign))
     print(campaign.left())
 
 
