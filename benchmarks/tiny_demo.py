@@ -91,9 +91,9 @@ def measure(name: str, rate: float, seed: int, split: str) -> dict[str, Any]:
         }  # fmt: skip
 
 
-def unseen_match(output: Path) -> float:
-    """Exact match on wordings that were never tuned on."""
-    model, tokenizer = load(find(str(output)))
+def unseen_match(tuned: Path) -> float:
+    """Exact match on wordings that were never tuned on, of a run folder or a model."""
+    model, tokenizer = load(find(str(tuned)))
     held = records.load_records(str(TINY / "instructions" / "test_unseen.json"))
     template = templates.load_template("short", tokenizer, conversations=False)
     ids = answer(
@@ -140,7 +140,7 @@ def table(found: list[dict[str, Any]]) -> str:
             cells = [spread([one[key] for one in tested], form) for key, form in (("loss", ".3f"), ("exact", ".1%"), ("unseen", ".1%"))]  # fmt: skip  # noqa: E501
             lines.append(f"| {name} | {tested[0]['trained']:,} | {tested[0]['rate']:g} | {' | '.join(cells)} |")
     before = next(one for one in found if one["split"] == "test" and "random" not in one["method"])
-    lines.append(f"| the base, untuned | 0 | | {before['loss_before']:.3f} | {before['exact_before']:.1%} | |")
+    lines.append(f"| the base, untuned | 0 | | {before['loss_before']:.3f} | {before['exact_before']:.1%} | {unseen_match(TINY / 'model'):.1%} |")
     return "\n".join(lines)
 
 
