@@ -140,7 +140,8 @@ def table(found: list[dict[str, Any]]) -> str:
             cells = [spread([one[key] for one in tested], form) for key, form in (("loss", ".3f"), ("exact", ".1%"), ("unseen", ".1%"))]  # fmt: skip  # noqa: E501
             lines.append(f"| {name} | {tested[0]['trained']:,} | {tested[0]['rate']:g} | {' | '.join(cells)} |")
     before = next(one for one in found if one["split"] == "test" and "random" not in one["method"])
-    lines.append(f"| the base, untuned | 0 | | {before['loss_before']:.3f} | {before['exact_before']:.1%} | {unseen_match(TINY / 'model'):.1%} |")
+    untuned = [f"{before['loss_before']:.3f}", f"{before['exact_before']:.1%}", f"{unseen_match(TINY / 'model'):.1%}"]
+    lines.append(f"| the base, untuned | 0 | | {' | '.join(untuned)} |")
     return "\n".join(lines)
 
 
