@@ -197,6 +197,9 @@ def run_recipe(
         if options.tiny and tiny is None:
             raise Misread("this recipe has no embedded model: give --model DIR --data FILE --eval-data FILE")
         named = any(word.partition("=")[0] in ("--model", "--data", "--tiny") for word in arguments)
+        if options.model.quantize == "none":
+            # PEFT imports bitsandbytes wherever it is installed, a quarter of the start-up. Here it counts as missing.
+            sys.modules.setdefault("bitsandbytes", None)  # type: ignore[arg-type]
         from launcher.training.run import run
 
         return run(plain(options), name, instead=None if named or tiny is None else lambda: plain(read(tiny())))

@@ -1,6 +1,7 @@
 """Factors on disk, content-addressed: one safetensors file per weight, and a small index so a warm start reads headers.
 
     factors/<key>.safetensors   key = sha256 over the recipe and the bytes the factors depend on (`content_key`)
+    tokenised/<key>.safetensors  the data sets of launcher/training/tokenised.py, which prune counts as well
     index/<sha256>.json         (checkpoint file, its size and time, tensor, options) -> key, one tiny file per answer
 
 Nothing is locked (flock is a silent no-op on many shared filesystems). A file is written under a temporary name in its
@@ -39,6 +40,7 @@ T = TypeVar("T")
 
 FORMAT = 1  # part of every key, so that two versions of this file never read each other's entries
 BLOCK_BYTES = 1 << 20  # about the bytes under one checksum: 90 of them for 11008 x 4096 in bfloat16
+KINDS = ("factors", "tokenised")
 ABANDONED_S = 3600.0  # a temporary file this old belongs to a process that was killed
 
 
@@ -107,7 +109,7 @@ def store(folder: Path, key: str, factors: Factors, about: Mapping[str, Any]) ->
     about = {**about, "key": key, "versions": versions, "checksums": checksums}
     text = json.dumps(about, sort_keys=True)
     file = _file(folder, key)
-    _put(folder, file, lambda temporary: save_file(tensors, temporary, {"about": text, "seal": _seal(text)}))
+    put(folder, file, lambda temporary: save_file(tensors, temporary, {"about": text, "seal": _seal(text)}))
     return Entry(key, file, about)
 
 
@@ -133,7 +135,7 @@ def remember(folder: Path, identity: Mapping[str, Any], value: Any) -> None:
     """Let the index remember a value (JSON data) for an identity. Raises ValueError as `store` does."""
     file, question = _index_file(folder, identity)
     text = json.dumps([question, value])
-    _put(folder, file, lambda temporary: temporary.write_text(json.dumps([text, _seal(text)])))
+    put(folder, file, lambda temporary: temporary.write_text(json.dumps([text, _seal(text)])))
 
 
 def entries(folder: Path) -> list[Entry]:
@@ -169,7 +171,7 @@ def prune(folder: Path, max_bytes: float | None = None, older_than_s: float | No
     for file in sorted(folder.glob("*/*.damaged")) + sorted(folder.glob("*/.*.tmp")):
         if file.suffix == ".damaged" or now - _used(file) > ABANDONED_S:
             removed, freed = removed + 1, freed + _remove(file)
-    files = sorted((folder / "factors").glob("*.safetensors"), key=_used)
+    files = sorted((file for kind in KINDS for file in (folder / kind).glob("*.safetensors")), key=_used)
     left = sum(_size(file) for file in files)
     for file in files:
         too_old = older_than_s is not None and now - _used(file) > older_than_s
@@ -249,7 +251,8 @@ def _rows(opened: Any, entry: Entry, name: str, rows: slice) -> Tensor:
     return tensor[start - first : stop - first]
 
 
-def _put(folder: Path, file: Path, write: Callable[[Path], Any]) -> None:
+def put(folder: Path, file: Path, write: Callable[[Path], Any]) -> None:
+    """Let write make a file of this cache under a temporary name, and rename it; errors as `store` has them."""
     temporary = file.parent / f".{file.name}.{uuid.uuid4().hex}.tmp"
     try:
         file.parent.mkdir(parents=True, exist_ok=True)

@@ -140,7 +140,9 @@ def cache_ls(cache_folder: str | None = None, console: Console | None = None) ->
             )
         )
     _show(console, ("used", "name", "method", "weight", "rank", "dtype", "size", "key"), rows)
-    console.print(f"{len(found)} weights, {_bytes(total)} in {folder}", soft_wrap=True)
+    tokenised = [file.stat().st_size for file in (folder / "tokenised").glob("*.safetensors")]
+    data = f", {len(tokenised)} tokenised data sets, {_bytes(sum(tokenised))}" if tokenised else ""
+    console.print(f"{len(found)} weights, {_bytes(total)}{data} in {folder}", soft_wrap=True)
     return 0
 
 

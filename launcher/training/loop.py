@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import math
+import time
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -59,6 +60,16 @@ class Job:
     stop: StopRequest
     screen: Screen
     trackers: list[Any] = field(default_factory=list)
+    clock: Clock = field(default_factory=lambda: Clock())
+
+
+@dataclass
+class Clock:
+    """Seconds since this start: putting batches together, all steps, and what of these was waiting for a batch."""
+
+    batches_s: float = 0.0
+    steps_s: float = 0.0
+    waited_s: float = 0.0
 
 
 @dataclass
@@ -124,7 +135,7 @@ def train(job: Job, resume: Checkpoint | None) -> str:
         return True
 
     def step() -> bool:
-        number = progress.step + 1
+        number, started, batches_s = progress.step + 1, time.perf_counter(), job.clock.batches_s
         lr = learning_rate_at(number, job.steps, config.optimizer)
         loss, tokens, asked = gradients(job, number)
         if not math.isfinite(loss):
@@ -132,6 +143,8 @@ def train(job: Job, resume: Checkpoint | None) -> str:
                 f"the loss is {loss} at step {number}: lower --learning-rate {config.optimizer.learning_rate}"
             )
         norm = job.engine.update(lr)
+        job.clock.steps_s += time.perf_counter() - started
+        job.clock.waited_s += job.clock.batches_s - batches_s
         progress.step, progress.tokens = number, progress.tokens + tokens
         tell({"step": number, "loss": loss, "lr": lr, "grad_norm": norm, "tokens": tokens})
         bar(number, f"loss {loss:.4f}  {rate.add(tokens):,.0f} tokens/s  {memory_gib():.1f} GiB")
@@ -188,9 +201,11 @@ def loss_of(job: Job, data: Encoded, rows: Sequence[Any], targets: int, *, packi
     """Sum of the rows' token losses (labels: their own losses) divided by targets, a scalar on the device."""
     if isinstance(data, Labelled):
         return labelled_outputs(job, data, rows).loss * (len(rows) / targets)
+    started = time.perf_counter()
     kind: Any = "flash" if job.attention == "flash_attention_2" else "sdpa"
     batch = collate(data, rows, pad_id=job.tokenizer.pad_token_id or 0, packing=packing, attention=kind)
     batch = {name: part.to(job.device) if isinstance(part, Tensor) else part for name, part in batch.items()}
+    job.clock.batches_s += time.perf_counter() - started
     return job.engine.forward(**batch, num_items_in_batch=targets, use_cache=False).loss
 
 

@@ -49,10 +49,12 @@ from launcher.training.preemption import StopRequest
 from launcher.training.quantize import check_base, check_quantize, packed_away
 from launcher.training.report import Screen, check_trackers, open_trackers, read_events
 from launcher.training.sharding import FullyShard, Replicated, Rows, check_sharding, open_alone, shard, shard_mesh, size
+from launcher.training.tokenised import encode_once
 
 log = logging.getLogger(__name__)
 
 DONE, FAILED, MISTAKE, STOPPED = 0, 1, 2, 75  # exit codes
+TOKENISE_S = 6 * 3600.0
 CHECKSUMS = "SHA256SUMS"  # as sha256sum -c reads it
 PACKAGES = ("torch", "transformers", "peft", "accelerate", "safetensors", "datasets", "deepspeed", "bitsandbytes")
 
@@ -132,7 +134,15 @@ def _run(config: Config, name: str, party: Party, stop: StopRequest, screen: Scr
     check_base(folder, config.model.quantize)
     tokenizer = load_tokenizer(folder, trust_remote_code=config.model.trust_remote_code)
     local: dict[str, Any] = {}
-    party.together("data", lambda: local.update(_read_data(config, tokenizer, folder, ranks)))
+    cache_folder = Path(config.run.cache) if config.run.cache else cache.default_folder()
+
+    def read(mine: bool) -> None:
+        if mine:
+            local.update(_read_data(config, tokenizer, cache_folder))
+
+    # One process of each machine tokenises, unless it is done already; the others find it in the cache.
+    party.together("data", lambda: read(ranks.local_rank == 0), timeout_s=TOKENISE_S)
+    party.together("data", lambda: read(ranks.local_rank != 0), timeout_s=TOKENISE_S)
     train_data, held_out, questions = local["train"], local["held_out"], local["questions"]
     rows = _rows(config, train_data)
     steps = config.optimizer.max_steps or math.ceil(config.optimizer.epochs * len(rows) / config.optimizer.batch_size)
@@ -143,7 +153,6 @@ def _run(config: Config, name: str, party: Party, stop: StopRequest, screen: Scr
     classes = train_data.classes if isinstance(train_data, Labelled) else None
     head = None if classes is None else classification.head_settings(classes)
     adapter: Any = peft_config(config.adapter, "CAUSAL_LM" if classes is None else "SEQ_CLS")
-    cache_folder = Path(config.run.cache) if config.run.cache else cache.default_folder()
     ours = isinstance(adapter, FactorConfig)
     requests: list[FactorRequest] = []
     if ours:
@@ -290,15 +299,15 @@ def _run(config: Config, name: str, party: Party, stop: StopRequest, screen: Scr
     return status
 
 
-def _read_data(config: Config, tokenizer: Any, folder: Path, ranks: Ranks) -> dict[str, Any]:
+def _read_data(config: Config, tokenizer: Any, cache_folder: Path) -> dict[str, Any]:
     if config.data.text_columns:
         rows, held_rows, classes = classification.load_splits(config.data)
         encode = lambda some: classification.encode(some, classes, tokenizer, config.data)  # noqa: E731
         held = encode(held_rows) if held_rows else None
         return {"train": encode(rows), "held_out": held, "questions": [], "template": None}
     train_records, held_records = records.load_splits(config.data.data, config.data.eval_data, config.data.eval_records)
-    train_data = data.encode(train_records, tokenizer, config.data)
-    held_out = data.encode(held_records, tokenizer, config.data) if held_records else None
+    train_data = encode_once(train_records, tokenizer, config.data, cache_folder)
+    held_out = encode_once(held_records, tokenizer, config.data, cache_folder) if held_records else None
     questions = []
     conversations = "messages" in train_records[0]
     template = templates.load_template(config.data.prompt_template, tokenizer, conversations=conversations)
@@ -464,7 +473,10 @@ def _tell(job: Job, saved: Path, seconds: float) -> None:
                 before = write_answers(job, shown)
         cells = [[q.prompt, q.expected, b, a] for q, b, a in zip(shown, before, after, strict=True)]
         job.screen.table("Answers", ["question", "expected", "before", "after"], cells)
-    job.screen.say(f"{job.steps} steps in {seconds:.0f} s; saved in {saved}")
+    waited = job.clock.waited_s / max(job.clock.steps_s, 1e-9)
+    job.screen.say(
+        f"{job.steps} steps, {seconds:.0f} s in all ({waited:.1%} of the steps waiting for data); saved in {saved}"
+    )
     if job.config.data.text_columns:
         job.screen.say("It loads with AutoModelForSequenceClassification and peft's PeftModel.from_pretrained.")
     elif job.config.adapter.method != "full":
