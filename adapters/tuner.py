@@ -9,6 +9,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
 
+from peft import TaskType
 from peft.tuners.tuners_utils import BaseTuner
 from peft.utils import TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING, register_peft_method
 from peft.utils.error import NoMatchingPeftModuleError
@@ -126,7 +127,9 @@ class FactorTuner(BaseTuner):
         """Cores are float32 from the start, and the frozen maps stay in the base's dtype."""
 
     def _check_fingerprint(self, model: nn.Module, config: FactorConfig) -> None:
-        ours = (self.prefix, "modules_to_save.", *(f"{name}." for name in config.modules_to_save or ()))  # a new head
+        classifies = config.task_type in (TaskType.SEQ_CLS, TaskType.TOKEN_CLS)  # with a head that no checkpoint holds
+        heads = [f"{name}." for name in config.modules_to_save or ()] if classifies else []
+        ours = (self.prefix, "modules_to_save.", *heads)
         bases = [p for name, p in model.named_parameters() if p.ndim >= 2 and not any(part in name for part in ours)]
         if any(p.is_meta or not p.dtype.is_floating_point for p in bases) or getattr(model, "is_quantized", False):
             return  # nothing to probe yet, or packed: each adapted weight is checked by itself

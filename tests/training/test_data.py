@@ -211,7 +211,7 @@ def test_a_hub_name_is_read_through_datasets_and_a_failure_says_both_ways(monkey
 
     known = {"someone/set": datasets.Dataset.from_list([ALPACA])}
 
-    def load_dataset(name, split):
+    def load_dataset(name, configuration, split):
         assert split == "train"
         if name not in known:
             raise datasets.exceptions.DatasetNotFoundError(f"Dataset '{name}' doesn't exist\nlong story")
