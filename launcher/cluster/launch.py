@@ -52,7 +52,8 @@ def launch(recipe: str, hosts: Hosts, recipe_options: Sequence[str] = (), *, nam
         runs.write(run / "control", "run\n")
         first = f"{chosen[0].name} ({address}:{hosts.port})"
         total = sum(len(host.slots) for host in chosen)
-        print(f"{total} processes on {len(chosen)} hosts, meeting on {first}; run folder {run}", flush=True)
+        counted = f"{total} process{'es'[: 2 * (total > 1)]} on {len(chosen)} host{'s'[: len(chosen) > 1]}"
+        print(f"{counted}, meeting on {first}; run folder {run}", flush=True)
         start(fleet, chosen, hosts, command, run, attempt, address)
         return follow(fleet, chosen, run, asked)
 

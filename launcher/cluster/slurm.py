@@ -381,7 +381,7 @@ def job_states(asked: Sequence[tuple[Mapping[str, Any], str | None]], run: Run =
             _sort_in(found, left, parse_sacct(answer.stdout) if answer.returncode == 0 else [])
         for at, (job, task) in left.items():
             job_id = job + (f"_{task}" if task is not None else "")
-            found[at] = JobState(job_id, "UNKNOWN", "Slurm has forgotten it")
+            found[at] = JobState(job_id, "UNKNOWN", "forgotten")
     return [found[at] for at in range(len(asked))]
 
 
@@ -459,7 +459,7 @@ def status(given: Sequence[str] = (), *, as_json: bool = False, run: Run = subpr
         rows.append(
             {
                 "run": folder.name if folder == top else f"{top.name}/{folder.name}",
-                "state": runs.read(folder / "state") or ("unknown" if state and not state.alive else "not started"),
+                "state": runs.read(folder / "state") or _before_its_start(state),
                 "step": step.get("step"), "loss": step.get("loss"), "saved_step": runs.checkpoint_step(folder),
                 "job": state.job_id if state else None, "slurm": state.state if state else None,
                 "reason": state.reason if state else "", "nodes": state.nodes if state else "",
@@ -478,12 +478,19 @@ def status(given: Sequence[str] = (), *, as_json: bool = False, run: Run = subpr
     names = ("run", "state", "step", "loss", "saved", "job", "Slurm", "nodes", "restarts")
     table = Table(*names)
     for row in rows:
-        slurm = f"{row['slurm'] or ''} {row['reason'] and '(' + row['reason'] + ')'}".rstrip()
+        known = row["slurm"] if row["slurm"] != "UNKNOWN" else ""
+        slurm = f"{known or ''} {row['reason'] and '(' + row['reason'] + ')'}".strip()
         loss = f"{row['loss']:.4f}" if row["loss"] is not None else ""
         cells = (row["run"], row["state"], row["step"], loss, row["saved_step"], row["job"], slurm, row["nodes"], row["restarts"])  # fmt: skip  # noqa: E501
         table.add_row(*("" if cell is None else str(cell) for cell in cells))
     Console(width=None if sys.stdout.isatty() else 160).print(table)
     return 0
+
+
+def _before_its_start(state: JobState | None) -> str:
+    if state is None or state.alive:
+        return "starting" if state is not None and state.state == "RUNNING" else "not started"
+    return "unknown"
 
 
 def _states_for_a_table(folders: Sequence[Path], run: Run) -> list[JobState | None]:

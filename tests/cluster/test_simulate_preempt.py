@@ -11,7 +11,7 @@ pytestmark = pytest.mark.slow
 
 def test_a_warned_run_survives(cluster, tmp_path):
     run = tmp_path / "run"
-    job = cluster.loldu("submit", COUNT, "--", f"--output={run}", "--steps=20").stdout.split()[1].rstrip(":")
+    job = cluster.loldu("submit", COUNT, "--", f"--output={run}", "--steps=200").stdout.split()[1].rstrip(":")
     cluster.at_step(run, 2)
 
     done = cluster.loldu("simulate-preempt", run, check=False, timeout_s=180)
@@ -19,14 +19,14 @@ def test_a_warned_run_survives(cluster, tmp_path):
     assert done.returncode == 0, done.stdout + done.stderr + said(run)
     assert "it survived" in done.stdout
     assert cluster.ended(job) == "COMPLETED"
-    assert len(losses(run)) == 20
+    assert len(losses(run)) == 200
 
 
 def test_a_run_requeued_without_warning_survives_and_once_finished_is_left_alone(cluster, tmp_path):
     """Also the numbers are those of an uninterrupted run."""
     whole, run = tmp_path / "whole", tmp_path / "run"
-    cluster.run(sys.executable, COUNT, f"--output={whole}", "--steps=20", "--seconds=0")
-    job = cluster.loldu("submit", COUNT, "--", f"--output={run}", "--steps=20").stdout.split()[1].rstrip(":")
+    cluster.run(sys.executable, COUNT, f"--output={whole}", "--steps=200", "--seconds=0")
+    job = cluster.loldu("submit", COUNT, "--", f"--output={run}", "--steps=200").stdout.split()[1].rstrip(":")
     cluster.at_step(run, 2)
 
     done = cluster.loldu("simulate-preempt", run, "--how=requeue", check=False, timeout_s=180)
