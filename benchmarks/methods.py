@@ -57,7 +57,14 @@ CELLS = (  # an early stop leaves whole cells: first the larger model on real in
     ("babyllama-361", "sst2"),
     ("babyllama-361", "instructions"),
 )
-OURS = ("loldu", "lolduxs", "svfit", "svft", "loraxs")  # diagonal, banded and dense cores between frozen factors
+OURS = (
+    "loldu",
+    "lolduxs",
+    "svfit",
+    "svft",
+    "loraxs",
+    "lorasb",
+)  # diagonal, banded and dense cores between frozen factors
 FIRST = 8  # methods that go through all cells before the others do
 ALL, FULL = ("all-linear",), 4096  # every linear layer; full rank, after clamping
 # name -> adapter, and a first guess of the rate. "counted" ones get about as many numbers as a full-rank diagonal.
@@ -83,6 +90,7 @@ METHODS: dict[str, dict[str, Any]] = {
     "VeRA, r 256": {"method": "vera", "rank": 256, "rate": 3e-2},
     "FourierFT": {"method": "fourierft", "counted": "n_frequency", "options": {"scaling": 100}, "rate": 3e-2},
     "LoLDU-XS": {"method": "lolduxs", "counted": "square", "options": {"normalize_directions": True}, "rate": 1e-2},
+    "LoRA-SB": {"method": "lorasb", "counted": "square", "rate": 1e-3},
 }  # fmt: skip
 
 
@@ -336,8 +344,8 @@ def tables(campaign: Campaign) -> str:
                 f"| {name} | {runs[0]['trained']:,} | {spread(runs, 'loss')} | {runs[0]['rate']:g} | "
                 f"{cost['frozen_bytes'] / 1e6:.2f} | {cost['step_ms']:.0f} | {cost['peak_mb']:.0f} |"
             )
-            before = f"| the base, untuned | 0 | {runs[0]['before']:.3f} | | | | |"
-    lines += [before] if len(lines) > 2 else []
+    if runs := campaign.tested("LoLDU", *CELLS[0]):
+        lines.append(f"| the base, untuned | 0 | {runs[0]['before']:.3f} | | | | |")
     cells = [cell for cell in CELLS[1:] if any(campaign.tested(name, *cell) for name in METHODS)]
     if cells:
         lines += [
