@@ -213,6 +213,7 @@ def guarded(act: Callable[[], Any]) -> int:
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")  # our own words and bars are enough
     os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
     warnings.filterwarnings("ignore", category=FutureWarning)
+    warnings.showwarning = lambda message, *_: print(f"warning: {message}", file=sys.stderr)
     try:
         result = act()
     except ValueError as error:

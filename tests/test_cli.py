@@ -3,6 +3,7 @@
 import subprocess
 import sys
 import time
+import warnings
 from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
@@ -67,6 +68,16 @@ def test_a_mistake_on_the_command_line_is_one_line_that_says_what_to_type(argume
     assert error.startswith("error: ")
     assert error.count("\n") == 1
     assert said in error
+
+
+def test_a_warning_is_a_line_without_the_place_in_our_files(capsys):
+    with warnings.catch_warnings():
+        warnings.simplefilter("always")
+
+        code = cli.guarded(lambda: warnings.warn("the base is another one", stacklevel=1))
+
+    assert code == 0
+    assert capsys.readouterr().err == "warning: the base is another one\n"
 
 
 @pytest.mark.parametrize(("rank", "lines"), [("0", 1), ("1", 0)])
