@@ -90,6 +90,7 @@ METHODS: dict[str, dict[str, Any]] = {
     "VeRA, r 256": {"method": "vera", "rank": 256, "rate": 3e-2},
     "FourierFT": {"method": "fourierft", "counted": "n_frequency", "options": {"scaling": 100}, "rate": 3e-2},
     "LoLDU-XS": {"method": "lolduxs", "counted": "square", "options": {"normalize_directions": True}, "rate": 1e-2},
+    "IA3, outputs of every linear layer": {"method": "ia3", "options": {"feedforward_modules": []}, "rate": 1e-1},
     "LoRA-SB": {"method": "lorasb", "counted": "square", "rate": 1e-3},
 }  # fmt: skip
 
