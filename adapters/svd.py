@@ -106,25 +106,41 @@ def leading_exact(W: Tensor, r: int | None, energy: float = 1.0) -> tuple[Tensor
 def leading_block(W: Tensor, r: int) -> tuple[Tensor, Tensor, float]:
     """U_r (m, r) and s_r (r,) in float64 from a block Krylov space, and the largest angle a direction may be off.
 
-    Q (m, d) is an orthonormal basis of the span of W O, (W W^T) W O, ... for a random O; the best directions in it are
-    refined in float64. The angle follows from each residual |W W^T u - s^2 u|: divided by the distance of s^2 from the
-    eigenvalues outside the basis it is what the basis lacks, and from its neighbours', what is mixed within.
+    Q (m, d) is an orthonormal basis of the span of W O, (W W^T) W O, ... for a random O, and Z = W^T Q. Where the angle
+    of the best directions in it is above the bound, the basis grows once before it is given up.
     """
     A, (m, n) = W.float(), W.shape
-    d = min(4 * r, m, n)
-    width, kept = -(-d // 16), min(r + -(-r // 8), d)
-    Q, Z = A.new_empty(m, d), A.new_empty(n, d)  # Z = W^T Q
+    small = min(max(7 * r // 2, 2 * r + 128), m, n)
+    large = min(max(6 * r, small), m, n)
+    width = 16 * max(1, small // 14 // 16)  # products of odd widths are slow
+    Q, Z = A.new_empty(m, large), A.new_empty(n, large)
     Y = A @ torch.randn(n, width, generator=torch.Generator().manual_seed(0)).to(A)
-    for at in range(0, d, width):
-        Y = Y[:, : d - at]
-        for _ in range(2):  # once leaves the rounding of what was taken away
-            Y = torch.linalg.qr(Y - Q[:, :at] @ (Q[:, :at].T @ Y)).Q
-        Q[:, at : at + width], Z[:, at : at + width] = Y, A.T @ Y
-        Y = A @ Z[:, at : at + width]
+    last = at = 0
+    for d in sorted({small, large}):
+        while at < d:
+            Y = (A @ Z[:, last:at] if at else Y)[:, : d - at]
+            for _ in range(2):  # once leaves the rounding of what was taken away
+                Y = torch.linalg.qr(Y - Q[:, :at] @ (Q[:, :at].T @ Y)).Q
+            last, at = at, at + Y.shape[1]
+            Q[:, last:at], Z[:, last:at] = Y, A.T @ Y
+        U, s, error = _best_within(A, Q[:, :d], Z[:, :d], W, r)
+        if error <= BLOCK_ERROR:
+            break
+    return U, s, error
+
+
+def _best_within(A: Tensor, Q: Tensor, Z: Tensor, W: Tensor, r: int) -> tuple[Tensor, Tensor, float]:
+    """The best r directions of the span of Q (m, d), refined in float64, their s, and the largest angle; Z = W^T Q.
+
+    The angle follows from each residual |W W^T u - s^2 u|: divided by the distance of s^2 from the eigenvalues outside
+    the basis it is what the basis lacks, and from its neighbours', what is mixed within.
+    """
+    d = Q.shape[1]
+    kept = min(r + -(-r // 8), d)
     squares, C = torch.linalg.eigh((Z.T @ Z).double())
     outside = float(squares[-kept - 1]) if d > kept else 0.0
     X = torch.linalg.qr((Q @ C[:, -kept:].to(A)).double()).Q
-    Z = W.double().T @ X
+    Z = (X.T @ W.double()).T
     squares, C = (part.flip(-1) for part in torch.linalg.eigh(Z.T @ Z))
     U, V = X @ C, Z @ C
     residual = (A @ V[:, :r].to(A) - U[:, :r] * squares[:r]).norm(dim=0)
