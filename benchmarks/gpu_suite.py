@@ -1,0 +1,519 @@
+"""Everything that needs one NVIDIA GPU, in one command and under eight minutes.
+
+    python benchmarks/gpu_suite.py                       # writes benchmarks/results/gpu_suite.json
+    python benchmarks/gpu_suite.py --sections bf16,nf4
+    python benchmarks/gpu_suite.py --rehearse --output /tmp/rehearsal.json   # the same on tiny shapes, on a CPU
+
+Sections, each a process of its own with a budget of seconds; one that fails, hangs or runs out of memory is reported
+with what it had found, and the others go on:
+
+    tests      every test marked gpu
+    bf16       Llama-2-7B's shapes, random weights made on the device: tokens/s, peak memory and seconds to make the
+               factors, for the frozen floor (gradient through the inputs only), ours and PEFT's LoRA, ranks 64 and 256
+    nf4        the same on 4-bit weights
+    layer      one adapted layer: its products alone against all it does (what a fused kernel could win at most), and
+               what the read map costs and errs in float32, TF32 and bfloat16
+    factors    seconds to factor one weight on the device
+    attention  flash attention and the others
+    compile    torch.compile and not
+
+There is no Triton kernel for the gather, the product and the sum: none has been measured to beat the plain calls.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import copy
+import importlib.util
+import json
+import os
+import platform
+import signal
+import subprocess
+import sys
+import tempfile
+import time
+import traceback
+import warnings
+from collections.abc import Callable, Iterator
+from dataclasses import asdict, dataclass
+from datetime import datetime, timezone
+from pathlib import Path
+from statistics import median
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+REPO = Path(__file__).resolve().parents[1]
+sys.path.insert(0, str(REPO))
+
+RESULTS = REPO / "benchmarks" / "results" / "gpu_suite.json"
+GOALS = {"tokens_per_s_of_lora": 1.15, "peak_memory_of_lora": 0.85}
+BUDGET_S = {"bf16": 110, "nf4": 110, "tests": 80, "layer": 35, "attention": 50, "compile": 60, "factors": 25}  # 470
+
+
+@dataclass(frozen=True)
+class Plan:
+    """Sizes of the model and of what is measured on it."""
+
+    device: str
+    dtype: str = "bfloat16"
+    hidden: int = 4096
+    inner: int = 11008
+    layers: int = 32
+    heads: int = 32
+    vocabulary: int = 32000
+    batch: int = 2
+    length: int = 2048
+    ranks: tuple[int, ...] = (64, 256)
+    steps: int = 6
+    few_layers: int = 6  # where a part of the model tells as much
+    compiler: str = "inductor"
+
+
+REHEARSAL = Plan(
+    device="cpu", hidden=64, inner=96, layers=2, heads=4, vocabulary=128, batch=2, length=16, ranks=(4, 8), steps=2,
+    few_layers=1, compiler="aot_eager",
+)  # fmt: skip
+
+
+def plan_for(rehearse: bool) -> Plan:
+    """Raises SystemExit where there is no GPU; below 40 GB half the tokens are taken, below 28 GB half the layers."""
+    if rehearse:
+        return REHEARSAL
+    if not torch.cuda.is_available():
+        raise SystemExit("no CUDA device here; --rehearse goes through all sections on tiny shapes on a CPU")
+    gigabytes = torch.cuda.get_device_properties(0).total_memory / 1e9
+    return Plan(device="cuda", batch=2 if gigabytes > 40 else 1, layers=32 if gigabytes > 28 else 16)
+
+
+# --- running sections ---
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--sections", default=",".join(BUDGET_S), help="which, separated by commas")
+    parser.add_argument("--rehearse", action="store_true")
+    parser.add_argument("--output", type=Path)
+    parser.add_argument("--only", help=argparse.SUPPRESS)  # one section, in this process
+    options = parser.parse_args()
+    if options.only:
+        run_here(options.only, plan_for(options.rehearse), options.output)
+        return 0
+    names, plan = options.sections.split(","), plan_for(options.rehearse)
+    if unknown := set(names) - set(BUDGET_S):
+        parser.error(f"no section {', '.join(sorted(unknown))}; there are {', '.join(BUDGET_S)}")
+    if options.rehearse and options.output is None:
+        parser.error("a rehearsal's figures mean nothing: give --output a file outside benchmarks/results")
+    output = options.output or RESULTS
+    result = about(plan)
+    for name in names:
+        command = [sys.executable, __file__, "--only", name, *(["--rehearse"] if options.rehearse else [])]
+        found = run_apart(command, BUDGET_S[name])
+        result["sections"][name] = found
+        print(f"{name}: {found['status']}, {found['seconds']:.0f} s", flush=True)
+        output.parent.mkdir(parents=True, exist_ok=True)
+        output.write_text(json.dumps(result, indent=1) + "\n")
+    print(report(result))
+    print(f"written to {output}")
+    return 0 if all(found["status"] == "done" for found in result["sections"].values()) else 1
+
+
+def run_apart(command: list[str], budget_s: float) -> dict[str, Any]:
+    """Run a section's command in a process group of its own, which ends with it; what it wrote to --output, and how."""
+    started = time.monotonic()
+    with tempfile.TemporaryDirectory() as folder:
+        part, log = Path(folder) / "part.json", Path(folder) / "log"
+        with log.open("w") as words:
+            process = subprocess.Popen(
+                [*command, "--output", str(part)], stdout=words, stderr=words, cwd=REPO, start_new_session=True
+            )
+            try:
+                code = process.wait(timeout=budget_s)
+                status = "done" if code == 0 else f"failed, exit code {code}"
+            except subprocess.TimeoutExpired:
+                status = f"stopped after its {budget_s:g} s"
+            finally:
+                with contextlib.suppress(ProcessLookupError):
+                    os.killpg(process.pid, signal.SIGKILL)
+                process.wait()
+        found = {"status": status, "seconds": round(time.monotonic() - started, 1)}
+        found["found"] = json.loads(part.read_text()) if part.exists() else {}
+        if status != "done":
+            found["last_words"] = log.read_text()[-2000:]
+    return found
+
+
+def run_here(name: str, plan: Plan, output: Path) -> None:
+    """One section in this process; what it has found so far is in output after every step."""
+    found: dict[str, Any] = {}
+    failed = False
+    for key, step in SECTIONS[name](plan):
+        try:
+            found[key] = step()
+        except Exception as error:  # say it, and go on with the next
+            failed = True
+            found[key] = {"error": f"{type(error).__name__}: {error}".splitlines()[0][:300]}
+            traceback.print_exc()
+        partial = output.with_suffix(".partial")
+        partial.write_text(json.dumps(found))
+        partial.replace(output)
+    if failed:
+        raise SystemExit(1)
+
+
+def about(plan: Plan) -> dict[str, Any]:
+    def said(*command: str) -> str:
+        try:
+            return subprocess.run(command, capture_output=True, text=True, check=False, cwd=REPO).stdout.strip()
+        except OSError:
+            return ""
+
+    names = ("torch", "transformers", "peft", "bitsandbytes", "triton", "flash_attn")
+    on_gpu = plan.device == "cuda"
+    return {
+        "benchmark": "all that needs a GPU" if on_gpu else "a rehearsal on a CPU: its figures mean nothing",
+        "date": datetime.now(timezone.utc).isoformat(timespec="seconds"),
+        "commit": said("git", "rev-parse", "HEAD") or "unknown",
+        "changed_files": said("git", "status", "--short", "--untracked-files=no").splitlines(),
+        "device": torch.cuda.get_device_name(0) if on_gpu else platform.processor() or platform.machine(),
+        "device_bytes": torch.cuda.get_device_properties(0).total_memory if on_gpu else None,
+        "driver": said("nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader"),
+        "cuda": torch.version.cuda,
+        "versions": {name: version_of(name) for name in names},
+        "plan": asdict(plan),
+        "sections": {},
+    }
+
+
+def version_of(package: str) -> str | None:
+    from importlib.metadata import PackageNotFoundError, version
+
+    try:
+        return version(package)
+    except PackageNotFoundError:
+        return None
+
+
+def report(result: dict[str, Any]) -> str:
+    """What was found, as text: a line per measurement, goals beside those that have one."""
+    lines = [f"{result['device']}, torch {result['versions']['torch']}, commit {result['commit'][:9]}"]
+    for name, section in result["sections"].items():
+        lines.append(f"\n{name}: {section['status']}, {section['seconds']:.0f} s")
+        lines += [f"  {key}: {in_words(found)}" for key, found in section["found"].items()]
+        for rank, ratios in against_lora(section["found"]).items():
+            for key, goal in GOALS.items():
+                holds = ratios[key] >= goal if key.startswith("tokens") else ratios[key] <= goal
+                sign = ">=" if key.startswith("tokens") else "<="
+                lines.append(
+                    f"  rank {rank}: {key.replace('_', ' ')} {ratios[key]:.3f}, goal {sign} {goal}: "
+                    f"{'holds' if holds else 'MISSED'}"
+                )
+        if "last_words" in section:
+            lines += ["  " + line for line in section["last_words"].splitlines()[-4:]]
+    return "\n".join(lines)
+
+
+def against_lora(found: dict[str, Any]) -> dict[str, dict[str, float]]:
+    """Ratios ours / LoRA by rank, where a section measured both; on a CPU there is no peak memory to compare."""
+    ratios = {}
+    for name, ours in found.items():
+        method, _, rank = name.partition("-")
+        lora = found.get(f"lora-{rank}", {})
+        if method == "loldu" and "tokens_per_s" in ours and "tokens_per_s" in lora:
+            ratios[rank] = {
+                "tokens_per_s_of_lora": ours["tokens_per_s"] / lora["tokens_per_s"],
+                "peak_memory_of_lora": ours["peak_bytes"] / max(lora["peak_bytes"], 1),
+            }
+    return ratios
+
+
+def in_words(found: Any) -> str:
+    if not isinstance(found, dict):
+        return str(found)
+    return ", ".join(
+        f"{key} {value:.4g}" if isinstance(value, float) else f"{key} {value}" for key, value in found.items()
+    )
+
+
+# --- sections: each yields (name, what to do) ---
+
+Steps = Iterator[tuple[str, Callable[[], Any]]]
+
+
+def gpu_tests(plan: Plan) -> Steps:
+    def run_tests() -> dict[str, Any]:
+        how = ["-m", "gpu", "-q", "-p", "no:cacheprovider", *(["--collect-only"] if plan.device == "cpu" else ["-rf"])]
+        done = subprocess.run([sys.executable, "-m", "pytest", *how], capture_output=True, text=True, cwd=REPO)
+        lines = done.stdout.strip().splitlines()
+        if done.returncode:
+            raise RuntimeError("\n".join(lines[-1:] + lines[-40:]))
+        return {"summary": lines[-1]}
+
+    yield "pytest -m gpu", run_tests
+
+
+def training_bf16(plan: Plan) -> Steps:
+    yield from training(plan, base_model(plan, plan.layers))
+
+
+def training_nf4(plan: Plan) -> Steps:
+    from launcher.training.quantized_layers import FourBit
+
+    model = base_model(plan, plan.layers)
+    for name, linear in list(model.named_modules()):
+        if isinstance(linear, nn.Linear) and "proj" in name:
+            packed = FourBit(linear, "nf4", linear.weight.dtype)
+            packed.keep(nn.Parameter(packed.pack(linear.weight.detach(), linear.weight.device), requires_grad=False))
+            model.set_submodule(name, packed)
+    empty_cache(plan)
+    yield from training(plan, model)
+
+
+def training(plan: Plan, base: nn.Module) -> Steps:
+    """The floor, then ours and LoRA rank by rank, on one base that each leaves as it was."""
+    yield "floor", lambda: measured(plan, base)
+    for r in plan.ranks:
+        for method in ("loldu", "lora"):
+
+            def step(method: str = method, r: int = r) -> dict[str, Any]:
+                started = time.perf_counter()
+                model = adapted(base, method, r)
+                synchronize(plan)
+                seconds = time.perf_counter() - started
+                try:
+                    return {"adapt_s": seconds} | measured(plan, model)
+                finally:
+                    model.unload()
+                    empty_cache(plan)
+
+            yield f"{method}-{r}", step
+
+
+def one_layer(plan: Plan) -> Steps:
+    """Forward and backward of one Linear of each shape, frozen and adapted, and of the adapter's products alone."""
+    dtype = getattr(torch, plan.dtype)
+    for m, n in ((plan.hidden, plan.hidden), (plan.inner, plan.hidden), (plan.hidden, plan.inner)):
+        for r in plan.ranks:
+
+            def step(m: int = m, n: int = n, r: int = r) -> dict[str, float]:
+                linear = nn.Linear(n, m, bias=False, device=plan.device, dtype=dtype).requires_grad_(False)
+                model = adapted(nn.Sequential(linear), "loldu", r, ["0"])
+                x = torch.randn(plan.batch, plan.length, n, device=plan.device, dtype=dtype, requires_grad=True)
+                g = torch.randn(plan.batch, plan.length, m, device=plan.device, dtype=dtype)
+                write, read = (torch.randn(*shape, device=plan.device) for shape in ((m, r), (r, r)))
+                write = write.to(dtype)
+                h, flat = torch.randn(g[..., 0].numel(), r, device=plan.device), g.view(-1, m)
+
+                def products() -> None:
+                    F.linear(h, read)
+                    flat.addmm_(h.to(dtype), write.T, alpha=0.0)
+                    (flat @ write).float() @ read
+
+                bare = timed(plan, lambda: torch.autograd.grad(F.linear(x, linear.weight), x, g))
+                ours = timed(plan, lambda: model(x).backward(g))
+                alone = timed(plan, products)
+                return {
+                    "bare_ms": bare,
+                    "adapted_ms": ours,
+                    "products_ms": alone,
+                    "beside_products_ms": ours - bare - alone,
+                }
+
+            yield f"{m} x {n}, rank {r}", step
+    for r in (*plan.ranks, plan.hidden // 4, plan.hidden):
+        yield f"read, rank {r}", lambda r=r: read_precisions(plan, r)
+
+
+def read_precisions(plan: Plan, r: int) -> dict[str, float]:
+    """Time and relative error of the read map in float32, TF32 and bfloat16, against float64, inputs in the dtype."""
+    from adapters.factors import loldu_factors
+
+    dtype = getattr(torch, plan.dtype)
+    generator = torch.Generator(plan.device).manual_seed(0)
+    W = torch.randn(plan.hidden, plan.hidden, device=plan.device, generator=generator)
+    read = loldu_factors(W[:, :r], lambda rows: W[rows.long()]).read
+    taken = torch.randn(plan.batch * plan.length, r, device=plan.device, generator=generator).to(dtype)
+    exact, found = F.linear(taken.double(), read.double()), {}
+    for name, tf32, kind in (
+        ("float32", False, torch.float32),
+        ("tf32", True, torch.float32),
+        (plan.dtype, False, dtype),
+    ):
+        torch.backends.cuda.matmul.allow_tf32 = tf32
+        map_, into = read.to(kind), (lambda kind=kind: taken.to(kind))
+        found[f"{name}_ms"] = timed(plan, lambda map_=map_, into=into: F.linear(into(), map_).to(dtype))
+        error = F.linear(into(), map_).to(dtype).double() - exact
+        found[f"{name}_error"] = float(error.norm() / exact.norm())
+    torch.backends.cuda.matmul.allow_tf32 = False
+    return found
+
+
+def factor_times(plan: Plan) -> Steps:
+    from adapters.factors import loldu_factors
+
+    for m, n in ((plan.hidden, plan.hidden), (plan.inner, plan.hidden)):
+        for r in (*plan.ranks, plan.hidden):
+
+            def step(m: int = m, n: int = n, r: int = r) -> dict[str, float]:
+                W = torch.randn(m, n, device=plan.device)
+                return {"factors_ms": timed(plan, lambda: loldu_factors(W[:, :r], lambda rows: W[rows.long()]))}
+
+            yield f"{m} x {n}, rank {r}", step
+
+
+def attention(plan: Plan) -> Steps:
+    """Ours at the first rank: torch's own kernels for attention, and flash-attn where it is installed."""
+    from torch.nn.attention import SDPBackend, sdpa_kernel
+
+    few = base_model(plan, plan.few_layers)
+    model = adapted(few, "loldu", plan.ranks[0])
+    for kernel in (SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH):
+        if plan.device == "cpu" and kernel is SDPBackend.EFFICIENT_ATTENTION:
+            continue
+
+        def step(kernel: SDPBackend = kernel) -> dict[str, Any]:
+            with sdpa_kernel(kernel):
+                return measured(plan, model)
+
+        yield f"sdpa {kernel.name.lower()}", step
+
+    def flash() -> Any:
+        if plan.device == "cpu" or importlib.util.find_spec("flash_attn") is None:
+            return "not measured: flash-attn is not installed" if plan.device == "cuda" else "not measured: no GPU"
+        few.set_attn_implementation("flash_attention_2")
+        return measured(plan, model)
+
+    yield "flash-attn", flash
+
+
+def compiled(plan: Plan) -> Steps:
+    base = base_model(plan, plan.few_layers)
+    for name in ("floor", "loldu", "lora"):
+        for how in ("eager", "compiled"):
+
+            def step(name: str = name, how: str = how) -> dict[str, Any]:
+                torch.compiler.reset()
+                model = copy.deepcopy(base) if name == "floor" else adapted(copy.deepcopy(base), name, plan.ranks[0])
+                if how == "eager":
+                    return measured(plan, model)
+                breaks = torch._dynamo.explain(model)(**batch_of(plan, model)).graph_break_count
+                torch.compiler.reset()
+                model.compile(backend=plan.compiler)
+                started = time.perf_counter()
+                loss_of(plan, model).backward()
+                synchronize(plan)
+                seconds = time.perf_counter() - started
+                return {"first_step_s": seconds, "graph_breaks": breaks} | measured(plan, model)
+
+            yield f"{name}-{plan.ranks[0]} {how}", step
+
+
+SECTIONS: dict[str, Callable[[Plan], Steps]] = {
+    "tests": gpu_tests, "bf16": training_bf16, "nf4": training_nf4, "layer": one_layer, "factors": factor_times,
+    "attention": attention, "compile": compiled,
+}  # fmt: skip
+
+
+# --- what the sections share ---
+
+
+def base_model(plan: Plan, layers: int) -> Any:
+    """A frozen Llama of the plan's shapes whose random weights are made on the device."""
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    torch.manual_seed(0)
+    sizes = {"hidden_size": plan.hidden, "intermediate_size": plan.inner, "vocab_size": plan.vocabulary}
+    config = LlamaConfig(
+        **sizes, num_hidden_layers=layers, num_attention_heads=plan.heads, max_position_embeddings=plan.length
+    )
+    with torch.device(plan.device):
+        model = LlamaForCausalLM._from_config(config, dtype=getattr(torch, plan.dtype), attn_implementation="sdpa")
+    return model.requires_grad_(False).train()
+
+
+def adapted(base: nn.Module, method: str, r: int, targets: Any = "all-linear") -> Any:
+    from peft import LoraConfig, get_peft_model
+
+    from adapters import LoLDUConfig
+
+    warnings.simplefilter("ignore")
+    how: dict[str, Any] = {"r": r, "target_modules": targets}
+    if targets == "all-linear":
+        how["task_type"] = "CAUSAL_LM"
+    return get_peft_model(base, LoLDUConfig(**how) if method == "loldu" else LoraConfig(lora_alpha=r, **how))
+
+
+def batch_of(plan: Plan, model: Any) -> dict[str, Any]:
+    """Token ids as labels, and their embeddings, through which all contenders take the gradient."""
+    generator = torch.Generator(plan.device).manual_seed(1)
+    ids = torch.randint(plan.vocabulary, (plan.batch, plan.length), generator=generator, device=plan.device)
+    embeddings = model.get_input_embeddings()(ids).detach().requires_grad_()
+    return {"inputs_embeds": embeddings, "labels": ids, "use_cache": False}
+
+
+def loss_of(plan: Plan, model: Any) -> Tensor:
+    return model(**batch_of(plan, model)).loss
+
+
+def measured(plan: Plan, model: Any) -> dict[str, Any]:
+    """Tokens per second (median step), the spread of the steps, and the peak of the memory over them."""
+    trained = [p for p in model.parameters() if p.requires_grad]
+    optimizer = torch.optim.AdamW(trained, lr=1e-5, fused=plan.device == "cuda") if trained else None
+
+    def step() -> None:
+        loss_of(plan, model).backward()
+        if optimizer:
+            optimizer.step()
+            optimizer.zero_grad()
+
+    for _ in range(2):
+        step()
+    if plan.device == "cuda":
+        torch.cuda.reset_peak_memory_stats()
+    seconds = []
+    for _ in range(plan.steps):
+        synchronize(plan)
+        started = time.perf_counter()
+        step()
+        synchronize(plan)
+        seconds.append(time.perf_counter() - started)
+    return {
+        "tokens_per_s": plan.batch * plan.length / median(seconds),
+        "step_s_min": min(seconds),
+        "step_s_max": max(seconds),
+        "peak_bytes": torch.cuda.max_memory_allocated() if plan.device == "cuda" else 0,
+        "trained": sum(p.numel() for p in trained),
+    }
+
+
+def timed(plan: Plan, do: Callable[[], Any]) -> float:
+    """Milliseconds of one call: the median of five batches of calls."""
+    calls = 5 if plan.device == "cuda" else 1
+    do()
+    batches = []
+    for _ in range(5):
+        synchronize(plan)
+        started = time.perf_counter()
+        for _ in range(calls):
+            do()
+        synchronize(plan)
+        batches.append((time.perf_counter() - started) / calls * 1e3)
+    return median(batches)
+
+
+def synchronize(plan: Plan) -> None:
+    if plan.device == "cuda":
+        torch.cuda.synchronize()
+
+
+def empty_cache(plan: Plan) -> None:
+    if plan.device == "cuda":
+        torch.cuda.empty_cache()
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())
