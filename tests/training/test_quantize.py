@@ -148,6 +148,13 @@ def test_the_bytes_are_those_of_transformers_own_loading(babyllama, kind, dtype,
         assert torch.equal(logits(ours), logits_of_training(theirs))
 
 
+def test_a_checkpoint_in_several_files_gives_the_same_bytes(babyllama, tmp_path):
+    AutoModelForCausalLM.from_pretrained(babyllama).save_pretrained(tmp_path, max_shard_size="1MB")
+
+    assert len(list(tmp_path.glob("*.safetensors"))) > 3
+    assert packed_bytes(quantised(tmp_path, "nf4")) == packed_bytes(quantised(babyllama, "nf4"))
+
+
 @pytest.mark.parametrize("kind", KINDS)
 def test_transposed_layers_with_biases_are_quantised_as_transformers_does(gpt2, kind):
     ours, theirs = quantised(gpt2, kind), by_transformers(gpt2, kind)
