@@ -116,12 +116,18 @@ def adapter_config(folder: Path) -> Any:
     except (SafetensorError, OSError) as error:
         raise ValueError(f"{weights} is damaged or cut short ({error}): copy it again") from None
     try:
-        return PeftConfig.from_pretrained(str(folder))
+        config = PeftConfig.from_pretrained(str(folder))
     except (KeyError, TypeError, json.JSONDecodeError) as error:
         raise ValueError(
             f"{folder / 'adapter_config.json'} is no config of a PEFT method known here ({_line(error)}): "
             "was it written by a newer version?"
         ) from None
+    if config.task_type == "SEQ_CLS":
+        raise ValueError(
+            f"adapter {folder} labels texts and writes none: load its base with AutoModelForSequenceClassification, "
+            "then PeftModel.from_pretrained; merge_and_unload() there gives a plain model"
+        )
+    return config
 
 
 def load(source: Source, *, dtype: str = "auto", device: str = "auto") -> tuple[Any, Any]:

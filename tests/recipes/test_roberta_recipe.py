@@ -14,6 +14,7 @@ from transformers import AutoModelForSequenceClassification, AutoTokenizer
 
 from adapters.layer import BasePrecisionWarning
 from launcher import cli
+from launcher.inference.sources import find
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2] / "recipes"))
 from roberta_glue_loldu import TASKS, roberta_glue
@@ -61,6 +62,8 @@ def test_it_learns_rows_by_heart_and_its_adapter_and_head_score_the_same_in_plai
     assert last["correlation"] == pytest.approx(1.0)
     assert said.tolist() == list(labels)
     trained = json.loads((folder / "config.json").read_text())["resolved"]["trained"]
+    with pytest.raises(ValueError, match="labels texts and writes none"):
+        find(str(folder))
     assert trained == 4 * 32 + (32 * 32 + 32) + (32 * 2 + 2), "4 cores at full rank and the head"
 
 
