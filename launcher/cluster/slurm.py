@@ -116,6 +116,10 @@ class Job:
 
 def script(job: Job) -> str:
     """The text of job.sbatch. Raises ValueError for a value that cannot stand on an #SBATCH line."""
+    if "\\" in job.run:  # it would turn off the % symbols of the log's path: the job then fails unrun, without a log
+        raise ValueError(
+            f"Slurm cannot write a log into {job.run}: a path without a backslash, please (--output, --name)"
+        )
     want, shell = job.resources, shlex.quote
     per_node = 1 if want.starter != "srun" else want.processes
     shape = [f"--nodes={want.nodes}", f"--ntasks-per-node={per_node}"]

@@ -37,6 +37,7 @@ ARRAY = replace(
     ),
 )
 NASTY = 'it\'s "100%j" $(touch /tmp/owned) `id` \\ ; rm -rf ~ #'
+FOLDER = NASTY.replace("\\", "")  # Slurm cannot have one in the path of a log
 
 
 @pytest.mark.parametrize(("name", "job"), [("job.sbatch", JOB), ("array.sbatch", ARRAY)])
@@ -53,12 +54,12 @@ def test_the_script_is_the_golden_one(name, job, monkeypatch):
 
 
 def nasty_job():
-    return replace(JOB, run=f"/work/{NASTY}", folder=f"/home/{NASTY}", command=(f"/x/{NASTY}.py", f"--data={NASTY}\n"))
+    return replace(JOB, run=f"/work/{FOLDER}", folder=f"/home/{NASTY}", command=(f"/x/{NASTY}.py", f"--data={NASTY}\n"))
 
 
 def test_bash_reads_back_every_word_as_it_was_given(tmp_path):
     """The script's own words, through a real bash with srun, scontrol and python replaced by functions that print."""
-    job = replace(nasty_job(), folder=str(tmp_path), run=f"{tmp_path}/{NASTY}")
+    job = replace(nasty_job(), folder=str(tmp_path), run=f"{tmp_path}/{FOLDER}")
     stand_ins = (
         'srun() { printf \'%s\\0\' "$@" >args; echo finished >"$run/state"; }\n'
         "scontrol() { echo node1; }\nSLURM_JOB_ID=7 SLURM_JOB_NODELIST=node1\n"
@@ -95,6 +96,12 @@ def test_values_cannot_add_a_directive_or_leave_theirs():
 def test_a_line_end_in_a_directive_is_refused_by_value(field, value):
     with pytest.raises(ValueError, match="cannot stand in a Slurm job"):
         script(replace(JOB, resources=replace(JOB.resources, **{field: value})))
+
+
+def test_a_backslash_in_the_run_folder_is_refused():
+    """Slurm would take it for its own, and fail the job before its first line, without a log."""
+    with pytest.raises(ValueError, match="a path without a backslash"):
+        script(replace(JOB, run="/work/a\\b"))
 
 
 def test_a_run_name_is_text_and_never_code(tmp_path, monkeypatch, capsys):
