@@ -23,6 +23,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSequenceC
 
 import adapters
 from adapters import Factors
+from adapters.allora import ALLoRAConfig
 from adapters.checkpoint_files import list_tensors, open_tensor, weight_of
 from adapters.config import FactorConfig
 from adapters.layer import FactorLayer
@@ -93,7 +94,8 @@ def peft_config(config: AdapterConfig, task_type: str = "CAUSAL_LM") -> PeftConf
     """
     if config.method == "full":
         return None
-    kinds = {str(kind.value).lower(): cls for kind, cls in PEFT_TYPE_TO_CONFIG_MAPPING.items()}
+    kinds: dict[str, Any] = {str(kind.value).lower(): cls for kind, cls in PEFT_TYPE_TO_CONFIG_MAPPING.items()}
+    kinds["allora"] = ALLoRAConfig  # to PEFT a LoRA
     name, values = VARIANTS.get(config.method, (config.method, {}))
     if name not in kinds and name.replace("_", "") in kinds:  # lora_xs
         name = name.replace("_", "")

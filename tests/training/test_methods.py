@@ -28,6 +28,7 @@ ALWAYS = [
 ]  # fmt: skip
 # The rest of PEFT's methods, and of ours; those with sizes of their own get ones that fit.
 ALSO = [
+    ("allora", "eta=2"),
     ("rslora",), ("pissa",), ("olora",), ("lora_xs",), ("svft",), ("loldu",), ("lolduxs",), ("svfit", "energy=0.9"),
     ("psoft",), ("oft",), ("ln_tuning",), ("boft",), ("beft",), ("c3a", "block_size=4"), ("deft",), ("delora",),
     ("frod",), ("glora",), ("gralora",), ("hira",), ("hra",), ("lily",), ("loha",), ("lokr",), ("miss",), ("osf",),

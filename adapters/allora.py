@@ -1,0 +1,98 @@
+"""ALLoRA: LoRA whose gradient is scaled row by row, as a PEFT LoRA that stock PEFT loads when trained.
+
+Method: arXiv 2410.09692; the formula is that of an implementation that follows its section 4.2, not seen in the paper
+itself. LoRA without dropout and without alpha / r: y = W x + B A x. The gradient g that reaches A and B from row i of
+the output is
+
+    g_i / sqrt(|(B A)_i| + 1 / eta^2)
+
+so rows that have hardly moved yet learn quickest, eta times the plain gradient; what goes on to the layer's input stays
+unscaled. The row norms follow from A A^T (r x r): B A is never formed.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from peft import LoraConfig
+from peft.tuners.lora import Linear
+from peft.tuners.lora.layer import LoraVariant
+from torch import Tensor, nn
+
+
+@dataclass
+class ALLoRAConfig(LoraConfig):
+    """LoRA trained with ALLoRA's gradient scaling. It is saved as plain LoRA, which it is once trained."""
+
+    eta: float = field(default=1.0, metadata={"help": "factor of the gradient where B A is zero still"})
+
+    def __post_init__(self) -> None:
+        if not (math.isfinite(self.eta) and self.eta > 0):
+            raise ValueError(f"ALLoRAConfig.eta is a positive number, got {self.eta}")
+        if self.lora_dropout:
+            raise ValueError(f"ALLoRA has no dropout, got lora_dropout={self.lora_dropout}: leave it out, or take lora")
+        self.lora_alpha = self.r  # a scaling of one
+        super().__post_init__()
+        self._register_custom_module({nn.Linear: ALLoRALinear})
+
+    def to_dict(self) -> dict[str, Any]:
+        """Without eta, which other readers of a LoRA do not know."""
+        return {name: value for name, value in super().to_dict().items() if name != "eta"}
+
+
+class ALLoRALinear(Linear):
+    """PEFT's LoRA layer with the scaled gradient."""
+
+    def resolve_lora_variant(self, *, config: Any, **kwargs: Any) -> LoraVariant:
+        return Scaled(config.eta)
+
+
+class Scaled(LoraVariant):
+    """How PEFT's layer computes and merges an ALLoRA adapter."""
+
+    def __init__(self, eta: float):
+        self.eta = eta
+
+    @staticmethod
+    def init(module: Any, adapter_name: str, **kwargs: Any) -> None:
+        pass
+
+    def forward(self, module: Any, active_adapter: str, x: Tensor, result: Tensor, **kwargs: Any) -> Tensor:  # type: ignore[override]
+        A, B = module.lora_A[active_adapter].weight, module.lora_B[active_adapter].weight
+        with torch.no_grad():
+            norms = ((B @ (A @ A.T)) * B).sum(1).clamp(min=0).sqrt()
+            factors = (norms + self.eta**-2).rsqrt()
+        return result + ScaledProduct.apply(x, A, B, factors) * module.scaling[active_adapter]
+
+    @staticmethod
+    def merge_safe(module: Any, active_adapter: str, orig_weight: Tensor) -> Tensor:
+        return orig_weight + module.get_delta_weight(active_adapter).to(orig_weight.dtype)
+
+    @staticmethod
+    def merge_unsafe(module: Any, active_adapter: str, orig_weight: Any) -> None:
+        orig_weight.data += module.get_delta_weight(active_adapter).to(orig_weight.dtype)
+
+    @staticmethod
+    def unmerge(module: Any, active_adapter: str, orig_weight: Tensor) -> Tensor:
+        return orig_weight - module.get_delta_weight(active_adapter).to(orig_weight.dtype)
+
+
+class ScaledProduct(torch.autograd.Function):
+    """B A x for x (..., n), A (r, n), B (m, r); factors (m,) scale the gradient's rows for A and B, not for x."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, A: Tensor, B: Tensor, factors: Tensor) -> Tensor:
+        h = F.linear(x, A)
+        ctx.save_for_backward(x, h, A, B, factors)
+        return F.linear(h, B)
+
+    @staticmethod
+    def backward(ctx: Any, g: Tensor) -> tuple[Tensor | None, Tensor, Tensor, None]:
+        x, h, A, B, factors = ctx.saved_tensors
+        scaled = (g * factors).flatten(0, -2)
+        dx = (g @ B) @ A if ctx.needs_input_grad[0] else None
+        return dx, (scaled @ B).T @ x.flatten(0, -2), scaled.T @ h.flatten(0, -2), None

@@ -1,0 +1,74 @@
+"""ALLoRA's scaled gradient against its formula; the rest is PEFT's LoRA."""
+
+import copy
+
+import pytest
+import torch
+from peft import LoraConfig, PeftConfig, PeftModel, get_peft_model
+from tiny_models import logits, tiny_llama
+from torch import nn
+
+from adapters.allora import ALLoRAConfig
+
+
+def one_layer(eta, bias=True):
+    torch.manual_seed(0)
+    config = ALLoRAConfig(r=3, eta=eta, target_modules=["0"])
+    model = get_peft_model(nn.Sequential(nn.Linear(6, 5, bias=bias)), config).double()
+    layer = model.base_model.model[0]
+    layer.lora_B["default"].weight.data.normal_()
+    return model, layer
+
+
+@pytest.mark.parametrize("eta", [0.5, 1.0, 10.0])
+def test_gradients_are_those_of_the_formula_row_by_row(eta):
+    model, layer = one_layer(eta)
+    A, B = (getattr(layer, f"lora_{part}")["default"].weight for part in "AB")
+    x, g = torch.randn(2, 4, 6, dtype=torch.float64, requires_grad=True), torch.randn(2, 4, 5, dtype=torch.float64)
+
+    model(x).backward(g)
+
+    W, rows = layer.base_layer.weight.detach(), (B @ A).detach().norm(dim=1)
+    scaled = g / (rows + 1 / eta**2).sqrt()
+    dense = torch.einsum("btm,btn->mn", scaled, x.detach())  # of the product B A
+    torch.testing.assert_close(B.grad, dense @ A.detach().T)
+    torch.testing.assert_close(A.grad, B.detach().T @ dense)
+    torch.testing.assert_close(x.grad, g @ (W + (B @ A).detach()))  # unscaled
+
+
+def test_the_output_is_loras_without_alpha():
+    model, layer = one_layer(2.0)
+    x = torch.randn(4, 6, dtype=torch.float64)
+    A, B = (getattr(layer, f"lora_{part}")["default"].weight for part in "AB")
+
+    expected = layer.base_layer(x) + x @ (B @ A).T
+
+    torch.testing.assert_close(model(x), expected)
+    model.merge_adapter(safe_merge=True)
+    torch.testing.assert_close(model(x), expected)
+    model.unmerge_adapter()
+    torch.testing.assert_close(model.merge_and_unload()(x), expected)
+
+
+def test_a_trained_one_is_plain_lora_for_others(tmp_path):
+    base = tiny_llama()
+    model = get_peft_model(copy.deepcopy(base), ALLoRAConfig(r=4, eta=3.0, target_modules=["q_proj"]))
+    for name, parameter in model.named_parameters():
+        if "lora_B" in name:
+            parameter.data.normal_()
+    model.save_pretrained(tmp_path)
+
+    loaded = PeftModel.from_pretrained(base, tmp_path)
+
+    assert type(PeftConfig.from_pretrained(tmp_path)) is LoraConfig
+    assert "eta" not in (tmp_path / "adapter_config.json").read_text()
+    torch.testing.assert_close(logits(loaded.eval()), logits(model.eval()))
+
+
+@pytest.mark.parametrize(
+    ("options", "said"),
+    [({"eta": 0.0}, "eta is a positive number, got 0"), ({"lora_dropout": 0.1}, "ALLoRA has no dropout")],
+)
+def test_a_wrong_setting_is_refused(options, said):
+    with pytest.raises(ValueError, match=said):
+        ALLoRAConfig(**options)
