@@ -7,8 +7,8 @@
 
 Settings, and where they come from: all but adapter and rate are those of recipes/llama2_alpaca_loldu.py, so that the
 two can be compared; SVFit's paper reports no instruction tuning. The rate is measured on two small Llamas at full rank
-(benchmarks/methods.py, 60 steps): 3e-2 was the best of 1e-2 to 3e-1 on one, 1e-1 before 3e-2 on the other, and
-of all 3e-2 costs least over both, LoLDU's normalised directions too. The embedded run, which has those, keeps its rate.
+(benchmarks/methods.py, 60 steps): best were 3e-2 on one and 1e-1 on the other; 3e-2 costs least over both, and for
+LoLDU's normalised directions too. The embedded run has those, and keeps its rate.
 Machine, time and result of the full run: not yet run.
 """
 
