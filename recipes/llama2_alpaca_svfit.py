@@ -6,7 +6,7 @@
     python recipes/llama2_alpaca_svfit.py --options energy=0.99      # each weight's rank from its spectrum
 
 Settings, and where they come from: all but adapter and rate are those of recipes/llama2_alpaca_loldu.py, so that the
-two can be compared; SVFit's paper reports no instruction tuning. The rate is measured on two small Llamas at full rank
+two can be compared; SVFit's paper reports no instruction tuning. The rate is measured on two small Llamas, full rank
 (benchmarks/methods.py, 60 steps): best were 3e-2 on one and 1e-1 on the other; 3e-2 costs least over both, and for
 LoLDU's normalised directions too. The embedded run has those, and keeps its rate.
 Machine, time and result of the full run: not yet run.
