@@ -16,7 +16,7 @@ from typing import Any, Protocol, get_type_hints
 import torch
 from accelerate import init_empty_weights
 from huggingface_hub.dataclasses import type_validator
-from peft import PeftConfig, PromptLearningConfig, get_peft_model
+from peft import PeftConfig, PeftType, PromptLearningConfig, get_peft_model
 from peft.mapping import PEFT_TYPE_TO_CONFIG_MAPPING
 from torch import Tensor, nn
 from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSequenceClassification
@@ -187,15 +187,88 @@ def build(
     with adapters.factors_from(lambda module, shape: factors(module)), warnings.catch_warnings():
         # The adapter has the fingerprint of the base's files, whatever precision the base runs in.
         warnings.filterwarnings("ignore", "this base has fingerprint", adapters.BasePrecisionWarning)
+        torch.manual_seed(torch.initial_seed())  # so that no draw depends on how the base was loaded
         return get_peft_model(base, adapter, autocast_adapter_dtype=True).to(device)
 
 
 def skeleton(config: ModelConfig, folder: Path, adapter: PeftConfig | None, *, dtype: str, attention: str) -> nn.Module:
     """The model with its adapter on the meta device: shapes and names, no memory; buffers are real."""
-    if adapter is not None and not isinstance(adapter, FactorConfig):
-        raise ValueError(f"method {str(adapter.peft_type).lower()} cannot be sharded yet: give --sharding ddp")
     base = bare_skeleton(config, folder, adapter, dtype=dtype, attention=attention)
-    return base if adapter is None else get_peft_model(base, adapter)
+    if adapter is None:
+        return base
+    return get_peft_model(base, adapter) if isinstance(adapter, FactorConfig) else _draw_adapter(base, adapter)
+
+
+def _draw_adapter(base: Any, adapter: PeftConfig) -> nn.Module:
+    """One of PEFT's own adapters on a skeleton: its parameters are drawn whole on every rank, as in one process.
+
+    Meanwhile the base's weights are NaN (a single one each, seen in its full shape), so that a start that is made from
+    them shows. Raises ValueError for such a method; DoRA's norms alone can be read later, row by row.
+    """
+    own = {name for name, _ in base.named_parameters(remove_duplicate=False)}
+    _exchange(base, lambda _, old: nn.Parameter(_nowhere(old), old.requires_grad))
+    layer: Any
+    for layer in base.modules():
+        if isinstance(layer, Quantised) and hasattr(layer, "kind"):  # PEFT asks bitsandbytes' parameters for these
+            layer.weight.compress_statistics, layer.weight.quant_type = True, layer.kind  # type: ignore[attr-defined]
+    method = PeftType(adapter.peft_type).value.lower()
+    refusal = (
+        f"--method {method} starts from the base's weights, which no process has whole under this sharding: give "
+        "--sharding ddp or zero2, or a start that is drawn"
+    )
+    torch.manual_seed(torch.initial_seed())
+    try:
+        model = get_peft_model(base, adapter, autocast_adapter_dtype=True)
+    except RuntimeError as error:  # linear algebra on NaN
+        raise ValueError(f"{refusal} ({error})") from error
+
+    if getattr(adapter, "use_dora", False) and getattr(adapter, "init_lora_weights", True) is False:
+        raise ValueError(f"{refusal} (DoRA's magnitudes are norms of W + B A, and this B is not zero)")
+
+    def sort_out(name: str, parameter: nn.Parameter) -> nn.Parameter:
+        owner, _, last = name.rpartition(".")
+        if f"{PEFT_PARTS.sub('', owner)}.{last}" in own or _dora_layer(model, owner) is not None:
+            return nn.Parameter(parameter.to("meta"), parameter.requires_grad)
+        if not torch.isfinite(parameter).all():
+            raise ValueError(f"{refusal} ({name} would be)")
+        return parameter
+
+    _exchange(model, sort_out)
+    return model
+
+
+def _nowhere(like: Tensor) -> Tensor:
+    fill = float("nan") if like.is_floating_point() else 0
+    return torch.full((), fill, dtype=like.dtype).expand(like.shape)
+
+
+def _exchange(model: nn.Module, make: Callable[[str, nn.Parameter], nn.Parameter]) -> None:
+    """Put make(name, parameter) in the place of every parameter; what was tied stays so."""
+    made: dict[int, tuple[nn.Parameter, nn.Parameter]] = {}  # with the old one, whose id is then not given away
+    for prefix, module in model.named_modules():
+        for name, old in module._parameters.items():
+            if old is not None:
+                if id(old) not in made:
+                    made[id(old)] = old, make(f"{prefix}.{name}", old)
+                module._parameters[name] = made[id(old)][1]
+
+
+def _dora_layer(model: nn.Module, vector: str) -> nn.Linear | None:
+    """The layer whose rows' norms a DoRA magnitude holds, by the magnitude's module name; None for other modules.
+
+    Raises ValueError where they are not those of the checkpoint's rows.
+    """
+    layer, found, _ = vector.partition(".lora_magnitude_vector.")
+    if not found:
+        return None
+    adapted: Any = model.get_submodule(layer)
+    base = adapted.get_base_layer()
+    if type(base) is not nn.Linear:
+        raise ValueError(
+            f"DoRA's magnitudes of {layer}, a {type(base).__name__}, are not the norms of a checkpoint's rows, and "
+            "nothing else can be read under this sharding: give --sharding ddp"
+        )
+    return base
 
 
 def bare_skeleton(
@@ -237,6 +310,10 @@ class Parts(Protocol):
 
     def place(self, like: nn.Parameter, rows: Tensor) -> nn.Parameter: ...
 
+    def keep(self, drawn: nn.Parameter) -> nn.Parameter:
+        """The parameter made of one that is whole on every rank."""
+        ...
+
 
 class Whole:
     """No cut: this process holds all."""
@@ -246,6 +323,9 @@ class Whole:
 
     def place(self, like: nn.Parameter, rows: Tensor) -> nn.Parameter:
         return nn.Parameter(rows, requires_grad=like.requires_grad)
+
+    def keep(self, drawn: nn.Parameter) -> nn.Parameter:
+        return drawn
 
 
 def fill(
@@ -266,6 +346,7 @@ def fill(
         between()
         return parts.place(like, rows.to(device, like.dtype).clone())
 
+    _exchange(model, lambda _, parameter: parameter if parameter.is_meta else parts.keep(parameter))
     for layer in [module for module in model.modules() if isinstance(module, FactorLayer)]:
         for factor_map in layer.maps.values():
             frozen = factors(layer.name, parts.rows(factor_map.write))
@@ -284,24 +365,41 @@ def fill(
             module._buffers[name] = buffer.to(device) if buffer is not None else None
     for shared in places.values():
         modules = [PEFT_PARTS.sub("", prefix) for _, _, prefix in shared]
-        owner, name, _ = shared[0]
+        owner, name, prefix = shared[0]
         whole: Any = owner._parameters[name]
+        dora = _dora_layer(model, prefix)
+        if dora is not None:
+            modules = [modules[0].partition(".lora_magnitude_vector.")[0]]
         info = next((found for module in modules if (found := weight_of(tensors, module, name))), None)
         packed: Any = owner if name == "weight" and isinstance(owner, Quantised) else None
-        if info is None or info.shape != (packed.from_shape if packed else tuple(whole.shape)):
+        of = whole if dora is None else dora.weight
+        expected = packed.from_shape if packed else tuple(getattr(of, "ds_shape", of.shape))  # ZeRO-3's has no shape
+        if info is None or info.shape != expected:
             here = f"has it as {info.shape}" if info else "has no such tensor"
             raise ValueError(
-                f"the model's {modules[0]}.{name} {tuple(whole.shape)} cannot be filled from {folder}, which {here}: "
+                f"the model's {modules[0]}.{name} {expected} cannot be filled from {folder}, which {here}: "
                 "this architecture's files are laid out differently; give --sharding ddp"
             )
         stored = open_tensor(info)
         if packed:
             stored = packed.pack(stored, device)
+        elif dora is not None:
+            stored = _RowNorms(stored, dora.weight.dtype)
         filled = place(whole, stored[parts.rows(whole)])
         for owner, name, _ in shared:
             setattr(owner, name, filled)
         if packed and isinstance(parts, Whole):
             packed.keep(filled)
+
+
+class _RowNorms:
+    """The norms of a matrix's rows, of those that are asked for."""
+
+    def __init__(self, stored: Any, dtype: torch.dtype):
+        self.stored, self.dtype = stored, dtype
+
+    def __getitem__(self, rows: slice) -> Tensor:
+        return torch.linalg.norm(self.stored[rows].to(self.dtype), dim=1)
 
 
 # What PEFT puts into the names of the base model's modules.

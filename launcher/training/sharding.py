@@ -96,6 +96,11 @@ class Replicated:
         # a rank's share of the global mean loss is multiplied by this
         self.loss_scale = float(ranks.world_size) if self.averages else 1.0
         self.parameters = {name: p for name, p in model.named_parameters() if p.requires_grad}
+        # What layers share stands under each of its names. Noted here: while units are gathered, fully_shard has other
+        # parameters in their places.
+        first = {id(p): name for name, p in self.parameters.items()}
+        every = model.named_parameters(remove_duplicate=False)
+        self.names = {name: first[id(p)] for name, p in every if id(p) in first}
         self.optimizer = torch.optim.AdamW(
             self.parameters.values(),
             lr=config.learning_rate,
@@ -141,19 +146,23 @@ class Replicated:
                 self.optimizer.state[parameter] = {"step": torch.tensor(float(found.step)), **moments}
 
     def whole_state(self) -> dict[str, Tensor]:
-        """The trained parameters and the saved buffers in full, by name, on every rank. Called by all ranks.
-
-        What several modules share (VeRA's projections, Uni-LoRA's numbers) is there under each of its names.
-        """
-        values: dict[int, Tensor] = {}
-        for parameter in self.parameters.values():
-            value = parameter.detach()
-            values[id(parameter)] = value.full_tensor() if isinstance(value, DTensor) else value
-        parameters = self.model.named_parameters(remove_duplicate=False)
-        whole = {name: values[id(parameter)] for name, parameter in parameters if id(parameter) in values}
+        """The trained parameters and the saved buffers in full, by name; on rank 0, nothing on the others, which all
+        must call it too."""
+        values: dict[str, Tensor] = {}
+        for name, parameter in self.parameters.items():
+            tensor = self._whole(parameter)
+            if self.ranks.is_main:
+                values[name] = tensor.cpu()
+        if not self.ranks.is_main:
+            return {}
+        whole = {name: values[first] for name, first in self.names.items()}
         saved = self.model.state_dict().keys()
         buffers = self.model.named_buffers(remove_duplicate=False)
         return whole | {name: buffer for name, buffer in buffers if name in saved}
+
+    def _whole(self, parameter: nn.Parameter) -> Tensor:
+        tensor = parameter.detach()
+        return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
 
     def _piece(self, tensor: Tensor) -> Piece | None:
         return Piece.whole(tensor) if self.ranks.is_main else None
@@ -212,6 +221,16 @@ def shard(model: nn.Module, mesh: DeviceMesh, *, cpu_offload: bool = False) -> N
     base = _base(model)  # the root, since generate() calls it and not PEFT's wrapper
     policy = CPUOffloadPolicy() if cpu_offload else OffloadPolicy()
     units: list[Any] = [*decoder_layers(base), base]
+    seen: set[int] = set()
+    for unit in units:
+        own = [parameter for parameter in unit.parameters() if id(parameter) not in seen]
+        seen |= {id(parameter) for parameter in own}
+        kinds = {str(parameter.dtype).removeprefix("torch.") for parameter in own if parameter.requires_grad}
+        if len(kinds) > 1:
+            raise ValueError(
+                f"fully_shard wants the trained numbers of a {type(unit).__name__} in one dtype, here they are "
+                f"{' and '.join(sorted(kinds))}: give --dtype float32, or --sharding ddp"
+            )
     for unit in units:
         fully_shard(unit, mesh=mesh, offload_policy=policy)
         if mesh.device_type == "cpu":
@@ -260,6 +279,9 @@ class Rows:
             rows, like.device_mesh, like.placements, run_check=False, shape=like.shape, stride=like.stride()
         )
         return nn.Parameter(filled, requires_grad=like.requires_grad)
+
+    def keep(self, drawn: nn.Parameter) -> nn.Parameter:
+        return drawn  # fully_shard has taken this rank's rows of it
 
 
 def _local_rows(tensor: DTensor) -> tuple[int, int]:

@@ -86,13 +86,13 @@ class Zero(Replicated):
 
     def pieces(self) -> dict[str, Piece]:
         """The whole trained state, for rank 0 to write. Called by all ranks."""
-        whole = {f"model/{name}": safe_get_full_fp32_param(p) for name, p in self.parameters.items()}
-        for moment in MOMENTS:
-            whole |= {
-                f"optimizer/{name}/{moment}": safe_get_full_optimizer_state(p, moment)
-                for name, p in self.parameters.items()
-            }
-        return {name: Piece.whole(tensor) for name, tensor in whole.items()} if self.ranks.is_main else {}
+        whole: dict[str, Piece] = {}
+        for name, parameter in self.parameters.items():
+            parts = {f"model/{name}": safe_get_full_fp32_param(parameter)}
+            parts |= {f"optimizer/{name}/{m}": safe_get_full_optimizer_state(parameter, m) for m in MOMENTS}
+            if self.ranks.is_main:
+                whole |= {key: Piece.whole(tensor) for key, tensor in parts.items()}
+        return whole
 
     def restore(self, found: Checkpoint) -> None:
         for name, parameter in self.parameters.items():
@@ -122,8 +122,8 @@ class Zero(Replicated):
                 else:
                     safe_set_full_optimizer_state(parameter, value, moment)
 
-    def whole_state(self) -> dict[str, Tensor]:
-        return super().whole_state() | {name: safe_get_full_fp32_param(p) for name, p in self.parameters.items()}
+    def _whole(self, parameter: nn.Parameter) -> Tensor:
+        return safe_get_full_fp32_param(parameter)
 
 
 class FlatParts:
@@ -151,6 +151,9 @@ class FlatParts:
         made.ds_tensor.data.zero_()
         made.ds_tensor.data[: last - first].copy_(rows.reshape(-1)[start : start + last - first])
         return made
+
+    def keep(self, drawn: nn.Parameter) -> nn.Parameter:
+        return self.place(drawn, drawn.data[self.rows(drawn)])
 
     def _span(self, parameter: Tensor) -> tuple[int, int, int]:
         """First and last + 1 of this rank's numbers in the flat parameter, and how many make a row."""
