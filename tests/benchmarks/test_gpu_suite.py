@@ -70,7 +70,7 @@ def test_the_report_says_which_goals_hold():
 def test_the_whole_command_rehearses(tmp_path):
     command = [sys.executable, "benchmarks/gpu_suite.py", "--rehearse", "--sections", "compile,tests"]
 
-    found = gpu_suite.run_apart(command, budget_s=400)
+    found = gpu_suite.run_apart(command, budget_s=700)
 
     assert found["status"] == "done", found["last_words"]
     assert [section["status"] for section in found["found"]["sections"].values()] == ["done", "done"]
