@@ -22,12 +22,20 @@ from launcher.config import Config, nearest
 from launcher.ranks import say_mistake
 
 MISTAKE = 2
+
+
+def _choices(given: str, option: str, expected: str) -> str:
+    """tyro lists them in the order of a set, None among them."""
+    choices = set(expected.replace("'", "").split(", ")) - {"None"}
+    return f"{option} {given}: expected one of {', '.join(sorted(choices))}"
+
+
 FLAT = (tyro.conf.OmitArgPrefixes,)
-PLAINLY = {  # how tyro says it: how we do
+PLAINLY: Mapping[str, str | Callable[[re.Match[str]], str]] = {  # how tyro says it: how we do
     r"no type matching .*>: ": "",
     r"invalid literal for int\(\) with base 10:": "expected a whole number, got",
     r"could not convert string to float:": "expected a number, got",
-    r"invalid choice '(.*)' for argument '(.*)'\. Expected one of \((.*)\)\.": r"\2 \1: expected one of \3",
+    r"invalid choice '(.*)' for argument '(.*)'\. Expected one of \((.*)\)\.": lambda found: _choices(*found.groups()),
     r"Missing value for argument '(.*)'\. Expected \d+ values\.": r"\1 needs a value",
     r" \(required\)": "",
 }

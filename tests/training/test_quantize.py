@@ -296,7 +296,7 @@ def test_the_adapter_of_a_quantised_run_follows_from_the_full_precision_checkpoi
         assert torch.equal(ours[name], value) != name.endswith(".core"), name
     configs = [json.loads((runs.folder / k / "adapter" / "adapter_config.json").read_text()) for k in (kind, "none")]
     assert configs[0]["base_fingerprint"] == configs[1]["base_fingerprint"]
-    assert len(list((runs.folder / "cache").rglob("*.safetensors"))) == 35
+    assert len(list((runs.folder / "cache" / "factors").rglob("*.safetensors"))) == 35
 
 
 def test_the_adapter_of_an_nf4_run_loads_on_the_full_precision_base_and_on_nf4(runs, stories):
