@@ -139,10 +139,13 @@ def transformers_config(kind: str, dtype: torch.dtype, kept: Iterable[str]) -> d
     return BitsAndBytesConfig(**how, llm_int8_skip_modules=sorted(kept)).to_dict()
 
 
-def packed_away(model: nn.Module) -> int:
-    """Numbers of the base beyond what its quantised parameters count, which hold several each."""
-    layers: list[Any] = [module for module in model.modules() if isinstance(module, Quantised)]
-    return sum(layer.in_features * layer.out_features - size(layer.weight) for layer in layers)
+def base_size(model: Any) -> int:
+    """Numbers of the base, however they are cut or packed; what an adapter adds is not counted."""
+    added = ("modules_to_save.", getattr(getattr(model, "base_model", None), "prefix", None) or "modules_to_save.")
+    base = [p for name, p in model.named_parameters() if not any(part in name for part in added)]
+    packed: list[Any] = [module for module in model.modules() if isinstance(module, Quantised)]
+    unpacked = sum(layer.in_features * layer.out_features - size(layer.weight) for layer in packed)
+    return sum(map(size, base)) + unpacked
 
 
 def bytes_per_number(kind: str, dtype: torch.dtype, width: int) -> float:

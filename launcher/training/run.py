@@ -46,7 +46,7 @@ from launcher.training.model import (
     skeleton,
 )
 from launcher.training.preemption import StopRequest
-from launcher.training.quantize import check_base, check_quantize, packed_away
+from launcher.training.quantize import base_size, check_base, check_quantize
 from launcher.training.report import Screen, check_trackers, open_trackers, read_events
 from launcher.training.sharding import FullyShard, Replicated, Rows, check_sharding, open_alone, shard, shard_mesh, size
 from launcher.training.tokenised import encode_once
@@ -258,7 +258,7 @@ def _run(config: Config, name: str, party: Party, stop: StopRequest, screen: Scr
     model, mesh = party_local(party, "model", load)
     engine = party_local(party, "engine", wrap)
     trained = sum(size(parameter) for parameter in engine.parameters.values())
-    total = sum(size(parameter) for parameter in model.parameters()) + packed_away(model)
+    total = base_size(model)
     _check_context(config, model)
     if ranks.is_main:
         resolved = {
