@@ -372,7 +372,7 @@ def plot(campaign: Campaign) -> str:
     tested = {name: runs for name in METHODS if (runs := campaign.tested(name, *CELLS[0]))}
     tested = {name: runs for name, runs in tested.items() if all(run["loss"] is not None for run in runs)}
     losses = {name: [run["loss"] for run in runs] for name, runs in tested.items()}
-    order = sorted(tested, key=lambda name: mean(losses[name]))
+    order = sorted(tested, key=lambda name: -mean(losses[name]))  # as the axis has them
     low = math.floor(min(map(min, losses.values())) * 10) / 10
     high = math.ceil(max(map(max, losses.values())) * 10) / 10
     first, last = 3, 6  # powers of ten of trained numbers
