@@ -48,6 +48,8 @@ def main() -> None:
         rows += compare(shape, ranks, repetitions)
     result = about(repetitions) | {"seconds": round(time.monotonic() - started, 1), "rows": rows}
     options.output.parent.mkdir(parents=True, exist_ok=True)
+    if options.output.exists():  # what factorization_model.py measured stays
+        result |= {name: part for name, part in json.loads(options.output.read_text()).items() if name == "model"}
     options.output.write_text(json.dumps(result, indent=1) + "\n")
     show(result)
     print(f"written to {options.output}")
@@ -97,15 +99,19 @@ def spread(seconds: list[float]) -> dict[str, float]:
     return {"median": median(seconds), "min": min(seconds), "max": max(seconds)}
 
 
-def about(repetitions: int) -> dict[str, Any]:
+def about(
+    repetitions: int,
+    benchmark: str = "panel LU against torch.linalg.lu of the whole matrix",
+    threads: str = "one thread used",
+) -> dict[str, Any]:
     asked = ["git", "-C", str(Path(__file__).parent), "rev-parse", "--short", "HEAD"]
     commit = subprocess.run(asked, capture_output=True, text=True, check=False).stdout.strip()
     models = [line.partition(":")[2].strip() for line in _cpu_lines() if line.startswith("model name")]
     return {
-        "benchmark": "panel LU against torch.linalg.lu of the whole matrix",
+        "benchmark": benchmark,
         "date": date.today().isoformat(),
         "commit": commit or "unknown",
-        "machine": f"{models[0] if models else platform.processor()}, {os.cpu_count()} cores, one thread used",
+        "machine": f"{models[0] if models else platform.processor()}, {os.cpu_count()} cores, {threads}",
         "load_average": os.getloadavg()[0],
         "torch": torch.__version__,
         "seed": SEED,
