@@ -82,8 +82,8 @@ PLAN = (
     Interruption("preempted, no grace at all", urgent_job, NO_USER_SIGNAL, grace_s=0),
     Interruption("preempted, own signal but no grace", urgent_job, grace_s=0),
     Interruption("warned while it only starts", starting, at_step=0),
-    Interruption("warned ahead of its time limit", wait, submit=("--time=2", "--warning=60"),
-                 options=("--max-steps=400",)),
+    Interruption("warned ahead of its time limit", wait, submit=("--time=2", "--warning=90"),
+                 options=("--max-steps=800",)),  # longer than half a minute on any machine
     Interruption("somebody else's requeue", requeue),
     Interruption("one array task, warned alone", warning, submit=("--array={array}",)),
     Interruption("node crash, the second node", crash("node2")),
