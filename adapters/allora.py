@@ -14,7 +14,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, NoReturn
 
 import torch
 import torch.nn.functional as F
@@ -37,7 +37,8 @@ class ALLoRAConfig(LoraConfig):
             raise ValueError(f"ALLoRA has no dropout, got lora_dropout={self.lora_dropout}: leave it out, or take lora")
         self.lora_alpha = self.r  # a scaling of one
         super().__post_init__()
-        self._register_custom_module({nn.Linear: ALLoRALinear})
+        # The first that fits is taken. What none fits gets PEFT's own layer, which is LoRA's.
+        self._register_custom_module({nn.Linear: ALLoRALinear, nn.Module: _refuse})  # type: ignore[dict-item]
 
     def to_dict(self) -> dict[str, Any]:
         """Without eta, which other readers of a LoRA do not know."""
@@ -49,6 +50,13 @@ class ALLoRALinear(Linear):
 
     def resolve_lora_variant(self, *, config: Any, **kwargs: Any) -> LoraVariant:
         return Scaled(config.eta)
+
+
+def _refuse(target: nn.Module, adapter_name: str, *, target_name: str, **kwargs: Any) -> NoReturn:
+    raise ValueError(
+        f"{target_name} is a {type(target).__name__}, ALLoRA is for nn.Linear: leave it out (exclude_modules), name "
+        "other target_modules, or take lora"
+    )
 
 
 class Scaled(LoraVariant):

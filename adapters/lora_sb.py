@@ -134,7 +134,7 @@ class InputMap(FactorMap):
         self._filled = self._filled or bool(self.probe.any())
         return self._filled
 
-    def forward(self, x: Tensor, bias: Tensor | None, onto: Tensor, fresh: bool = False) -> Tensor:
+    def forward(self, x: Tensor, bias: Tensor | None, onto: Tensor) -> Tensor:
         """onto + write (scale core (read x)) for the layer's input x (..., n)."""
         wide = torch.promote_types(self.read.dtype, self.core.dtype)
         h = F.linear(x.to(self.read.dtype), self.read).to(wide)
