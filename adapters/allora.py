@@ -28,7 +28,10 @@ from torch import Tensor, nn
 class ALLoRAConfig(LoraConfig):
     """LoRA trained with ALLoRA's gradient scaling. It is saved as plain LoRA, which it is once trained."""
 
-    eta: float = field(default=1.0, metadata={"help": "factor of the gradient where B A is zero still"})
+    # With a variant's mark PEFT's own layers, which a model with a plain LoRA has already, refuse it.
+    eta: float = field(
+        default=1.0, metadata={"help": "factor of the gradient where B A is zero still", "is_lora_variant": True}
+    )
 
     def __post_init__(self) -> None:
         if not (math.isfinite(self.eta) and self.eta > 0):

@@ -5,7 +5,7 @@ import copy
 import pytest
 import torch
 from peft import LoraConfig, PeftConfig, PeftModel, get_peft_model
-from tiny_models import logits, tiny_llama
+from tiny_models import logits, tiny_gpt2, tiny_llama
 from torch import nn
 
 from adapters.allora import ALLoRAConfig
@@ -72,3 +72,23 @@ def test_a_trained_one_is_plain_lora_for_others(tmp_path):
 def test_a_wrong_setting_is_refused(options, said):
     with pytest.raises(ValueError, match=said):
         ALLoRAConfig(**options)
+
+
+@pytest.mark.parametrize(
+    ("model", "target", "said"),
+    [
+        (tiny_gpt2, "c_fc", r"transformer\.h\.0\.mlp\.c_fc is a Conv1D"),
+        (tiny_llama, "embed_tokens", r"model\.embed_tokens is a Embedding"),
+        (lambda: nn.Sequential(nn.Conv2d(3, 4, 3)), "0", "0 is a Conv2d"),
+    ],
+)
+def test_a_layer_that_would_get_plain_lora_is_refused_by_name(model, target, said):
+    with pytest.raises(ValueError, match=f"{said}.*leave it out \\(exclude_modules\\)"):
+        get_peft_model(model(), ALLoRAConfig(target_modules=[target]))
+
+
+def test_it_is_refused_beside_a_plain_lora_in_whose_layers_it_would_be_plain_lora():
+    model = get_peft_model(tiny_llama(), LoraConfig(target_modules=["q_proj"]))
+
+    with pytest.raises(ValueError, match=r"unsupported variant.*eta"):
+        model.add_adapter("second", ALLoRAConfig(target_modules=["q_proj"]))
