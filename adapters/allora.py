@@ -13,15 +13,22 @@ unscaled. The row norms follow from A A^T (r x r): B A is never formed.
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from typing import Any, NoReturn
 
 import torch
 import torch.nn.functional as F
-from peft import LoraConfig
+from peft import LoraConfig, PeftConfig
 from peft.tuners.lora import Linear
 from peft.tuners.lora.layer import LoraVariant
 from torch import Tensor, nn
+
+STARTS = (True, False, "gaussian", "orthogonal")  # of A and B alone, not made from the base's weights
+# What LoRA's options may say: which layers, and what is trained beside them. The others change the formula.
+OPTIONS = {own.name for own in fields(PeftConfig)} | {
+    *("r", "target_modules", "exclude_modules", "layers_to_transform", "layers_pattern", "layer_replication"),
+    *("modules_to_save", "trainable_token_indices", "ensure_weight_tying", "bias", "runtime_config"),
+}
 
 
 @dataclass
@@ -32,13 +39,19 @@ class ALLoRAConfig(LoraConfig):
     eta: float = field(
         default=1.0, metadata={"help": "factor of the gradient where B A is zero still", "is_lora_variant": True}
     )
+    lora_alpha: int | None = field(default=None, metadata={"help": "r, a scaling of one"})  # type: ignore[assignment]
 
     def __post_init__(self) -> None:
         if not (math.isfinite(self.eta) and self.eta > 0):
             raise ValueError(f"ALLoRAConfig.eta is a positive number, got {self.eta}")
-        if self.lora_dropout:
-            raise ValueError(f"ALLoRA has no dropout, got lora_dropout={self.lora_dropout}: leave it out, or take lora")
-        self.lora_alpha = self.r  # a scaling of one
+        if self.lora_alpha is None:
+            self.lora_alpha = self.r
+        plain = LoraConfig(lora_alpha=self.r)
+        for name in sorted({own.name for own in fields(LoraConfig)} - OPTIONS):
+            value, known = getattr(self, name), STARTS if name == "init_lora_weights" else (getattr(plain, name),)
+            if value not in known:
+                expected = " or ".join(map(str, known))
+                raise ValueError(f"ALLoRA has no {name}={value}, only {expected}: leave it out, or take lora")
         super().__post_init__()
         # The first that fits is taken. What none fits gets PEFT's own layer, which is LoRA's.
         self._register_custom_module({nn.Linear: ALLoRALinear, nn.Module: _refuse})  # type: ignore[dict-item]

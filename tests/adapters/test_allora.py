@@ -8,7 +8,7 @@ from peft import LoraConfig, PeftConfig, PeftModel, get_peft_model
 from tiny_models import logits, tiny_gpt2, tiny_llama
 from torch import nn
 
-from adapters.allora import ALLoRAConfig
+from adapters.allora import ALLoRAConfig, ALLoRALinear
 
 
 def one_layer(eta, bias=True):
@@ -67,7 +67,20 @@ def test_a_trained_one_is_plain_lora_for_others(tmp_path):
 
 @pytest.mark.parametrize(
     ("options", "said"),
-    [({"eta": 0.0}, "eta is a positive number, got 0"), ({"lora_dropout": 0.1}, "ALLoRA has no dropout")],
+    [
+        ({"eta": 0.0}, "eta is a positive number, got 0"),
+        ({"lora_dropout": 0.1}, "lora_dropout=0.1"),
+        ({"r": 4, "lora_alpha": 8}, "lora_alpha=8, only 4"),
+        ({"use_dora": True}, "use_dora=True"),
+        ({"use_rslora": True}, "use_rslora=True"),
+        ({"lora_bias": True}, "lora_bias=True"),
+        ({"rank_pattern": {"q_proj": 2}}, "rank_pattern="),
+        ({"alpha_pattern": {"q_proj": 2}}, "alpha_pattern="),
+        ({"fan_in_fan_out": True}, "fan_in_fan_out=True"),
+        ({"target_parameters": ["experts.gate_up_proj"]}, "target_parameters="),
+        ({"init_lora_weights": "pissa"}, "init_lora_weights=pissa, only True or False or gaussian"),
+        ({"init_lora_weights": "olora"}, "init_lora_weights=olora"),
+    ],
 )
 def test_a_wrong_setting_is_refused(options, said):
     with pytest.raises(ValueError, match=said):
@@ -85,6 +98,20 @@ def test_a_wrong_setting_is_refused(options, said):
 def test_a_layer_that_would_get_plain_lora_is_refused_by_name(model, target, said):
     with pytest.raises(ValueError, match=f"{said}.*leave it out \\(exclude_modules\\)"):
         get_peft_model(model(), ALLoRAConfig(target_modules=[target]))
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"lora_alpha": 4},
+        {"init_lora_weights": "gaussian"},
+        {"bias": "all", "modules_to_save": ["lm_head"], "exclude_modules": ["v_proj"], "task_type": "CAUSAL_LM"},
+    ],
+)
+def test_what_keeps_the_formula_is_taken_with_a_scaling_of_one(options):
+    model = get_peft_model(tiny_llama(), ALLoRAConfig(r=4, target_modules=["q_proj"], **options))
+
+    assert {layer.scaling["default"] for layer in model.modules() if isinstance(layer, ALLoRALinear)} == {1.0}
 
 
 def test_it_is_refused_beside_a_plain_lora_in_whose_layers_it_would_be_plain_lora():
