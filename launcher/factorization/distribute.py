@@ -440,7 +440,7 @@ def _rank(folder: Path, key: str) -> int:
 
 
 def _recipe(request: FactorRequest) -> dict[str, Any]:
-    own = {"loldu": ("normalize",), "lorasb": ("svd", "gradients")}.get(request.method, ("energy", "svd"))
+    own = {"loldu": ("normalize",), "lorasb": ("svd", "gradients", "module")}.get(request.method, ("energy", "svd"))
     names = ("rank", "embedding", "transposed", "dtype", "method", *own)
     how = {name: getattr(request, name) for name in names}
     return how | {"algorithm": list(ALGORITHMS[request.method]), "shape": list(request.tensor.shape)}

@@ -16,8 +16,9 @@ from torch import Tensor, nn
 
 from adapters.config import LoRASBConfig
 from adapters.layer import matrix_shape
-from adapters.lora_sb import BYTES_AT_ONCE, gradient_sums, groups_of
+from adapters.lora_sb import BYTES_AT_ONCE, InputMap, gradient_sums, groups_of
 from launcher.config import Config
+from launcher.training.checkpoint import Checkpoint
 from launcher.training.data import Encoded, collate, epoch_order, target_tokens
 
 MICRO_BATCH = 8  # where the run has none
@@ -30,6 +31,27 @@ def check_first_step(adapter: Any, sharding: str) -> None:
             f"--method lorasb cannot be trained under --sharding {sharding}: its factors come from gradients, for "
             "which each process runs the whole base: give --sharding ddp or zero2, or a method whose factors come from "
             "the weights (svfit, loraxs)"
+        )
+
+
+def check_frozen(model: nn.Module, identity: dict[str, Any], resume: Checkpoint | None) -> None:
+    """Put the digest of what LoRA-SB freezes into identity, for the checkpoints, which hold the cores alone.
+
+    Raises ValueError where the cores of the checkpoint to go on from belong to other factors: a cache that was lost,
+    and gradients that another kernel or device rounds another way.
+    """
+    sha = hashlib.sha256()
+    maps = [(name, module) for name, module in model.named_modules() if isinstance(module, InputMap)]
+    for name, each in maps:
+        sha.update(name.encode())
+        for frozen in (each.write, each.read):
+            sha.update(frozen.detach().cpu().contiguous().view(torch.uint8).numpy().data)
+    if maps:
+        identity["factors"] = sha.hexdigest()
+    if resume is not None and identity.get("factors") != resume.meta["identity"].get("factors"):
+        raise ValueError(
+            f"the factors that {resume.folder} belongs to are gone from the cache, and made again they differ: bring "
+            "that cache back (--cache), or begin again with --resume never"
         )
 
 

@@ -33,7 +33,7 @@ from launcher.inference.sources import base_folder, load_tokenizer
 from launcher.ranks import Party, Ranks, Stopped, connect, say_mistake
 from launcher.training import checkpoint, classification, data, records, templates
 from launcher.training.classification import Labelled
-from launcher.training.gradients import FirstStep, check_first_step
+from launcher.training.gradients import FirstStep, check_first_step, check_frozen
 from launcher.training.loop import Job, Question, train, write_answers
 from launcher.training.model import (
     Parts,
@@ -257,6 +257,7 @@ def _run(config: Config, name: str, party: Party, stop: StopRequest, screen: Scr
 
     model, mesh = party_local(party, "model", load)
     engine = party_local(party, "engine", wrap)
+    party.together("the factors", lambda: check_frozen(model, identity, resume))
     trained = sum(size(parameter) for parameter in engine.parameters.values())
     total = base_size(model)
     _check_context(config, model)
@@ -460,7 +461,9 @@ def _tell(job: Job, saved: Path, seconds: float) -> None:
     if evaluations:
         first, last = evaluations[0], evaluations[-1]
         rows = [["held-out loss", f"{first['eval_loss']:.4f}", f"{last['eval_loss']:.4f}"]]
-        for name in [name for name in last if name not in ("step", "eval_loss")]:
+        for name in [
+            name for name in last if name in first and name not in ("step", "eval_loss")
+        ]:  # a resume may ask for more
             rows.append([name.replace("_", " "), f"{first[name]:.1%}", f"{last[name]:.1%}"])
         job.screen.table("Held out", ["", "before", "after"], rows)
     shown = job.questions[: job.config.run.show_samples]
@@ -478,7 +481,8 @@ def _tell(job: Job, saved: Path, seconds: float) -> None:
         f"{job.steps} steps, {seconds:.0f} s in all ({waited:.1%} of the steps waiting for data); saved in {saved}"
     )
     if job.config.data.text_columns:
-        job.screen.say("It loads with AutoModelForSequenceClassification and peft's PeftModel.from_pretrained.")
+        adapted = "" if job.config.adapter.method == "full" else " and peft's PeftModel.from_pretrained"
+        job.screen.say(f"It loads with AutoModelForSequenceClassification{adapted}.")
     elif job.config.adapter.method != "full":
         job.screen.say("Next, type one of:")
         job.screen.say(f"  loldu chat {job.output}")

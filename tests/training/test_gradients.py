@@ -1,10 +1,12 @@
 """The gradients behind LoRA-SB in a run: the same in any grouping, cached by base and data, refused where none are."""
 
 import json
+import shutil
 from dataclasses import replace
 
 import pytest
 import torch
+from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from adapters import LoRASBConfig, LoRAXSConfig
@@ -87,6 +89,43 @@ def test_a_second_run_takes_the_factors_from_the_cache_and_other_data_do_not(sma
     assert "0 made, 10 from" in told(small, "second")
     assert "0 made, 10 from" in told(replace(small, optimizer=replace(small.optimizer, learning_rate=1e-2)), "rate")
     assert "10 made, 0 from" in told(replace(small, data=replace(small.data, data=str(other))), "third")
+
+
+def test_equal_weights_at_two_places_have_factors_of_their_own(small, stories, tmp_path):
+    """Their gradients differ, though the cache knows weights by their content."""
+    model = AutoModelForCausalLM.from_pretrained(stories)
+    first, second = (model.model.layers[i].self_attn.q_proj for i in (0, 1))
+    second.weight.data.copy_(first.weight)
+    twins = tmp_path / "twins"
+    model.save_pretrained(twins)
+    AutoTokenizer.from_pretrained(stories).save_pretrained(twins)
+
+    assert run(replace(small, model=ModelConfig(model=str(twins))), "test") == 0
+
+    saved = load_file(tmp_path / "run" / "adapter" / "adapter_model.safetensors")
+    one, other = (
+        next(value for name, value in saved.items() if f"layers.{i}.self_attn.q_proj" in name and "write" in name)
+        for i in (0, 1)
+    )
+    assert not torch.equal(one, other)
+
+
+def test_a_run_whose_factors_were_lost_and_differ_when_made_again_does_not_go_on(small, tmp_path, monkeypatch, capsys):
+    """What another kernel's rounding does to a few signs is done here to all."""
+    longer = replace(small, optimizer=replace(small.optimizer, max_steps=2))
+    assert run(small, "test") == 0
+    shutil.rmtree(tmp_path / "cache")
+    sums = FirstStep.__call__
+    monkeypatch.setattr(FirstStep, "__call__", lambda self, modules: sums(self, modules).roll(1, 0))
+
+    lost = run(longer, "test")
+    said = capsys.readouterr().err
+    monkeypatch.undo()
+    shutil.rmtree(tmp_path / "cache")
+    again = run(longer, "test")
+
+    assert (lost, again) == (2, 0)
+    assert "gone from the cache, and made again they differ" in said
 
 
 @pytest.mark.parametrize("sharding", ["fsdp2", "hsdp", "zero3"])
