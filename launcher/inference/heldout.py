@@ -21,6 +21,7 @@ def held_out(source: Source, file: str | None) -> tuple[data.Encoded, Any]:
     """
     names = {field.name for field in fields(DataConfig)}
     settings = {name: value for name, value in (source.data or {}).items() if name in names}
+    settings |= {"exact_match": False}  # which asks for held-out records by itself
     if file is not None:
         settings |= {"data": file, "eval_data": None}
         held = records.load_records(file)[:AT_MOST]

@@ -255,8 +255,8 @@ def _seal(
         (partial / "COMPLETE").write_text(hashlib.sha256(text.encode()).hexdigest() + "\n")
         # All at once: a journal commits together what waits for it, which takes a quarter of the time of one by one.
         mine = [partial / name for name in ("rank-00000.safetensors", "index.json", "COMPLETE")]
-        with ThreadPoolExecutor(1 + len(mine)) as pool:
-            waiting = [pool.submit(before), *(pool.submit(_sync, file) for file in mine if file.exists())]
+        with ThreadPoolExecutor(2 + len(mine)) as pool:  # the folder holds their names
+            waiting = [pool.submit(before), *(pool.submit(_sync, file) for file in (*mine, partial) if file.exists())]
         for future in waiting:
             future.result()
         shutil.rmtree(final, ignore_errors=True)  # of the same step, from before a resume

@@ -303,6 +303,16 @@ def test_a_run_is_measured_on_the_records_it_held_out(run_folder, records, tmp_p
     assert "loss on 5 held-out records" in capsys.readouterr().err
 
 
+def test_records_given_replace_those_of_a_run_that_asked_for_exact_match(run_folder, records):
+    settings = json.loads((run_folder / "config.json").read_text())
+    settings["config"]["data"] |= {"eval_data": "gone.json", "exact_match": True}
+    (run_folder / "config.json").write_text(json.dumps(settings))
+
+    encoded, _ = held_out(find(str(run_folder)), str(records))
+
+    assert len(encoded) == 12
+
+
 def test_a_lora_is_merged_into_4_bits_too(babyllama, records, tmp_path, capsys):
     lora = LoraConfig(r=4, target_modules="all-linear", init_lora_weights=False, task_type="CAUSAL_LM")
     get_peft_model(AutoModelForCausalLM.from_pretrained(babyllama), lora).save_pretrained(tmp_path / "lora")

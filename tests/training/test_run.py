@@ -65,6 +65,18 @@ def test_a_run_leaves_a_complete_folder(small):
     assert saved["identity"]["base"]
 
 
+def test_a_run_that_goes_on_may_ask_for_more_than_it_began_with(small, capsys):
+    """Its first evaluation has no exact match to show beside the last one's."""
+    begun = replace(small, optimizer=replace(small.optimizer, max_steps=2))
+    assert run(begun, "test") == 0
+
+    more = run(replace(small, data=replace(small.data, exact_match=True, answer_tokens=4)), "test")
+
+    assert more == 0
+    assert "exact_match" in [event for event in events(small) if "eval_loss" in event][-1]
+    assert "held-out loss" in capsys.readouterr().out
+
+
 def test_the_adapter_of_a_run_loads_in_plain_peft_with_the_trained_cores(small, stories):
     """The adapter folder gives the cores of the last checkpoint, bit for bit, and changes the base's answers."""
     run(small, "test")
