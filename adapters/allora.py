@@ -117,6 +117,7 @@ class ScaledProduct(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, g: Tensor) -> tuple[Tensor | None, Tensor, Tensor, None]:
         x, h, A, B, factors = ctx.saved_tensors
+        g, h = g.to(A.dtype), h.to(A.dtype)  # under autocast the forward pass ran in a narrower one
         scaled = (g * factors).flatten(0, -2)
-        dx = (g @ B) @ A if ctx.needs_input_grad[0] else None
-        return dx, (scaled @ B).T @ x.flatten(0, -2), scaled.T @ h.flatten(0, -2), None
+        dx = ((g @ B) @ A).to(x.dtype) if ctx.needs_input_grad[0] else None
+        return dx, (scaled @ B).T @ x.flatten(0, -2).to(A.dtype), scaled.T @ h.flatten(0, -2), None

@@ -5,6 +5,7 @@ import copy
 import pytest
 import torch
 from peft import LoraConfig, PeftConfig, PeftModel, get_peft_model
+from peft.helpers import disable_input_dtype_casting
 from tiny_models import logits, tiny_gpt2, tiny_llama
 from torch import nn
 
@@ -34,6 +35,24 @@ def test_gradients_are_those_of_the_formula_row_by_row(eta):
     torch.testing.assert_close(B.grad, dense @ A.detach().T)
     torch.testing.assert_close(A.grad, B.detach().T @ dense)
     torch.testing.assert_close(x.grad, g @ (W + (B @ A).detach()))  # unscaled
+
+
+@pytest.mark.parametrize("x_dtype", [torch.float32, torch.bfloat16])
+def test_gradients_under_autocast_are_those_without_it_in_float32(x_dtype):
+    model, layer = one_layer(2.0)
+    model.float()
+    parts = [getattr(layer, f"lora_{part}")["default"].weight for part in "AB"]
+    x, g = torch.randn(2, 4, 6).to(x_dtype).requires_grad_(), torch.randn(2, 4, 5).bfloat16()
+    expected = torch.autograd.grad(model(x.float()), [*parts, x], g.float())
+
+    with torch.autocast("cpu", dtype=torch.bfloat16), disable_input_dtype_casting(model):
+        y = model(x)
+    found = torch.autograd.grad(y, [*parts, x], g)
+
+    assert y.dtype == torch.bfloat16
+    assert [part.dtype for part in found] == [torch.float32, torch.float32, x_dtype]
+    for part, exact in zip(found, expected, strict=True):  # bfloat16 rounds by 2^-9, a few times in a row
+        torch.testing.assert_close(part, exact.to(part.dtype), rtol=0, atol=float(exact.abs().max()) * 0.02)
 
 
 def test_the_output_is_loras_without_alpha():
