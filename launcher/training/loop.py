@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from torch import Tensor
 
 from launcher.config import Config, OptimizerConfig
@@ -253,12 +254,14 @@ def evaluate(job: Job) -> dict[str, float] | None:
             right += sum(text == question.expected.strip() for text, question in zip(written, asked, strict=True))
     finally:
         model.train()
-    total, right, *summed = sum_over_ranks([], [total, right, *sums], ranks.world_size)
+    total, right = sum_over_ranks([], [total, right], ranks.world_size)
     result = {"eval_loss": float(total) / target_tokens(job.held_out, samples)}
     if questions:
         result["exact_match"] = float(right) * shares / ranks.world_size / len(questions)
     if isinstance(job.held_out, Labelled):
-        result |= classification.metrics(torch.stack(summed), job.held_out.classes)
+        if ranks.world_size > 1:
+            dist.all_reduce(sums)  # in float64: float32 loses the spread of labels that are far from zero
+        result |= classification.metrics(sums, job.held_out.classes)
     return result
 
 

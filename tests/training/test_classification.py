@@ -10,8 +10,9 @@ import torch
 from transformers import AutoModelForSequenceClassification, AutoTokenizer
 
 from launcher.config import Config, DataConfig, RunConfig
+from launcher.ranks import Ranks
 from launcher.training import classification
-from launcher.training.loop import loss_of
+from launcher.training.loop import Clock, evaluate, loss_of
 
 
 @pytest.fixture
@@ -27,6 +28,16 @@ def write(folder, rows, name="rows.json"):
 
 def config(data, **values):
     return DataConfig(**{"data": data, "text_columns": ("sentence",), "max_length": 48, **values})
+
+
+def job_of(model, pad_id=0, held_out=None, world_size=1):
+    """What evaluation and loss ask of a job."""
+    return SimpleNamespace(
+        config=Config(), held_out=held_out, questions=[], device=torch.device("cpu"),
+        tokenizer=SimpleNamespace(pad_token_id=pad_id),
+        engine=SimpleNamespace(model=model, forward=model, gathers=False), clock=Clock(),
+        party=SimpleNamespace(ranks=Ranks(world_size=world_size)), stop=SimpleNamespace(asked=lambda: False),
+    )  # fmt: skip
 
 
 def test_a_row_is_tokenised_as_the_tokenizer_joins_its_texts(tokenizer, tmp_path):
@@ -77,7 +88,7 @@ def test_the_losses_of_micro_batches_add_up_to_that_of_the_batch(kind, tiny_robe
     found = classification.encode(train, classes, tokenizer, settings)
     head = classification.head_settings(classes)
     model = AutoModelForSequenceClassification.from_pretrained(tiny_roberta, **head).eval()
-    job = SimpleNamespace(engine=SimpleNamespace(forward=model), tokenizer=tokenizer, device=torch.device("cpu"))
+    job = job_of(model, tokenizer.pad_token_id)
 
     parts = [loss_of(job, found, rows, 8, packing=False) for rows in (range(5), range(5, 8))]
     whole = model(**classification.collate(found, range(8), tokenizer.pad_token_id)).loss
@@ -106,6 +117,44 @@ def test_the_metric_of_numbers_is_pearsons_correlation():
     found = classification.metrics(classification.moments(logits, labels), ())
 
     assert found == {"correlation": pytest.approx(np.corrcoef(logits[:, 0], labels)[0, 1], abs=1e-6)}
+
+
+class Told(torch.nn.Module):
+    """Says said[i] of a row whose first token is i."""
+
+    def __init__(self, said):
+        super().__init__()
+        self.said = said
+
+    def forward(self, input_ids, **batch):
+        return SimpleNamespace(loss=torch.zeros(()), logits=self.said[input_ids[:, 0], None])
+
+
+def numbered(labels):
+    """Rows of one token, the row's number, with these numbers as labels."""
+    count = len(labels)
+    return classification.Labelled(
+        ids=torch.arange(count, dtype=torch.int32), loss=torch.zeros(count, dtype=torch.bool),
+        offsets=torch.arange(count + 1), targets=torch.ones(count, dtype=torch.int64),
+        report=classification.LabelReport(count, count, 0, 0, count, count, 48),
+        classes=(), labels=labels, segments=None,
+    )  # fmt: skip
+
+
+@pytest.mark.parametrize("world_size", [1, 2])
+def test_an_evaluation_correlates_numbers_that_are_far_from_zero(world_size, monkeypatch):
+    """Years: the spread is a millionth of the squares. The other of two ranks has the same numbers."""
+    generator = torch.Generator().manual_seed(0)
+    labels = 2000 + torch.randn(64, generator=generator)
+    said = labels + 0.5 * torch.randn(64, generator=generator)
+    monkeypatch.setattr(torch.distributed, "all_reduce", lambda sums: sums.mul_(world_size))
+
+    found = evaluate(job_of(Told(said), held_out=numbered(labels), world_size=world_size))
+
+    assert found is not None
+    mine = slice(None, None, world_size)
+    expected = np.corrcoef(said.double()[mine], labels.double()[mine])[0, 1]
+    assert found["correlation"] == pytest.approx(expected, abs=1e-6)  # float64's 1e-16, times squares of 4e6
 
 
 def test_a_model_that_says_one_thing_always_has_correlation_zero():
