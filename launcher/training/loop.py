@@ -212,8 +212,11 @@ def loss_of(job: Job, data: Encoded, rows: Sequence[Any], targets: int, *, packi
 
 def labelled_outputs(job: Job, data: Labelled, rows: Sequence[int]) -> Any:
     """The model's output on these rows: its mean loss, and logits (B, classes)."""
+    started = time.perf_counter()
     batch = classification.collate(data, rows, job.tokenizer.pad_token_id)
-    return job.engine.forward(**{name: part.to(job.device) for name, part in batch.items()})
+    batch = {name: part.to(job.device) for name, part in batch.items()}
+    job.clock.batches_s += time.perf_counter() - started
+    return job.engine.forward(**batch)
 
 
 def evaluate(job: Job) -> dict[str, float] | None:

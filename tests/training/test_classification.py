@@ -157,6 +157,19 @@ def test_an_evaluation_correlates_numbers_that_are_far_from_zero(world_size, mon
     assert found["correlation"] == pytest.approx(expected, abs=1e-6)  # float64's 1e-16, times squares of 4e6
 
 
+def test_putting_labelled_batches_together_counts_as_waiting_for_data(monkeypatch):
+    now, collate = [0.0], classification.collate
+    model = Told(torch.zeros(4))
+    model.register_forward_hook(lambda *parts: now.__setitem__(0, now[0] + 5))
+    monkeypatch.setattr("time.perf_counter", lambda: now[0])
+    monkeypatch.setattr(classification, "collate", lambda *of: now.__setitem__(0, now[0] + 2) or collate(*of))
+    job = job_of(model)
+
+    loss_of(job, numbered(torch.zeros(4)), range(4), 4, packing=False)
+
+    assert job.clock.batches_s == 2
+
+
 def test_a_model_that_says_one_thing_always_has_correlation_zero():
     sums = classification.moments(torch.tensor([[1.0, 0.0]] * 4), torch.tensor([0, 0, 0, 1]))
 
