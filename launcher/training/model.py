@@ -28,6 +28,7 @@ from adapters.checkpoint_files import list_tensors, open_tensor, weight_of
 from adapters.config import FactorConfig
 from adapters.layer import FactorLayer
 from launcher.config import AdapterConfig, ModelConfig, nearest
+from launcher.inference.sources import load_tokenizer
 from launcher.training.quantize import Quantised, quantize_skeleton
 
 log = logging.getLogger(__name__)
@@ -165,7 +166,8 @@ def build(
     """The model ready to train on one device: base frozen (unless adapter is None), cores float32.
 
     factors(module) hands out the frozen factors of our methods. A quantised base is filled weight by weight. head are
-    settings of a classification head; what the checkpoint lacks of it starts from torch's seed.
+    settings of a classification head; what the checkpoint lacks of it starts from torch's seed, and its padding token
+    is the tokenizer's.
     """
     base: Any
     if config.quantize != "none":
@@ -173,13 +175,18 @@ def build(
         fill(base, folder, factors, Whole(), device, lambda: None)
     else:
         architecture = AutoModelForCausalLM if head is None else AutoModelForSequenceClassification
+        settings: dict[str, Any] = {}
+        if head is not None:
+            # A decoder's head looks for the last token before the padding, by this number.
+            pad_id = load_tokenizer(folder, trust_remote_code=config.trust_remote_code).pad_token_id
+            settings = {"pad_token_id": pad_id, **head}
         base = architecture.from_pretrained(
             folder,
             dtype=getattr(torch, dtype),
             attn_implementation=attention,
             trust_remote_code=config.trust_remote_code,
             local_files_only=True,
-            **(head or {}),
+            **settings,
         )
         _prepare(base, config, folder)
     if adapter is None:

@@ -2,17 +2,28 @@
 
 import json
 from dataclasses import replace
+from pathlib import Path
 from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import torch
-from transformers import AutoModelForSequenceClassification, AutoTokenizer
+from tokenizers import Tokenizer
+from tokenizers.models import WordLevel
+from tokenizers.pre_tokenizers import Whitespace
+from transformers import (
+    AutoModelForSequenceClassification,
+    AutoTokenizer,
+    LlamaConfig,
+    LlamaForCausalLM,
+    PreTrainedTokenizerFast,
+)
 
-from launcher.config import Config, DataConfig, RunConfig
+from launcher.config import Config, DataConfig, ModelConfig, RunConfig
 from launcher.ranks import Ranks
 from launcher.training import classification
 from launcher.training.loop import Clock, evaluate, loss_of
+from launcher.training.model import build
 
 
 @pytest.fixture
@@ -38,6 +49,12 @@ def job_of(model, pad_id=0, held_out=None, world_size=1):
         engine=SimpleNamespace(model=model, forward=model, gathers=False), clock=Clock(),
         party=SimpleNamespace(ranks=Ranks(world_size=world_size)), stop=SimpleNamespace(asked=lambda: False),
     )  # fmt: skip
+
+
+def built(folder, classes):
+    how: dict = {"dtype": "float32", "attention": "sdpa", "device": torch.device("cpu"), "factors": lambda name: None}
+    head = classification.head_settings(classes)
+    return build(ModelConfig(model=str(folder)), Path(folder), None, head=head, **how).eval()
 
 
 def test_a_row_is_tokenised_as_the_tokenizer_joins_its_texts(tokenizer, tmp_path):
@@ -78,6 +95,25 @@ def test_padding_changes_no_logit(tiny_roberta, tokenizer, sst2_rows, tmp_path):
 
     assert len(set(found.lengths)) > 1
     torch.testing.assert_close(together, torch.cat(alone), rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("pad_id", [None, 4])
+def test_a_decoders_head_reads_the_last_token_before_the_tokenizers_padding(pad_id, tmp_path):
+    """Also where the base's config names none, or one that the tokenizer does not pad with."""
+    words = Tokenizer(WordLevel({"<pad>": 0, "good": 1, "bad": 2, "film": 3, "other": 4}, unk_token="<pad>"))
+    words.pre_tokenizer = Whitespace()
+    PreTrainedTokenizerFast(tokenizer_object=words, pad_token="<pad>").save_pretrained(tmp_path)
+    torch.manual_seed(0)
+    sizes: dict = {"hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2}
+    LlamaForCausalLM(LlamaConfig(**sizes, vocab_size=5, pad_token_id=pad_id)).save_pretrained(tmp_path)
+    batch = PreTrainedTokenizerFast.from_pretrained(tmp_path)(["good", "bad bad film"], padding=True)
+
+    model = built(tmp_path, ("no", "yes"))
+
+    with torch.no_grad():
+        together = model(**{name: torch.tensor(batch[name]) for name in ("input_ids", "attention_mask")}).logits
+        alone = [model(input_ids=torch.tensor([ids])).logits for ids in ([1], [2, 2, 3])]
+    torch.testing.assert_close(together, torch.cat(alone), rtol=1e-4, atol=1e-5)  # to rounding
 
 
 @pytest.mark.parametrize("kind", ["classes", "numbers"])
