@@ -174,20 +174,25 @@ def build(
         base = bare_skeleton(config, folder, adapter, dtype=dtype, attention=attention)
         fill(base, folder, factors, Whole(), device, lambda: None)
     else:
-        architecture = AutoModelForCausalLM if head is None else AutoModelForSequenceClassification
-        settings: dict[str, Any] = {}
-        if head is not None:
+        loading: dict[str, Any] = {
+            "dtype": getattr(torch, dtype),
+            "attn_implementation": attention,
+            "trust_remote_code": config.trust_remote_code,
+            "local_files_only": True,
+        }
+        if head is None:
+            base = AutoModelForCausalLM.from_pretrained(folder, **loading)
+        else:
             # A decoder's head looks for the last token before the padding, by this number.
             pad_id = load_tokenizer(folder, trust_remote_code=config.trust_remote_code).pad_token_id
-            settings = {"pad_token_id": pad_id, **head}
-        base = architecture.from_pretrained(
-            folder,
-            dtype=getattr(torch, dtype),
-            attn_implementation=attention,
-            trust_remote_code=config.trust_remote_code,
-            local_files_only=True,
-            **settings,
-        )
+            loading |= {"pad_token_id": pad_id, "ignore_mismatched_sizes": True, "output_loading_info": True, **head}
+            base, found = AutoModelForSequenceClassification.from_pretrained(folder, **loading)
+            for name, there, here in sorted(found["mismatched_keys"]):
+                if name.startswith(f"{base.base_model_prefix}."):
+                    raise ValueError(f"{folder} has {name} as {tuple(there)}, its config.json means {tuple(here)}")
+                raise ValueError(
+                    f"{folder} has a head of {there[0]} classes, the data have {here[0]}: give a base without a head"
+                )
         _prepare(base, config, folder)
     if adapter is None:
         return base.to(device)

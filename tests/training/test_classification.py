@@ -116,6 +116,16 @@ def test_a_decoders_head_reads_the_last_token_before_the_tokenizers_padding(pad_
     torch.testing.assert_close(together, torch.cat(alone), rtol=1e-4, atol=1e-5)  # to rounding
 
 
+def test_a_head_for_another_number_of_classes_is_named(tiny_roberta, tmp_path):
+    AutoModelForSequenceClassification.from_pretrained(tiny_roberta, num_labels=3).save_pretrained(tmp_path)
+    AutoTokenizer.from_pretrained(tiny_roberta).save_pretrained(tmp_path)
+
+    with pytest.raises(ValueError, match="has a head of 3 classes, the data have 2: give a base without a head"):
+        built(tmp_path, ("no", "yes"))
+
+    assert built(tmp_path, ("a", "b", "c")).config.num_labels == 3
+
+
 @pytest.mark.parametrize("kind", ["classes", "numbers"])
 def test_the_losses_of_micro_batches_add_up_to_that_of_the_batch(kind, tiny_roberta, tokenizer, sst2_rows, tmp_path):
     rows = [{**row, "label": row["label"] + 0.5 if kind == "numbers" else row["label"]} for row in sst2_rows[:8]]
