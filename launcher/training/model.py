@@ -218,6 +218,7 @@ def _draw_adapter(base: Any, adapter: PeftConfig) -> nn.Module:
     them shows. Raises ValueError for such a method; DoRA's norms alone can be read later, row by row.
     """
     own = {name for name, _ in base.named_parameters(remove_duplicate=False)}
+    own |= {name for name, _ in base.named_buffers(remove_duplicate=False)}
     _exchange(base, lambda _, old: nn.Parameter(_nowhere(old), old.requires_grad))
     layer: Any
     for layer in base.modules():
@@ -237,15 +238,24 @@ def _draw_adapter(base: Any, adapter: PeftConfig) -> nn.Module:
     if getattr(adapter, "use_dora", False) and getattr(adapter, "init_lora_weights", True) is False:
         raise ValueError(f"{refusal} (DoRA's magnitudes are norms of W + B A, and this B is not zero)")
 
-    def sort_out(name: str, parameter: nn.Parameter) -> nn.Parameter:
+    def of_base(name: str) -> bool:
         owner, _, last = name.rpartition(".")
-        if f"{PEFT_PARTS.sub('', owner)}.{last}" in own or _dora_layer(model, owner) is not None:
-            return nn.Parameter(parameter.to("meta"), parameter.requires_grad)
-        if not torch.isfinite(parameter).all():
+        return f"{PEFT_PARTS.sub('', owner)}.{last}" in own
+
+    def check(name: str, drawn: Tensor) -> None:
+        if not torch.isfinite(drawn).all():
             raise ValueError(f"{refusal} ({name} would be)")
+
+    def sort_out(name: str, parameter: nn.Parameter) -> nn.Parameter:
+        if of_base(name) or _dora_layer(model, name.rpartition(".")[0]) is not None:
+            return nn.Parameter(parameter.to("meta"), parameter.requires_grad)
+        check(name, parameter)
         return parameter
 
     _exchange(model, sort_out)
+    for name, buffer in model.named_buffers():  # DeLoRA's are the columns' norms
+        if not of_base(name):
+            check(name, buffer)
     return model
 
 

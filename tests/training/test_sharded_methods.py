@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 import torch
 from launching import Runs
-from peft import LoraConfig, PeftModel
+from peft import DeloraConfig, LoraConfig, PeftModel
 from transformers import AutoModelForCausalLM
 
 from launcher.config import AdapterConfig, ModelConfig
@@ -15,7 +15,7 @@ from launcher.training.model import build, skeleton
 CURVE = 5e-6  # float32: the same sums in another order (measured 2e-6)
 ENGINES = ["fsdp2", "zero2", "zero3"]
 CPU = torch.device("cpu")
-HOW = {"dtype": "float32", "attention": "sdpa"}
+HOW: dict = {"dtype": "float32", "attention": "sdpa"}
 
 
 def method(name, *options, **settings):
@@ -84,4 +84,11 @@ def test_a_start_made_from_the_bases_weights_is_refused_with_the_reason(stories,
     config = LoraConfig(r=4, target_modules=["q_proj"], init_lora_weights=start, task_type="CAUSAL_LM")
 
     with pytest.raises(ValueError, match="--method lora starts from the base's weights, which no process has whole"):
+        skeleton(ModelConfig(model=str(stories)), Path(stories), config, **HOW)
+
+
+def test_a_buffer_made_from_the_bases_weights_is_refused_likewise(stories):
+    config = DeloraConfig(r=4, target_modules=["q_proj"], task_type="CAUSAL_LM")
+
+    with pytest.raises(ValueError, match=r"--method delora starts from the base's weights.*q_proj\.delora_w_norm"):
         skeleton(ModelConfig(model=str(stories)), Path(stories), config, **HOW)
