@@ -28,8 +28,8 @@ from real_cluster import RECIPE, Cluster, losses, read_losses, said, why_not  # 
 DATA = REPO.parent / "shared" / "data"
 OPTIONS = [
     f"--model={DATA / 'models' / 'stories260K'}", f"--data={DATA / 'instruction' / 'alpaca_5000.json'}",
-    "--prompt-template=short", "--max-length=96", "--rank=16", "--targets", "all-linear", "--learning-rate=1e-3",
-    "--batch-size=4", "--max-steps=20", "--save-every=2", "--dtype=float32", "--eval-records=20",
+    "--prompt-template=short", "--max-length=256", "--rank=16", "--targets", "all-linear", "--learning-rate=1e-3",
+    "--batch-size=32", "--max-steps=20", "--save-every=2", "--dtype=float32", "--eval-records=20",
 ]  # fmt: skip
 NO_USER_SIGNAL = ("SlurmctldParameters=",)  # the site sends TERM at a preemption, not the job's own --signal
 
@@ -83,7 +83,7 @@ PLAN = (
     Interruption("preempted, own signal but no grace", urgent_job, grace_s=0),
     Interruption("warned while it only starts", starting, at_step=0),
     Interruption("warned ahead of its time limit", wait, submit=("--time=2", "--warning=90"),
-                 options=("--max-steps=800",)),  # longer than half a minute on any machine
+                 options=("--max-steps=100",)),  # more than half a minute of steps
     Interruption("somebody else's requeue", requeue),
     Interruption("one array task, warned alone", warning, submit=("--array={array}",)),
     Interruption("node crash, the second node", crash("node2")),
