@@ -41,6 +41,12 @@ class Ranks:
         names = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE")
         values = {name: environ[name] for name in names if name in environ}
         if "WORLD_SIZE" not in values:
+            if {"ACCELERATE_MIXED_PRECISION", "MASTER_ADDR"} <= environ.keys():
+                raise ValueError(
+                    "accelerate launch was asked for several processes but started one, as with --cpu or MULTI_CPU: "
+                    "use ACCELERATE_USE_CPU=true accelerate launch --config_file recipes/accelerate/ddp.yaml "
+                    "--num_processes N"
+                )
             return Ranks()
         shown = ", ".join(f"{name}={value}" for name, value in values.items())
         if not all(value.isdigit() for value in values.values()) or "RANK" not in values:

@@ -45,11 +45,6 @@ def check_sharding(
             f"accelerate launch was configured for {launched}, but --sharding is {wanted}: leave --sharding out, or "
             f"give --config_file recipes/accelerate/{'ddp' if wanted == 'none' else wanted}.yaml"
         )
-    if world == 1 and {"ACCELERATE_MIXED_PRECISION", "MASTER_ADDR"} <= environ.keys() and "WORLD_SIZE" not in environ:
-        raise ValueError(
-            "accelerate launch was asked for several processes but started one, as with --cpu or MULTI_CPU: use "
-            "ACCELERATE_USE_CPU=true accelerate launch --config_file recipes/accelerate/ddp.yaml --num_processes N"
-        )
     wanted = wanted or launched or ("ddp" if world > 1 else "none")
     if wanted == "none" and world > 1:
         raise ValueError(f"--sharding none is for one process, but WORLD_SIZE is {world}: give --sharding ddp")

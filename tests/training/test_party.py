@@ -83,3 +83,13 @@ def test_a_rank_whose_launcher_ends_it_meanwhile_adds_nothing(capsys):
     say_mistake(ValueError("no such file"), False, shared=False, ended=lambda: True)
 
     assert capsys.readouterr().err == ""
+
+
+def test_an_accelerate_launch_that_started_fewer_processes_than_asked_is_refused():
+    """What accelerate leaves in the environment for `--cpu --num_processes 2`: one process, and no error of its own."""
+    environ = {"ACCELERATE_USE_CPU": "True", "ACCELERATE_MIXED_PRECISION": "no", "MASTER_ADDR": "127.0.0.1"}
+
+    with pytest.raises(ValueError, match="asked for several processes but started one"):
+        Ranks.from_environment(environ)
+
+    assert Ranks.from_environment({"ACCELERATE_USE_CPU": "True", "MASTER_ADDR": "here"}) == Ranks()
