@@ -26,7 +26,7 @@ from typing import Any
 
 import methods
 import torch
-from methods import RESULTS, measure, what, write_data
+from methods import RESULTS, measure, what, write_data, write_models
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM
 
@@ -109,7 +109,8 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as temporary:
         work = Path(temporary)
         write_data(shared, work)
-        gradients, moments = statistics(shared / "models" / MODEL, work / f"{TASK}-train.json")
+        write_models(shared, work)
+        gradients, moments = statistics(work / MODEL, work / f"{TASK}-train.json")
 
         def loss(choice: str, rate: float, seed: int, split: str) -> float:
             for old in found:
@@ -125,7 +126,7 @@ def main() -> None:
                 return frozen._replace(write=A.float().contiguous()[rows], read=read.float().contiguous())
 
             running.factors_of = factors
-            result = measure(what(MODEL, TASK, "LoLDU", rate, seed, split), shared, work)["loss"]
+            result = measure(what(MODEL, TASK, "LoLDU", rate, seed, split), work)["loss"]
             found.append({"choice": choice, "rate": rate, "seed": seed, "split": split, "loss": result})
             FILE.write_text(json.dumps({"date": time.strftime("%Y-%m-%d"), "runs": found}, indent=1) + "\n")
             print(*found[-1].values(), flush=True)
