@@ -9,6 +9,10 @@ is forward, backward and AdamW. The floor is the frozen base with the gradient t
 trained; all others take that gradient too. A round runs each contender once, in an order of its own, so that a slow
 moment of the machine meets all alike; a ratio is the median over the rounds of the ratio within a round. `dense` is
 the reference code's way: the m x n update is built at every step. Writes benchmarks/results/step_time.json.
+
+"by count" is what the ratio would be if each multiplication took as long as LoRA's do here: for a weight m x n and a
+token LoRA adds 3 r (m + n) of them (A, B; backward: through both, and both gradients), ours 2 r (m + r) (Read and
+Write; backward: through both). Ours keeps r numbers a token and weight, over which the core's gradient is a sum.
 """
 
 from __future__ import annotations
@@ -181,12 +185,23 @@ def row(name: str, field: dict[str, Contender], saved: dict[str, int]) -> dict[s
         if "floor" in field:
             bare = median(floor)
             found["overhead_of_loras"] = (median(own) - bare) / (median(lora.times) - bare)
+            if method == "loldu":
+                added = median(lora.times) / bare - 1
+                found["of_lora_by_count"] = (1 + multiplications_of_loras(int(rank)) * added) / (1 + added)
     return found
+
+
+def multiplications_of_loras(r: int) -> float:
+    """What ours adds to a step over what LoRA of the same rank adds, in multiplications."""
+    shapes = [(HIDDEN, HIDDEN)] * 4 + [(INNER, HIDDEN)] * 2 + [(HIDDEN, INNER)]
+    return sum(2 * (m + r) for m, _ in shapes) / sum(3 * (m + n) for m, n in shapes)
 
 
 def show(result: dict[str, Any]) -> None:
     title = f"{result['machine']}; {result['dtype']}; median of {result['repetitions']} rounds (min-max)"
-    table = Table("", "trained", "step, ms", "/ floor", "/ LoRA", "goal", "overhead / LoRA's", "saved", title=title)
+    table = Table(
+        "", "trained", "step, ms", "/ floor", "/ LoRA", "by count", "goal", "overhead / LoRA's", "saved", title=title
+    )
     for row in result["rows"]:
         ms = {key: value * 1e3 for key, value in row["step_s"].items()}
         rank = row["name"].rpartition("-")[2]
@@ -197,6 +212,7 @@ def show(result: dict[str, Any]) -> None:
             f"{ms['median']:.0f} ({ms['min']:.0f}-{ms['max']:.0f})",
             f"{row['of_floor']['median']:.3f}" if "of_floor" in row else "",
             f"{of_lora['median']:.3f} ({of_lora['min']:.3f}-{of_lora['max']:.3f})" if of_lora else "",
+            f"{row['of_lora_by_count']:.3f}" if "of_lora_by_count" in row else "",
             f"{GOALS.get(int(rank), '')}" if of_lora and row["name"].startswith("loldu") else "",
             f"{row['overhead_of_loras']:.2f}" if "overhead_of_loras" in row else "",
             f"{row['saved_bytes'] / 1e6:.0f} MB, {row.get('saved_of_floor', float('nan')):.2f}",
