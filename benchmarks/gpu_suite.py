@@ -38,7 +38,7 @@ import traceback
 import warnings
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass
-from datetime import datetime, timezone
+from datetime import UTC, datetime
 from pathlib import Path
 from statistics import median
 from typing import Any
@@ -177,7 +177,7 @@ def about(plan: Plan) -> dict[str, Any]:
     on_gpu = plan.device == "cuda"
     return {
         "benchmark": "all that needs a GPU" if on_gpu else "a rehearsal on a CPU: its figures mean nothing",
-        "date": datetime.now(timezone.utc).isoformat(timespec="seconds"),
+        "date": datetime.now(UTC).isoformat(timespec="seconds"),
         "commit": said("git", "rev-parse", "HEAD") or "unknown",
         "changed_files": said("git", "status", "--short", "--untracked-files=no").splitlines(),
         "device": torch.cuda.get_device_name(0) if on_gpu else platform.processor() or platform.machine(),

@@ -17,7 +17,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from datetime import datetime, timezone
+from datetime import UTC, datetime
 from pathlib import Path
 
 REPO = Path(__file__).resolve().parents[1]
@@ -84,7 +84,7 @@ def main() -> None:
         size = os.path.getsize(f"{folder}/model.safetensors")
     base, ours = (statistics.median(found) for found in seconds.values())
     result = {
-        "date": datetime.now(timezone.utc).isoformat(timespec="seconds"),
+        "date": datetime.now(UTC).isoformat(timespec="seconds"),
         "commit": subprocess.run(["git", "rev-parse", "HEAD"], cwd=REPO, capture_output=True, text=True).stdout.strip(),
         "asked": vars(asked), "base_bytes": size, "load_average": os.getloadavg()[0],
         "seconds": seconds, "medians": {"base": base, "ours": ours},
