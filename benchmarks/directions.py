@@ -32,9 +32,9 @@ from transformers import AutoModelForCausalLM
 
 from adapters.checkpoint_files import open_tensor
 from launcher.config import DataConfig
-from launcher.inference.sources import load_tokenizer
 from launcher.training import data, records
 from launcher.training import run as running
+from launcher.training.base import load_tokenizer
 
 CHOICES = {  # rates
     "svd": (1e-2, 3e-2, 1e-1),

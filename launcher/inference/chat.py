@@ -9,8 +9,10 @@ from typing import Any, TextIO
 import torch
 from rich.console import Console
 
-from launcher.inference.generate import Sampling, choose_template, stream
-from launcher.inference.sources import context_length, find, load
+from launcher.inference.generate import choose_template
+from launcher.inference.sources import find, load
+from launcher.training.base import context_length
+from launcher.training.generation import Sampling, stream
 from launcher.training.templates import Template, prompt_ids
 
 Messages = list[dict[str, str]]
@@ -119,7 +121,7 @@ def _turn(
         if template.jinja is None:
             ids = prompt_ids({"instruction": question, "input": "", "output": ""}, template, tokenizer)
         else:
-            context = context_length(model) or sys.maxsize
+            context = context_length(model)
             ids, kept = fit(asked, system, template, tokenizer, context - min(sampling.max_tokens, context // 2))
             if len(kept) < len(asked):
                 notes.print("(the oldest part of the talk no longer fits and is forgotten)")

@@ -8,8 +8,9 @@ from typing import Any
 import torch
 
 from launcher.config import DataConfig
-from launcher.inference.sources import Source, load_tokenizer
+from launcher.inference.sources import Source
 from launcher.training import data, records
+from launcher.training.base import load_tokenizer
 
 AT_MOST = 200  # records of a file that is given for this alone
 

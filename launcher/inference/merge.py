@@ -37,7 +37,8 @@ from adapters.layer import FactorLayer
 from launcher.config import ModelConfig
 from launcher.factorization.targets import skeleton
 from launcher.inference.heldout import held_out, mean_loss
-from launcher.inference.sources import DTYPES, Source, adapter_config, attach, context_length, find, load_model
+from launcher.inference.sources import DTYPES, Source, adapter_config, attach, find, load_model
+from launcher.training.base import context_length
 from launcher.training.quantize import check_quantize, linear_layers, transformers_config
 
 NAMES = {torch.float64: "F64", torch.float32: "F32", torch.bfloat16: "BF16", torch.float16: "F16"}
@@ -226,7 +227,7 @@ def new_folder(out: Path, option: str) -> Iterator[Path]:
 
 def probe_logits(model: Any) -> Tensor:
     """Logits (4, tokens, vocabulary) in float32 on the CPU over fixed random tokens."""
-    length = min(32, context_length(model) or 32)
+    length = min(32, context_length(model))
     vocabulary = model.config.get_text_config().vocab_size
     tokens = torch.randint(vocabulary, (4, length), generator=torch.Generator().manual_seed(0))
     with torch.no_grad():

@@ -14,14 +14,14 @@ from typing import Any
 import torch
 from peft import PeftConfig, PeftModel
 from safetensors import SafetensorError, safe_open
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoModelForCausalLM
 
 import adapters  # registers our methods with PEFT as well
-from adapters.checkpoint_files import list_tensors, local_folder
+from adapters.checkpoint_files import local_folder
+from launcher.training.base import base_folder, first_line, has_tokenizer, load_tokenizer, recorded_run
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 ADAPTER_WEIGHTS = "adapter_model.safetensors"
-TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "tekken.json", "vocab.json", "vocab.txt", "spiece.model")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -53,8 +53,8 @@ def find(model: str, *, adapter: str | None = None, base: str | None = None) -> 
         return source
     place = Path(model).expanduser()
     if (place / "adapter_config.json").is_file():
-        return _from_adapter(place, base, _run(place.parent) if place.name == "adapter" else None)
-    run = _run(place)
+        return _from_adapter(place, base, recorded_run(place.parent) if place.name == "adapter" else None)
+    run = recorded_run(place)
     if run is not None:
         if (place / "adapter" / "adapter_config.json").is_file():
             return _from_adapter(place / "adapter", base, run)
@@ -68,35 +68,9 @@ def find(model: str, *, adapter: str | None = None, base: str | None = None) -> 
         )
     folder = base_folder(str(place) if place.exists() else model)
     tokenizer = folder
-    if run is not None and not _has_tokenizer(folder):
+    if run is not None and not has_tokenizer(folder):
         tokenizer = next((found for name in _bases(run) if (found := local_folder(name))), folder)
     return Source(base=folder, base_name=model, tokenizer=tokenizer, **_recorded(run))
-
-
-def base_folder(model: str, option: str = "") -> Path:
-    """The local folder of a model whose weight files are whole. Raises ValueError naming what is not.
-
-    option: what the model was given with, for the message.
-    """
-    path = Path(model).expanduser()
-    folder = path if path.is_dir() else local_folder(model)
-    if folder is None:
-        raise ValueError(
-            f"{option}{model} is neither a folder here nor in the hub cache: "
-            + ("give a model's folder" if option else "give the folder of a model, an adapter or a run")
-            + f", or fetch the model first (hf download {model})"
-        )
-    if _run(folder) is not None:
-        raise ValueError(f"{option}{model} is a run folder and no base model: give it alone, it knows its base")
-    if (folder / "adapter_config.json").is_file() and not (folder / "config.json").is_file():
-        raise ValueError(f"{option}{model} is an adapter and no base model: give the model it was trained on")
-    if not (folder / "config.json").is_file():
-        raise ValueError(
-            f"{option}{folder} holds no model (config.json), no adapter (adapter_config.json) and no run: "
-            "look at the path"
-        )
-    list_tensors(folder)
-    return folder
 
 
 def adapter_config(folder: Path) -> Any:
@@ -119,7 +93,7 @@ def adapter_config(folder: Path) -> Any:
         config = PeftConfig.from_pretrained(str(folder))
     except (KeyError, TypeError, json.JSONDecodeError) as error:
         raise ValueError(
-            f"{folder / 'adapter_config.json'} is no config of a PEFT method known here ({_line(error)}): "
+            f"{folder / 'adapter_config.json'} is no config of a PEFT method known here ({first_line(error)}): "
             "was it written by a newer version?"
         ) from None
     if config.task_type == "SEQ_CLS":
@@ -153,7 +127,7 @@ def load_model(source: Source, *, dtype: str = "auto", device: str = "auto") -> 
             **({} if device == "cpu" else {"device_map": device}),
         )
     except (OSError, ValueError, KeyError, RuntimeError, SafetensorError) as error:
-        raise ValueError(f"{source.base} does not load as a causal language model: {_line(error)}") from None
+        raise ValueError(f"{source.base} does not load as a causal language model: {first_line(error)}") from None
     model, report = loaded
     if report["missing_keys"]:
         missing = sorted(report["missing_keys"])
@@ -182,27 +156,11 @@ def attach(model: Any, folder: Path, *, low_cpu_mem_usage: bool = False) -> Peft
         try:
             return PeftModel.from_pretrained(model, str(folder), config=config, low_cpu_mem_usage=low_cpu_mem_usage)
         except (RuntimeError, UserWarning) as error:
-            reason = next((line.strip() for line in str(error).splitlines() if "mismatch" in line), _line(error))
+            reason = next((line.strip() for line in str(error).splitlines() if "mismatch" in line), first_line(error))
             raise ValueError(
                 f"adapter {folder} does not fit this base ({reason:.200}): load it on the base it was trained on, "
                 f"{config.base_model_name_or_path}"
             ) from None
-
-
-def load_tokenizer(folder: Path, *, trust_remote_code: bool = False) -> Any:
-    """The tokenizer of a folder. Raises ValueError where there is none: transformers would make up an empty one."""
-    reason = f"none of {', '.join(TOKENIZER_FILES)} is there"
-    if _has_tokenizer(folder):
-        try:
-            return AutoTokenizer.from_pretrained(folder, local_files_only=True, trust_remote_code=trust_remote_code)
-        except Exception as error:  # tokenizer libraries raise bare Exceptions
-            reason = _line(error)
-    raise ValueError(f"{folder} has no tokenizer that loads ({reason}): copy the model's tokenizer files there")
-
-
-def context_length(model: Any) -> int | None:
-    """Most tokens the model can look at, where its config says so."""
-    return getattr(model.config.get_text_config(), "max_position_embeddings", None)
 
 
 def _from_adapter(folder: Path, base: str | None, run: dict[str, Any] | None) -> Source:
@@ -213,17 +171,8 @@ def _from_adapter(folder: Path, base: str | None, run: dict[str, Any] | None) ->
         asked = " or ".join(dict.fromkeys(names)) or "a model it does not name"
         raise ValueError(f"adapter {folder} needs its base, {asked}, which is not here: give --base MODEL")
     model = base_folder(found)
-    tokenizer = folder if _has_tokenizer(folder) else model
+    tokenizer = folder if has_tokenizer(folder) else model
     return Source(base=model, base_name=found, adapter=folder, tokenizer=tokenizer, **_recorded(run))
-
-
-def _run(folder: Path) -> dict[str, Any] | None:
-    """What a run folder's config.json says; None where it is another kind of folder."""
-    try:
-        found = json.loads((folder / "config.json").read_text(encoding="utf-8"))
-        return found if isinstance(found["config"]["model"]["model"], str) else None
-    except (OSError, ValueError, KeyError, TypeError):
-        return None
 
 
 def _bases(run: dict[str, Any] | None) -> list[str]:
@@ -239,12 +188,3 @@ def _recorded(run: dict[str, Any] | None) -> dict[str, Any]:
     model, data = run["config"]["model"], run["config"].get("data", {})
     setting = run.get("resolved", {}).get("prompt_template") or data.get("prompt_template")
     return {"template": setting, "dtype": model.get("dtype"), "quantize": model.get("quantize", "none"), "data": data}
-
-
-def _has_tokenizer(folder: Path) -> bool:
-    return any((folder / name).is_file() for name in TOKENIZER_FILES)
-
-
-def _line(error: BaseException) -> str:
-    """The first line of a library's error, or its kind where it says nothing."""
-    return next((line.strip() for line in str(error).splitlines() if line.strip()), type(error).__name__)

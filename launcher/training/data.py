@@ -20,9 +20,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from ..config import DataConfig
-from .records import Record
-from .templates import frame, load_template, pieces
+from launcher.config import DataConfig
+from launcher.training.records import Record
+from launcher.training.templates import frame, load_template, pieces
 
 NO_LOSS = -100  # torch's cross_entropy and transformers leave this label out
 CHUNK = 1000  # records tokenised at once: enough to keep a fast tokenizer busy, little memory

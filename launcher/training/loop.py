@@ -19,12 +19,12 @@ import torch.distributed as dist
 from torch import Tensor
 
 from launcher.config import Config, OptimizerConfig
-from launcher.inference.generate import answer
 from launcher.ranks import Party
 from launcher.training import classification
 from launcher.training.checkpoint import Checkpoint, Saver, prune
 from launcher.training.classification import Labelled
 from launcher.training.data import Encoded, batch_indices, collate, share, target_tokens
+from launcher.training.generation import answer
 from launcher.training.preemption import StopRequest
 from launcher.training.report import Events, Rate, Screen, memory_gib
 from launcher.training.sharding import Replicated, sum_over_ranks

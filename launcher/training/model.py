@@ -28,7 +28,7 @@ from adapters.checkpoint_files import list_tensors, open_tensor, weight_of
 from adapters.config import FactorConfig
 from adapters.layer import FactorLayer
 from launcher.config import AdapterConfig, ModelConfig, nearest
-from launcher.inference.sources import load_tokenizer
+from launcher.training.base import load_tokenizer
 from launcher.training.quantize import Quantised, quantize_skeleton
 
 log = logging.getLogger(__name__)

@@ -29,9 +29,9 @@ from launcher.config import Config, as_dict
 from launcher.factorization import cache
 from launcher.factorization.distribute import FactorRequest, factorize, factors_of, fingerprint
 from launcher.factorization.targets import targets_of
-from launcher.inference.sources import base_folder, load_tokenizer
 from launcher.ranks import Party, Ranks, Stopped, connect, say_mistake
 from launcher.training import checkpoint, classification, data, records, templates
+from launcher.training.base import base_folder, load_tokenizer
 from launcher.training.classification import Labelled
 from launcher.training.gradients import FirstStep, check_first_step, check_frozen
 from launcher.training.loop import Job, Question, train, write_answers

@@ -10,7 +10,7 @@ import re
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from .records import Record
+from launcher.training.records import Record
 
 SHORT = "### Instruction:\n{instruction}[\n### Input:\n{input}]\n### Response:\n"
 # The two prompts of github.com/tatsu-lab/stanford_alpaca (train.py, PROMPT_DICT), letter for letter.

@@ -7,7 +7,8 @@ import pytest
 
 from launcher.inference import chat as module
 from launcher.inference.chat import chat, fit
-from launcher.inference.sources import find, load_tokenizer
+from launcher.inference.sources import find
+from launcher.training.base import load_tokenizer
 from launcher.training.templates import Template, load_template
 
 

@@ -9,9 +9,10 @@ import pytest
 import torch
 from transformers import AutoTokenizer, GPT2LMHeadModel
 
-from launcher.inference import generate as module
-from launcher.inference.generate import Sampling, answer, generate, stop_tokens, stream
+from launcher.inference.generate import generate
 from launcher.inference.sources import find, load
+from launcher.training import generation
+from launcher.training.generation import Sampling, answer, stop_tokens, stream
 from launcher.training.templates import load_template, prompt_ids
 
 BARE = types.SimpleNamespace(eos_token_id=None)  # all that `answer` asks of a tokenizer
@@ -128,7 +129,7 @@ def test_streamed_pieces_are_the_answer_and_keep_blanks_at_line_starts(stories):
     tokenizer = AutoTokenizer.from_pretrained(stories)
     ids = tokenizer("He said:\n  I am here\n  é ☃", add_special_tokens=False)["input_ids"]
     pieces: list[str] = []
-    streamer = module._Pieces(tokenizer, [2], pieces.append)
+    streamer = generation._Pieces(tokenizer, [2], pieces.append)
 
     streamer.put(torch.tensor([[1, 5]]))  # the prompt
     for token in [*ids, 2]:

@@ -1,0 +1,74 @@
+"""A base model's files: its folder and its tokenizer, checked from headers before any weight is read."""
+
+from __future__ import annotations
+
+import json
+import sys
+from pathlib import Path
+from typing import Any
+
+from transformers import AutoTokenizer
+
+from adapters.checkpoint_files import list_tensors, local_folder
+
+TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "tekken.json", "vocab.json", "vocab.txt", "spiece.model")
+
+
+def base_folder(model: str, option: str = "") -> Path:
+    """The local folder of a model whose weight files are whole. Raises ValueError naming what is not.
+
+    option: what the model was given with, for the message.
+    """
+    path = Path(model).expanduser()
+    folder = path if path.is_dir() else local_folder(model)
+    if folder is None:
+        raise ValueError(
+            f"{option}{model} is neither a folder here nor in the hub cache: "
+            + ("give a model's folder" if option else "give the folder of a model, an adapter or a run")
+            + f", or fetch the model first (hf download {model})"
+        )
+    if recorded_run(folder) is not None:
+        raise ValueError(f"{option}{model} is a run folder and no base model: give it alone, it knows its base")
+    if (folder / "adapter_config.json").is_file() and not (folder / "config.json").is_file():
+        raise ValueError(f"{option}{model} is an adapter and no base model: give the model it was trained on")
+    if not (folder / "config.json").is_file():
+        raise ValueError(
+            f"{option}{folder} holds no model (config.json), no adapter (adapter_config.json) and no run: "
+            "look at the path"
+        )
+    list_tensors(folder)
+    return folder
+
+
+def recorded_run(folder: Path) -> dict[str, Any] | None:
+    """What a run folder's config.json says; None where it is another kind of folder."""
+    try:
+        found = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+        return found if isinstance(found["config"]["model"]["model"], str) else None
+    except (OSError, ValueError, KeyError, TypeError):
+        return None
+
+
+def load_tokenizer(folder: Path, *, trust_remote_code: bool = False) -> Any:
+    """The tokenizer of a folder. Raises ValueError where there is none: transformers would make up an empty one."""
+    reason = f"none of {', '.join(TOKENIZER_FILES)} is there"
+    if has_tokenizer(folder):
+        try:
+            return AutoTokenizer.from_pretrained(folder, local_files_only=True, trust_remote_code=trust_remote_code)
+        except Exception as error:  # tokenizer libraries raise bare Exceptions
+            reason = first_line(error)
+    raise ValueError(f"{folder} has no tokenizer that loads ({reason}): copy the model's tokenizer files there")
+
+
+def has_tokenizer(folder: Path) -> bool:
+    return any((folder / name).is_file() for name in TOKENIZER_FILES)
+
+
+def context_length(model: Any) -> int:
+    """Most tokens the model can look at; sys.maxsize where its config does not say."""
+    return getattr(model.config.get_text_config(), "max_position_embeddings", None) or sys.maxsize
+
+
+def first_line(error: BaseException) -> str:
+    """The first line of a library's error, or its kind where it says nothing."""
+    return next((line.strip() for line in str(error).splitlines() if line.strip()), type(error).__name__)
