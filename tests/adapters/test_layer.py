@@ -29,6 +29,7 @@ from adapters.layer import FactorLayer
 
 pytestmark = pytest.mark.usefixtures("method")
 each_method = pytest.mark.parametrize("method", CONFIGS, indirect=True)
+not_lorasb = pytest.mark.not_lorasb
 
 
 def conv1d(out, inside):
@@ -49,6 +50,8 @@ KINDS = {
     "narrow embedding": (lambda: nn.Embedding(12, 40), None),
     "Gemma's scaled embedding": (lambda: Gemma3TextScaledWordEmbedding(40, 16, padding_idx=0, embed_scale=4.0), None),
 }
+LINEAR = ("linear", "linear with bias, three dimensions", "Conv1D")
+each_kind = pytest.mark.parametrize("kind", [pytest.param(k, marks=() if k in LINEAR else not_lorasb) for k in KINDS])
 
 
 def made(kind, dtype=torch.float64):
@@ -71,7 +74,7 @@ def matrix_of(layer):
 
 
 @each_method
-@pytest.mark.parametrize("kind", KINDS)
+@each_kind
 @pytest.mark.parametrize(("r", "scale"), [(1, 1.0), (5, -0.7), (12, 3.0)])
 def test_the_layer_is_the_papers_residual_form(method, kind, r, scale):
     """(W - scale left start right) + scale left (start + core) right for a random core."""
@@ -89,8 +92,9 @@ def test_the_layer_is_the_papers_residual_form(method, kind, r, scale):
     assert (expected - layer(x)).norm() > 0.01 * layer(x).norm()  # and not the base
 
 
+@not_lorasb
 @each_method
-@pytest.mark.parametrize("kind", KINDS)
+@each_kind
 def test_normalised_directions_have_norm_one(method, kind):
     layer, x = made(kind)
     W, embedding = matrix_of(layer), isinstance(layer, nn.Embedding)
@@ -103,8 +107,8 @@ def test_normalised_directions_have_norm_one(method, kind):
 
 
 @each_method
-@pytest.mark.parametrize("kind", KINDS)
-@pytest.mark.parametrize("options", [{}, {"normalize_directions": True}], ids=str)
+@each_kind
+@pytest.mark.parametrize("options", [{}, pytest.param({"normalize_directions": True}, marks=not_lorasb)], ids=str)
 def test_the_cores_gradient_is_autograds_through_the_dense_formula(method, kind, options):
     layer, x = made(kind)
     W, embedding = matrix_of(layer), isinstance(layer, nn.Embedding)
@@ -198,6 +202,7 @@ def test_lora_keeps_more_for_the_backward_pass_than_we_do():
     assert lora_bytes - ours_bytes >= 4 * 24 * 60  # one layer's input at least
 
 
+@not_lorasb
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("options", [{}, {"r": 1000}, {"scale": 4.0}])
 def test_step_0_is_the_base_bit_for_bit(dtype, options):
@@ -209,7 +214,8 @@ def test_step_0_is_the_base_bit_for_bit(dtype, options):
     assert torch.equal(logits(model), expected)
 
 
-@pytest.mark.parametrize("kind", KINDS)
+@not_lorasb
+@each_kind
 def test_step_0_of_every_kind_of_layer_is_the_base_bit_for_bit(kind):
     layer, x = made(kind, torch.float32)
     expected = layer(x)
@@ -327,7 +333,7 @@ def test_merging_in_any_order_is_the_dense_formula_and_unmerging_is_exact(order)
 
 
 @each_method
-@pytest.mark.parametrize("kind", KINDS)
+@each_kind
 def test_merged_equals_unmerged_for_every_kind_of_layer(method, kind):
     layer, x = made(kind)
     model = one_layer(layer)
@@ -417,6 +423,7 @@ def test_merged_weights_that_change_dtype_unmerge_in_it():
     assert logits(model).dtype == torch.float64
 
 
+@not_lorasb
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_a_change_of_dtype_rounds_neither_core_nor_what_is_saved(dtype):
     model = adapted(tiny_llama())

@@ -26,6 +26,8 @@ from transformers import AutoModelForCausalLM, BitsAndBytesConfig
 
 from adapters import BasePrecisionWarning, LoLDUConfig, SVFitConfig, SVFTConfig, factors_from
 
+not_lorasb = pytest.mark.not_lorasb
+
 
 @pytest.fixture
 def base(tmp_path):
@@ -242,6 +244,7 @@ def test_modules_to_save_are_trained_and_saved_whole(method, base, tmp_path):
     assert torch.equal(logits(loaded), logits(model))
 
 
+@not_lorasb
 def test_an_adapted_embedding_is_saved_and_loaded(method, base, tmp_path):
     model = adapted(opened(base), target_modules=["embed_tokens", "q_proj"])
     folder = saved(model, tmp_path / "adapter")
@@ -254,6 +257,7 @@ def test_an_adapted_embedding_is_saved_and_loaded(method, base, tmp_path):
 # The same base in another precision, and another base
 
 
+@not_lorasb
 def test_the_same_base_in_bfloat16_works_from_the_saved_pivots(method, babyllama, tmp_path):
     """babyllama's own rounding moves its logits by 1 %; the adapter's part may add that much again."""
     model = adapted(opened(babyllama), r=64)
@@ -268,6 +272,7 @@ def test_the_same_base_in_bfloat16_works_from_the_saved_pivots(method, babyllama
         assert torch.equal(mine.maps["default"].read, theirs.maps["default"].read)
 
 
+@not_lorasb
 def test_rounded_weights_without_a_checkpoint_give_nearly_the_same_factors(method, babyllama, tmp_path):
     """bf16 rounding; LoLDU rebuilds with the saved pivots: with its own ones the update would be another."""
     model = adapted(opened(babyllama), r=64)
@@ -329,6 +334,7 @@ def test_the_adapters_config_names_the_checkpoint_where_the_model_does_not(babyl
     assert torch.equal(layers(loaded)[0].maps["default"].write, layers(model)[0].maps["default"].write)
 
 
+@not_lorasb
 def test_an_nf4_base_without_its_checkpoint_is_refused_with_the_remedy(method, babyllama, tmp_path):
     """Rebuilt from NF4 weights the adapter would be another one: loss 5.1 instead of 3.2 at full rank."""
     folder = saved(adapted(opened(babyllama), r=64), tmp_path / "adapter")
@@ -340,6 +346,7 @@ def test_an_nf4_base_without_its_checkpoint_is_refused_with_the_remedy(method, b
         PeftModel.from_pretrained(quantised, folder)
 
 
+@not_lorasb
 def test_an_adapter_made_on_an_nf4_base_without_a_checkpoint_comes_back_on_it(method, babyllama, tmp_path):
     first, second = nf4(babyllama), nf4(babyllama)
     for model in (first, second):
@@ -384,6 +391,7 @@ def test_merging_into_a_quantised_base_is_refused(babyllama):
         model.merge_and_unload()
 
 
+@not_lorasb
 def test_another_base_of_the_same_shapes_is_refused(method, base, tmp_path):
     folder = saved(adapted(opened(base)), tmp_path / "adapter")
 
@@ -394,6 +402,7 @@ def test_another_base_of_the_same_shapes_is_refused(method, base, tmp_path):
         PeftModel.from_pretrained(tiny_llama(seed=5), folder)
 
 
+@not_lorasb
 @pytest.mark.parametrize("low_cpu_mem_usage", [False, True])
 def test_another_base_is_refused_by_transformers_load_adapter_before_its_first_output(
     method, base, tmp_path, low_cpu_mem_usage
@@ -439,6 +448,7 @@ def test_another_rank_than_the_saved_one_is_named(method, base, tmp_path):
         PeftModel.from_pretrained(opened(base), folder)
 
 
+@not_lorasb
 def test_another_width_is_refused(method, base, tmp_path):
     folder = saved(adapted(opened(base)), tmp_path / "adapter")
     other = tiny_llama(hidden_size=48)
@@ -664,6 +674,7 @@ def test_factors_come_from_a_source_where_there_is_one(
 # Other houses
 
 
+@not_lorasb
 def test_transformers_add_adapter(method, base, tmp_path):
     model = opened(base)
     expected = logits(model)
