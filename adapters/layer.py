@@ -236,13 +236,17 @@ class FactorLayer(nn.Module, BaseTunerLayer):
         """The layer that is adapted; its attributes depend on its kind."""
         return self.get_base_layer()
 
+    @property
+    def frozen_dtype(self) -> torch.dtype:
+        """What the frozen maps are made in: the base's dtype, or the one that a quantised base computes in."""
+        if self.quantization_backend is None:
+            return self.base.weight.dtype
+        return getattr(self.base, "compute_dtype", None) or torch.float32
+
     def update_layer(self, adapter_name: str, config: FactorConfig, checkpoints: Sequence[str | None] = ()) -> int:
         """Give a new adapter its factors and a zero core; returns its rank."""
         self.checkpoints = list(dict.fromkeys([*self.checkpoints, *filter(None, checkpoints)]))
         weight, (m, n) = self.base.weight, self.shape
-        dtype = weight.dtype
-        if self.quantization_backend is not None:
-            dtype = getattr(self.base, "compute_dtype", None) or torch.float32
         r, source = config.rank_of(self.name, self.shape), factor_source()
         factors = source(self.name, self.shape) if source is not None else None
         if factors is None and not weight.is_meta:
@@ -251,12 +255,16 @@ class FactorLayer(nn.Module, BaseTunerLayer):
             if factors is None:
                 raise ValueError(f"the rank of {self.name} follows from its weight, which is on meta here: give ranks")
             r = len(factors.values)
-        factor_map = FactorMap(n if self.embedding else m, r, config, dtype, weight.device, embedding=self.embedding)
+        out = n if self.embedding else m
+        factor_map = FactorMap(out, r, config, self.frozen_dtype, weight.device, embedding=self.embedding)
         if factors is not None:
             factor_map.set_factors(factors)
-        self.maps[adapter_name] = factor_map
-        self.set_adapter(self.active_adapters, inference_mode=config.inference_mode)
+        self._put(adapter_name, factor_map)
         return r
+
+    def _put(self, adapter_name: str, factor_map: FactorMap) -> None:
+        self.maps[adapter_name] = factor_map
+        self.set_adapter(self.active_adapters, inference_mode=factor_map.config.inference_mode)
 
     def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         if self.disable_adapters and self.merged:
@@ -268,11 +276,15 @@ class FactorLayer(nn.Module, BaseTunerLayer):
         y0 = y = y.movedim(1, -1) if channels_first else y
         for adapter_name in self.active_adapters:
             if adapter_name in self.maps:
-                factor_map = self.maps[adapter_name]
-                if factor_map._seen is not factor_map.probe:  # a loader that calls no hook of ours
-                    self.refresh()
-                y = factor_map(y0, getattr(self.base, "bias", None), onto=y)
+                y = self.add_update(adapter_name, x, y0, onto=y)
         return y.movedim(-1, 1) if channels_first else y
+
+    def add_update(self, adapter_name: str, x: Tensor, y0: Tensor, onto: Tensor) -> Tensor:
+        """onto and what the adapter adds, for the layer's input x and the base's output y0 (..., m)."""
+        factor_map = self.maps[adapter_name]
+        if factor_map._seen is not factor_map.probe:  # a loader that calls no hook of ours
+            self.refresh()
+        return factor_map(y0, getattr(self.base, "bias", None), onto=onto)
 
     @torch.compiler.disable
     def refresh(self, *_: Any) -> None:

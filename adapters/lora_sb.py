@@ -159,26 +159,15 @@ class InputLinear(FactorLinear):
         """Give a new adapter its factors and its start; one that is loaded brings its own. Returns its rank."""
         weight, r = self.base.weight, min(config.r, *self.shape)
         source = None if config.inference_mode or weight.is_meta else factor_source()
-        dtype = weight.dtype
-        if self.quantization_backend is not None:
-            dtype = getattr(self.base, "compute_dtype", None) or torch.float32
-        factor_map = InputMap(self.shape, r, config, dtype, weight.device)
+        factor_map = InputMap(self.shape, r, config, self.frozen_dtype, weight.device)
         if source is not None and (factors := source(self.name, self.shape)) is not None:
             factor_map.set_factors(factors._replace(probe=probe_digest(self.matrix(), self.shape)))
-        self.maps[adapter_name] = factor_map
-        self.set_adapter(self.active_adapters, inference_mode=config.inference_mode)
+        self._put(adapter_name, factor_map)
         return r
 
-    def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
-        if self.disable_adapters and self.merged:
-            self.unmerge()
-        y = self.base_layer(x, *args, **kwargs)
-        if self.disable_adapters or self.merged:
-            return y
-        for name in self.active_adapters:
-            if name in self.maps:
-                y = self._ready(name)(x, None, onto=y)
-        return y
+    def add_update(self, adapter_name: str, x: Tensor, y0: Tensor, onto: Tensor) -> Tensor:
+        """onto and what the adapter adds, for the layer's input x (..., n)."""
+        return self._ready(adapter_name)(x, None, onto=onto)
 
     @torch.compiler.disable
     def refresh(self, *_: Any) -> None:
