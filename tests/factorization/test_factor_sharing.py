@@ -13,6 +13,7 @@ from typing import Any
 import pytest
 import torch
 import torch.distributed as dist
+from parties import together
 from safetensors.torch import load_file, save_file
 from torch.distributed.distributed_c10d import _get_default_store
 
@@ -50,25 +51,6 @@ def model(tmp_path) -> Path:
 @pytest.fixture
 def folder(tmp_path) -> Path:
     return tmp_path / "cache"
-
-
-def together(world: int, run, ranks=lambda rank, world: Ranks(rank, world, rank, world)) -> list[Any]:
-    """run(party) on world threads that share a key-value store; each result, or the exception it ended with."""
-    store, results = dist.HashStore(), [None] * world
-
-    def one(rank: int) -> None:
-        try:
-            results[rank] = run(Party(ranks(rank, world), store))
-        except Exception as error:
-            results[rank] = error
-
-    threads = [threading.Thread(target=one, args=(rank,)) for rank in range(world)]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join(60)
-    assert not any(thread.is_alive() for thread in threads)
-    return results
 
 
 def assert_nothing_half_written(folder: Path) -> None:

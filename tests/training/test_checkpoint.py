@@ -2,10 +2,10 @@
 
 import json
 import os
-import threading
 
 import pytest
 import torch
+from parties import together
 
 from launcher.ranks import Party, Ranks
 from launcher.training import checkpoint
@@ -16,25 +16,6 @@ ALONE = Party(Ranks())
 
 def write(root, step, value=1.0, **meta):
     return save(root, step, {"model/a": Piece.whole(torch.full((5, 3), value))}, meta, ALONE)
-
-
-class DictStore:
-    """The process group's key-value store, for ranks that are threads."""
-
-    def __init__(self):
-        self.values = {}
-
-    def set(self, key, value):
-        self.values[key] = value.encode()
-
-    def get(self, key):
-        return self.values[key]
-
-    def check(self, keys):
-        return all(key in self.values for key in keys)
-
-    def delete_key(self, key):
-        return self.values.pop(key, None) is not None
 
 
 def test_what_is_saved_is_read_back_bit_for_bit(tmp_path):
@@ -52,19 +33,13 @@ def test_what_is_saved_is_read_back_bit_for_bit(tmp_path):
 
 def test_rows_of_three_ranks_are_read_by_any_number(tmp_path):
     """Three ranks save their rows; a reader takes any slice, across the files."""
-    whole, store = torch.arange(20.0).view(10, 2), DictStore()
-    borders = [(0, 4), (4, 7), (7, 10)]
+    whole, borders = torch.arange(20.0).view(10, 2), [(0, 4), (4, 7), (7, 10)]
 
-    def rank(number):
-        low, high = borders[number]
-        party = Party(Ranks(number, 3, number, 3), store)
+    def save_rows(party):
+        low, high = borders[party.ranks.rank]
         save(tmp_path, 1, {"w": Piece(whole[low:high], (10, 2), low)}, {}, party)
 
-    threads = [threading.Thread(target=rank, args=(number,)) for number in range(3)]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join(30)
+    together(3, save_rows)
     found = newest(tmp_path)
 
     assert len(list(found.folder.glob("*.safetensors"))) == 3

@@ -1,30 +1,11 @@
 """What ranks say to each other outside collectives: a stop is a stop on all, and past words do not pile up."""
 
-import threading
-
 import pytest
 import torch.distributed as dist
+from parties import together
 
 from launcher import ranks
-from launcher.ranks import Party, Ranks, Stopped, say_mistake
-
-
-def together(world, do):
-    """do(party) on world threads that share a key-value store; each result or exception, and the store."""
-    store, results = dist.HashStore(), [None] * world
-
-    def one(rank):
-        try:
-            results[rank] = do(Party(Ranks(rank, world, rank, world), store))
-        except Exception as error:
-            results[rank] = error
-
-    threads = [threading.Thread(target=one, args=(rank,)) for rank in range(world)]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join(60)
-    return results, store
+from launcher.ranks import Ranks, Stopped, say_mistake
 
 
 def test_where_one_rank_is_stopped_all_are():
@@ -35,7 +16,7 @@ def test_where_one_rank_is_stopped_all_are():
 
         party.together("loading", do)
 
-    results, _ = together(3, work)
+    results = together(3, work)
 
     assert [type(result) for result in results] == [Stopped] * 3
     assert str(results[1]) == "SIGUSR2"
@@ -50,7 +31,7 @@ def test_a_mistake_of_one_rank_is_a_mistake_on_all_and_names_it(kind, heard):
 
         party.together("data", do)
 
-    results, _ = together(2, work)
+    results = together(2, work)
 
     assert isinstance(results[1], kind)
     assert isinstance(results[0], heard)
@@ -60,10 +41,12 @@ def test_a_mistake_of_one_rank_is_a_mistake_on_all_and_names_it(kind, heard):
 def test_words_of_past_rounds_are_forgotten():
     """A run that saves at every step would fill the memory of the process that keeps the store."""
 
+    store = dist.HashStore()
+
     def work(party):
         return [party.gather("rows", [party.ranks.rank, number]) for number in range(20)]
 
-    results, store = together(2, work)
+    results = together(2, work, store=store)
 
     assert results[0] == results[1] == [[[0, number], [1, number]] for number in range(20)]
     assert store.num_keys() == 2  # each rank's last word
