@@ -135,14 +135,15 @@ def examine(
 def check_environment(facts: Mapping[str, Mapping[str, Any]]) -> list[Finding]:
     first = next(iter(facts))
     head = facts[first]["environment"]
+    needed = {name: head[name] for name in ("torch", "transformers", "peft")}
+    shown = ", ".join([f"Python {head['python'].split()[0]}", *(f"{name} {has}" for name, has in needed.items())])
     findings = []
     for name, fact in facts.items():
         differ = differences(fact["environment"], head)
-        shown = f"Python {head['python'].split()[0]}, torch {head['torch']}, transformers {head['transformers']}, peft {head['peft']}"  # fmt: skip  # noqa: E501
         if differ:
             remedy = f"install what {first} has, or share one environment"
             findings.append(Finding("versions", name, BAD, "; ".join(differ), remedy))
-        elif "missing" in (head["torch"], head["transformers"], head["peft"]):
+        elif "missing" in needed.values():
             findings.append(Finding("versions", name, BAD, shown, "pip install -e . in the project's folder"))
         else:
             findings.append(Finding("versions", name, OK, shown))
@@ -233,7 +234,10 @@ def check_folder(fleet: Fleet, names: Sequence[str], folder: str) -> list[Findin
     place = Path(folder) / f".loldu-doctor-{uuid.uuid4().hex}"
     orders = {name: {"file": str(place / name), "text": name} for name in names}
     _, unwritten = fleet.ask_all("write", 30.0, orders)
-    findings = [Finding("shared folder", name, BAD, f"cannot write: {text}", f"see the rights of {folder}") for name, text in unwritten.items()]  # fmt: skip  # noqa: E501
+    findings = [
+        Finding("shared folder", name, BAD, f"cannot write: {text}", f"see the rights of {folder}")
+        for name, text in unwritten.items()
+    ]
     files = {str(place / name): name for name in names if name not in unwritten}
     unseen, unread = fleet.ask_all("unseen", 30.0, {name: {} for name in names}, files=files, limit_s=SHARED_S)
     for name in names:
@@ -252,7 +256,8 @@ def addresses(facts: Mapping[str, Mapping[str, Any]]) -> dict[str, str]:
     """Where the others reach each node: where ssh did, else its first own address, else its name."""
     found = {}
     for name, fact in facts.items():
-        own = [address for address in (fact["reached_at"], *fact["addresses"]) if address and not address.startswith(("127.", "::1"))]  # fmt: skip  # noqa: E501
+        known = (fact["reached_at"], *fact["addresses"])
+        own = [address for address in known if address and not address.startswith(("127.", "::1"))]
         found[name] = own[0] if own else fact["host"]
     return found
 
@@ -270,7 +275,8 @@ def check_ports(fleet: Fleet, names: Sequence[str], reached: Mapping[str, str], 
         seen = {name: lost.get(name) or times[name][server] for name in names if server in targets[name]}
         failed = {name: answer for name, answer in seen.items() if isinstance(answer, str)}
         for client, text in failed.items():
-            remedy = f"open port {port} and those above 32767 between the nodes (firewall on {server}), or correct its name"  # fmt: skip  # noqa: E501
+            remedy = f"open port {port} and those above 32767 between the nodes (firewall on {server})"
+            remedy += ", or correct its name"
             findings.append(Finding("port", f"{client} -> {server}", BAD, f"{reached[server]}:{port}: {text}", remedy))
         if seen and not failed:
             findings.append(Finding("port", server, OK, f"{port} open for all others, {max(seen.values()):.1f} ms"))
@@ -302,7 +308,11 @@ def check_pairs(
     findings = []
     for at, pairs in enumerate(rounds(names)):
         pairs = [(a, b) for a, b in pairs if f"{b} -> {a}" not in blocked and f"{a} -> {b}" not in blocked]
-        orders = {name: {"rank": side, "address": reached[pair[0]], "port": port + at, "device": side if one_machine else 0} for pair in pairs for side, name in enumerate(pair)}  # fmt: skip  # noqa: E501
+        orders = {
+            name: {"rank": side, "address": reached[pair[0]], "port": port + at, "device": side if one_machine else 0}
+            for pair in pairs
+            for side, name in enumerate(pair)
+        }
         answers, failed = fleet.ask_all("all_reduce", 180.0, orders)
         for a, b in pairs:
             where = f"{a} + {b}"
@@ -311,16 +321,19 @@ def check_pairs(
                 remedy = "see the ports above; NCCL_SOCKET_IFNAME or GLOO_SOCKET_IFNAME names the right network"
                 findings.append(Finding("all-reduce", where, BAD, reasons[0].splitlines()[0][:200], remedy))
             elif not (answers[a]["right"] and answers[b]["right"]):
-                findings.append(Finding("all-reduce", where, BAD, "wrong sums", f"leave {a} or {b} out: faulty memory or network"))  # fmt: skip  # noqa: E501
+                remedy = f"leave {a} or {b} out: faulty memory or network"
+                findings.append(Finding("all-reduce", where, BAD, "wrong sums", remedy))
             else:
                 times[a, b] = answers[a]
     middle = statistics.median(found["seconds"] for found in times.values()) if times else 0.0
     for (a, b), found in times.items():
         seconds = found["seconds"]
         text = f"right, {seconds * 1e3:.1f} ms for {found['megabytes']:g} MB ({found['backend']})"
-        slow = len(times) > 2 and seconds > SLOW * middle and seconds > 0.005
-        remedy = f"{seconds / middle:.1f} times the middle pair's: look at the cables and load of {a} and {b}" if slow else ""  # fmt: skip  # noqa: E501
-        findings.append(Finding("all-reduce", f"{a} + {b}", NOTE if slow else OK, text, remedy))
+        if len(times) > 2 and seconds > SLOW * middle and seconds > 0.005:
+            remedy = f"{seconds / middle:.1f} times the middle pair's: look at the cables and load of {a} and {b}"
+            findings.append(Finding("all-reduce", f"{a} + {b}", NOTE, text, remedy))
+        else:
+            findings.append(Finding("all-reduce", f"{a} + {b}", OK, text))
     return findings
 
 

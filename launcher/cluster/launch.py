@@ -95,7 +95,8 @@ def check(fleet: Fleet, hosts: Sequence[Host], recipe: Path, run: Path, attempt:
         if gpus and len(fact["gpus"]) <= max(host.slots):
             wrong.append(f"slots={max(host.slots) + 1}, but it has {len(fact['gpus'])} GPUs: correct the hostfile")
         if unseen.get(host.name) != []:
-            wrong.append(f"does not see {run}: start on a file system that all hosts share ({unread.get(host.name, 'no such file')})")  # fmt: skip  # noqa: E501
+            why = unread.get(host.name, "no such file")
+            wrong.append(f"does not see {run}: start on a file system that all hosts share ({why})")
         if wrong:
             problems[host.name] = "; ".join(wrong)
     twice: dict[str, str] = {}

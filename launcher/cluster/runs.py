@@ -94,8 +94,8 @@ def job_of(run: Path) -> dict[str, Any]:
 
 def checkpoint_step(run: Path) -> int:
     """Step of the newest complete checkpoint; 0 without one."""
-    steps = [int(match[1]) for path in (run / "checkpoints").glob("step-*/COMPLETE") if (match := STEP.fullmatch(path.parent.name))]  # fmt: skip  # noqa: E501
-    return max(steps, default=0)
+    names = (path.parent.name for path in (run / "checkpoints").glob("step-*/COMPLETE"))
+    return max((int(match[1]) for name in names if (match := STEP.fullmatch(name))), default=0)
 
 
 def last_step(run: Path) -> dict[str, Any]:

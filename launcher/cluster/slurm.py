@@ -24,6 +24,11 @@ from launcher.cluster import runs
 
 RANK_ENTRY = Path(__file__).resolve().with_name("rank.py")
 STARTS_WITHOUT_A_STEP = 3
+PLACE = ("time", "partition", "account", "qos", "constraint")  # settings that are sbatch's own options
+COLUMNS = {  # of the table of runs: heading by what it shows
+    "run": "run", "state": "state", "step": "step", "loss": "loss", "saved_step": "saved", "job": "job",
+    "slurm": "Slurm", "nodes": "nodes", "restarts": "restarts",
+}  # fmt: skip
 Run = Callable[..., subprocess.CompletedProcess[str]]
 
 
@@ -90,7 +95,7 @@ class Resources:
         for word in (*self.sbatch, *self.srun):
             if not word.startswith("-"):
                 raise ValueError(f"--sbatch and --srun take options with their dashes, --sbatch=--mem=0, got {word!r}")
-        for name in ("time", "partition", "account", "qos", "constraint"):
+        for name in PLACE:
             if getattr(self, name) == "":
                 raise ValueError(f"--{name} is empty: leave it out for the site's default")
         if not re.fullmatch(r"[A-Za-z0-9.-]*", self.host_suffix):
@@ -125,7 +130,7 @@ def script(job: Job) -> str:
     shape = [f"--nodes={want.nodes}", f"--ntasks-per-node={per_node}"]
     shape += [f"--gpus-per-node={want.gpus_per_node}"] if want.gpus_per_node else []
     shape += [f"--cpus-per-task={want.cpus_per_task}"] if want.cpus_per_task else []
-    place = [f"--{name}={getattr(want, name)}" for name in ("time", "partition", "account", "qos", "constraint") if getattr(want, name)]  # fmt: skip  # noqa: E501
+    place = [f"--{name}={getattr(want, name)}" for name in PLACE if getattr(want, name)]
     at_once = f"%{want.array_at_once}" if want.array_at_once else ""
     place += [f"--array=0-{len(job.tasks) - 1}{at_once}"] if job.tasks else []
     log = f"{job.run.replace('%', '%%')}/slurm-{'%A_%a' if job.tasks else '%j'}.log"
@@ -375,7 +380,11 @@ def job_states(asked: Sequence[tuple[Mapping[str, Any], str | None]], run: Run =
     found: dict[int, JobState] = {}
     for cluster in dict.fromkeys(known.get("cluster") or "" for known, _ in asked):
         where = ["-M", cluster] if cluster else []
-        left = {at: (known["job_id"], task) for at, (known, task) in enumerate(asked) if (known.get("cluster") or "") == cluster}  # fmt: skip  # noqa: E501
+        left = {
+            at: (known["job_id"], task)
+            for at, (known, task) in enumerate(asked)
+            if (known.get("cluster") or "") == cluster
+        }
         one = [job + (f"_{task}" if task is not None else "") for job, task in left.values()] if len(left) == 1 else []
         answer = ask(["scontrol", *where, "-o", "show", "job", *one], run)
         _sort_in(found, left, parse_scontrol(answer.stdout) if answer.returncode == 0 else [])
@@ -420,8 +429,9 @@ def parse_scontrol(text: str) -> list[JobState]:
         if "JobState" in fields:
             task = fields.get("ArrayTaskId")
             job_id = f"{fields['ArrayJobId']}_{task}" if task else fields["JobId"]
-            reason, nodes = ("" if fields.get(name) in ("None", "(null)") else fields.get(name, "") for name in ("Reason", "NodeList"))  # fmt: skip  # noqa: E501
-            found.append(JobState(job_id, fields["JobState"], reason, nodes, int(fields.get("Restarts", 0))))
+            told = {name: value for name, value in fields.items() if value not in ("None", "(null)")}
+            reason, nodes, restarts = told.get("Reason", ""), told.get("NodeList", ""), int(told.get("Restarts", 0))
+            found.append(JobState(job_id, fields["JobState"], reason, nodes, restarts))
     return found
 
 
@@ -479,14 +489,13 @@ def status(given: Sequence[str] = (), *, as_json: bool = False, run: Run = subpr
     from rich.console import Console
     from rich.table import Table
 
-    names = ("run", "state", "step", "loss", "saved", "job", "Slurm", "nodes", "restarts")
-    table = Table(*names)
+    table = Table(*COLUMNS.values())
     for row in rows:
         known = row["slurm"] if row["slurm"] != "UNKNOWN" else ""
-        slurm = f"{known or ''} {row['reason'] and '(' + row['reason'] + ')'}".strip()
-        loss = f"{row['loss']:.4f}" if row["loss"] is not None else ""
-        cells = (row["run"], row["state"], row["step"], loss, row["saved_step"], row["job"], slurm, row["nodes"], row["restarts"])  # fmt: skip  # noqa: E501
-        table.add_row(*("" if cell is None else str(cell) for cell in cells))
+        reason = f"({row['reason']})" if row["reason"] else ""
+        row["slurm"] = f"{known or ''} {reason}".strip()
+        row["loss"] = f"{row['loss']:.4f}" if row["loss"] is not None else ""
+        table.add_row(*("" if row[name] is None else str(row[name]) for name in COLUMNS))
     Console(width=None if sys.stdout.isatty() else 160).print(table)
     return 0
 
