@@ -9,7 +9,6 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-import torch
 from peft import LoraConfig, PeftModel, get_peft_model_state_dict
 from safetensors.torch import save_file
 from torch import Tensor
@@ -66,10 +65,3 @@ def export_lora(model: PeftModel, out: Path, adapter_name: str = "default") -> N
     out.mkdir(parents=True, exist_ok=True)
     save_file(tensors, out / "adapter_model.safetensors", metadata={"format": "pt"})
     config.save_pretrained(str(out))
-
-
-def logits_gap(ours: Any, exported: Any, vocabulary: int, *, sequences: int = 4, length: int = 32) -> float:
-    """Largest difference of the two models' logits over fixed random tokens, in float32."""
-    tokens = torch.randint(vocabulary, (sequences, length), generator=torch.Generator().manual_seed(0))
-    with torch.no_grad():
-        return float((ours(tokens).logits.float() - exported(tokens).logits.float()).abs().max())
