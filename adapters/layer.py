@@ -121,7 +121,7 @@ class FactorMap(nn.Module):
     def set_factors(self, factors: Factors) -> None:
         """Take the two maps and what they follow from; the core stays."""
         device = self.probe.device
-        self.write = nn.Parameter(factors.write.to(device, self.write.dtype), requires_grad=False)
+        self.write = nn.Parameter(factors.write.to(device, self.write.dtype).contiguous(), requires_grad=False)
         self.read = nn.Parameter(factors.read.to(device, self.read.dtype), requires_grad=False)
         self.set_origin(factors)
 

@@ -158,9 +158,12 @@ class RunConfig:
     shard_size: int = 0
     """With hsdp: processes that share one copy of the model; 0: those of a node."""
     cpu_offload: bool = False
-    """With fsdp2 and hsdp: keep the shards in main memory between their uses on the GPU."""
+    """Keep in main memory, between their uses on the GPU, what a process holds of all parameters (fsdp2, hsdp, zero3)
+    and of the optimizer's state (these and zero2)."""
     cache: str | None = None
-    """Folder of the factor cache; without it the user's cache directory (XDG_CACHE_HOME/loldu)."""
+    """Folder of the factor cache, one for all nodes; without it the user's cache directory (XDG_CACHE_HOME/loldu)."""
+    cache_per_node: bool = False
+    """The cache folder is another one on each node: each makes all factors for itself."""
     verify_base: bool = False
     """Hash the base weights again instead of trusting file size and time when factors are looked up."""
     save_every: int = 0
@@ -185,8 +188,6 @@ class RunConfig:
     def __post_init__(self) -> None:
         for name in ("shard_size", "save_every", "keep_last", "eval_every", "patience", "max_seconds", "show_samples"):
             _at_least(f"run.{name}", getattr(self, name), 0)
-        if self.cpu_offload and self.sharding not in ("fsdp2", "hsdp"):
-            raise ValueError(f"--cpu-offload goes with --sharding fsdp2 or hsdp, got {self.sharding}")
         if self.patience and not self.eval_every:
             raise ValueError(f"--patience {self.patience} needs evaluations to watch: give --eval-every N")
 

@@ -8,14 +8,19 @@ from __future__ import annotations
 
 import json
 import os
+import socket
 import sys
 import time
+import uuid
 from collections.abc import Callable, Mapping
+from contextlib import suppress
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 POLL_S = 0.1
 PATIENCE_S = 3.0
+FOLDER_S = 5.0  # within which a network file system shows on one node what another has made
 
 
 class Stopped(Exception):
@@ -126,6 +131,39 @@ class Party:
         return [answer["value"] for answer in answers]
 
 
+def nodes_without(folder: Path, party: Party, what: str, option: str) -> list[str]:
+    """The nodes where this folder is not rank 0's, each as "HOST (rank R)". Called by all ranks.
+
+    Raises ValueError, on all ranks, where rank 0 cannot write there.
+    """
+
+    def write() -> str:
+        name = f".{uuid.uuid4().hex}.probe"
+        try:
+            folder.mkdir(parents=True, exist_ok=True)
+            (folder / name).touch()
+        except OSError as error:
+            raise ValueError(
+                f"cannot write to {what} {folder}: {error.strerror}; give another folder with {option}"
+            ) from error
+        return name
+
+    ranks = party.ranks
+    probe = folder / party.from_main(f"a probe of {what}", write)
+    deadline = time.monotonic() + FOLDER_S
+    while not (seen := probe.exists()) and time.monotonic() < deadline:
+        time.sleep(POLL_S)
+    answers = party.gather(f"who sees {what}", [seen, ranks.rank - ranks.local_rank, socket.gethostname()])
+    if ranks.is_main:
+        with suppress(OSError):
+            probe.unlink()
+    blind: dict[int, str] = {}  # first rank of a node -> the node
+    for rank, (seen, node, host) in enumerate(answers):
+        if not seen:
+            blind.setdefault(node, f"{host} (rank {rank})")
+    return list(blind.values())
+
+
 def say_mistake(error: Exception, is_main: bool, *, shared: bool, ended: Callable[[], bool] = lambda: False) -> None:
     """Print one line on standard error, once for all ranks where all have met the same mistake.
 
@@ -141,14 +179,20 @@ def say_mistake(error: Exception, is_main: bool, *, shared: bool, ended: Callabl
     print(f"error: {error}", file=sys.stderr, flush=True)
 
 
-def connect(ranks: Ranks) -> Party:
-    """Open the process group (NCCL with GPUs, else gloo) through accelerate, and check that it is the one asked for."""
+def connect(ranks: Ranks, *, cpu_offload: bool = False) -> Party:
+    """Open the process group (NCCL with GPUs, else gloo) through accelerate, and check that it is the one asked for.
+
+    cpu_offload: gloo beside NCCL, for what lies in main memory.
+    """
     if ranks.world_size == 1:
         return Party(ranks)
     import torch
     from accelerate import PartialState
     from torch.distributed.distributed_c10d import _get_default_store
 
+    if cpu_offload and torch.cuda.is_available():
+        torch.cuda.set_device(ranks.local_rank)
+        torch.distributed.init_process_group("cpu:gloo,cuda:nccl")  # accelerate takes what is there
     state = PartialState(cpu=not torch.cuda.is_available())
     if state.num_processes != ranks.world_size:
         raise RuntimeError(

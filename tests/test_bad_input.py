@@ -1,5 +1,6 @@
 """What a user may give by mistake: each ends with exit code 2 and one line that says what to do."""
 
+import hashlib
 import json
 import shutil
 import sys
@@ -29,9 +30,8 @@ def train(stories, tmp_path, capfd):
             "--cache": str(tmp_path / "cache"), "--batch-size": "2", "--max-steps": "1", "--eval-records": "0",
         }  # fmt: skip
         given |= dict(zip(options[::2], options[1::2], strict=True))
-        code = cli.run_recipe(
-            "llama2_alpaca_loldu", llama2_alpaca, tiny, [word for pair in given.items() for word in pair]
-        )
+        words = [word for pair in given.items() for word in pair if word]
+        code = cli.run_recipe("llama2_alpaca_loldu", llama2_alpaca, tiny, words)
         said = capfd.readouterr().err
         if code:
             assert said.startswith("error: ")
@@ -77,10 +77,17 @@ def test_bad_data_is_named_with_the_place(train, tmp_path, text, message):
         ("--sharding", "half", "--sharding half: expected one of"),
         ("--eval-every", "5", "give --eval-records N"),
         ("--resume", "/no/such/checkpoint", "not complete"),
+        ("--sharding", "hsdp --shard-size 3", "1 processes / 3 that share one copy = 0.33 copies"),
+        ("--sharding", "fsdp2 --cpu-offload ", "torch finds no GPU here: leave it out"),
+        ("--sharding", "none --cpu-offload ", "--cpu-offload goes with --sharding fsdp2, hsdp, zero2 or zero3"),
+        ("--cache", "/dev/null/cache", "cannot write to the factor cache /dev/null/cache: "),
+        ("--output", "/dev/null/run", "cannot make the run folder /dev/null/run: Not a directory"),
     ],
 )
 def test_bad_options_say_what_is_valid(train, option, value, message):
-    code, error = train(option, value)
+    first, *more = value.split(" ")
+
+    code, error = train(option, first, *more)
 
     assert code == 2
     assert message in error
@@ -153,6 +160,20 @@ def test_no_space_left_on_the_caches_disk(train, monkeypatch, tmp_path):
     assert code == 2
     assert "--cache" in error
     assert not list((tmp_path / "cache" / "factors").iterdir())
+
+
+def test_checkpoints_of_a_later_version_are_refused_and_stay(train, tmp_path):
+    assert train()[0] == 0
+    folder = tmp_path / "run" / "checkpoints" / "step-000001"
+    text = json.dumps(json.loads((folder / "index.json").read_text()) | {"format": 2})
+    write(folder / "index.json", text)
+    write(folder / "COMPLETE", hashlib.sha256(text.encode()).hexdigest())
+
+    code, error = train()
+
+    assert code == 2
+    assert "step-000001 has format 2, this version reads up to 1: a later version wrote it" in error
+    assert (folder / "index.json").read_text() == text
 
 
 def test_an_adapter_of_another_base(train, babyllama, tmp_path, capfd):

@@ -223,15 +223,16 @@ def make(
             "rank": len(factors.values),
             "residual": _residual(request, on_device, factors),
             "norms": {
-                "panel": float(on_device.float().norm()),
+                "panel": _norm(on_device),
                 "write": float(factors.write.norm()),
                 "read": float(factors.read.norm()),
             },
             "device": torch.cuda.get_device_name(on_device.device) if on_device.is_cuda else "cpu",
         }
-        dtype = getattr(torch, request.dtype)
+        write = factors.write.to(getattr(torch, request.dtype), memory_format=torch.contiguous_format)
+        factors = factors._replace(write=write, probe=probe)  # the wide one goes before the file is written
         try:
-            cache.store(folder, key, factors._replace(write=factors.write.to(dtype), probe=probe), about)
+            cache.store(folder, key, factors, about)
         except ValueError as error:
             raise ValueError(f"{where}: {error}") from error
     cache.remember(folder, _identity(request), key)
@@ -458,18 +459,25 @@ def _file_identity(file: Path) -> dict[str, Any]:
 def _residual(request: FactorRequest, weight: Tensor, factors: Factors) -> float:
     """How well the maps fit W, before `write` is rounded.
 
-    loldu: max |L11 diag(d) (read panel[pivots]) - panel[pivots]| over max |panel|. Else: the largest |W v - s u| over
-    s_1 with v = W^T u / s.
+    loldu: max |L11 diag(d) (read C) - C| over max |C| for C = panel[pivots] and up to 64 of its columns, the first and
+    the last among them. Else: the largest |W v - s u| over s_1 with v = W^T u / s.
     """
     if request.method != "loldu":
         W = (weight.T if request.embedding else weight).to(factors.write)
         W = W.sign() if request.method == "lorasb" else W
         s = factors.values.to(W)
         return float((W @ (W.T @ factors.write) / s - factors.write * s).norm(dim=0).max() / s[0])
-    chosen, r = weight[factors.pivots.long()].to(factors.read), len(factors.values)
-    square = factors.write[:r] if request.embedding else factors.write[factors.pivots.long()]
-    inner = chosen @ factors.read.T if request.embedding else (factors.read @ chosen).T
-    square, inner = (part / part.diagonal() for part in (square, inner))  # unit triangles, which normalize divided
-    d = factors.values.to(square)
-    again = (inner * d) @ square.T if request.embedding else (square * d) @ inner.T
-    return float((again - chosen).abs().max() / chosen.abs().max())
+    pivots = factors.pivots.long()
+    C, square = weight[pivots].to(factors.read), factors.write[: len(pivots)]
+    C, square = (C.T, square) if request.embedding else (C, factors.write.T.index_select(1, pivots).T)
+    some = torch.linspace(0, len(C) - 1, min(len(C), 64), device=C.device).long()
+    # normalize divided both unit triangles, whose diagonals tell by what
+    d = factors.values.to(C) / square.diagonal() / (factors.read * C.T).sum(dim=1)
+    again = (square * d) @ (factors.read @ C[:, some])
+    return float((again - C[:, some]).abs().max() / C.abs().max())
+
+
+def _norm(W: Tensor) -> float:
+    """Frobenius norm, by blocks of rows: no float32 copy of W."""
+    wide = torch.promote_types(W.dtype, torch.float32)
+    return float(torch.stack([rows.to(wide).norm() for rows in W.split(512)]).norm())

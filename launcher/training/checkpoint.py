@@ -26,7 +26,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
@@ -36,6 +36,10 @@ log = logging.getLogger(__name__)
 
 FORMAT = 1
 FOLDER_NAME = re.compile(r"step-(\d{6,})$")
+
+
+class NewerFormat(ValueError):
+    """A checkpoint that a later version wrote: to go on from an older one would throw its steps away."""
 
 
 @dataclass(frozen=True)
@@ -100,7 +104,7 @@ def save(
         with _disk_errors(root):
             save_file({name: piece.rows.detach().cpu().contiguous() for name, piece in pieces.items()}, partial / file)
             if not party.ranks.is_main:  # rank 0 does it with the index
-                _sync(partial / file)
+                sync(partial / file)
             return {
                 "file": file,
                 "sha256": digest(partial / file),
@@ -117,7 +121,8 @@ def save(
 
     def begin() -> None:
         with _disk_errors(root):
-            shutil.rmtree(partial, ignore_errors=True)
+            for killed in root.glob("step-*.tmp"):
+                shutil.rmtree(killed, ignore_errors=True)
             partial.mkdir(parents=True)
 
     try:
@@ -181,18 +186,24 @@ class Saver:
 
 
 def newest(root: Path) -> Checkpoint | None:
-    """The newest complete and undamaged checkpoint; damaged ones are passed over, each with a warning that names it."""
+    """The newest complete and undamaged checkpoint; damaged ones are passed over, each with a warning that names it.
+
+    Raises NewerFormat where a later version wrote one that would be passed over.
+    """
     folders = [(int(match[1]), path) for path in root.glob("step-*") if (match := FOLDER_NAME.match(path.name))]
-    for _, folder in sorted(folders, reverse=True):
+    for number, (_, folder) in enumerate(sorted(folders, reverse=True), start=1):
         try:
             return load(folder)
+        except NewerFormat:
+            raise
         except ValueError as error:
-            log.warning("%s; going back to the checkpoint before it", error)
+            last = number == len(folders)
+            log.warning("%s; %s", error, "none is left" if last else "going back to the checkpoint before it")
     return None
 
 
 def load(folder: Path) -> Checkpoint:
-    """Open and verify a checkpoint. Raises ValueError naming what is missing or damaged."""
+    """Open and verify a checkpoint. Raises ValueError naming what is missing or damaged, or NewerFormat."""
     try:
         sealed = (folder / "COMPLETE").read_bytes().strip()
         raw = (folder / "index.json").read_bytes()
@@ -202,8 +213,9 @@ def load(folder: Path) -> Checkpoint:
         raise ValueError(f"checkpoint {folder} is damaged: index.json differs from its checksum in COMPLETE")
     index = json.loads(raw)
     if index["format"] > FORMAT:
-        raise ValueError(
-            f"checkpoint {folder} has format {index['format']}, this version reads up to {FORMAT}: update it"
+        raise NewerFormat(
+            f"checkpoint {folder} has format {index['format']}, this version reads up to {FORMAT}: a later version "
+            "wrote it; go on with that one, or give another --output"
         )
     for name, checksum in index["files"].items():
         if not (folder / name).is_file():
@@ -256,12 +268,12 @@ def _seal(
         # All at once: a journal commits together what waits for it, which takes a quarter of the time of one by one.
         mine = [partial / name for name in ("rank-00000.safetensors", "index.json", "COMPLETE")]
         with ThreadPoolExecutor(2 + len(mine)) as pool:  # the folder holds their names
-            waiting = [pool.submit(before), *(pool.submit(_sync, file) for file in (*mine, partial) if file.exists())]
+            waiting = [pool.submit(before), *(pool.submit(sync, file) for file in (*mine, partial) if file.exists())]
         for future in waiting:
             future.result()
         shutil.rmtree(final, ignore_errors=True)  # of the same step, from before a resume
         os.replace(partial, final)
-        _sync(final.parent)
+        sync(final.parent)
 
 
 def digest(path: Path) -> str:
@@ -273,7 +285,7 @@ def digest(path: Path) -> str:
     return sha.hexdigest()
 
 
-def _sync(path: Path) -> None:
+def sync(path: Path) -> None:
     """Return once a file's bytes, or a folder's names, are on the disk."""
     handle = os.open(path, os.O_RDONLY)
     try:
@@ -296,5 +308,5 @@ class _disk_errors:
         full = full or "No space left" in str(error)  # safetensors wraps it
         if full:
             raise ValueError(f"no space left for checkpoints in {self.folder}: free some, or give --output elsewhere") from None  # fmt: skip  # noqa: E501
-        if isinstance(error, OSError):
+        if isinstance(error, (OSError, SafetensorError)):
             raise ValueError(f"cannot write checkpoints to {self.folder}: {error}") from None

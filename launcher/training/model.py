@@ -357,16 +357,20 @@ def fill(
     parts: Parts,
     device: torch.device,
     between: Callable[[], None],
+    *,
+    cpu_offload: bool = False,
 ) -> None:
     """Give every parameter on meta its values, reading from disk only the rows that this rank holds a part of.
 
     factors(module, rows) hands out the frozen factors with those rows of `write`; between() is called before each
-    parameter. Raises ValueError naming tensors that the checkpoint lacks or has in another shape.
+    parameter. With cpu_offload parameters stay in main memory; buffers are on the device always. Raises ValueError
+    naming tensors that the checkpoint lacks or has in another shape.
     """
+    home = torch.device("cpu") if cpu_offload else device
 
     def place(like: Any, rows: Tensor) -> nn.Parameter:
         between()
-        return parts.place(like, rows.to(device, like.dtype).clone())
+        return parts.place(like, rows.to(home, like.dtype).clone())
 
     _exchange(model, lambda _, parameter: parameter if parameter.is_meta else parts.keep(parameter))
     for layer in [module for module in model.modules() if isinstance(module, FactorLayer)]:

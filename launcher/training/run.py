@@ -9,6 +9,7 @@ import logging
 import math
 import os
 import shutil
+import socket
 import sys
 import time
 import traceback
@@ -29,7 +30,7 @@ from launcher.config import Config, as_dict
 from launcher.factorization import cache
 from launcher.factorization.distribute import FactorRequest, factorize, factors_of, fingerprint
 from launcher.factorization.targets import targets_of
-from launcher.ranks import Party, Ranks, Stopped, connect, say_mistake
+from launcher.ranks import Party, Ranks, Stopped, connect, nodes_without, say_mistake
 from launcher.training import checkpoint, classification, data, records, templates
 from launcher.training.base import base_folder, load_tokenizer
 from launcher.training.classification import Labelled
@@ -48,7 +49,17 @@ from launcher.training.model import (
 from launcher.training.preemption import StopRequest
 from launcher.training.quantize import base_size, check_base, check_quantize
 from launcher.training.report import Screen, check_trackers, open_trackers, read_events
-from launcher.training.sharding import FullyShard, Replicated, Rows, check_sharding, open_alone, shard, shard_mesh, size
+from launcher.training.sharding import (
+    FullyShard,
+    Replicated,
+    Rows,
+    check_offload,
+    check_sharding,
+    open_alone,
+    shard,
+    shard_mesh,
+    size,
+)
 from launcher.training.tokenised import encode_once
 
 log = logging.getLogger(__name__)
@@ -77,7 +88,7 @@ def run(config: Config, name: str, instead: Callable[[], Config] | None = None) 
     with StopRequest(config.run.max_seconds) as stop:
         try:
             check(config, ranks)
-            party = connect(ranks)
+            party = connect(ranks, cpu_offload=config.run.cpu_offload)
             stop.store, connected = party.store, True
             try:
                 if instead is not None and (
@@ -97,8 +108,9 @@ def run(config: Config, name: str, instead: Callable[[], Config] | None = None) 
             status = "stopped"
         except (ValueError, OSError) as error:
             state.write("failed")
-            # Once connected, a mistake of one rank is raised on all.
-            say_mistake(error, ranks.is_main, shared=connected, ended=lambda: stop.reason is not None)
+            # Once connected, a mistake of one rank is a ValueError on all.
+            shared = connected and isinstance(error, ValueError)
+            say_mistake(error, ranks.is_main, shared=shared, ended=lambda: stop.reason is not None)
             return MISTAKE
         except Exception:
             state.write("failed")
@@ -113,6 +125,7 @@ def check(config: Config, ranks: Ranks) -> None:
     sharding = check_sharding(config.run.sharding, ranks, config.run.shard_size)
     check_quantize(config.model.quantize, sharding, cpu_offload=config.run.cpu_offload)
     data.check_batch(config.optimizer.batch_size, ranks.world_size)
+    check_offload(config.run.cpu_offload, sharding, on_gpu=torch.cuda.is_available())
     check_first_step(peft_config(config.adapter), sharding)
     if config.data.text_columns:
         classification.check_head(config, sharding)
@@ -131,8 +144,10 @@ def _run(config: Config, name: str, party: Party, stop: StopRequest, screen: Scr
 
     # 1. The base's files and the data: read by every rank for itself, so nothing large travels.
     folder = Path(party.together("base model", lambda: str(base_folder(config.model.model, "--model ")))[0])
-    check_base(folder, config.model.quantize)
-    tokenizer = load_tokenizer(folder, trust_remote_code=config.model.trust_remote_code)
+    party.together("base model", lambda: check_base(folder, config.model.quantize))
+    tokenizer = party_local(
+        party, "tokenizer", lambda: load_tokenizer(folder, trust_remote_code=config.model.trust_remote_code)
+    )
     local: dict[str, Any] = {}
     cache_folder = Path(config.run.cache) if config.run.cache else cache.default_folder()
 
@@ -171,11 +186,15 @@ def _run(config: Config, name: str, party: Party, stop: StopRequest, screen: Scr
             ),
         )
     identity = {
-        "base": party.from_main("fingerprint", lambda: fingerprint(list_tensors(folder), cache_folder)),
+        "base": _same_everywhere(
+            party,
+            f"the base {folder}",
+            lambda: fingerprint(list_tensors(folder), cache_folder) if ranks.local_rank == 0 else None,
+        ),
         "adapter": as_dict(config.adapter),
         "dtype": dtype,
         "quantize": config.model.quantize,
-        "data": train_data.digest(),
+        "data": _same_everywhere(party, f"what {config.data.data} gives", train_data.digest),
         "packing": config.data.packing,
         "batch_size": config.optimizer.batch_size,
         "seed": config.optimizer.seed,
@@ -207,7 +226,13 @@ def _run(config: Config, name: str, party: Party, stop: StopRequest, screen: Scr
                 stop.before_training()
 
             factored = factorize(
-                requests, cache_folder, party, progress, verify_base=config.run.verify_base, gradient_of=first_step
+                requests,
+                cache_folder,
+                party,
+                progress,
+                verify_base=config.run.verify_base,
+                per_node=config.run.cache_per_node,
+                gradient_of=first_step,
             )
         if first_step is not None:
             first_step.free()
@@ -224,7 +249,7 @@ def _run(config: Config, name: str, party: Party, stop: StopRequest, screen: Scr
     def source(module: str, rows: slice = slice(None)) -> Any:
         return factors_of(by_module[module], cache_folder, rows) if module in by_module else None
 
-    sharding = check_sharding(config.run.sharding, ranks, config.run.shard_size)
+    sharding, offload = check_sharding(config.run.sharding, ranks, config.run.shard_size), config.run.cpu_offload
 
     def load() -> tuple[Any, Any]:
         stop.before_training()
@@ -234,15 +259,14 @@ def _run(config: Config, name: str, party: Party, stop: StopRequest, screen: Scr
         open_alone(device)
         model, mesh = skeleton(config.model, folder, adapter, **how), None
         parts: Parts = Rows()
-        place = torch.device("cpu") if config.run.cpu_offload else device
         if sharding == "zero3":
             from launcher.training.zero import FlatParts
 
-            parts = FlatParts(config.optimizer, ranks, device)
+            parts = FlatParts(config.optimizer, ranks, device, cpu_offload=offload)
         else:
             mesh = shard_mesh(sharding, ranks, device, config.run.shard_size)
-            shard(model, mesh, cpu_offload=config.run.cpu_offload)
-        fill(model, folder, source, parts, place, stop.before_training)
+            shard(model, mesh, cpu_offload=offload)
+        fill(model, folder, source, parts, device, stop.before_training, cpu_offload=offload)
         return model, mesh
 
     def wrap() -> Replicated:
@@ -252,7 +276,7 @@ def _run(config: Config, name: str, party: Party, stop: StopRequest, screen: Scr
             from launcher.training.zero import Zero
 
             open_alone(device)
-            return Zero(model, config.optimizer, ranks, int(sharding[-1]))
+            return Zero(model, config.optimizer, ranks, int(sharding[-1]), cpu_offload=offload)
         return Replicated(model, config.optimizer, ranks)
 
     model, mesh = party_local(party, "model", load)
@@ -306,6 +330,19 @@ def _read_data(config: Config, tokenizer: Any, cache_folder: Path) -> dict[str, 
         encode = lambda some: classification.encode(some, classes, tokenizer, config.data)  # noqa: E731
         held = encode(held_rows) if held_rows else None
         return {"train": encode(rows), "held_out": held, "questions": [], "template": None}
+def _same_everywhere(party: Party, what: str, make: Callable[[], str | None]) -> str:
+    """What make returns on rank 0; where another rank has something else (or None: it did not look), all raise, naming
+    its host."""
+    found = party.together(what, lambda: [make(), socket.gethostname()])
+    for rank, (mine, host) in enumerate(found):
+        if mine not in (None, found[0][0]):
+            raise ValueError(
+                f"{what} is not the same on {host} (rank {rank}) as on {found[0][1]} (rank 0): bring the same files "
+                "and versions there"
+            )
+    return found[0][0]
+
+
     train_records, held_records = records.load_splits(config.data.data, config.data.eval_data, config.data.eval_records)
     train_data = encode_once(train_records, tokenizer, config.data, cache_folder)
     held_out = encode_once(held_records, tokenizer, config.data, cache_folder) if held_records else None
@@ -340,7 +377,10 @@ def _prepare_output(
             log.warning("--resume never: the run that was in %s now lies in %s", output, aside)
         if output.exists() and not (output / "config.json").exists() and any(_foreign(output)):
             raise ValueError(f"{output} is not a run folder and not empty: give another --output")
-        output.mkdir(parents=True, exist_ok=True)
+        try:
+            output.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise ValueError(f"cannot make the run folder {output}: {error.strerror}; give another --output") from error
         if config.run.resume in ("auto", "never"):
             found = checkpoint.newest(output / "checkpoints")
             if found is None and (output / "config.json").exists():
@@ -353,7 +393,14 @@ def _prepare_output(
         return str(found.folder)
 
     folder = party.from_main("checkpoints", decide)
-    return checkpoint.load(Path(folder)) if folder else None
+    ranks = party.ranks
+    several_nodes = ranks.local_world_size < ranks.world_size
+    if several_nodes and (blind := nodes_without(output, party, "the run folder", "--output DIR")):
+        raise ValueError(
+            f"{', '.join(blind)} does not see the run folder {output} of rank 0, where checkpoints lie: give --output "
+            "DIR on a file system that all nodes share"
+        )
+    return party_local(party, "checkpoint", lambda: checkpoint.load(Path(folder))) if folder else None
 
 
 def _named_checkpoint(wanted: Path, output: Path) -> checkpoint.Checkpoint:
@@ -455,9 +502,12 @@ def _save_adapter(model: Any, whole: dict[str, Any], output: Path, config: Confi
     return final
 
 
+    for written in (*partial.iterdir(), partial):
+        checkpoint.sync(written)
 def _tell(job: Job, saved: Path, seconds: float) -> None:
     evaluations = [event for event in read_events(job.output / "events.jsonl") if "eval_loss" in event]
     rows = []
+    checkpoint.sync(output)
     if evaluations:
         first, last = evaluations[0], evaluations[-1]
         rows = [["held-out loss", f"{first['eval_loss']:.4f}", f"{last['eval_loss']:.4f}"]]

@@ -62,6 +62,19 @@ def check_sharding(
     return wanted
 
 
+def check_offload(wanted: bool, sharding: str, *, on_gpu: bool) -> None:
+    """Raises ValueError where --cpu-offload would do nothing."""
+    if wanted and sharding not in ("fsdp2", "hsdp", "zero2", "zero3"):
+        raise ValueError(
+            f"--cpu-offload goes with --sharding fsdp2, hsdp, zero2 or zero3, {sharding} keeps all on the GPU: leave "
+            "it out, or change --sharding"
+        )
+    if wanted and not on_gpu:
+        raise ValueError(
+            "--cpu-offload keeps in main memory what would lie on the GPU, and torch finds no GPU here: leave it out"
+        )
+
+
 def launched_for(environ: Mapping[str, str]) -> str | None:
     """The sharding in the configuration of accelerate launch, None where it names none (or did not start this)."""
     if environ.get("ACCELERATE_USE_FSDP", "").lower() == "true":
@@ -196,7 +209,7 @@ class FullyShard(Replicated):
 def open_alone(device: torch.device) -> None:
     """A process group of one, for the sharding engines, where no launcher opened one."""
     if not dist.is_initialized():
-        backend = "nccl" if device.type == "cuda" else "gloo"
+        backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
         dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1)
 
 
@@ -214,7 +227,7 @@ def shard(model: nn.Module, mesh: DeviceMesh, *, cpu_offload: bool = False) -> N
     Raises ValueError listing candidates where the model does not say which class its decoder layers have.
     """
     base = _base(model)  # the root, since generate() calls it and not PEFT's wrapper
-    policy = CPUOffloadPolicy() if cpu_offload else OffloadPolicy()
+    policy = CPUOffloadPolicy(pin_memory=mesh.device_type == "cuda") if cpu_offload else OffloadPolicy()
     units: list[Any] = [*decoder_layers(base), base]
     seen: set[int] = set()
     for unit in units:

@@ -42,15 +42,21 @@ from launcher.training.checkpoint import Checkpoint, Piece  # noqa: E402
 from launcher.training.sharding import MOMENTS, Replicated  # noqa: E402
 
 
-def settings(config: OptimizerConfig, ranks: Ranks, stage: int) -> dict[str, Any]:
-    """DeepSpeed's configuration: backward() accumulates and step() updates, so the loop alone counts micro-batches."""
+def settings(config: OptimizerConfig, ranks: Ranks, stage: int, *, cpu_offload: bool) -> dict[str, Any]:
+    """DeepSpeed's configuration: backward() accumulates and step() updates, so the loop alone counts micro-batches.
+
+    cpu_offload: optimizer state, and at stage 3 parameters too, lie in main memory.
+    """
+    zero: dict[str, Any] = {"stage": stage, "overlap_comm": False}
+    for part in ("optimizer", "param")[: stage - 1] if cpu_offload else ():
+        zero[f"offload_{part}"] = {"device": "cpu", "pin_memory": torch.cuda.is_available()}
     return {
         "train_micro_batch_size_per_gpu": config.batch_size // ranks.world_size,
         "gradient_accumulation_steps": 1,
         "managed_gradient_accumulation": False,
         "gradient_clipping": config.clip_norm,
         "bf16": {"enabled": False},
-        "zero_optimization": {"stage": stage, "overlap_comm": False},
+        "zero_optimization": zero,
         "zero_allow_untested_optimizer": True,
         "zero_force_ds_cpu_optimizer": False,
         "steps_per_print": 1 << 62,
@@ -62,7 +68,7 @@ class Zero(Replicated):
 
     averages = True
 
-    def __init__(self, model: nn.Module, config: OptimizerConfig, ranks: Ranks, stage: int):
+    def __init__(self, model: nn.Module, config: OptimizerConfig, ranks: Ranks, stage: int, *, cpu_offload: bool):
         super().__init__(model, config, ranks)
         dtypes = {str(parameter.dtype).removeprefix("torch.") for parameter in self.parameters.values()}
         if dtypes != {"float32"}:
@@ -71,8 +77,9 @@ class Zero(Replicated):
                 "float32, or --sharding fsdp2"
             )
         self.gathers = stage == 3
+        how = settings(config, ranks, stage, cpu_offload=cpu_offload)
         self.forward: Any = deepspeed.initialize(
-            model=model, optimizer=self.optimizer, config=settings(config, ranks, stage), dist_init_required=False
+            model=model, optimizer=self.optimizer, config=how, dist_init_required=False
         )[0]
 
     def backward(self, loss: Tensor) -> None:
@@ -134,9 +141,10 @@ class FlatParts:
     moment of its making, which on a CPU stays untouched but for the part.
     """
 
-    def __init__(self, config: OptimizerConfig, ranks: Ranks, device: torch.device):
+    def __init__(self, config: OptimizerConfig, ranks: Ranks, device: torch.device, *, cpu_offload: bool):
         self.ranks, self.device = ranks, device
-        self.maker = deepspeed.zero.Init(config_dict_or_path=settings(config, ranks, 3))
+        how = settings(config, ranks, 3, cpu_offload=cpu_offload)
+        self.maker = deepspeed.zero.Init(config_dict_or_path=how)
 
     def rows(self, parameter: Tensor) -> slice:
         first, last, width = self._span(parameter)

@@ -85,7 +85,7 @@ def test_a_flipped_byte_anywhere_is_found_and_said_and_the_file_set_aside(tmp_pa
 def test_rows_are_verified_where_they_are_read_and_only_there(tmp_path, monkeypatch):
     monkeypatch.setattr(cache, "BLOCK_BYTES", 50)
     file = stored(tmp_path)
-    row = some_factors().write[20].view(torch.uint8).numpy().tobytes()
+    row = some_factors().write[20].contiguous().view(torch.uint8).numpy().tobytes()
     flip(file, file.read_bytes().index(row))
 
     untouched = cache.load(tmp_path, KEY, slice(0, 20))

@@ -339,19 +339,6 @@ def test_the_progress_of_all_ranks_reaches_rank_0(model, folder, monkeypatch):
     assert {weight for _, _, weight in seen} & set(SIX)
 
 
-def test_where_the_cache_is_node_local_each_node_makes_all(model, tmp_path):
-    nodes = [tmp_path / "node0", tmp_path / "node1"]
-
-    results = together(
-        2,
-        lambda party: factorize(requests_for(model), nodes[party.ranks.rank], party),
-        ranks=lambda rank, world: Ranks(rank, world, 0, 1),
-    )
-
-    assert all(how.made for result in results for how in result.values())
-    assert all(len(cache.entries(node)) == len(SIX) for node in nodes)
-
-
 def test_a_weight_without_factors_is_named_on_all_ranks_and_nothing_is_half_written(model, folder):
     weights = load_file(model / "model.safetensors")
     weights["layers.1.up.weight"][3, 2] = float("nan")

@@ -62,12 +62,13 @@ class Runs:
         config = change(self.base)
         return replace(config, run=replace(config.run, output=str(self.folder / name), sharding=sharding, **options))
 
-    def entry(self, name, sharding, *, source=None, step=0, **options):
+    def entry(self, name, sharding, *, source=None, step=0, how=None, **options):
+        """A run for several_runs.py; how: what its plan can say besides."""
         copy_of = {"folder": str(self.folder / source), "step": step} if source else None
-        return {"config": as_dict(self.config(name, sharding, **options)), "copy_of": copy_of}
+        return {"config": as_dict(self.config(name, sharding, **options)), "copy_of": copy_of, **(how or {})}
 
     def start(self, processes, *entries):
-        start_several(self.folder, processes, entries)
+        return start_several(self.folder, processes, entries)
 
     def alone(self, name, **options):
         assert run(self.config(name, **options), "test") == 0
@@ -97,3 +98,4 @@ def start_several(folder, processes, entries):
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={processes}"]
     code, out = finish(start([*command, str(Path(__file__).with_name("several_runs.py")), str(plan)]), 900)
     assert code == 0, out[-8000:]
+    return out

@@ -1,12 +1,19 @@
 """Several runs in one start of N processes, since importing takes longer than training: torchrun several_runs.py PLAN.
 
-PLAN is a JSON list of runs: {"config": ..., "without": [names of checkpoints to remove first]}. Each is a whole run of
-its own in the processes that are there; every exit code must be 0.
+PLAN is a JSON list of runs, each a whole run of its own in the processes that are there:
+
+    config      of the run
+    copy_of     {folder, step}: go on from that run, as if it had been interrupted after that step
+    code        the exit code that every process must end with (0)
+    nodes       whether each process counts as a node, with its rank added to the name of the cache folder
+    offload     whether --cpu-offload is to be carried out although there is no GPU
 """
 
 import json
+import os
 import shutil
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import torch
@@ -20,16 +27,21 @@ def main(plan: list[dict]) -> int:
     torch.set_num_threads(1)
     ranks = ranks_module.Ranks.from_environment()
     party = ranks_module.connect(ranks)
-    run_module.connect = lambda _: party
+    run_module.connect = lambda *_, **__: party
     run_module._disconnect = lambda _: None
+    local, check_offload = (os.environ["LOCAL_RANK"], os.environ["LOCAL_WORLD_SIZE"]), run_module.check_offload
     for number, entry in enumerate(plan):
-        config = from_dict(Config, entry["config"])
+        config, nodes = from_dict(Config, entry["config"]), entry.get("nodes")
+        if nodes:
+            config = replace(config, run=replace(config.run, cache=f"{config.run.cache}-{ranks.rank}"))
+        os.environ["LOCAL_RANK"], os.environ["LOCAL_WORLD_SIZE"] = ("0", "1") if nodes else local
+        run_module.check_offload = (lambda *_, **__: None) if entry.get("offload") else check_offload
         if source := entry.get("copy_of"):
             party.from_main("copy", lambda source=source, config=config: copy(source, config))
         code = run_module.run(config, "several")
-        if code != 0:
+        if code != entry.get("code", 0):
             print(f"run {number} of the plan, {config.run}, ended with {code}", file=sys.stderr)
-            return code
+            return 1
     torch.distributed.barrier()
     torch.distributed.destroy_process_group()
     return 0

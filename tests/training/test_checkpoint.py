@@ -1,5 +1,6 @@
 """Checkpoints: whole or absent, verified, portable between numbers of ranks."""
 
+import hashlib
 import json
 import os
 
@@ -98,17 +99,50 @@ def test_a_full_disk_is_the_users_mistake_and_keeps_the_older_checkpoint(tmp_pat
     assert not list(tmp_path.glob("*.tmp"))
 
 
-def test_a_newer_format_is_refused_by_number(tmp_path):
-    folder = write(tmp_path, 1)
+def test_a_newer_format_is_refused_by_number_and_never_passed_over(tmp_path):
+    """Going back to an older one would write over what the later version has trained since."""
+    write(tmp_path, 1)
+    folder = write(tmp_path, 2)
     index = json.loads((folder / "index.json").read_text()) | {"format": 99}
     text = json.dumps(index)
     (folder / "index.json").write_text(text)
-    import hashlib
-
     (folder / "COMPLETE").write_text(hashlib.sha256(text.encode()).hexdigest())
 
-    with pytest.raises(ValueError, match="has format 99, this version reads up to 1"):
-        load(folder)
+    for open_it in (lambda: load(folder), lambda: newest(tmp_path)):
+        with pytest.raises(ValueError, match=r"step-000002 has format 99, this version reads up to 1: .*--output"):
+            open_it()
+
+
+def test_where_no_checkpoint_is_whole_the_warning_says_so(tmp_path, caplog):
+    for step in (1, 2):
+        (write(tmp_path, step) / "COMPLETE").unlink()
+
+    assert newest(tmp_path) is None
+
+    assert [record.message.rpartition("; ")[2] for record in caplog.records] == [
+        "going back to the checkpoint before it",
+        "none is left",
+    ]
+
+
+def test_a_folder_that_one_rank_does_not_see_is_named_on_all(tmp_path):
+    """As where the run folder lies on one node's own disk."""
+
+    def save_rows(party):
+        root = tmp_path / f"node{party.ranks.rank}"
+        save(root, 1, {"w": Piece(torch.ones(1, 2), (2, 2), party.ranks.rank)}, {}, party)
+
+    errors = together(2, save_rows)
+
+    assert all(isinstance(error, ValueError) and "cannot write checkpoints to" in str(error) for error in errors)
+
+
+def test_what_a_killed_save_left_goes_with_the_next_one(tmp_path):
+    (tmp_path / "step-000004.tmp").mkdir()
+
+    write(tmp_path, 5)
+
+    assert [path.name for path in tmp_path.iterdir()] == ["step-000005"]
 
 
 def test_retention_keeps_the_last_ones_and_the_best(tmp_path):

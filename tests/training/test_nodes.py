@@ -1,0 +1,44 @@
+"""What several nodes must share or have alike: the run folder, the base, the data."""
+
+from parties import together
+
+from launcher import ranks
+from launcher.config import Config
+from launcher.ranks import Ranks
+from launcher.training.run import _prepare_output, _same_everywhere
+
+
+def two_nodes(rank, world):
+    return Ranks(rank, world, 0, 1)
+
+
+def test_a_run_folder_that_another_node_does_not_see_is_refused_naming_it(tmp_path, monkeypatch):
+    monkeypatch.setattr(ranks, "FOLDER_S", 0.2)
+
+    def prepare(party):
+        return _prepare_output(Config(), tmp_path / f"node{party.ranks.rank}" / "run", {"base": "a"}, party)
+
+    errors = together(2, prepare, two_nodes)
+
+    for error in errors:
+        assert isinstance(error, ValueError)
+        assert "(rank 1) does not see the run folder" in str(error)
+        assert "give --output DIR" in str(error)
+
+
+def test_files_that_differ_between_nodes_are_refused_naming_the_host():
+    def compare(party):
+        return _same_everywhere(party, "the base llama", lambda: f"copy {min(party.ranks.rank, 2)}")
+
+    errors = together(3, compare, two_nodes)
+
+    for error in errors:
+        assert isinstance(error, ValueError)
+        assert "the base llama is not the same on" in str(error)
+        assert "(rank 1) as on" in str(error)
+
+
+def test_ranks_that_did_not_look_are_not_compared():
+    found = together(3, lambda party: _same_everywhere(party, "the base", lambda: [None, "a"][party.ranks.rank == 0]))
+
+    assert found == ["a"] * 3
