@@ -148,7 +148,8 @@ def train(job: Job, resume: Checkpoint | None) -> str:
         job.clock.waited_s += job.clock.batches_s - batches_s
         progress.step, progress.tokens = number, progress.tokens + tokens
         tell({"step": number, "loss": loss, "lr": lr, "grad_norm": norm, "tokens": tokens})
-        bar(number, f"loss {loss:.4f}  {rate.add(tokens):,.0f} tokens/s  {memory_gib():.1f} GiB")
+        speed = rate.add(tokens)
+        bar(number, f"loss {loss:.4f}  {speed:,.{0 if speed >= 10 else 1}f} tokens/s  {memory_gib():.1f} GiB")
         return asked
 
     with job.screen.bar("training", job.steps, progress.step) as bar:
