@@ -9,7 +9,8 @@ from rich.console import Console
 
 from adapters.config import FactorConfig
 from adapters.lora_export import export_lora as write_lora
-from launcher.inference.merge import new_folder, probe_logits, quantised_gap
+from launcher.inference.checks import probe_logits, quantised_gap
+from launcher.inference.merge import new_folder
 from launcher.inference.sources import adapter_config, find, load_model
 
 

@@ -34,11 +34,10 @@ from torch import Tensor, nn
 from adapters.checkpoint_files import TensorInfo, list_tensors, weight_of
 from adapters.config import FactorConfig
 from adapters.layer import FactorLayer
-from launcher.config import ModelConfig
 from launcher.factorization.targets import skeleton
-from launcher.inference.heldout import held_out, mean_loss
+from launcher.inference.checks import compare, loss_change
+from launcher.inference.heldout import held_out
 from launcher.inference.sources import DTYPES, Source, adapter_config, attach, find, load_model
-from launcher.training.base import context_length
 from launcher.training.quantize import check_quantize, linear_layers, transformers_config
 
 NAMES = {torch.float64: "F64", torch.float32: "F32", torch.bfloat16: "BF16", torch.float16: "F16"}
@@ -48,9 +47,6 @@ BESIDE_WEIGHTS = (
     "generation_config.json", "tokenizer*", "special_tokens_map.json", "added_tokens.json", "vocab.*", "merges.txt",
     "spiece.model", "tekken.json", "chat_template*", "*processor_config.json", "LICENSE*", "NOTICE*", "USE_POLICY*",
 )  # fmt: skip
-# Allowed distance of the merged model's logits (`distance`). Measured on two small Llamas with random cores that move
-# the logits by 0.1 to 1.5: 3e-7 to 3e-4 in float32, 5e-4 to 0.01 in float16, 0.003 to 0.07 in bfloat16.
-TOLERANCE = {torch.float64: 1e-3, torch.float32: 1e-3, torch.float16: 0.02, torch.bfloat16: 0.1}
 
 
 @dataclass(frozen=True)
@@ -138,9 +134,9 @@ def merge(
                     if file.is_file() and not (partial / file.name).exists():
                         shutil.copyfile(file, partial / file.name)
         if held is not None:
-            console.print(_loss_change(source, partial, written, quantize, held, device))
+            console.print(loss_change(source, partial, written, quantize, held, device))
         elif check:
-            console.print(_compare(source, partial, written, device))
+            console.print(compare(source, partial, written, device))
     console.print(f"merged model in {out}")
     return Path(out)
 
@@ -223,15 +219,6 @@ def new_folder(out: Path, option: str) -> Iterator[Path]:
         raise
     finally:
         shutil.rmtree(partial, ignore_errors=True)
-
-
-def probe_logits(model: Any) -> Tensor:
-    """Logits (4, tokens, vocabulary) in float32 on the CPU over fixed random tokens."""
-    length = min(32, context_length(model))
-    vocabulary = model.config.get_text_config().vocab_size
-    tokens = torch.randint(vocabulary, (4, length), generator=torch.Generator().manual_seed(0))
-    with torch.no_grad():
-        return model(tokens.to(next(model.parameters()).device)).logits.float().cpu()
 
 
 def write_safetensors(file: Path, entries: list[Entry], tick: Callable[[int], None]) -> None:
@@ -383,79 +370,3 @@ def _merge_in_memory(source: Source, folder: Path, dtype: str, shard_gb: float) 
         merged.config.get_text_config().tie_word_embeddings = merged.config.tie_word_embeddings = False
     merged.save_pretrained(folder, max_shard_size=int(shard_gb * 1e9))
     return merged.dtype
-
-
-def _compare(source: Source, folder: Path, dtype: torch.dtype, device: str) -> str:
-    """Base with adapter against the merged folder, loaded one after the other, each in the dtype of its files.
-
-    Raises RuntimeError where their logits differ by more than the rounding of the weights explains.
-    """
-    model = load_model(source, device=device)
-    wanted, own = probe_logits(model), model.dtype
-    with model.disable_adapter():
-        effect = distance(wanted, probe_logits(model))
-    del model
-    merged = Source(base=folder, base_name=str(folder), tokenizer=folder)
-    gap = distance(probe_logits(load_model(merged, device=device)), wanted)
-    coarse = max((dtype, own), key=lambda kind: torch.finfo(kind).eps)
-    name = str(coarse).removeprefix("torch.")
-    allowed = TOLERANCE[coarse]
-    if torch.finfo(coarse).bits >= 32:
-        allowed = min(allowed, max(1e-5, effect / 10))  # a small update that got lost is no rounding
-    elif not gap <= allowed:  # a model so sensitive is as far from itself when it only runs in this dtype
-        runs = [probe_logits(load_model(source, dtype=kind, device=device)) for kind in (name, "float32")]
-        allowed = max(allowed, 3 * distance(*runs))
-    said = f"{gap:.2g} (relative; allowed {allowed:.2g} in {name}; the adapter moves them by {effect:.2g})"
-    if not gap <= allowed:
-        raise RuntimeError(f"the merged model is removed: its logits differ from base with adapter by {said}")
-    hint = f"; rounding to {name} hides much of it, --dtype float32 would not" if gap > effect / 2 > 0 else ""
-    return f"checked: logits differ from base with adapter by {said}{hint}{quantised_gap(source, wanted, device)}"
-
-
-def _loss_change(
-    source: Source, folder: Path, dtype: torch.dtype, kind: str, held: tuple[Any, Any], device: str
-) -> str:
-    """Held-out losses of the adapter beside the base, in full precision and quantised, and of the merged folder.
-
-    Raises RuntimeError where the last is not finite.
-    """
-    name = str(dtype).removeprefix("torch.")
-    merged = Source(base=folder, base_name=str(folder), tokenizer=folder)
-    full = mean_loss(load_model(source, dtype=name, device=device), *held)
-    beside = mean_loss(on_quantised(source, kind, name, device), *held)
-    after = mean_loss(load_model(merged, device=device), *held)
-    if not math.isfinite(after):
-        raise RuntimeError(f"the merged model is removed: its loss is {after}, with the adapter beside it {beside:.4f}")
-    return (
-        f"loss on {len(held[0])} held-out records: {after:.4f} merged into {kind}; with the adapter beside the base "
-        f"{beside:.4f} in {kind} (change {after - beside:+.4f}) and {full:.4f} in {name} ({after - full:+.4f})"
-    )
-
-
-def on_quantised(source: Source, kind: str, dtype: str, device: str) -> Any:
-    """The base, quantised, with the adapter on it, as a run has them."""
-    from launcher.training.model import Whole, bare_skeleton, fill
-
-    assert source.adapter is not None
-    place = torch.device(("cuda" if torch.cuda.is_available() else "cpu") if device == "auto" else device)
-    config = ModelConfig(model=str(source.base), quantize=kind)  # type: ignore[arg-type]
-    base = bare_skeleton(config, source.base, adapter_config(source.adapter), dtype=dtype, attention="sdpa")
-    fill(base, source.base, lambda *_: None, Whole(), place, lambda: None)  # type: ignore[arg-type]
-    return attach(base, source.adapter).eval()
-
-
-def quantised_gap(source: Source, wanted: Tensor, device: str) -> str:
-    """How far those logits are from the adapter's on the quantised base it was trained on; empty for other runs."""
-    if source.quantize == "none" or source.adapter is None:
-        return ""
-    try:
-        check_quantize(source.quantize, "none")
-    except ValueError as missing:
-        return f"; not compared with the base it was trained on: {missing}"
-    gap = distance(probe_logits(on_quantised(source, source.quantize, "float32", device)), wanted)
-    return f"; on the {source.quantize} base it was trained on the adapter's logits are {gap:.2g} away (relative)"
-
-
-def distance(found: Tensor, wanted: Tensor) -> float:
-    """The norm of the difference as a share of the norm wanted."""
-    return float((found - wanted).norm() / wanted.norm())

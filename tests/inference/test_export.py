@@ -10,8 +10,8 @@ from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
 from launcher.inference import export as module
+from launcher.inference.checks import probe_logits
 from launcher.inference.export import export_lora
-from launcher.inference.merge import probe_logits
 from launcher.inference.sources import find, load_model
 
 

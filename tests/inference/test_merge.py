@@ -16,9 +16,10 @@ from transformers import AutoModelForCausalLM, BitsAndBytesConfig
 
 from adapters.checkpoint_files import list_tensors, open_tensor
 from launcher.inference import merge as module
+from launcher.inference.checks import on_quantised
 from launcher.inference.export import export_lora
 from launcher.inference.heldout import held_out
-from launcher.inference.merge import merge, on_quantised
+from launcher.inference.merge import merge
 from launcher.inference.sources import find, load, load_model
 from launcher.training.quantize import keep_packing
 
@@ -255,7 +256,7 @@ def test_transposed_weights_are_merged_into_8_or_4_bits_as_transformers_does(gpt
     adapter = save_adapter(gpt2, tmp_path / "adapter", target_modules=["c_attn", "c_fc"])
     full = merge(str(adapter), out=str(tmp_path / "full"), check=False)
     monkeypatch.setattr(module, "held_out", lambda *_: ())
-    monkeypatch.setattr(module, "_loss_change", lambda *_: "")
+    monkeypatch.setattr(module, "loss_change", lambda *_: "")
 
     out = merge(str(adapter), out=str(tmp_path / "out"), quantize=kind)
 
@@ -366,7 +367,7 @@ sys.path.insert(0, sys.argv[2])
 from trained_adapter import save_adapter
 from launcher.inference import merge as module
 folder, kind = Path(sys.argv[1]), sys.argv[3]
-module.held_out = module._loss_change = lambda *_: ""  # that loads models
+module.held_out = module.loss_change = lambda *_: ""  # that loads models
 if kind == "make":
     sizes = dict(hidden_size=1024, intermediate_size=2816, num_hidden_layers=6, num_attention_heads=16, vocab_size=2000)
     LlamaForCausalLM(LlamaConfig(**sizes)).save_pretrained(folder / "base", max_shard_size="20MB")
