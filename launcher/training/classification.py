@@ -120,22 +120,18 @@ def metrics(sums: Tensor, labels: Labels) -> dict[str, float]:
     return result
 
 
-def head_settings(labels: Labels) -> dict[str, Any]:
-    """What the model's config says of its head."""
+def head_settings(labels: Labels, pad_id: int) -> dict[str, Any]:
+    """What the model's config says of its head. A decoder's looks for the last token before the padding, by pad_id."""
     if not labels:
-        return {"num_labels": 1, "problem_type": "regression"}
+        return {"num_labels": 1, "problem_type": "regression", "pad_token_id": pad_id}
     names = dict(enumerate(labels))
     ids = {name: number for number, name in names.items()}
-    return {"id2label": names, "label2id": ids, "problem_type": "single_label_classification"}
+    kind = "single_label_classification"
+    return {"id2label": names, "label2id": ids, "problem_type": kind, "pad_token_id": pad_id}
 
 
-def check_head(config: Config, sharding: str) -> None:
-    """Raises ValueError for what cannot carry a head that no checkpoint holds."""
-    if sharding not in ("none", "ddp", "zero2") or config.model.quantize != "none":
-        raise ValueError(
-            f"--text-columns trains a new head, which no checkpoint holds, so --sharding {sharding} and --quantize "
-            f"{config.model.quantize} cannot fill it: give --sharding ddp or zero2, and --quantize none"
-        )
+def check_head(config: Config) -> None:
+    """Raises ValueError for what cannot train with a head that says nothing yet."""
     if config.adapter.method == "lorasb":
         raise ValueError("--method lorasb takes gradients before training, when --text-columns' head says nothing yet")
 

@@ -8,7 +8,7 @@ import json
 import logging
 import re
 import warnings
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from difflib import SequenceMatcher
 from pathlib import Path
 from typing import Any, Protocol, get_type_hints
@@ -24,12 +24,11 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSequenceC
 import adapters
 from adapters import Factors
 from adapters.allora import ALLoRAConfig
-from adapters.checkpoint_files import list_tensors, open_tensor, weight_of
+from adapters.checkpoint_files import TensorInfo, list_tensors, open_tensor, weight_of
 from adapters.config import FactorConfig
 from adapters.layer import FactorLayer
 from launcher.config import AdapterConfig, ModelConfig, nearest
-from launcher.training.base import load_tokenizer
-from launcher.training.quantize import Quantised, quantize_skeleton
+from launcher.training.quantize import Quantised, linear_layers, quantize_skeleton
 
 log = logging.getLogger(__name__)
 
@@ -166,12 +165,11 @@ def build(
     """The model ready to train on one device: base frozen (unless adapter is None), cores float32.
 
     factors(module) hands out the frozen factors of our methods. A quantised base is filled weight by weight. head are
-    settings of a classification head; what the checkpoint lacks of it starts from torch's seed, and its padding token
-    is the tokenizer's.
+    settings of a classification head; what the checkpoint lacks of it starts from torch's seed.
     """
     base: Any
     if config.quantize != "none":
-        base = bare_skeleton(config, folder, adapter, dtype=dtype, attention=attention)
+        base = bare_skeleton(config, folder, adapter, dtype=dtype, attention=attention, head=head)
         fill(base, folder, factors, Whole(), device, lambda: None)
     else:
         loading: dict[str, Any] = {
@@ -183,16 +181,11 @@ def build(
         if head is None:
             base = AutoModelForCausalLM.from_pretrained(folder, **loading)
         else:
-            # A decoder's head looks for the last token before the padding, by this number.
-            pad_id = load_tokenizer(folder, trust_remote_code=config.trust_remote_code).pad_token_id
-            loading |= {"pad_token_id": pad_id, "ignore_mismatched_sizes": True, "output_loading_info": True, **head}
+            loading |= {"ignore_mismatched_sizes": True, "output_loading_info": True, **head}
             base, found = AutoModelForSequenceClassification.from_pretrained(folder, **loading)
             for name, there, here in sorted(found["mismatched_keys"]):
-                if name.startswith(f"{base.base_model_prefix}."):
-                    raise ValueError(f"{folder} has {name} as {tuple(there)}, its config.json means {tuple(here)}")
-                raise ValueError(
-                    f"{folder} has a head of {there[0]} classes, the data have {here[0]}: give a base without a head"
-                )
+                raise _misfit(base, folder, name, there, here)
+            _check_saved(found["missing_keys"], adapter)
         _prepare(base, config, folder)
     if adapter is None:
         return base.to(device)
@@ -203,9 +196,17 @@ def build(
         return get_peft_model(base, adapter, autocast_adapter_dtype=True).to(device)
 
 
-def skeleton(config: ModelConfig, folder: Path, adapter: PeftConfig | None, *, dtype: str, attention: str) -> nn.Module:
-    """The model with its adapter on the meta device: shapes and names, no memory; buffers are real."""
-    base = bare_skeleton(config, folder, adapter, dtype=dtype, attention=attention)
+def skeleton(
+    config: ModelConfig,
+    folder: Path,
+    adapter: PeftConfig | None,
+    *,
+    dtype: str,
+    attention: str,
+    head: Mapping[str, Any] | None = None,
+) -> nn.Module:
+    """The model with its adapter on the meta device: shapes and names, no memory; buffers and what is drawn: real."""
+    base = bare_skeleton(config, folder, adapter, dtype=dtype, attention=attention, head=head)
     if adapter is None:
         return base
     return get_peft_model(base, adapter) if isinstance(adapter, FactorConfig) else _draw_adapter(base, adapter)
@@ -217,9 +218,9 @@ def _draw_adapter(base: Any, adapter: PeftConfig) -> nn.Module:
     Meanwhile the base's weights are NaN (a single one each, seen in its full shape), so that a start that is made from
     them shows. Raises ValueError for such a method; DoRA's norms alone can be read later, row by row.
     """
-    own = {name for name, _ in base.named_parameters(remove_duplicate=False)}
+    own = {name for name, old in base.named_parameters(remove_duplicate=False) if old.is_meta}
     own |= {name for name, _ in base.named_buffers(remove_duplicate=False)}
-    _exchange(base, lambda _, old: nn.Parameter(_nowhere(old), old.requires_grad))
+    _exchange(base, lambda _, old: nn.Parameter(_nowhere(old), old.requires_grad) if old.is_meta else old)
     layer: Any
     for layer in base.modules():
         if isinstance(layer, Quantised) and hasattr(layer, "kind"):  # PEFT asks bitsandbytes' parameters for these
@@ -302,7 +303,10 @@ def bare_skeleton(
     attention: str,
     head: Mapping[str, Any] | None = None,
 ) -> Any:
-    """The base alone on the meta device, its linear layers quantised where asked for."""
+    """The base alone on the meta device, its linear layers quantised where asked for.
+
+    head are settings of a classification head, which is never quantised; what the checkpoint lacks of it is real.
+    """
     settings = AutoConfig.from_pretrained(folder, trust_remote_code=config.trust_remote_code, **(head or {}))
     architecture = AutoModelForCausalLM if head is None else AutoModelForSequenceClassification
     with init_empty_weights(include_buffers=False):
@@ -314,9 +318,68 @@ def bare_skeleton(
         )
     base.tie_weights()
     if config.quantize != "none":
-        quantize_skeleton(base, config.quantize, getattr(torch, dtype), getattr(adapter, "modules_to_save", None) or ())
+        layers = linear_layers(base, getattr(adapter, "modules_to_save", None) or ())
+        if head is not None:
+            layers = {name: layer for name, layer in layers.items() if not _in_head(base, name)}
+        quantize_skeleton(base, layers, config.quantize, getattr(torch, dtype))
+    if head is not None:
+        _check_saved(_draw_head(base, folder), adapter)
     _prepare(base, config, folder)
     return base
+
+
+def stored_base(base: Any, folder: Path) -> dict[str, TensorInfo]:
+    """The checkpoint's tensors, by name, that a model for labels is made of, its head left out."""
+    tensors = list_tensors(folder)
+    names = [name.rpartition(".") for name, _ in base.named_parameters() if not _in_head(base, name)]
+    return {info.name: info for module, _, name in names if (info := weight_of(tensors, module, name))}
+
+
+def _in_head(base: Any, name: str) -> bool:
+    return not name.startswith(f"{base.base_model_prefix}.")
+
+
+@torch.no_grad()
+def _draw_head(base: Any, folder: Path) -> list[str]:
+    """Give what the checkpoint lacks of a head the values that transformers gives it, from torch's seed; their names.
+
+    Raises ValueError where the checkpoint has a head of another size.
+    """
+    tensors = list_tensors(folder)
+    drawn: list[str] = []
+    for prefix, module in base.named_modules():
+        before = len(drawn)
+        for name, parameter in list(module.named_parameters(recurse=False)):
+            if not _in_head(base, full := f"{prefix}.{name}"):
+                continue
+            if (info := weight_of(tensors, prefix, name)) is None:
+                module._parameters[name] = nn.Parameter(torch.empty_like(parameter, device="cpu"))
+                drawn.append(full)
+            elif info.shape != parameter.shape:
+                raise _misfit(base, folder, full, info.shape, parameter.shape)
+        if len(drawn) > before:
+            base._init_weights(module)  # draws nothing for what is on meta
+    return drawn
+
+
+def _check_saved(drawn: Iterable[str], adapter: PeftConfig | None) -> None:
+    """Raises ValueError where something starts from the seed that is not saved with the adapter."""
+    if adapter is None:  # all is trained and saved
+        return
+    saved = {"classifier", "score", *(getattr(adapter, "modules_to_save", None) or ())}  # the first two by PEFT itself
+    if lost := sorted({name.rpartition(".")[0] for name in drawn if not saved & set(name.split("."))}):
+        raise ValueError(
+            f"the checkpoint has no {', '.join(lost)}: new ones start from the seed, and would not be saved with the "
+            f"adapter. Give --modules-to-save {' '.join(sorted({name.split('.')[-1] for name in lost}))}"
+        )
+
+
+def _misfit(base: Any, folder: Path, name: str, there: Sequence[int], here: Sequence[int]) -> ValueError:
+    """What to say of a checkpoint whose tensor has another shape than the model for labels."""
+    if _in_head(base, name):
+        why = f"a head of {there[0]} classes, the data have {here[0]}: give a base without a head"
+        return ValueError(f"{folder} has {why}")
+    return ValueError(f"{folder} has {name} as {tuple(there)}, its config.json means {tuple(here)}")
 
 
 def _prepare(base: Any, config: ModelConfig, folder: Path) -> None:
@@ -402,9 +465,11 @@ def fill(
         expected = packed.from_shape if packed else tuple(getattr(of, "ds_shape", of.shape))  # ZeRO-3's has no shape
         if info is None or info.shape != expected:
             here = f"has it as {info.shape}" if info else "has no such tensor"
+            quantised = any(isinstance(module, Quantised) for module in model.modules())
+            asked = [*["--sharding ddp"] * (not isinstance(parts, Whole)), *["--quantize none"] * quantised]
             raise ValueError(
                 f"the model's {modules[0]}.{name} {expected} cannot be filled from {folder}, which {here}: "
-                "this architecture's files are laid out differently; give --sharding ddp"
+                f"this architecture's files are laid out differently; give {' and '.join(asked)}"
             )
         stored = open_tensor(info)
         if packed:

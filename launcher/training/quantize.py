@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import importlib.metadata
 import json
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any, Protocol, runtime_checkable
 
@@ -86,11 +86,11 @@ def linear_layers(base: Any, trained_whole: Iterable[str] = ()) -> dict[str, Any
     }
 
 
-def quantize_skeleton(base: Any, kind: str, dtype: torch.dtype, trained_whole: Iterable[str] = ()) -> None:
-    """Put quantised layers on meta in the place of the base's linear layers, in place. `fill` gives them bytes."""
+def quantize_skeleton(base: Any, layers: Mapping[str, Any], kind: str, dtype: torch.dtype) -> None:
+    """Put quantised layers on meta in the place of those linear layers, in place. `fill` gives them bytes."""
     from launcher.training.quantized_layers import LAYERS
 
-    for name, module in linear_layers(base, trained_whole).items():
+    for name, module in layers.items():
         base.set_submodule(name, LAYERS[kind](module, kind, dtype))
     # What transformers sets: PEFT and save_pretrained go by it.
     base.is_quantized = True

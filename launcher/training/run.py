@@ -45,6 +45,7 @@ from launcher.training.model import (
     fill,
     peft_config,
     skeleton,
+    stored_base,
 )
 from launcher.training.preemption import StopRequest
 from launcher.training.quantize import base_size, check_base, check_quantize
@@ -124,11 +125,11 @@ def check(config: Config, ranks: Ranks) -> None:
     """Everything that can be wrong before a file or a device is touched; the same on every rank."""
     sharding = check_sharding(config.run.sharding, ranks, config.run.shard_size)
     check_quantize(config.model.quantize, sharding, cpu_offload=config.run.cpu_offload)
-    data.check_batch(config.optimizer.batch_size, ranks.world_size)
     check_offload(config.run.cpu_offload, sharding, on_gpu=torch.cuda.is_available())
+    data.check_batch(config.optimizer.batch_size, ranks.world_size)
     check_first_step(peft_config(config.adapter), sharding)
     if config.data.text_columns:
-        classification.check_head(config, sharding)
+        classification.check_head(config)
     check_trackers(config.run.trackers)
     dtype = choose_dtype(config.model.dtype)
     choose_attention(config.model.attention, on_gpu=torch.cuda.is_available(), dtype=dtype)
@@ -166,9 +167,13 @@ def _run(config: Config, name: str, party: Party, stop: StopRequest, screen: Scr
     # 2. The factors of our own methods, by all ranks together.
     how: Any = {"dtype": dtype, "attention": attention}
     classes = train_data.classes if isinstance(train_data, Labelled) else None
-    head = None if classes is None else classification.head_settings(classes)
+    head = None if classes is None else classification.head_settings(classes, tokenizer.pad_token_id)
     adapter: Any = peft_config(config.adapter, "CAUSAL_LM" if classes is None else "SEQ_CLS")
     ours = isinstance(adapter, FactorConfig)
+    labels_model: Any = None
+    if head is not None:
+        plain = replace(config.model, quantize="none")
+        labels_model = party_local(party, "head", lambda: bare_skeleton(plain, folder, adapter, **how, head=head))
     requests: list[FactorRequest] = []
     if ours:
         requests = party_local(
@@ -181,7 +186,7 @@ def _run(config: Config, name: str, party: Party, stop: StopRequest, screen: Scr
                 config.adapter.rank,
                 dtype=dtype,
                 modules_to_save=config.adapter.modules_to_save,
-                model=None if head is None else bare_skeleton(config.model, folder, None, **how, head=head),
+                model=labels_model,
                 **adapter.factor_options(),
             ),
         )
@@ -199,8 +204,11 @@ def _run(config: Config, name: str, party: Party, stop: StopRequest, screen: Scr
         "batch_size": config.optimizer.batch_size,
         "seed": config.optimizer.seed,
     }
-    if ours and head is None:  # with a new head the base is more than its files, and known once it is built
+    if ours and head is None:
         adapter.base_fingerprint = identity["base"]
+    elif ours:  # a head for words is no part of this base, and neither is a new one for labels
+        of_base = stored_base(labels_model, folder)
+        adapter.base_fingerprint = party.from_main("fingerprint", lambda: fingerprint(of_base, cache_folder))
     first_step = None
     if isinstance(adapter, LoRASBConfig):
         adapter.step = adapter.step or config.optimizer.learning_rate
@@ -257,7 +265,7 @@ def _run(config: Config, name: str, party: Party, stop: StopRequest, screen: Scr
         if sharding in ("none", "ddp", "zero2"):
             return build(config.model, folder, adapter, factors=source, device=device, head=head, **how), None
         open_alone(device)
-        model, mesh = skeleton(config.model, folder, adapter, **how), None
+        model, mesh = skeleton(config.model, folder, adapter, **how, head=head), None
         parts: Parts = Rows()
         if sharding == "zero3":
             from launcher.training.zero import FlatParts
@@ -324,12 +332,6 @@ def _run(config: Config, name: str, party: Party, stop: StopRequest, screen: Scr
     return status
 
 
-def _read_data(config: Config, tokenizer: Any, cache_folder: Path) -> dict[str, Any]:
-    if config.data.text_columns:
-        rows, held_rows, classes = classification.load_splits(config.data)
-        encode = lambda some: classification.encode(some, classes, tokenizer, config.data)  # noqa: E731
-        held = encode(held_rows) if held_rows else None
-        return {"train": encode(rows), "held_out": held, "questions": [], "template": None}
 def _same_everywhere(party: Party, what: str, make: Callable[[], str | None]) -> str:
     """What make returns on rank 0; where another rank has something else (or None: it did not look), all raise, naming
     its host."""
@@ -343,6 +345,12 @@ def _same_everywhere(party: Party, what: str, make: Callable[[], str | None]) ->
     return found[0][0]
 
 
+def _read_data(config: Config, tokenizer: Any, cache_folder: Path) -> dict[str, Any]:
+    if config.data.text_columns:
+        rows, held_rows, classes = classification.load_splits(config.data)
+        encode = lambda some: classification.encode(some, classes, tokenizer, config.data)  # noqa: E731
+        held = encode(held_rows) if held_rows else None
+        return {"train": encode(rows), "held_out": held, "questions": [], "template": None}
     train_records, held_records = records.load_splits(config.data.data, config.data.eval_data, config.data.eval_records)
     train_data = encode_once(train_records, tokenizer, config.data, cache_folder)
     held_out = encode_once(held_records, tokenizer, config.data, cache_folder) if held_records else None
@@ -496,18 +504,18 @@ def _save_adapter(model: Any, whole: dict[str, Any], output: Path, config: Confi
     model.save_pretrained(str(partial), state_dict=whole)
     lines = (f"{digest}  {name}\n" for name, digest in _checksums(partial).items())
     (partial / CHECKSUMS).write_text("".join(lines))
+    for written in (*partial.iterdir(), partial):
+        checkpoint.sync(written)
     if final.exists():
         os.replace(final, final.with_suffix(f".before-{time.time_ns()}"))
     os.replace(partial, final)
+    checkpoint.sync(output)
     return final
 
 
-    for written in (*partial.iterdir(), partial):
-        checkpoint.sync(written)
 def _tell(job: Job, saved: Path, seconds: float) -> None:
     evaluations = [event for event in read_events(job.output / "events.jsonl") if "eval_loss" in event]
     rows = []
-    checkpoint.sync(output)
     if evaluations:
         first, last = evaluations[0], evaluations[-1]
         rows = [["held-out loss", f"{first['eval_loss']:.4f}", f"{last['eval_loss']:.4f}"]]

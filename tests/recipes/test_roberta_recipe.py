@@ -10,11 +10,12 @@ import pytest
 import torch
 from peft import PeftModel
 from safetensors.torch import load_file
-from transformers import AutoModelForSequenceClassification, AutoTokenizer
+from transformers import AutoModelForSequenceClassification, AutoTokenizer, BitsAndBytesConfig
 
 from adapters.layer import BasePrecisionWarning
 from launcher import cli
 from launcher.inference.sources import find
+from launcher.training.quantize import keep_packing
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2] / "recipes"))
 from roberta_glue_loldu import TASKS, roberta_glue
@@ -67,6 +68,29 @@ def test_it_learns_rows_by_heart_and_its_adapter_and_head_score_the_same_in_plai
     assert trained == 4 * 32 + (32 * 32 + 32) + (32 * 2 + 2), "4 cores at full rank and the head"
 
 
+@pytest.mark.parametrize("kind", ["int8", "nf4", "fp4"])
+def test_it_trains_on_a_quantised_base_and_its_adapter_and_head_score_the_same_on_one_of_transformers(
+    train, kind, tiny_roberta, sst2_rows
+):
+    """The head's start is the same as on the full-precision base, so is the loss before training, nearly."""
+    code, folder = train("run", "--quantize", kind, **{"--max-steps": 3})
+    four = {"bnb_4bit_quant_type": kind, "bnb_4bit_use_double_quant": True, "bnb_4bit_compute_dtype": torch.float32}
+    how = {"load_in_8bit": True} if kind == "int8" else {"load_in_4bit": True, **four}
+    base = AutoModelForSequenceClassification.from_pretrained(
+        tiny_roberta, quantization_config=BitsAndBytesConfig(**how, llm_int8_skip_modules=["classifier"])
+    )
+    keep_packing(base)
+    model = PeftModel.from_pretrained(base, folder / "adapter").eval()
+    tokenizer = AutoTokenizer.from_pretrained(tiny_roberta)
+    texts, labels = zip(*((row["sentence"], row["label"]) for row in sst2_rows[:ROWS]), strict=True)
+    tokens = tokenizer(list(texts), padding=True, truncation=True, max_length=48, return_tensors="pt")
+    with torch.no_grad():
+        loss = model(**tokens, labels=torch.tensor(labels)).loss
+
+    assert code == 0
+    assert float(loss) == pytest.approx(events(folder)[-1]["eval_loss"], abs=1e-2 if kind == "int8" else 1e-4)
+
+
 @pytest.mark.slow  # 8 s
 def test_stopped_and_resumed_it_is_the_uninterrupted_run_bit_for_bit(train):
     """With dropout, and a head that starts from the seed."""
@@ -91,7 +115,7 @@ def test_stopped_and_resumed_it_is_the_uninterrupted_run_bit_for_bit(train):
     [
         (["--text-columns", "text"], "no 'text'"),
         (["--label-column", "stars"], "'stars'"),
-        (["--sharding", "zero2", "--quantize", "nf4"], "new head"),
+        (["--sharding", "zero3", "--quantize", "nf4"], "--quantize nf4 cannot be sharded by ZeRO-3"),
         (["--tiny"], "no embedded model"),
         (["--model", "FacebookAI/roberta-base"], "hf download"),
     ],

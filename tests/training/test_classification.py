@@ -1,6 +1,7 @@
 """Labels in place of answers: what is read, how it is batched and scored, and mistakes in the data."""
 
 import json
+import shutil
 from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
@@ -8,22 +9,27 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
+from launching import Runs
 from tokenizers import Tokenizer
 from tokenizers.models import WordLevel
 from tokenizers.pre_tokenizers import Whitespace
 from transformers import (
     AutoModelForSequenceClassification,
     AutoTokenizer,
+    DistilBertConfig,
+    DistilBertForMaskedLM,
     LlamaConfig,
     LlamaForCausalLM,
     PreTrainedTokenizerFast,
 )
 
-from launcher.config import Config, DataConfig, ModelConfig, RunConfig
+from adapters import LoLDUConfig
+from launcher.config import AdapterConfig, Config, DataConfig, ModelConfig, RunConfig
 from launcher.ranks import Ranks
 from launcher.training import classification
 from launcher.training.loop import Clock, evaluate, loss_of
 from launcher.training.model import build
+from launcher.training.quantize import Quantised
 
 
 @pytest.fixture
@@ -51,10 +57,11 @@ def job_of(model, pad_id=0, held_out=None, world_size=1):
     )  # fmt: skip
 
 
-def built(folder, classes):
+def built(folder, classes, adapter=None, **model):
     how: dict = {"dtype": "float32", "attention": "sdpa", "device": torch.device("cpu"), "factors": lambda name: None}
-    head = classification.head_settings(classes)
-    return build(ModelConfig(model=str(folder)), Path(folder), None, head=head, **how).eval()
+    head = classification.head_settings(classes, AutoTokenizer.from_pretrained(folder).pad_token_id)
+    torch.manual_seed(0)
+    return build(ModelConfig(model=str(folder), **model), Path(folder), adapter, head=head, **how).eval()
 
 
 def test_a_row_is_tokenised_as_the_tokenizer_joins_its_texts(tokenizer, tmp_path):
@@ -116,12 +123,99 @@ def test_a_decoders_head_reads_the_last_token_before_the_tokenizers_padding(pad_
     torch.testing.assert_close(together, torch.cat(alone), rtol=1e-4, atol=1e-5)  # to rounding
 
 
+@pytest.mark.parametrize("kind", ["int8", "nf4", "fp4"])
+def test_a_quantised_base_gets_the_new_head_of_the_full_precision_base(kind, tiny_roberta):
+    """From the same seed the same numbers, never rounded, and trained; the encoder's linear layers are quantised."""
+    adapter = LoLDUConfig(r=4, target_modules=["query"], modules_to_save=["classifier"], task_type="SEQ_CLS")
+
+    model = built(tiny_roberta, ("no", "yes"), adapter, quantize=kind)
+    plain = built(tiny_roberta, ("no", "yes"))
+
+    heads = [module.classifier for module in (model.base_model.model, plain)]
+    trained = dict(heads[0].modules_to_save.default.named_parameters())
+    assert {name: p.dtype for name, p in trained.items() if p.requires_grad} == dict.fromkeys(trained, torch.float32)
+    for name, value in heads[1].named_parameters():
+        assert torch.equal(trained[name], value), name
+        assert value.any() or name.endswith("bias")
+    packed = [name for name, module in model.named_modules() if isinstance(module, Quantised)]
+    assert len(packed) == 2 * 6  # query, key, value, output and the two of the feed-forward part
+    model(input_ids=torch.arange(5, 15)[None], labels=torch.tensor([1])).loss.backward()
+    assert all(p.grad is not None and p.grad.any() for p in model.parameters() if p.requires_grad)
+
+
+@pytest.mark.parametrize("kind", ["none", "nf4"])
+def test_what_starts_from_the_seed_and_would_not_be_saved_is_refused(kind, tmp_path):
+    """DistilBERT has a layer before its classifier, of which PEFT knows nothing."""
+    torch.manual_seed(0)
+    words = Tokenizer(WordLevel({"<pad>": 0, "good": 1}, unk_token="<pad>"))
+    PreTrainedTokenizerFast(tokenizer_object=words, pad_token="<pad>").save_pretrained(tmp_path)
+    DistilBertForMaskedLM(DistilBertConfig(vocab_size=8, dim=16, hidden_dim=32, n_layers=1, n_heads=2)).save_pretrained(
+        tmp_path
+    )
+    some = LoLDUConfig(r=4, target_modules=["q_lin"], modules_to_save=["classifier"], task_type="SEQ_CLS")
+    every = replace(some, modules_to_save=["classifier", "pre_classifier"])
+
+    with pytest.raises(ValueError, match=r"has no pre_classifier: .*Give --modules-to-save pre_classifier"):
+        built(tmp_path, ("no", "yes"), some, quantize=kind)
+
+    model = built(tmp_path, ("no", "yes"), every, quantize=kind)
+    assert model.base_model.model.pre_classifier.modules_to_save.default.weight.requires_grad
+
+
+SHARDED = [("none", "fsdp2"), ("none", "zero3"), ("int8", "ddp"), ("nf4", "fsdp2"), ("fp4", "zero2")]
+
+
+@pytest.fixture(scope="module")
+def runs(tiny_roberta, sst2_rows, tmp_path_factory):
+    """Four steps on film phrases, on one process and on two; without dropout, which each process draws for itself."""
+    folder = tmp_path_factory.mktemp("labelled")
+    base = shutil.copytree(tiny_roberta, folder / "base")
+    settings = json.loads((base / "config.json").read_text()) | {"attention_probs_dropout_prob": 0.0}
+    (base / "config.json").write_text(json.dumps(settings))
+    (folder / "rows.json").write_text(json.dumps(sst2_rows[:36]))
+    runs = Runs(folder, base, folder / "rows.json")
+    runs.base = replace(
+        runs.base,
+        data=config(str(folder / "rows.json"), eval_records=11),
+        adapter=AdapterConfig(rank=7, targets=("all-linear",), modules_to_save=("classifier",)),
+        optimizer=replace(runs.base.optimizer, max_steps=4, learning_rate=1e-2),
+    )
+
+    def change(kind):
+        return lambda config: replace(config, model=replace(config.model, quantize=kind, dtype="float32"))
+
+    for kind in {kind for kind, _ in SHARDED}:
+        runs.alone(kind, change=change(kind))
+    runs.start(2, *(runs.entry(f"{kind}-{engine}", engine, change=change(kind)) for kind, engine in SHARDED))
+    return runs
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("kind", "engine"), SHARDED)
+def test_labels_train_on_two_processes_to_the_curve_of_one(runs, kind, engine):
+    """The new head too, which every process draws and keeps its part of; and the same adapter is saved."""
+    name = f"{kind}-{engine}"
+
+    torch.testing.assert_close(runs.losses(name), runs.losses(kind), atol=5e-6, rtol=0)  # the same sums, reordered
+    ours, theirs = ([e for e in runs.events(each) if "accuracy" in e][-1] for each in (name, kind))
+    assert ours["accuracy"] == theirs["accuracy"]
+    assert ours["eval_loss"] == pytest.approx(theirs["eval_loss"], abs=5e-6)
+    settings = [
+        json.loads((runs.folder / each / "adapter" / "adapter_config.json").read_text()) for each in (name, "none")
+    ]
+    assert settings[0]["base_fingerprint"] == settings[1]["base_fingerprint"]
+    saved, once = runs.adapter(name), runs.adapter(kind)
+    assert any("classifier" in key for key in once)
+    torch.testing.assert_close(saved, once, atol=1e-4, rtol=0)  # Adam divides small sums
+
+
 def test_a_head_for_another_number_of_classes_is_named(tiny_roberta, tmp_path):
     AutoModelForSequenceClassification.from_pretrained(tiny_roberta, num_labels=3).save_pretrained(tmp_path)
     AutoTokenizer.from_pretrained(tiny_roberta).save_pretrained(tmp_path)
 
-    with pytest.raises(ValueError, match="has a head of 3 classes, the data have 2: give a base without a head"):
-        built(tmp_path, ("no", "yes"))
+    for kind in ("none", "nf4"):
+        with pytest.raises(ValueError, match="has a head of 3 classes, the data have 2: give a base without a head"):
+            built(tmp_path, ("no", "yes"), quantize=kind)
 
     assert built(tmp_path, ("a", "b", "c")).config.num_labels == 3
 
@@ -132,7 +226,7 @@ def test_the_losses_of_micro_batches_add_up_to_that_of_the_batch(kind, tiny_robe
     settings = config(write(tmp_path, rows))
     train, _, classes = classification.load_splits(settings)
     found = classification.encode(train, classes, tokenizer, settings)
-    head = classification.head_settings(classes)
+    head = classification.head_settings(classes, tokenizer.pad_token_id)
     model = AutoModelForSequenceClassification.from_pretrained(tiny_roberta, **head).eval()
     job = job_of(model, tokenizer.pad_token_id)
 
