@@ -10,9 +10,11 @@ Letters: W (m, n) = out x in, k = min(m, n), r the rank.
 
 from __future__ import annotations
 
+import hashlib
 import json
 import logging
 import os
+import socket
 import time
 import uuid
 from collections.abc import Callable, Mapping, Sequence
@@ -32,7 +34,7 @@ from adapters.checkpoint_files import TensorInfo, open_tensor
 from adapters.factors import Factors, base_fingerprint, loldu_factors, probe_digest
 from adapters.svd import first_step_factors, svd_factors
 from launcher.factorization import cache
-from launcher.ranks import Party, Stopped
+from launcher.ranks import Party, Stopped, nodes_without
 
 log = logging.getLogger(__name__)
 Progress = Callable[[int, int, str], None]  # weights done on all ranks, weights to do, one being worked on
@@ -116,33 +118,41 @@ def factorize(
     on_progress: Progress = lambda done, total, weight: None,
     *,
     verify_base: bool = False,
+    per_node: bool = False,
     device: torch.device | None = None,
     gradient_of: GradientOf | None = None,
 ) -> dict[str, Factored]:
     """Factors of every request in the cache folder, by module; what is there is not made again. Called by all ranks.
 
+    per_node: the folder is another one on each node, and each node makes all that its own lacks.
     gradient_of is for requests whose factors come from gradients; each rank asks it for those of its own weights.
     verify_base reads the weights again instead of trusting the file's size and time. on_progress is called on every
     rank, a few times a second; where it raises Stopped on one rank, all raise it, and what was made stays.
 
     Raises, on all ranks, ValueError naming rank, module, tensor and file where a weight has no factors or the folder
-    cannot be written, and RuntimeError naming a rank that died.
+    cannot be written, ValueError naming the nodes that do not see the folder or have other factors in theirs, and
+    RuntimeError naming a rank that died.
     """
-    rank, world = party.ranks.rank, party.ranks.world_size
+    ranks, world = party.ranks, party.ranks.world_size
     by_module = {request.module: request for request in requests}
     assert len(by_module) == len(requests), "one request per module"
     token = party.from_main("a name for this factorisation", lambda: uuid.uuid4().hex)
-    group = _ranks_sharing(folder, party, token)
+    node = range(ranks.rank - ranks.local_rank, ranks.rank - ranks.local_rank + ranks.local_world_size)
+    group = node if per_node else range(world)
 
     def look_up() -> dict[str, str]:
-        if verify_base or rank != group[0]:
+        if verify_base or ranks.rank != group[0]:
             return {}
         return {name: key for name, request in by_module.items() if (key := lookup(request, folder))}
 
     found = party.together("factors in the cache", look_up)[group[0]]
     missing = {name: cost(request) for name, request in by_module.items() if name not in found}
     owners = share_out(missing, len(group))
-    mine = [by_module[name] for name, owner in zip(missing, owners, strict=True) if group[owner] == rank]
+    mine = [by_module[name] for name, owner in zip(missing, owners, strict=True) if group[owner] == ranks.rank]
+    nodes = ranks.local_world_size < world
+    must_share = nodes and not per_node and missing
+    if must_share and (blind := nodes_without(folder, party, "the factor cache", "--cache DIR")):
+        raise _not_shared(folder, blind)
 
     watch = _Watch(party, token, len(mine), on_progress)
     made: dict[str, Factored] = {}
@@ -168,8 +178,11 @@ def factorize(
 
     parts = party.gather("factors made", made)  # tuples arrive as lists
     together = {name: Factored(*how) for owner in group for name, how in parts[owner].items()}
-    assert world > 1 or len(together) == len(missing)
-    return {name: together.get(name) or Factored(found[name], False, _rank(folder, found[name])) for name in by_module}
+    assert len(together) == len(missing)
+    done = {name: together.get(name) or Factored(found[name], False, _rank(folder, found[name])) for name in by_module}
+    if nodes:
+        _check_equal(folder, done, party)
+    return done
 
 
 def lookup(request: FactorRequest, folder: Path) -> str | None:
@@ -390,32 +403,41 @@ class _Watch:
         return now - self.heard[who][1] > SILENCE_S
 
 
-def _ranks_sharing(folder: Path, party: Party, token: str) -> list[int]:
-    """The ranks that see the same cache folder as this one: all, or where it is node-local those of this node."""
-    ranks = party.ranks
-    if ranks.world_size == 1:
-        return [0]
-    probe = folder / f".{token}.probe"
+def _not_shared(folder: Path, nodes: Sequence[str]) -> ValueError:
+    return ValueError(
+        f"{', '.join(nodes)} does not see the factor cache {folder} of rank 0: give --cache DIR on a file system that "
+        "all nodes share, or --cache-per-node, and each node makes all factors in a folder of its own"
+    )
 
-    def write() -> None:
-        try:
-            folder.mkdir(parents=True, exist_ok=True)
-            probe.touch()
-        except OSError as error:
-            raise ValueError(
-                f"cannot write to the factor cache {folder}: {error.strerror}; give another folder with --cache DIR"
-            ) from error
 
-    party.from_main("a probe of the cache folder", write)
-    node = ranks.rank - ranks.local_rank  # its first rank
-    sights = party.gather("who sees the cache folder", [probe.exists(), node])
-    with suppress(OSError):
-        probe.unlink()
-    if all(seen for seen, _ in sights):
-        return list(range(ranks.world_size))
-    if ranks.is_main:
-        log.warning("%s is not shared between the nodes: each node makes all factors for itself", folder)
-    return [rank for rank, (_, first) in enumerate(sights) if first == node]
+def _check_equal(folder: Path, done: Mapping[str, Factored], party: Party) -> None:
+    """Raises ValueError naming a node where the factors are missing, or are other numbers than on rank 0's.
+
+    Each rank takes its rows from what its node has. Nodes of different hardware round differently, and rows of two such
+    factorisations do not belong together.
+    """
+
+    def digests() -> list[str | None] | None:
+        if party.ranks.local_rank:
+            return None
+        found = [cache.find(folder, how.key) for how in done.values()]
+        return [
+            entry and hashlib.sha256(json.dumps(entry.about["checksums"], sort_keys=True).encode()).hexdigest()
+            for entry in found
+        ]
+
+    answers = party.together("the factors of each node", lambda: [digests(), socket.gethostname()])
+    expected, first = answers[0]
+    for rank, (found, host) in enumerate(answers):
+        if found and None in found:
+            raise _not_shared(folder, [f"{host} (rank {rank})"])
+        for module, here, there in zip(done, expected, found or expected, strict=True):
+            if here != there:
+                raise ValueError(
+                    f"the factors of {module} in {folder} on {host} (rank {rank}) are not those on {first} (rank 0): "
+                    "hardware and libraries differ, and rounding with them. Give --cache DIR on a file system that all "
+                    f"nodes share, or copy {folder} from one node to the others"
+                )
 
 
 def _factors(request: FactorRequest, W: Tensor, on_device: Tensor) -> Factors:
