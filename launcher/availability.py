@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import concurrent.futures
-import os
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +16,8 @@ def unavailable(model: str, data: str) -> str | None:
     from adapters.checkpoint_files import local_folder
 
     data = data.split(":")[0]  # without configuration and split
-    here = {model: local_folder(model) is not None, data: Path(data).exists() or _dataset_cached(data)}
+    cached = Path(constants.HF_HUB_CACHE) / f"datasets--{data.replace('/', '--')}"
+    here = {model: local_folder(model) is not None, data: Path(data).exists() or cached.is_dir()}
     missing = [name for name, found in here.items() if not found]
     if not missing:
         return None
@@ -43,9 +43,3 @@ def unavailable(model: str, data: str) -> str | None:
         elif error := future.exception():
             reasons.append(f"{name} cannot be had ({type(error).__name__})")
     return "; ".join(reasons) or None
-
-
-def _dataset_cached(name: str) -> bool:
-    from huggingface_hub import constants
-
-    return (Path(constants.HF_HUB_CACHE) / f"datasets--{name.replace('/', '--')}").is_dir() or os.path.isdir(name)

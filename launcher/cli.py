@@ -24,12 +24,6 @@ from launcher.ranks import say_mistake
 MISTAKE = 2
 
 
-def _choices(given: str, option: str, expected: str) -> str:
-    """tyro lists them in the order of a set, None among them."""
-    choices = set(expected.replace("'", "").split(", ")) - {"None"}
-    return f"{option} {given}: expected one of {', '.join(sorted(choices))}"
-
-
 FLAT = (tyro.conf.OmitArgPrefixes,)
 PLAINLY: Mapping[str, str | Callable[[re.Match[str]], str]] = {  # how tyro says it: how we do
     r"no type matching .*>: ": "",
@@ -166,6 +160,12 @@ def _line(box: str, left: SystemExit, prog: str) -> str:
     for pattern, plainly in PLAINLY.items():
         said = re.sub(pattern, plainly, said)
     return f"{said} ({prog} --help)"
+
+
+def _choices(given: str, option: str, expected: str) -> str:
+    """tyro lists them in the order of a set, None among them."""
+    choices = set(expected.replace("'", "").split(", ")) - {"None"}
+    return f"{option} {given}: expected one of {', '.join(sorted(choices))}"
 
 
 def _options(target: Callable[..., Any], prog: str, settings: Mapping[str, Any]) -> set[str]:

@@ -131,7 +131,7 @@ def train(job: Job, resume: Checkpoint | None) -> str:
         else:
             progress.worse += 1
         tell({"step": progress.step, **result})
-        shown = ", ".join(f"{name.replace('_', ' ')} {_number(value)}" for name, value in result.items())
+        shown = ", ".join(f"{name.replace('_', ' ')} {value:.4f}" for name, value in result.items())
         job.screen.say(f"step {progress.step}: {shown}")
         return True
 
@@ -294,7 +294,3 @@ def tokens_in(data: Encoded, rows: Sequence[Any]) -> int:
 
 def _seed(*parts: int) -> int:
     return int.from_bytes(hashlib.sha256(repr(parts).encode()).digest()[:7], "big")
-
-
-def _number(value: float) -> str:
-    return f"{value:.4f}"
