@@ -133,6 +133,7 @@ def examine(
 
 
 def check_environment(facts: Mapping[str, Mapping[str, Any]]) -> list[Finding]:
+    """Interpreter, packages and code: each node's against the first one's."""
     first = next(iter(facts))
     head = facts[first]["environment"]
     needed = {name: head[name] for name in ("torch", "transformers", "peft")}
@@ -151,6 +152,7 @@ def check_environment(facts: Mapping[str, Mapping[str, Any]]) -> list[Finding]:
 
 
 def check_gpus(facts: Mapping[str, Mapping[str, Any]]) -> list[Finding]:
+    """Each node's GPUs against those of the node that has most; another driver is worth a note."""
     findings = []
     most = max(facts, key=lambda name: len(facts[name]["gpus"]))
     for name, fact in facts.items():
@@ -170,6 +172,7 @@ def check_gpus(facts: Mapping[str, Mapping[str, Any]]) -> list[Finding]:
 
 
 def check_disk(facts: Mapping[str, Mapping[str, Any]]) -> list[Finding]:
+    """Free space where runs, factors and temporary files go."""
     findings = []
     for name, fact in facts.items():
         free = fact["free_gb"]

@@ -127,6 +127,7 @@ def number(environ: Mapping[str, str], *, per_node: bool) -> dict[str, str]:
 
 
 def log_file(run: Path, environ: Mapping[str, str], *, per_node: bool) -> Path:
+    """logs/rank0@HOST.log, or node0@HOST.log where a starter makes the ranks of a node."""
     who = f"node{environ.get('NODE_RANK', '0')}" if per_node else f"rank{environ.get('RANK', '0')}"
     return run / "logs" / f"{who}@{socket.gethostname()}.log"
 

@@ -117,6 +117,7 @@ def last_step(run: Path) -> dict[str, Any]:
 
 
 def is_run(folder: Path) -> bool:
+    """Whether a run, or a cluster for it, has begun to write there."""
     return any((folder / name).exists() for name in ("job.json", "state", "config.json", "control"))
 
 

@@ -246,6 +246,7 @@ def write_safetensors(file: Path, entries: list[Entry], tick: Callable[[int], No
 
 
 def adapted_layers(model: nn.Module) -> list[FactorLayer]:
+    """The layers that carry an adapter of the family."""
     return [layer for layer in model.modules() if isinstance(layer, FactorLayer)]
 
 

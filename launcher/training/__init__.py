@@ -1,0 +1,1 @@
+"""One run: its data, its model, its steps and its checkpoints. Knows signals and an environment, no cluster."""

@@ -61,6 +61,7 @@ def load_tokenizer(folder: Path, *, trust_remote_code: bool = False) -> Any:
 
 
 def has_tokenizer(folder: Path) -> bool:
+    """Whether any tokenizer's file lies in the folder."""
     return any((folder / name).is_file() for name in TOKENIZER_FILES)
 
 

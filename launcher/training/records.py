@@ -252,6 +252,7 @@ def _conversation(row: Record, column: str, where: str) -> list[Record]:
 
 
 def text_of(row: Record, column: str, where: str, default: str | None = None) -> str:
+    """The text in a column, default where there is none. Raises ValueError naming what is there instead."""
     value = row.get(column)
     if value is None and default is not None:
         return default
