@@ -130,6 +130,12 @@ class Party:
                 raise (ValueError if answer["mistake"] else RuntimeError)(f"{where}{answer['error']}")
         return [answer["value"] for answer in answers]
 
+    def each(self, what: str, make: Callable[[], Any]) -> Any:
+        """What make returns on this rank, which may be any object; if it fails on one rank, all raise, naming it."""
+        made: list[Any] = []
+        self.together(what, lambda: made.append(make()))
+        return made[0]
+
 
 def nodes_without(folder: Path, party: Party, what: str, option: str) -> list[str]:
     """The nodes where this folder is not rank 0's, each as "HOST (rank R)". Called by all ranks.

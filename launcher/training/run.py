@@ -7,8 +7,6 @@ import importlib.metadata
 import json
 import logging
 import math
-import os
-import shutil
 import socket
 import sys
 import time
@@ -30,10 +28,11 @@ from launcher.config import Config, as_dict
 from launcher.factorization import cache
 from launcher.factorization.distribute import FactorRequest, factorize, factors_of, fingerprint
 from launcher.factorization.targets import targets_of
-from launcher.ranks import Party, Ranks, Stopped, connect, nodes_without, say_mistake
+from launcher.ranks import Party, Ranks, Stopped, connect, say_mistake
 from launcher.training import checkpoint, classification, data, records, templates
 from launcher.training.base import base_folder, load_tokenizer
 from launcher.training.classification import Labelled
+from launcher.training.folder import State, finished, prepare, save_final
 from launcher.training.gradients import FirstStep, check_first_step, check_frozen
 from launcher.training.loop import Job, Question, train, write_answers
 from launcher.training.model import (
@@ -67,7 +66,6 @@ log = logging.getLogger(__name__)
 
 DONE, FAILED, MISTAKE, STOPPED = 0, 1, 2, 75  # exit codes
 TOKENISE_S = 6 * 3600.0
-CHECKSUMS = "SHA256SUMS"  # as sha256sum -c reads it
 PACKAGES = ("torch", "transformers", "peft", "accelerate", "safetensors", "datasets", "deepspeed", "bitsandbytes")
 
 
@@ -85,7 +83,7 @@ def run(config: Config, name: str, instead: Callable[[], Config] | None = None) 
         return MISTAKE
     quiet_libraries()
     screen = Screen(ranks.is_main)
-    state, connected = _State(ranks, None), ranks.world_size == 1
+    state, connected = State(ranks, None), ranks.world_size == 1
     with StopRequest(config.run.max_seconds) as stop:
         try:
             check(config, ranks)
@@ -135,7 +133,7 @@ def check(config: Config, ranks: Ranks) -> None:
     choose_attention(config.model.attention, on_gpu=torch.cuda.is_available(), dtype=dtype)
 
 
-def _run(config: Config, name: str, party: Party, stop: StopRequest, screen: Screen, state: _State) -> str:
+def _run(config: Config, name: str, party: Party, stop: StopRequest, screen: Screen, state: State) -> str:
     ranks, started = party.ranks, time.monotonic()
     on_gpu = torch.cuda.is_available()
     device = torch.device("cuda", ranks.local_rank) if on_gpu else torch.device("cpu")
@@ -146,8 +144,8 @@ def _run(config: Config, name: str, party: Party, stop: StopRequest, screen: Scr
     # 1. The base's files and the data: read by every rank for itself, so nothing large travels.
     folder = Path(party.together("base model", lambda: str(base_folder(config.model.model, "--model ")))[0])
     party.together("base model", lambda: check_base(folder, config.model.quantize))
-    tokenizer = party_local(
-        party, "tokenizer", lambda: load_tokenizer(folder, trust_remote_code=config.model.trust_remote_code)
+    tokenizer = party.each(
+        "tokenizer", lambda: load_tokenizer(folder, trust_remote_code=config.model.trust_remote_code)
     )
     local: dict[str, Any] = {}
     cache_folder = Path(config.run.cache) if config.run.cache else cache.default_folder()
@@ -173,11 +171,10 @@ def _run(config: Config, name: str, party: Party, stop: StopRequest, screen: Scr
     labels_model: Any = None
     if head is not None:
         plain = replace(config.model, quantize="none")
-        labels_model = party_local(party, "head", lambda: bare_skeleton(plain, folder, adapter, **how, head=head))
+        labels_model = party.each("head", lambda: bare_skeleton(plain, folder, adapter, **how, head=head))
     requests: list[FactorRequest] = []
     if ours:
-        requests = party_local(
-            party,
+        requests = party.each(
             "targets",
             lambda: targets_of(
                 folder,
@@ -217,9 +214,9 @@ def _run(config: Config, name: str, party: Party, stop: StopRequest, screen: Scr
             load=lambda: build(config.model, folder, None, factors=lambda name: None, device=device, **how),
         )  # fmt: skip
         requests = [replace(request, gradients=first_step.digest) for request in requests]
-    resume = _prepare_output(config, output, identity, party)
+    resume = prepare(config, output, identity, party)
     state.folder = output
-    if resume is not None and party.from_main("state", lambda: _finished(config, output, resume, steps)):
+    if resume is not None and party.from_main("state", lambda: finished(config, output, resume, steps)):
         screen.say(f"{output} is already finished at step {resume.step}: nothing to do")
         return "finished"
     state.write("running")
@@ -287,8 +284,8 @@ def _run(config: Config, name: str, party: Party, stop: StopRequest, screen: Scr
             return Zero(model, config.optimizer, ranks, int(sharding[-1]), cpu_offload=offload)
         return Replicated(model, config.optimizer, ranks)
 
-    model, mesh = party_local(party, "model", load)
-    engine = party_local(party, "engine", wrap)
+    model, mesh = party.each("model", load)
+    engine = party.each("engine", wrap)
     party.together("the factors", lambda: check_frozen(model, identity, resume))
     trained = sum(size(parameter) for parameter in engine.parameters.values())
     total = base_size(model)
@@ -327,7 +324,7 @@ def _run(config: Config, name: str, party: Party, stop: StopRequest, screen: Scr
         screen.say(f"stopped by {stop.reason or 'another rank'}; every step is saved. To go on, type {again}")
     else:
         whole = engine.whole_state()
-        saved = party.from_main("adapter", lambda: str(_save_adapter(model, whole, output, config)))
+        saved = party.from_main("adapter", lambda: str(save_final(model, whole, output, config)))
         _tell(job, Path(saved), time.monotonic() - started)
     return status
 
@@ -373,120 +370,6 @@ def _rows(config: Config, encoded: data.Encoded) -> Sequence[Any]:
     return data.pack(encoded.lengths, order, config.data.max_length)
 
 
-def _prepare_output(
-    config: Config, output: Path, identity: dict[str, Any], party: Party
-) -> checkpoint.Checkpoint | None:
-    """The checkpoint to go on from, if any. Raises ValueError for a folder that holds another run."""
-
-    def decide() -> str | None:
-        if config.run.resume == "never" and (output / "config.json").exists():
-            aside = output.with_name(f"{output.name}-before-{time.strftime('%Y%m%d-%H%M%S')}")
-            os.replace(output, aside)
-            log.warning("--resume never: the run that was in %s now lies in %s", output, aside)
-        if output.exists() and not (output / "config.json").exists() and any(_foreign(output)):
-            raise ValueError(f"{output} is not a run folder and not empty: give another --output")
-        try:
-            output.mkdir(parents=True, exist_ok=True)
-        except OSError as error:
-            raise ValueError(f"cannot make the run folder {output}: {error.strerror}; give another --output") from error
-        if config.run.resume in ("auto", "never"):
-            found = checkpoint.newest(output / "checkpoints")
-            if found is None and (output / "config.json").exists():
-                _same_run(identity, _saved_identity(output), output)
-        else:
-            found = _named_checkpoint(Path(config.run.resume), output)
-        if found is None:
-            return None
-        _same_run(identity, found.meta["identity"], found.folder)
-        return str(found.folder)
-
-    folder = party.from_main("checkpoints", decide)
-    ranks = party.ranks
-    several_nodes = ranks.local_world_size < ranks.world_size
-    if several_nodes and (blind := nodes_without(output, party, "the run folder", "--output DIR")):
-        raise ValueError(
-            f"{', '.join(blind)} does not see the run folder {output} of rank 0, where checkpoints lie: give --output "
-            "DIR on a file system that all nodes share"
-        )
-    return party_local(party, "checkpoint", lambda: checkpoint.load(Path(folder))) if folder else None
-
-
-def _named_checkpoint(wanted: Path, output: Path) -> checkpoint.Checkpoint:
-    """The checkpoint of --resume PATH.
-
-    From another folder it is where this run began: once there are checkpoints here, the same command goes on from them.
-    From this folder it is where to go back to, and what came after it is set aside.
-    """
-    found, here = checkpoint.load(wanted), output / "checkpoints"
-    if wanted.resolve().parent == here.resolve():
-        checkpoint.set_aside_after(here, found.step)
-    elif (newer := checkpoint.newest(here)) is not None:
-        log.warning("going on from %s, which began at %s", newer.folder, wanted)
-        return newer
-    return found
-
-
-def _saved_identity(output: Path) -> dict[str, Any]:
-    try:
-        return json.loads((output / "config.json").read_text())["identity"]
-    except (ValueError, KeyError, TypeError):
-        raise ValueError(
-            f"{output / 'config.json'} is damaged and no checkpoint tells which run this was: give another --output, "
-            "or --resume never to set it aside"
-        ) from None
-
-
-def _foreign(output: Path) -> list[Path]:
-    """What in a folder without config.json is not ours: a cluster job puts its script, logs and control file there."""
-    known = {"state", "control", "events", "job.sbatch", "job.json", "logs"}
-    return [path for path in output.iterdir() if path.name not in known and not path.name.startswith("slurm-")]
-
-
-def _same_run(identity: dict[str, Any], saved: dict[str, Any], where: Path) -> None:
-    """Raises ValueError naming each thing that makes this another run than the saved one."""
-    differ = [f"{name} was {_short(saved.get(name))}, now {_short(identity[name])}" for name in identity if saved.get(name) != identity[name]]  # fmt: skip  # noqa: E501
-    if differ:
-        raise ValueError(
-            f"{where} belongs to another run: {'; '.join(differ)}. Give another --output, or --resume never to set "
-            "that run aside and start afresh"
-        )
-
-
-def _short(value: Any) -> str:
-    text = json.dumps(value)
-    return text if len(text) < 200 else text[:197] + "..."
-
-
-def _finished(config: Config, output: Path, resume: checkpoint.Checkpoint, steps: int) -> bool:
-    """Whether nothing is left to do: the last step is saved, and what it made lies there as it was written."""
-    state = output / "state"
-    if resume.step < steps or not state.exists() or state.read_text(errors="replace").strip() != "finished":
-        return False
-    damaged = _damaged(_final_folder(config, output))
-    for text in damaged:
-        log.warning("%s: made again from %s", text, resume.folder)
-    return not damaged
-
-
-def _final_folder(config: Config, output: Path) -> Path:
-    return output / ("model" if config.adapter.method == "full" else "adapter")
-
-
-def _checksums(folder: Path) -> dict[str, str]:
-    files = sorted(file for file in folder.iterdir() if file.is_file() and file.name != CHECKSUMS)
-    return {file.name: checkpoint.digest(file) for file in files}
-
-
-def _damaged(folder: Path) -> list[str]:
-    """What in a finished folder is not as it was written."""
-    if not (folder / CHECKSUMS).is_file():
-        return [f"{folder} is not whole"]
-    lines = (folder / CHECKSUMS).read_text(errors="replace").splitlines()
-    written, found = dict(line.split(maxsplit=1)[::-1] for line in lines if " " in line), _checksums(folder)
-    differ = sorted(name for name in written.keys() | found.keys() if written.get(name) != found.get(name))
-    return [f"{folder / name} differs from its checksum in {CHECKSUMS}" for name in differ]
-
-
 def _check_context(config: Config, model: Any) -> None:
     room = getattr(model.config, "max_position_embeddings", None)
     if room and config.data.max_length > room:
@@ -494,23 +377,6 @@ def _check_context(config: Config, model: Any) -> None:
     window = getattr(model.config, "sliding_window", None)
     if config.data.packing and window and window < config.data.max_length:
         raise ValueError(f"packing cannot honour this model's sliding window of {window}: leave --packing out")
-
-
-def _save_adapter(model: Any, whole: dict[str, Any], output: Path, config: Config) -> Path:
-    """The final PEFT folder, or the whole model for full fine-tuning; replaced by rename."""
-    final = _final_folder(config, output)
-    partial = final.with_suffix(".tmp")
-    shutil.rmtree(partial, ignore_errors=True)
-    model.save_pretrained(str(partial), state_dict=whole)
-    lines = (f"{digest}  {name}\n" for name, digest in _checksums(partial).items())
-    (partial / CHECKSUMS).write_text("".join(lines))
-    for written in (*partial.iterdir(), partial):
-        checkpoint.sync(written)
-    if final.exists():
-        os.replace(final, final.with_suffix(f".before-{time.time_ns()}"))
-    os.replace(partial, final)
-    checkpoint.sync(output)
-    return final
 
 
 def _tell(job: Job, saved: Path, seconds: float) -> None:
@@ -559,29 +425,11 @@ def versions() -> dict[str, str]:
     return found
 
 
-def party_local(party: Party, what: str, make: Any) -> Any:
-    """What make returns on this rank (any object); if it fails on one rank, all raise, naming it."""
-    made: list[Any] = []
-    party.together(what, lambda: made.append(make()))
-    return made[0]
-
-
 def quiet_libraries() -> None:
     """No progress bars and notes of libraries between ours; warnings stay."""
     transformers.logging.set_verbosity_error()
     transformers.logging.disable_progress_bar()
     warnings.filterwarnings("ignore", category=FutureWarning)
-
-
-class _State:
-    """The run folder's `state` file: running, stopped, finished, failed; by rename, by rank 0."""
-
-    def __init__(self, ranks: Ranks, folder: Path | None):
-        self.ranks, self.folder = ranks, folder
-
-    def write(self, state: str) -> None:
-        if self.ranks.is_main and self.folder is not None:
-            checkpoint.write_atomically(self.folder / "state", state + "\n")
 
 
 def _disconnect(party: Party) -> None:

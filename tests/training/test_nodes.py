@@ -5,7 +5,8 @@ from parties import together
 from launcher import ranks
 from launcher.config import Config
 from launcher.ranks import Ranks
-from launcher.training.run import _prepare_output, _same_everywhere
+from launcher.training import folder
+from launcher.training.run import _same_everywhere
 
 
 def two_nodes(rank, world):
@@ -16,7 +17,7 @@ def test_a_run_folder_that_another_node_does_not_see_is_refused_naming_it(tmp_pa
     monkeypatch.setattr(ranks, "FOLDER_S", 0.2)
 
     def prepare(party):
-        return _prepare_output(Config(), tmp_path / f"node{party.ranks.rank}" / "run", {"base": "a"}, party)
+        return folder.prepare(Config(), tmp_path / f"node{party.ranks.rank}" / "run", {"base": "a"}, party)
 
     errors = together(2, prepare, two_nodes)
 

@@ -1,0 +1,162 @@
+"""The run folder: which run it holds, how far that came, and what it leaves at the end."""
+
+from __future__ import annotations
+
+import json
+import logging
+import os
+import shutil
+import time
+from pathlib import Path
+from typing import Any
+
+from launcher.config import Config
+from launcher.ranks import Party, Ranks, nodes_without
+from launcher.training import checkpoint
+
+log = logging.getLogger(__name__)
+CHECKSUMS = "SHA256SUMS"  # as sha256sum -c reads it
+
+
+class State:
+    """The run folder's `state` file: running, stopped, finished, failed; by rename, by rank 0."""
+
+    def __init__(self, ranks: Ranks, folder: Path | None):
+        self.ranks, self.folder = ranks, folder
+
+    def write(self, state: str) -> None:
+        if self.ranks.is_main and self.folder is not None:
+            checkpoint.write_atomically(self.folder / "state", state + "\n")
+
+
+def prepare(config: Config, output: Path, identity: dict[str, Any], party: Party) -> checkpoint.Checkpoint | None:
+    """The checkpoint to go on from, if any. Raises ValueError for a folder that holds another run."""
+
+    def decide() -> str | None:
+        if config.run.resume == "never" and (output / "config.json").exists():
+            aside = output.with_name(f"{output.name}-before-{time.strftime('%Y%m%d-%H%M%S')}")
+            os.replace(output, aside)
+            log.warning("--resume never: the run that was in %s now lies in %s", output, aside)
+        if output.exists() and not (output / "config.json").exists() and any(_foreign(output)):
+            raise ValueError(f"{output} is not a run folder and not empty: give another --output")
+        try:
+            output.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise ValueError(f"cannot make the run folder {output}: {error.strerror}; give another --output") from error
+        if config.run.resume in ("auto", "never"):
+            found = checkpoint.newest(output / "checkpoints")
+            if found is None and (output / "config.json").exists():
+                _same_run(identity, _saved_identity(output), output)
+        else:
+            found = _named_checkpoint(Path(config.run.resume), output)
+        if found is None:
+            return None
+        _same_run(identity, found.meta["identity"], found.folder)
+        return str(found.folder)
+
+    folder = party.from_main("checkpoints", decide)
+    ranks = party.ranks
+    several_nodes = ranks.local_world_size < ranks.world_size
+    if several_nodes and (blind := nodes_without(output, party, "the run folder", "--output DIR")):
+        raise ValueError(
+            f"{', '.join(blind)} does not see the run folder {output} of rank 0, where checkpoints lie: give --output "
+            "DIR on a file system that all nodes share"
+        )
+    return party.each("checkpoint", lambda: checkpoint.load(Path(folder))) if folder else None
+
+
+def _named_checkpoint(wanted: Path, output: Path) -> checkpoint.Checkpoint:
+    """The checkpoint of --resume PATH.
+
+    From another folder it is where this run began: once there are checkpoints here, the same command goes on from them.
+    From this folder it is where to go back to, and what came after it is set aside.
+    """
+    found, here = checkpoint.load(wanted), output / "checkpoints"
+    if wanted.resolve().parent == here.resolve():
+        checkpoint.set_aside_after(here, found.step)
+    elif (newer := checkpoint.newest(here)) is not None:
+        log.warning("going on from %s, which began at %s", newer.folder, wanted)
+        return newer
+    return found
+
+
+def _saved_identity(output: Path) -> dict[str, Any]:
+    try:
+        return json.loads((output / "config.json").read_text())["identity"]
+    except (ValueError, KeyError, TypeError):
+        raise ValueError(
+            f"{output / 'config.json'} is damaged and no checkpoint tells which run this was: give another --output, "
+            "or --resume never to set it aside"
+        ) from None
+
+
+def _foreign(output: Path) -> list[Path]:
+    """What in a folder without config.json is not ours: a cluster job puts its script, logs and control file there."""
+    known = {"state", "control", "events", "job.sbatch", "job.json", "logs"}
+    return [path for path in output.iterdir() if path.name not in known and not path.name.startswith("slurm-")]
+
+
+def _same_run(identity: dict[str, Any], saved: dict[str, Any], where: Path) -> None:
+    """Raises ValueError naming each thing that makes this another run than the saved one."""
+    differ = [
+        f"{name} was {_short(saved.get(name))}, now {_short(value)}"
+        for name, value in identity.items()
+        if saved.get(name) != value
+    ]
+    if differ:
+        raise ValueError(
+            f"{where} belongs to another run: {'; '.join(differ)}. Give another --output, or --resume never to set "
+            "that run aside and start afresh"
+        )
+
+
+def _short(value: Any) -> str:
+    text = json.dumps(value)
+    return text if len(text) < 200 else text[:197] + "..."
+
+
+def finished(config: Config, output: Path, resume: checkpoint.Checkpoint, steps: int) -> bool:
+    """Whether nothing is left to do: the last step is saved, and what it made lies there as it was written."""
+    state = output / "state"
+    if resume.step < steps or not state.exists() or state.read_text(errors="replace").strip() != "finished":
+        return False
+    damaged = _damaged(_final_folder(config, output))
+    for text in damaged:
+        log.warning("%s: made again from %s", text, resume.folder)
+    return not damaged
+
+
+def _final_folder(config: Config, output: Path) -> Path:
+    return output / ("model" if config.adapter.method == "full" else "adapter")
+
+
+def _checksums(folder: Path) -> dict[str, str]:
+    files = sorted(file for file in folder.iterdir() if file.is_file() and file.name != CHECKSUMS)
+    return {file.name: checkpoint.digest(file) for file in files}
+
+
+def _damaged(folder: Path) -> list[str]:
+    """What in a finished folder is not as it was written."""
+    if not (folder / CHECKSUMS).is_file():
+        return [f"{folder} is not whole"]
+    lines = (folder / CHECKSUMS).read_text(errors="replace").splitlines()
+    written, found = dict(line.split(maxsplit=1)[::-1] for line in lines if " " in line), _checksums(folder)
+    differ = sorted(name for name in written.keys() | found.keys() if written.get(name) != found.get(name))
+    return [f"{folder / name} differs from its checksum in {CHECKSUMS}" for name in differ]
+
+
+def save_final(model: Any, whole: dict[str, Any], output: Path, config: Config) -> Path:
+    """The final PEFT folder, or the whole model for full fine-tuning; replaced by rename."""
+    final = _final_folder(config, output)
+    partial = final.with_suffix(".tmp")
+    shutil.rmtree(partial, ignore_errors=True)
+    model.save_pretrained(str(partial), state_dict=whole)
+    lines = (f"{checksum}  {name}\n" for name, checksum in _checksums(partial).items())
+    (partial / CHECKSUMS).write_text("".join(lines))
+    for written in (*partial.iterdir(), partial):
+        checkpoint.sync(written)
+    if final.exists():
+        os.replace(final, final.with_suffix(f".before-{time.time_ns()}"))
+    os.replace(partial, final)
+    checkpoint.sync(output)
+    return final
