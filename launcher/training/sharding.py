@@ -281,11 +281,10 @@ class Rows:
         return slice(start, start + count)
 
     def place(self, like: nn.Parameter, rows: Tensor) -> nn.Parameter:
-        """A parameter placed like `like`, with this rank's rows filled. No communication."""
-        assert isinstance(like, DTensor)
-        filled = DTensor.from_local(
-            rows, like.device_mesh, like.placements, run_check=False, shape=like.shape, stride=like.stride()
-        )
+        """A parameter placed like `like`, with this rank's rows filled, where they lie. No communication."""
+        # not from_local, which would move what --cpu-offload keeps in main memory to the GPU
+        filled: Any = torch.empty_like(like, device=rows.device)
+        filled.to_local().copy_(rows)
         return nn.Parameter(filled, requires_grad=like.requires_grad)
 
     def keep(self, drawn: nn.Parameter) -> nn.Parameter:
