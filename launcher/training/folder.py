@@ -91,9 +91,11 @@ def _saved_identity(output: Path) -> dict[str, Any]:
 
 
 def _foreign(output: Path) -> list[Path]:
-    """What in a folder without config.json is not ours: a cluster job puts its script, logs and control file there."""
+    """What in a folder without config.json is not ours: a cluster job puts its script, logs and control file there, and
+    a start that was killed may leave a file it was about to rename."""
     known = {"state", "control", "events", "job.sbatch", "job.json", "logs"}
-    return [path for path in output.iterdir() if path.name not in known and not path.name.startswith("slurm-")]
+    ours = ("slurm-*", ".*.tmp", ".*.probe")
+    return [path for path in output.iterdir() if path.name not in known and not any(map(path.match, ours))]
 
 
 def _same_run(identity: dict[str, Any], saved: dict[str, Any], where: Path) -> None:
