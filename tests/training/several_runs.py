@@ -54,7 +54,8 @@ def copy(source: dict, config: Config) -> None:
     for folder in (target / "checkpoints").iterdir():
         if int(folder.name.removeprefix("step-")) > source["step"]:
             shutil.rmtree(folder)
-    shutil.rmtree(target / "adapter")
+    for result in ("adapter", "model"):
+        shutil.rmtree(target / result, ignore_errors=True)
     (target / "state").write_text("stopped\n")
 
 

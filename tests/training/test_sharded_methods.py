@@ -14,6 +14,13 @@ from launcher.training.model import build, skeleton
 
 CURVE = 5e-6  # float32: the same sums in another order (measured 2e-6)
 ENGINES = ["fsdp2", "zero2", "zero3"]
+RESUMED = [  # the method, who wrote its checkpoint, who goes on
+    ("lora", "fsdp2", "zero3"), ("lora", "zero3", "fsdp2"),
+    ("dora", "zero2", "fsdp2"), ("dora", "fsdp2", "zero3"),
+    ("full", "fsdp2", "zero3"), ("full", "zero3", "zero2"), ("full", "zero2", "fsdp2"),
+    ("loraxs", "zero3", "zero2"),
+    ("saved", "fsdp2", "zero2"), ("saved", "zero2", "zero3"),
+]  # fmt: skip
 CPU = torch.device("cpu")
 HOW: dict = {"dtype": "float32", "attention": "sdpa"}
 
@@ -24,7 +31,7 @@ def method(name, *options, **settings):
         config,
         adapter=AdapterConfig(method=name, rank=6, options=options, **settings),
         optimizer=replace(config.optimizer, max_steps=3),
-        run=replace(config.run, save_every=0),
+        run=replace(config.run, save_every=2),
     )
 
 
@@ -43,15 +50,42 @@ def runs(stories, alpaca_file, tmp_path_factory):
     for name, change in METHODS.items():
         runs.alone(name, change=change)
     entries = [(name, engine) for name in METHODS for engine in ENGINES]
-    runs.start(2, *(runs.entry(f"{name}-{engine}", engine, change=METHODS[name]) for name, engine in entries))
+    runs.start(
+        2,
+        *(runs.entry(f"{name}-{engine}", engine, change=METHODS[name]) for name, engine in entries),
+        *(
+            runs.entry(f"{name}-{before}>{after}", after, source=f"{name}-{before}", step=2, change=METHODS[name])
+            for name, before, after in RESUMED
+        ),
+    )
+    runs.start(
+        4,
+        *(runs.entry(f"{name}-hsdp", "hsdp", shard_size=2, change=METHODS[name]) for name in ("lora", "full")),
+        *(
+            runs.entry(f"{name}-zero3>hsdp", "hsdp", shard_size=2, source=f"{name}-zero3", step=2, change=METHODS[name])
+            for name in METHODS
+        ),
+    )
     return runs
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("engine", ENGINES)
+@pytest.mark.parametrize("engine", [*ENGINES, "zero3>hsdp"])
 @pytest.mark.parametrize("name", METHODS)
 def test_every_kind_of_adapter_trains_sharded_to_the_curve_of_one_process(runs, name, engine):
     torch.testing.assert_close(runs.losses(f"{name}-{engine}"), runs.losses(name), atol=CURVE, rtol=0)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["lora", "full"])
+def test_what_is_drawn_is_sharded_and_copied_alike(runs, name):
+    torch.testing.assert_close(runs.losses(f"{name}-hsdp"), runs.losses(name), atol=CURVE, rtol=0)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("name", "before", "after"), RESUMED)
+def test_every_kind_of_adapter_goes_on_under_another_engine(runs, name, before, after):
+    torch.testing.assert_close(runs.losses(f"{name}-{before}>{after}"), runs.losses(name), atol=CURVE, rtol=0)
 
 
 @pytest.mark.slow
