@@ -13,6 +13,7 @@ import logging
 import os
 from collections.abc import Sequence
 from contextlib import suppress
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -43,8 +44,13 @@ def encode_once(records: Sequence[Record], tokenizer: Any, config: DataConfig, f
     try:
         put(folder, file, lambda partial: save_file({name: getattr(made, name) for name in TENSORS}, partial, about))
     except ValueError as error:
-        log.warning("the tokenised data are not kept for the next start: %s", error)
+        _say_once(f"the tokenised data are not kept for the next start: {error}")
     return made
+
+
+@cache
+def _say_once(text: str) -> None:
+    log.warning("%s", text)
 
 
 def _read(file: Path) -> Encoded | None:
