@@ -13,9 +13,9 @@ import time
 import traceback
 import warnings
 from collections.abc import Callable, Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import torch.distributed as dist
@@ -134,182 +134,44 @@ def check(config: Config, ranks: Ranks) -> None:
 
 
 def _run(config: Config, name: str, party: Party, stop: StopRequest, screen: Screen, state: State) -> str:
+    """The run, once the processes have met; how it ended. Called by all ranks."""
     ranks, started = party.ranks, time.monotonic()
-    on_gpu = torch.cuda.is_available()
-    device = torch.device("cuda", ranks.local_rank) if on_gpu else torch.device("cpu")
-    dtype = choose_dtype(config.model.dtype)
-    attention, reason = choose_attention(config.model.attention, on_gpu=on_gpu, dtype=dtype)
-    output = Path(party.from_main("run folder", lambda: config.run.output or f"runs/{name}-{time.strftime('%Y%m%d-%H%M%S')}"))  # fmt: skip  # noqa: E501
 
     # 1. The base's files and the data: read by every rank for itself, so nothing large travels.
-    folder = Path(party.together("base model", lambda: str(base_folder(config.model.model, "--model ")))[0])
-    party.together("base model", lambda: check_base(folder, config.model.quantize))
-    tokenizer = party.each(
-        "tokenizer", lambda: load_tokenizer(folder, trust_remote_code=config.model.trust_remote_code)
-    )
-    local: dict[str, Any] = {}
-    cache_folder = Path(config.run.cache) if config.run.cache else cache.default_folder()
-
-    def read(mine: bool) -> None:
-        if mine:
-            local.update(_read_data(config, tokenizer, cache_folder))
-
-    # One process of each machine tokenises, unless it is done already; the others find it in the cache.
-    party.together("data", lambda: read(ranks.local_rank == 0), timeout_s=TOKENISE_S)
-    party.together("data", lambda: read(ranks.local_rank != 0), timeout_s=TOKENISE_S)
-    train_data, held_out, questions = local["train"], local["held_out"], local["questions"]
-    rows = _rows(config, train_data)
+    start = _settle(config, name, party, stop, screen)
+    trusted = config.model.trust_remote_code
+    tokenizer = party.each("tokenizer", lambda: load_tokenizer(start.base, trust_remote_code=trusted))
+    samples = _read_in_turn(start, tokenizer)
+    rows = _rows(config, samples.train)
     steps = config.optimizer.max_steps or math.ceil(config.optimizer.epochs * len(rows) / config.optimizer.batch_size)
     party.together("the factors", stop.before_training)
 
-    # 2. The factors of our own methods, by all ranks together.
-    how: Any = {"dtype": dtype, "attention": attention}
-    classes = train_data.classes if isinstance(train_data, Labelled) else None
-    head = None if classes is None else classification.head_settings(classes, tokenizer.pad_token_id)
-    adapter: Any = peft_config(config.adapter, "CAUSAL_LM" if classes is None else "SEQ_CLS")
-    ours = isinstance(adapter, FactorConfig)
-    labels_model: Any = None
-    if head is not None:
-        plain = replace(config.model, quantize="none")
-        labels_model = party.each("head", lambda: bare_skeleton(plain, folder, adapter, **how, head=head))
-    requests: list[FactorRequest] = []
-    if ours:
-        requests = party.each(
-            "targets",
-            lambda: targets_of(
-                folder,
-                config.adapter.targets,
-                config.adapter.exclude,
-                config.adapter.rank,
-                dtype=dtype,
-                modules_to_save=config.adapter.modules_to_save,
-                model=labels_model,
-                **adapter.factor_options(),
-            ),
-        )
-    identity = {
-        "base": _same_everywhere(
-            party,
-            f"the base {folder}",
-            lambda: fingerprint(list_tensors(folder), cache_folder) if ranks.local_rank == 0 else None,
-        ),
-        "adapter": as_dict(config.adapter),
-        "dtype": dtype,
-        "quantize": config.model.quantize,
-        "data": _same_everywhere(party, f"what {config.data.data} gives", train_data.digest),
-        "packing": config.data.packing,
-        "batch_size": config.optimizer.batch_size,
-        "seed": config.optimizer.seed,
-    }
-    if ours and head is None:
-        adapter.base_fingerprint = identity["base"]
-    elif ours:  # a head for words is no part of this base, and neither is a new one for labels
-        of_base = stored_base(labels_model, folder)
-        adapter.base_fingerprint = party.from_main("fingerprint", lambda: fingerprint(of_base, cache_folder))
-    first_step = None
-    if isinstance(adapter, LoRASBConfig):
-        adapter.step = adapter.step or config.optimizer.learning_rate
-        first_step = FirstStep(
-            config, adapter, train_data, identity, pad_id=tokenizer.pad_token_id or 0,
-            load=lambda: build(config.model, folder, None, factors=lambda name: None, device=device, **how),
-        )  # fmt: skip
-        requests = [replace(request, gradients=first_step.digest) for request in requests]
-    resume = prepare(config, output, identity, party)
-    state.folder = output
-    if resume is not None and party.from_main("state", lambda: finished(config, output, resume, steps)):
-        screen.say(f"{output} is already finished at step {resume.step}: nothing to do")
+    # 2. What is trained; and whether that has begun, or ended, in this folder already.
+    plan = _plan(start, samples.train, tokenizer)
+    resume = prepare(config, start.output, plan.identity, party)
+    state.folder = start.output
+    if resume is not None and party.from_main("state", lambda: finished(config, start.output, resume, steps)):
+        screen.say(f"{start.output} is already finished at step {resume.step}: nothing to do")
         return "finished"
     state.write("running")
     if ranks.is_main:
-        stop.watch(output / "control")
-    factored = {}
-    if requests:
-        with screen.bar("factors", len(requests)) as bar:
+        stop.watch(start.output / "control")
 
-            def progress(done: int, total: int, weight: str) -> None:
-                bar(done, weight)
-                stop.before_training()
-
-            factored = factorize(
-                requests,
-                cache_folder,
-                party,
-                progress,
-                verify_base=config.run.verify_base,
-                per_node=config.run.cache_per_node,
-                gradient_of=first_step,
-            )
-        if first_step is not None:
-            first_step.free()
-        for module, entry in factored.items():
-            adapter.note_rank(module, entry.rank)
-        made = sum(entry.made for entry in factored.values())
-        screen.say(f"factors of {len(factored)} weights: {made} made, {len(factored) - made} from {cache_folder}")
-        if len(ranks_made := sorted({entry.rank for entry in factored.values()})) > 1:
-            screen.say(f"their ranks: {ranks_made[0]} to {ranks_made[-1]}")
-
-    # 3. The model.
-    by_module = {request.module: request for request in requests}
-
-    def source(module: str, rows: slice = slice(None)) -> Any:
-        return factors_of(by_module[module], cache_folder, rows) if module in by_module else None
-
-    sharding, offload = check_sharding(config.run.sharding, ranks, config.run.shard_size), config.run.cpu_offload
-
-    def load() -> tuple[Any, Any]:
-        stop.before_training()
-        torch.manual_seed(config.optimizer.seed)
-        if sharding in ("none", "ddp", "zero2"):
-            return build(config.model, folder, adapter, factors=source, device=device, head=head, **how), None
-        open_alone(device)
-        model, mesh = skeleton(config.model, folder, adapter, **how, head=head), None
-        parts: Parts = Rows()
-        if sharding == "zero3":
-            from launcher.training.zero import FlatParts
-
-            parts = FlatParts(config.optimizer, ranks, device, cpu_offload=offload)
-        else:
-            mesh = shard_mesh(sharding, ranks, device, config.run.shard_size)
-            shard(model, mesh, cpu_offload=offload)
-        fill(model, folder, source, parts, device, stop.before_training, cpu_offload=offload)
-        return model, mesh
-
-    def wrap() -> Replicated:
-        if mesh is not None:
-            return FullyShard(model, config.optimizer, ranks, mesh)
-        if sharding in ("zero2", "zero3"):
-            from launcher.training.zero import Zero
-
-            open_alone(device)
-            return Zero(model, config.optimizer, ranks, int(sharding[-1]), cpu_offload=offload)
-        return Replicated(model, config.optimizer, ranks)
-
-    model, mesh = party.each("model", load)
-    engine = party.each("engine", wrap)
-    party.together("the factors", lambda: check_frozen(model, identity, resume))
-    trained = sum(size(parameter) for parameter in engine.parameters.values())
-    total = base_size(model)
+    # 3. The factors of our own methods, by all ranks together, and the model.
+    if plan.requests:
+        _factor(start, plan)
+    model, mesh = party.each("model", lambda: _load(start, plan))
+    engine = party.each("engine", lambda: _engine(start, model, mesh))
+    party.together("the factors", lambda: check_frozen(model, plan.identity, resume))
     _check_context(config, model)
-    if ranks.is_main:
-        resolved = {
-            "prompt_template": local["template"], "dtype": dtype, "attention": attention, "attention_reason": reason,
-            "steps": steps, "world_size": ranks.world_size,
-            "sharding": sharding, "base_folder": str(folder.resolve()),
-            "trained": trained, "device": torch.cuda.get_device_name(device) if on_gpu else "cpu",
-        }  # fmt: skip
-        whole = {"config": as_dict(config), "resolved": resolved, "identity": identity, "versions": versions()}
-        checkpoint.write_atomically(output / "config.json", json.dumps(whole, indent=2) + "\n")
-    precision = dtype if config.model.quantize == "none" else f"{config.model.quantize} computed in {dtype}"
-    screen.say(f"{config.model.model}: {total:,} parameters, {trained:,} trained ({config.adapter.method}, {precision})")  # fmt: skip  # noqa: E501
-    screen.say(f"{config.data.data}: {train_data.report}")
-    screen.say(f"{steps} steps of {config.optimizer.batch_size} on {ranks.world_size} x {device.type}, attention {attention} ({reason})")  # fmt: skip  # noqa: E501
+    _introduce(start, plan, samples, engine, steps)
 
     # 4. Train.
-    trackers = open_trackers(config.run.trackers, output, as_dict(config)) if ranks.is_main else []
+    trackers = open_trackers(config.run.trackers, start.output, as_dict(config)) if ranks.is_main else []
     job = Job(
-        config=config, engine=engine, tokenizer=tokenizer, train=train_data, rows=rows, held_out=held_out,
-        questions=questions, steps=steps, attention=attention, device=device, output=output, identity=identity,
-        party=party, stop=stop, screen=screen, trackers=trackers,
+        config=config, engine=engine, tokenizer=tokenizer, train=samples.train, rows=rows, held_out=samples.held_out,
+        questions=samples.questions, steps=steps, attention=start.attention, device=start.device, output=start.output,
+        identity=plan.identity, party=party, stop=stop, screen=screen, trackers=trackers,
     )  # fmt: skip
     model.train()
     if resume is not None:
@@ -319,14 +181,235 @@ def _run(config: Config, name: str, party: Party, stop: StopRequest, screen: Scr
         tracker.finish()
 
     # 5. Tell.
-    again = "the same command" if config.run.output else f"the same command with --output {output}"
     if status == "stopped":
+        again = "the same command" + ("" if config.run.output else f" with --output {start.output}")
         screen.say(f"stopped by {stop.reason or 'another rank'}; every step is saved. To go on, type {again}")
     else:
         whole = engine.whole_state()
-        saved = party.from_main("adapter", lambda: str(save_final(model, whole, output, config)))
+        saved = party.from_main("adapter", lambda: str(save_final(model, whole, start.output, config)))
         _tell(job, Path(saved), time.monotonic() - started)
     return status
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Start:
+    """What is settled before anything large is read."""
+
+    config: Config
+    party: Party
+    stop: StopRequest
+    screen: Screen
+    device: torch.device
+    dtype: str
+    attention: str
+    attention_reason: str
+    sharding: str
+    output: Path
+    base: Path  # the base model's folder
+    cache: Path  # folder of factors and of tokenised data
+
+    @property
+    def how(self) -> dict[str, Any]:
+        """How the base computes."""
+        return {"dtype": self.dtype, "attention": self.attention}
+
+
+class _Samples(NamedTuple):
+    train: data.Encoded
+    held_out: data.Encoded | None
+    questions: list[Question]
+    template: str | None  # labels are asked for without one
+
+
+class _Plan(NamedTuple):
+    """What is trained, and of what it is made."""
+
+    adapter: Any  # a PEFT config; None for full fine-tuning
+    head: dict[str, Any] | None  # of a model that labels
+    requests: list[FactorRequest]  # none for methods that are not ours
+    identity: dict[str, Any]  # what makes this run another one, where it changes
+    first_step: FirstStep | None  # LoRA-SB's gradients
+
+
+def _settle(config: Config, name: str, party: Party, stop: StopRequest, screen: Screen) -> _Start:
+    ranks, on_gpu = party.ranks, torch.cuda.is_available()
+    dtype = choose_dtype(config.model.dtype)
+    attention, reason = choose_attention(config.model.attention, on_gpu=on_gpu, dtype=dtype)
+    named = config.run.output or f"runs/{name}-{time.strftime('%Y%m%d-%H%M%S')}"
+    output = Path(party.from_main("run folder", lambda: named))
+    base = Path(party.together("base model", lambda: str(base_folder(config.model.model, "--model ")))[0])
+    party.together("base model", lambda: check_base(base, config.model.quantize))
+    return _Start(
+        config=config,
+        party=party,
+        stop=stop,
+        screen=screen,
+        device=torch.device("cuda", ranks.local_rank) if on_gpu else torch.device("cpu"),
+        dtype=dtype,
+        attention=attention,
+        attention_reason=reason,
+        sharding=check_sharding(config.run.sharding, ranks, config.run.shard_size),
+        output=output,
+        base=base,
+        cache=Path(config.run.cache) if config.run.cache else cache.default_folder(),
+    )
+
+
+def _read_in_turn(start: _Start, tokenizer: Any) -> _Samples:
+    """One process of each machine tokenises, unless it is done already; the others then find it in the cache."""
+    party = start.party
+    found: list[_Samples] = []
+
+    def read(mine: bool) -> None:
+        if mine:
+            found.append(_read_data(start.config, tokenizer, start.cache))
+
+    party.together("data", lambda: read(party.ranks.local_rank == 0), timeout_s=TOKENISE_S)
+    party.together("data", lambda: read(party.ranks.local_rank != 0), timeout_s=TOKENISE_S)
+    return found[0]
+
+
+def _plan(start: _Start, train_data: data.Encoded, tokenizer: Any) -> _Plan:
+    config, party, base = start.config, start.party, start.base
+    classes = train_data.classes if isinstance(train_data, Labelled) else None
+    head = None if classes is None else classification.head_settings(classes, tokenizer.pad_token_id)
+    adapter: Any = peft_config(config.adapter, "CAUSAL_LM" if classes is None else "SEQ_CLS")
+    ours = isinstance(adapter, FactorConfig)
+    labels_model: Any = None
+    if head is not None:
+        plain = replace(config.model, quantize="none")
+        labels_model = party.each("head", lambda: bare_skeleton(plain, base, adapter, **start.how, head=head))
+    requests: list[FactorRequest] = []
+    if ours:
+        requests = party.each(
+            "targets",
+            lambda: targets_of(
+                base,
+                config.adapter.targets,
+                config.adapter.exclude,
+                config.adapter.rank,
+                dtype=start.dtype,
+                modules_to_save=config.adapter.modules_to_save,
+                model=labels_model,
+                **adapter.factor_options(),
+            ),
+        )
+    identity = {
+        "base": _same_everywhere(
+            party,
+            f"the base {base}",
+            lambda: fingerprint(list_tensors(base), start.cache) if party.ranks.local_rank == 0 else None,
+        ),
+        "adapter": as_dict(config.adapter),
+        "dtype": start.dtype,
+        "quantize": config.model.quantize,
+        "data": _same_everywhere(party, f"what {config.data.data} gives", train_data.digest),
+        "packing": config.data.packing,
+        "batch_size": config.optimizer.batch_size,
+        "seed": config.optimizer.seed,
+    }
+    if ours and head is None:
+        adapter.base_fingerprint = identity["base"]
+    elif ours:  # a head for words is no part of this base, and neither is a new one for labels
+        of_base = stored_base(labels_model, base)
+        adapter.base_fingerprint = party.from_main("fingerprint", lambda: fingerprint(of_base, start.cache))
+    first_step = None
+    if isinstance(adapter, LoRASBConfig):
+        adapter.step = adapter.step or config.optimizer.learning_rate
+        first_step = FirstStep(
+            config, adapter, train_data, identity, pad_id=tokenizer.pad_token_id or 0,
+            load=lambda: build(config.model, base, None, factors=lambda name: None, device=start.device, **start.how),
+        )  # fmt: skip
+        requests = [replace(request, gradients=first_step.digest) for request in requests]
+    return _Plan(adapter, head, requests, identity, first_step)
+
+
+def _factor(start: _Start, plan: _Plan) -> None:
+    """Have the factors in the cache, and their ranks in the adapter's config."""
+    config, screen = start.config, start.screen
+    with screen.bar("factors", len(plan.requests)) as bar:
+
+        def progress(done: int, total: int, weight: str) -> None:
+            bar(done, weight)
+            start.stop.before_training()
+
+        factored = factorize(
+            plan.requests,
+            start.cache,
+            start.party,
+            progress,
+            verify_base=config.run.verify_base,
+            per_node=config.run.cache_per_node,
+            gradient_of=plan.first_step,
+        )
+    if plan.first_step is not None:
+        plan.first_step.free()
+    for module, entry in factored.items():
+        plan.adapter.note_rank(module, entry.rank)
+    made = sum(entry.made for entry in factored.values())
+    screen.say(f"factors of {len(factored)} weights: {made} made, {len(factored) - made} from {start.cache}")
+    if len(ranks_made := sorted({entry.rank for entry in factored.values()})) > 1:
+        screen.say(f"their ranks: {ranks_made[0]} to {ranks_made[-1]}")
+
+
+def _load(start: _Start, plan: _Plan) -> tuple[Any, Any]:
+    """The model with its adapter, whole or this rank's part of it, and the mesh of fully_shard or None."""
+    config, device, offload = start.config, start.device, start.config.run.cpu_offload
+    by_module = {request.module: request for request in plan.requests}
+
+    def factors(module: str, rows: slice = slice(None)) -> Any:
+        return factors_of(by_module[module], start.cache, rows) if module in by_module else None
+
+    start.stop.before_training()
+    torch.manual_seed(config.optimizer.seed)
+    how = {**start.how, "head": plan.head}
+    if start.sharding in ("none", "ddp", "zero2"):
+        return build(config.model, start.base, plan.adapter, factors=factors, device=device, **how), None
+    open_alone(device)
+    model, mesh = skeleton(config.model, start.base, plan.adapter, **how), None
+    parts: Parts = Rows()
+    if start.sharding == "zero3":
+        from launcher.training.zero import FlatParts
+
+        parts = FlatParts(config.optimizer, start.party.ranks, device, cpu_offload=offload)
+    else:
+        mesh = shard_mesh(start.sharding, start.party.ranks, device, config.run.shard_size)
+        shard(model, mesh, cpu_offload=offload)
+    fill(model, start.base, factors, parts, device, start.stop.before_training, cpu_offload=offload)
+    return model, mesh
+
+
+def _engine(start: _Start, model: Any, mesh: Any) -> Replicated:
+    config, ranks, sharding = start.config, start.party.ranks, start.sharding
+    if mesh is not None:
+        return FullyShard(model, config.optimizer, ranks, mesh)
+    if sharding in ("zero2", "zero3"):
+        from launcher.training.zero import Zero
+
+        open_alone(start.device)
+        return Zero(model, config.optimizer, ranks, int(sharding[-1]), cpu_offload=config.run.cpu_offload)
+    return Replicated(model, config.optimizer, ranks)
+
+
+def _introduce(start: _Start, plan: _Plan, samples: _Samples, engine: Replicated, steps: int) -> None:
+    """Write config.json, complete, and say what is about to run."""
+    config, ranks, say = start.config, start.party.ranks, start.screen.say
+    trained, total = sum(size(parameter) for parameter in engine.parameters.values()), base_size(engine.model)
+    if ranks.is_main:
+        resolved = {
+            "prompt_template": samples.template, "dtype": start.dtype, "attention": start.attention,
+            "attention_reason": start.attention_reason, "steps": steps, "world_size": ranks.world_size,
+            "sharding": start.sharding, "base_folder": str(start.base.resolve()), "trained": trained,
+            "device": torch.cuda.get_device_name(start.device) if start.device.type == "cuda" else "cpu",
+        }  # fmt: skip
+        whole = {"config": as_dict(config), "resolved": resolved, "identity": plan.identity, "versions": versions()}
+        checkpoint.write_atomically(start.output / "config.json", json.dumps(whole, indent=2) + "\n")
+    precision = start.dtype if config.model.quantize == "none" else f"{config.model.quantize} computed in {start.dtype}"
+    say(f"{config.model.model}: {total:,} parameters, {trained:,} trained ({config.adapter.method}, {precision})")
+    say(f"{config.data.data}: {samples.train.report}")
+    processes = f"{ranks.world_size} x {start.device.type}"
+    attention = f"{start.attention} ({start.attention_reason})"
+    say(f"{steps} steps of {config.optimizer.batch_size} on {processes}, attention {attention}")
 
 
 def _same_everywhere(party: Party, what: str, make: Callable[[], str | None]) -> str:
@@ -342,12 +425,12 @@ def _same_everywhere(party: Party, what: str, make: Callable[[], str | None]) ->
     return found[0][0]
 
 
-def _read_data(config: Config, tokenizer: Any, cache_folder: Path) -> dict[str, Any]:
+def _read_data(config: Config, tokenizer: Any, cache_folder: Path) -> _Samples:
     if config.data.text_columns:
         rows, held_rows, classes = classification.load_splits(config.data)
         encode = lambda some: classification.encode(some, classes, tokenizer, config.data)  # noqa: E731
         held = encode(held_rows) if held_rows else None
-        return {"train": encode(rows), "held_out": held, "questions": [], "template": None}
+        return _Samples(encode(rows), held, [], None)
     train_records, held_records = records.load_splits(config.data.data, config.data.eval_data, config.data.eval_records)
     train_data = encode_once(train_records, tokenizer, config.data, cache_folder)
     held_out = encode_once(held_records, tokenizer, config.data, cache_folder) if held_records else None
@@ -360,7 +443,7 @@ def _read_data(config: Config, tokenizer: Any, cache_folder: Path) -> dict[str, 
             shown = f"{prompt}\n{record['input']}" if record.get("input") else prompt
             ids = templates.prompt_ids(record, template, tokenizer)
             questions.append(Question(prompt=shown, prompt_ids=ids, expected=records.answer(record)))
-    return {"train": train_data, "held_out": held_out, "questions": questions, "template": template.name}
+    return _Samples(train_data, held_out, questions, template.name)
 
 
 def _rows(config: Config, encoded: data.Encoded) -> Sequence[Any]:
