@@ -66,8 +66,14 @@ def has_tokenizer(folder: Path) -> bool:
 
 
 def context_length(model: Any) -> int:
-    """Most tokens the model can look at; sys.maxsize where its config does not say."""
-    return getattr(model.config.get_text_config(), "max_position_embeddings", None) or sys.maxsize
+    """Most tokens the model can look at; sys.maxsize where its config does not say.
+
+    RoBERTa counts positions from behind its padding token's number: of 514 it uses 512.
+    """
+    positions = getattr(model.config.get_text_config(), "max_position_embeddings", None) or sys.maxsize
+    tables = (module for name, module in model.named_modules() if name.endswith("position_embeddings"))
+    unused = [module.padding_idx + 1 for module in tables if getattr(module, "padding_idx", None) is not None]
+    return positions - max(unused, default=0)
 
 
 def first_line(error: BaseException) -> str:

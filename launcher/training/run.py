@@ -30,7 +30,7 @@ from launcher.factorization.distribute import FactorRequest, factorize, factors_
 from launcher.factorization.targets import targets_of
 from launcher.ranks import Party, Ranks, Stopped, connect, say_mistake
 from launcher.training import checkpoint, classification, data, records, templates
-from launcher.training.base import base_folder, load_tokenizer
+from launcher.training.base import base_folder, context_length, load_tokenizer
 from launcher.training.classification import Labelled
 from launcher.training.folder import State, finished, prepare, save_final
 from launcher.training.gradients import FirstStep, check_first_step, check_frozen
@@ -454,8 +454,8 @@ def _rows(config: Config, encoded: data.Encoded) -> Sequence[Any]:
 
 
 def _check_context(config: Config, model: Any) -> None:
-    room = getattr(model.config, "max_position_embeddings", None)
-    if room and config.data.max_length > room:
+    room = context_length(model)
+    if config.data.max_length > room:
         raise ValueError(f"--max-length {config.data.max_length} is more than this model's context of {room} tokens")
     window = getattr(model.config, "sliding_window", None)
     if config.data.packing and window and window < config.data.max_length:

@@ -24,12 +24,13 @@ from transformers import (
 )
 
 from adapters import LoLDUConfig
-from launcher.config import AdapterConfig, Config, DataConfig, ModelConfig, RunConfig
+from launcher.config import AdapterConfig, Config, DataConfig, ModelConfig, OptimizerConfig, RunConfig
 from launcher.ranks import Ranks
 from launcher.training import classification
 from launcher.training.loop import Clock, evaluate, loss_of
 from launcher.training.model import build
 from launcher.training.quantize import Quantised
+from launcher.training.run import run
 
 
 @pytest.fixture
@@ -87,6 +88,25 @@ def test_a_long_row_is_cut_and_counted(tokenizer, tmp_path):
 
     assert found.lengths[0] == 48
     assert "1 cut at 48 tokens" in str(found.report)
+
+
+@pytest.mark.parametrize(("max_length", "code"), [(64, 0), (65, 2)])
+def test_a_length_beyond_the_positions_of_roberta_is_refused(
+    tiny_roberta, sst2_rows, tmp_path, max_length, code, capfd
+):
+    """Of its 66 positions two stand before the first token: a row of 65 would end the run with an index error."""
+    rows = [{"sentence": "good " * 99, "label": 1}, {"sentence": "bad", "label": 0}]
+    asked = Config(
+        model=ModelConfig(model=str(tiny_roberta)),
+        data=config(write(tmp_path, rows), max_length=max_length),
+        adapter=AdapterConfig(rank=2, targets=("query",), modules_to_save=("classifier",)),
+        optimizer=OptimizerConfig(batch_size=2, max_steps=1),
+        run=RunConfig(output=str(tmp_path / "run"), cache=str(tmp_path / "cache")),
+    )
+
+    assert run(asked, "test") == code
+
+    assert ("is more than this model's context of 64 tokens" in capfd.readouterr().err) == bool(code)
 
 
 def test_padding_changes_no_logit(tiny_roberta, tokenizer, sst2_rows, tmp_path):
