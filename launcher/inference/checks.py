@@ -91,7 +91,7 @@ def on_quantised(source: Source, kind: str, dtype: str, device: str) -> Any:
     place = torch.device(("cuda" if torch.cuda.is_available() else "cpu") if device == "auto" else device)
     config = ModelConfig(model=str(source.base), quantize=kind)  # type: ignore[arg-type]
     base = bare_skeleton(config, source.base, adapter_config(source.adapter), dtype=dtype, attention="sdpa")
-    fill(base, source.base, lambda *_: None, Whole(), place, lambda: None)  # type: ignore[arg-type]
+    fill(base, source.base, lambda *_: None, Whole(), place)  # type: ignore[arg-type]
     return attach(base, source.adapter).eval()
 
 

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import dataclasses
 import importlib.util
+import itertools
 import json
 import logging
+import math
 import re
 import warnings
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -32,6 +34,9 @@ from launcher.training.quantize import Quantised, linear_layers, quantize_skelet
 
 log = logging.getLogger(__name__)
 
+Progress = Callable[[int, int], None]  # called before each parameter is filled: which of how many
+LEAST_BYTES = {"float32": 4.0, "bfloat16": 2.0, "int8": 1.0, "nf4": 0.5, "fp4": 0.5}  # of one number of the base
+
 
 def choose_dtype(wanted: str) -> str:
     """The base's dtype: where auto is asked for, bfloat16 on a GPU that computes in it, else float32."""
@@ -54,6 +59,26 @@ def choose_attention(wanted: str, *, on_gpu: bool, dtype: str) -> tuple[str, str
     if wanted == "sdpa" or missing:
         return "sdpa", "as asked" if wanted == "sdpa" else missing
     return "flash_attention_2", "as asked" if wanted == "flash" else "flash-attn and a GPU are there"
+
+
+def check_memory(folder: Path, kind: str, *, share: float, memory: int, where: str) -> None:
+    """Raises ValueError where the base's weights alone do not fit: a machine out of memory kills without a word.
+
+    kind is the base's dtype, or how it is quantised; share, how much of the base lies in these memory bytes. Only what
+    is certain counts: a quantised base without its scales and what stays as it is.
+    """
+    numbers = sum(math.prod(tensor.shape) for tensor in list_tensors(folder).values())
+    needs = {each: numbers * size * share for each, size in LEAST_BYTES.items()}
+    if needs[kind] <= memory:
+        return
+    options = {"--dtype bfloat16": "bfloat16", "--quantize int8": "int8", "--quantize nf4": "nf4"}
+    fitting = {option: needs[each] for option, each in options.items() if needs[each] <= memory}
+    give = [f"{option} ({size / 1e9:.3g} GB)" for option, size in fitting.items()]
+    give.append("--sharding fsdp2 on more machines or GPUs")
+    raise ValueError(
+        f"the weights of {folder} take {needs[kind] / 1e9:.3g} GB in {kind} on {where}, which has "
+        f"{memory / 1e9:.3g} GB: give {', or '.join(give)}"
+    )
 
 
 # Names that are options of another of PEFT's methods.
@@ -160,6 +185,7 @@ def build(
     attention: str,
     factors: Callable[..., Any],
     device: torch.device,
+    progress: Progress = lambda done, total: None,
     head: Mapping[str, Any] | None = None,
 ) -> nn.Module:
     """The model ready to train on one device: base frozen (unless adapter is None), cores float32.
@@ -170,7 +196,7 @@ def build(
     base: Any
     if config.quantize != "none":
         base = bare_skeleton(config, folder, adapter, dtype=dtype, attention=attention, head=head)
-        fill(base, folder, factors, Whole(), device, lambda: None)
+        fill(base, folder, factors, Whole(), device, progress)
     else:
         loading: dict[str, Any] = {
             "dtype": getattr(torch, dtype),
@@ -419,20 +445,21 @@ def fill(
     factors: Callable[[str, slice], Factors],
     parts: Parts,
     device: torch.device,
-    between: Callable[[], None],
+    progress: Progress = lambda done, total: None,
     *,
     cpu_offload: bool = False,
 ) -> None:
     """Give every parameter on meta its values, reading from disk only the rows that this rank holds a part of.
 
-    factors(module, rows) hands out the frozen factors with those rows of `write`; between() is called before each
-    parameter. With cpu_offload parameters stay in main memory; buffers are on the device always. Raises ValueError
-    naming tensors that the checkpoint lacks or has in another shape.
+    factors(module, rows) hands out the frozen factors with those rows of `write`. With cpu_offload parameters stay in
+    main memory; buffers are on the device always. Raises ValueError naming tensors that the checkpoint lacks or has in
+    another shape.
     """
     home = torch.device("cpu") if cpu_offload else device
+    done, total = itertools.count(1), sum(parameter.is_meta for parameter in model.parameters())
 
     def place(like: Any, rows: Tensor) -> nn.Parameter:
-        between()
+        progress(next(done), total)
         return parts.place(like, rows.to(home, like.dtype).clone())
 
     _exchange(model, lambda _, parameter: parameter if parameter.is_meta else parts.keep(parameter))

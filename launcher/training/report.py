@@ -93,7 +93,10 @@ class Screen:
 
     @contextmanager
     def bar(self, what: str, total: int, done: int = 0) -> Iterator[Any]:
-        """A progress bar as a function (done, note); where no terminal is, a line every few seconds."""
+        """A progress bar as a function (done, note, of); where no terminal is, a line every few seconds.
+
+        A total of 0 is not known yet: nothing shows until `of` says it.
+        """
         if not self.console.is_terminal:
             yield _Lines(self, what, total, done)
             return
@@ -104,8 +107,12 @@ class Screen:
             TimeRemainingColumn(),
         )
         with Progress(*columns, console=self.console, expand=True) as progress:
-            task = progress.add_task(what, total=total, completed=done, note="")
-            yield lambda completed, note="": progress.update(task, completed=completed, total=total, note=note)
+            task = progress.add_task(what, total=total, completed=done, note="", visible=total > 0)
+
+            def show(completed: int, note: str = "", of: int = total) -> None:
+                progress.update(task, completed=completed, total=of, note=note, visible=True)
+
+            yield show
 
     def table(self, title: str, header: list[str], rows: list[list[str]]) -> None:
         table = Table(title=title, title_justify="left", show_lines=len(header) > 3)
@@ -139,11 +146,11 @@ class _Lines:
         self.screen, self.what, self.total = screen, what, total
         self.shown, self.last = done, time.monotonic()
 
-    def __call__(self, done: int, note: str = "") -> None:
-        now = time.monotonic()
-        if done != self.shown and (done == self.total or now - self.last > LINE_EVERY_S):
+    def __call__(self, done: int, note: str = "", of: int | None = None) -> None:
+        now, total = time.monotonic(), of or self.total
+        if done != self.shown and (done == total or now - self.last > LINE_EVERY_S):
             self.shown, self.last = done, now
-            self.screen.say(f"{self.what} {done}/{self.total} {note}".rstrip())
+            self.screen.say(f"{self.what} {done}/{total} {note}".rstrip())
 
 
 class Rate:

@@ -7,6 +7,7 @@ import importlib.metadata
 import json
 import logging
 import math
+import os
 import socket
 import sys
 import time
@@ -39,6 +40,7 @@ from launcher.training.model import (
     Parts,
     bare_skeleton,
     build,
+    check_memory,
     choose_attention,
     choose_dtype,
     fill,
@@ -239,6 +241,8 @@ def _settle(config: Config, name: str, party: Party, stop: StopRequest, screen: 
     output = Path(party.from_main("run folder", lambda: named))
     base = Path(party.together("base model", lambda: str(base_folder(config.model.model, "--model ")))[0])
     party.together("base model", lambda: check_base(base, config.model.quantize))
+    sharding = check_sharding(config.run.sharding, ranks, config.run.shard_size)
+    party.together("base model", lambda: _check_memory(config, base, dtype, sharding, ranks))
     return _Start(
         config=config,
         party=party,
@@ -248,11 +252,24 @@ def _settle(config: Config, name: str, party: Party, stop: StopRequest, screen: 
         dtype=dtype,
         attention=attention,
         attention_reason=reason,
-        sharding=check_sharding(config.run.sharding, ranks, config.run.shard_size),
+        sharding=sharding,
         output=output,
         base=base,
         cache=Path(config.run.cache) if config.run.cache else cache.default_folder(),
     )
+
+
+def _check_memory(config: Config, base: Path, dtype: str, sharding: str, ranks: Ranks) -> None:
+    """Whether this process's part of the base can fit its GPU, or all parts of this machine's its main memory."""
+    copies = {"fsdp2": 1, "zero3": 1, "hsdp": ranks.world_size / (config.run.shard_size or ranks.local_world_size)}
+    share = copies.get(sharding, ranks.world_size) / ranks.world_size
+    kind = dtype if config.model.quantize == "none" else config.model.quantize
+    if torch.cuda.is_available() and not config.run.cpu_offload:
+        device = torch.cuda.get_device_properties(ranks.local_rank)
+        check_memory(base, kind, share=share, memory=device.total_memory, where=device.name)
+    else:
+        memory, here = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE"), share * ranks.local_world_size
+        check_memory(base, kind, share=here, memory=memory, where=socket.gethostname())
 
 
 def _read_in_turn(start: _Start, tokenizer: Any) -> _Samples:
@@ -363,20 +380,29 @@ def _load(start: _Start, plan: _Plan) -> tuple[Any, Any]:
     start.stop.before_training()
     torch.manual_seed(config.optimizer.seed)
     how = {**start.how, "head": plan.head}
-    if start.sharding in ("none", "ddp", "zero2"):
-        return build(config.model, start.base, plan.adapter, factors=factors, device=device, **how), None
-    open_alone(device)
-    model, mesh = skeleton(config.model, start.base, plan.adapter, **how), None
-    parts: Parts = Rows()
-    if start.sharding == "zero3":
-        from launcher.training.zero import FlatParts
+    with start.screen.bar("loading", 0) as bar:
 
-        parts = FlatParts(config.optimizer, start.party.ranks, device, cpu_offload=offload)
-    else:
-        mesh = shard_mesh(start.sharding, start.party.ranks, device, config.run.shard_size)
-        shard(model, mesh, cpu_offload=offload)
-    fill(model, start.base, factors, parts, device, start.stop.before_training, cpu_offload=offload)
-    return model, mesh
+        def progress(done: int, total: int) -> None:
+            start.stop.before_training()
+            bar(done, of=total)
+
+        if start.sharding in ("none", "ddp", "zero2"):
+            whole = build(
+                config.model, start.base, plan.adapter, factors=factors, device=device, progress=progress, **how
+            )
+            return whole, None
+        open_alone(device)
+        model, mesh = skeleton(config.model, start.base, plan.adapter, **how), None
+        parts: Parts = Rows()
+        if start.sharding == "zero3":
+            from launcher.training.zero import FlatParts
+
+            parts = FlatParts(config.optimizer, start.party.ranks, device, cpu_offload=offload)
+        else:
+            mesh = shard_mesh(start.sharding, start.party.ranks, device, config.run.shard_size)
+            shard(model, mesh, cpu_offload=offload)
+        fill(model, start.base, factors, parts, device, progress, cpu_offload=offload)
+        return model, mesh
 
 
 def _engine(start: _Start, model: Any, mesh: Any) -> Replicated:

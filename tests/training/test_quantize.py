@@ -236,7 +236,7 @@ def test_the_bytes_that_fully_shard_gathers_are_those_that_were_packed(babyllama
     try:
         model = skeleton(config, babyllama, adapter, **how)
         shard(model, shard_mesh("fsdp2", Ranks(), place))
-        fill(model, babyllama, lambda name, rows: maps[name], Rows(), place, lambda: None)
+        fill(model, babyllama, lambda name, rows: maps[name], Rows(), place)
         layers = [layer for layer in model.modules() if isinstance(layer, quantized_layers.FourBit)]
         gathered = {layer: [] for layer in layers}
         for layer in layers:

@@ -1,0 +1,76 @@
+"""What is checked before the model is loaded."""
+
+import os
+import socket
+
+import pytest
+
+from launcher.config import Config, DataConfig, ModelConfig, RunConfig
+from launcher.ranks import Ranks
+from launcher.training import run as running
+from launcher.training.model import check_memory
+
+NUMBERS = 260_032  # of stories260K
+
+
+def test_a_base_that_cannot_fit_is_refused_before_the_data_is_read(stories, monkeypatch, tmp_path, capfd):
+    counts, asked = {"SC_PHYS_PAGES": 200, "SC_PAGE_SIZE": 4096}, os.sysconf
+    monkeypatch.setattr("os.sysconf", lambda name: counts.get(name) or asked(name))
+    monkeypatch.setattr("torch.cuda.is_available", lambda: False)
+    config = Config(
+        model=ModelConfig(model=str(stories)),
+        data=DataConfig(data=str(tmp_path / "none.json")),
+        run=RunConfig(output=str(tmp_path / "run"), cache=str(tmp_path / "cache")),
+    )
+
+    code = running.run(config, "huge")
+
+    assert code == running.MISTAKE
+    said = " ".join(capfd.readouterr().err.split())
+    assert f"the weights of {stories} take 0.00104 GB in float32 on {socket.gethostname()}, which has 0.000819" in said
+    assert "give --dtype bfloat16 (0.00052 GB), or --quantize int8" in said
+    assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize(
+    ("memory", "given"),
+    [
+        (3 * NUMBERS, ["--dtype bfloat16 (0.00052 GB)", "--quantize int8 (0.00026 GB)", "--quantize nf4 (0.00013 GB)"]),
+        (NUMBERS, ["--quantize int8", "--quantize nf4"]),
+        (NUMBERS // 2, ["--quantize nf4"]),
+        (NUMBERS // 3, []),
+    ],
+)
+def test_only_what_would_fit_is_suggested(stories, memory, given):
+    with pytest.raises(ValueError, match=r"take 0\.00104 GB in float32 on here, which has") as refused:
+        check_memory(stories, "float32", share=1, memory=memory, where="here")
+
+    suggested = str(refused.value).partition(": give ")[2].split(", or ")
+    assert len(suggested) == len(given) + 1
+    assert all(text.startswith(option) for text, option in zip(suggested, given, strict=False))
+    assert suggested[-1] == "--sharding fsdp2 on more machines or GPUs"
+
+
+@pytest.mark.parametrize(
+    ("sharding", "shard_size", "copies_here"),
+    [
+        ("none", 0, 4),
+        ("ddp", 0, 4),
+        ("zero2", 0, 4),
+        ("fsdp2", 0, 0.5),
+        ("zero3", 0, 0.5),
+        ("hsdp", 0, 1),
+        ("hsdp", 2, 2),
+    ],
+)
+def test_the_parts_of_a_base_that_meet_in_one_machine_are_added(
+    stories, monkeypatch, sharding, shard_size, copies_here
+):
+    seen = {}
+    monkeypatch.setattr(running, "check_memory", lambda base, kind, **given: seen.update(given, kind=kind))
+    monkeypatch.setattr("torch.cuda.is_available", lambda: False)
+    config = Config(model=ModelConfig(quantize="nf4"), run=RunConfig(shard_size=shard_size))
+
+    running._check_memory(config, stories, "bfloat16", sharding, Ranks(1, 8, 1, 4))
+
+    assert (seen["share"], seen["kind"]) == (copies_here, "nf4")
