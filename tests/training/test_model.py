@@ -1,14 +1,15 @@
-"""What is checked before the model is loaded."""
+"""What is checked before the model is loaded, and what is told meanwhile."""
 
 import os
 import socket
 
 import pytest
+import torch
 
 from launcher.config import Config, DataConfig, ModelConfig, RunConfig
-from launcher.ranks import Ranks
+from launcher.ranks import Ranks, Stopped
 from launcher.training import run as running
-from launcher.training.model import check_memory
+from launcher.training.model import build, check_memory
 
 NUMBERS = 260_032  # of stories260K
 
@@ -74,3 +75,18 @@ def test_the_parts_of_a_base_that_meet_in_one_machine_are_added(
     running._check_memory(config, stories, "bfloat16", sharding, Ranks(1, 8, 1, 4))
 
     assert (seen["share"], seen["kind"]) == (copies_here, "nf4")
+
+
+def test_loading_a_quantised_base_tells_of_each_parameter_and_can_be_stopped_there(stories):
+    told = []
+
+    def progress(done, total):
+        told.append((done, total))
+        if done == 5:
+            raise Stopped
+
+    config, how = ModelConfig(quantize="nf4"), {"dtype": "float32", "attention": "sdpa"}
+    with pytest.raises(Stopped):
+        build(config, stories, None, factors=lambda module: None, device=torch.device("cpu"), progress=progress, **how)
+
+    assert told == [(number, 47) for number in range(1, 6)]  # 5 layers of 9, the embedding and the last norm
