@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
@@ -17,6 +17,7 @@ from launcher.factorization import cache
 from launcher.ranks import Party, Ranks, connect
 
 if TYPE_CHECKING:
+    from launcher.factorization.distribute import Factored, FactorRequest
     from launcher.factorization.distribute import Progress as OnProgress
 
 GB = 1e9
@@ -66,7 +67,7 @@ def factorize(
 
     party = party or connect(Ranks.from_environment())
     console = (console or Console()) if party.ranks.is_main else Console(quiet=True)
-    started, folder, requests = time.monotonic(), _folder(cache_folder), []
+    started, folder = time.monotonic(), _folder(cache_folder)
     if rank < 1:
         raise ValueError(f"--rank is at least 1, got {rank}")
     options: dict[str, Any] = {
@@ -80,15 +81,15 @@ def factorize(
     except TypeError:
         raise ValueError(f"--normalize belongs to loldu, --energy and --svd to the others, not to {method}") from None
 
-    def look() -> None:
+    def look() -> list[FactorRequest]:
         path = local_folder(model)
         if path is None:
             raise ValueError(
                 f"there is no model {model}, neither as a folder nor in the hub cache; fetch it: hf download {model}"
             )
-        requests.extend(targets_of(path, targets, exclude, rank, dtype=dtype, **how))
+        return targets_of(path, targets, exclude, rank, dtype=dtype, **how)
 
-    party.together("the weights to factor", look)  # a node without the model is named, nobody waits for it
+    requests = party.each("the weights to factor", look)  # a node without the model is named, nobody waits for it
     if energy is None and (clamped := [request for request in requests if request.rank < rank]):
         console.print(f"--rank {rank} is clamped to the smaller side of {len(clamped)} weights")
     with _bar(console) as on_progress:
@@ -96,18 +97,8 @@ def factorize(
     if not party.ranks.is_main:
         return 0
 
-    kinds: dict[tuple[str, tuple[int, int]], list[str]] = {}
-    for request in requests:
-        kinds.setdefault((request.module.rpartition(".")[2], request.shape), []).append(request.module)
-    rows = []
-    for (name, (m, n)), modules in kinds.items():
-        ranks = sorted({done[module].rank for module in modules})
-        shown = str(ranks[0]) if len(ranks) == 1 else f"{ranks[0]}-{ranks[-1]}"
-        found = [entry for module in modules if (entry := cache.find(folder, done[module].key))]
-        residual = max((entry.about["residual"] for entry in found), default=float("nan"))
-        made, size = sum(done[module].made for module in modules), sum(entry.file.stat().st_size for entry in found)
-        rows.append((name, f"{m} x {n}", shown, str(len(modules)), str(made), f"{residual:.1e}", _bytes(size)))
-    _show(console, ("module", "weight", "rank", "weights", "made now", "residual", "on disk"), rows)
+    headings = ("module", "weight", "rank", "weights", "made now", "residual", "on disk")
+    _show(console, headings, _kinds(requests, done, folder))
     made = sum(how.made for how in done.values())
     console.print(
         f"{len(done)} weights factored, {made} of them now, in {time.monotonic() - started:.1f} s with "
@@ -115,6 +106,22 @@ def factorize(
         soft_wrap=True,
     )
     return 0
+
+
+def _kinds(requests: Sequence[FactorRequest], done: Mapping[str, Factored], folder: Path) -> list[tuple[str, ...]]:
+    """A row of the table for each kind of module: its weights, and what of them was made and lies on disk."""
+    kinds: dict[tuple[str, tuple[int, int]], list[str]] = {}
+    for request in requests:
+        kinds.setdefault((request.module.rpartition(".")[2], request.shape), []).append(request.module)
+    rows: list[tuple[str, ...]] = []
+    for (name, (m, n)), modules in kinds.items():
+        ranks = sorted({done[module].rank for module in modules})
+        shown = str(ranks[0]) if len(ranks) == 1 else f"{ranks[0]}-{ranks[-1]}"
+        found = [entry for module in modules if (entry := cache.find(folder, done[module].key))]
+        residual = max((entry.about["residual"] for entry in found), default=float("nan"))
+        made, size = sum(done[module].made for module in modules), sum(entry.file.stat().st_size for entry in found)
+        rows.append((name, f"{m} x {n}", shown, str(len(modules)), str(made), f"{residual:.1e}", _bytes(size)))
+    return rows
 
 
 def cache_ls(cache_folder: str | None = None, console: Console | None = None) -> int:
@@ -127,18 +134,8 @@ def cache_ls(cache_folder: str | None = None, console: Console | None = None) ->
         marks = "".join(f" {word}" for word in ("normalize", "embedding", "transposed") if about.get(word))
         used = time.strftime("%Y-%m-%d %H:%M", time.localtime(stat.st_mtime))
         shape = " x ".join(map(str, about["shape"])) + marks
-        rows.append(
-            (
-                used,
-                about["name"],
-                about["method"],
-                shape,
-                str(about["rank"]),
-                about["dtype"],
-                _bytes(stat.st_size),
-                entry.key[:8],
-            )
-        )
+        of, size = (about["name"], about["method"], shape, str(about["rank"]), about["dtype"]), _bytes(stat.st_size)
+        rows.append((used, *of, size, entry.key[:8]))
     _show(console, ("used", "name", "method", "weight", "rank", "dtype", "size", "key"), rows)
     tokenised = [file.stat().st_size for file in (folder / "tokenised").glob("*.safetensors")]
     data = f", {len(tokenised)} tokenised data sets, {_bytes(sum(tokenised))}" if tokenised else ""
