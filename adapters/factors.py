@@ -97,14 +97,14 @@ def loldu_factors(
     a row of W, the parts change places: it reads its first r output features and writes through U_r^T (n, r).
     """
     lower, upper, pivots = lu_of_panel(panel, pivots)
-    d, one = upper.diagonal(), torch.eye(len(upper)).to(upper)
-    write, square = lower, lower.T.index_select(1, pivots).T  # L11, by columns: many times quicker than by rows
-    read = torch.linalg.solve_triangular(square, one, upper=False, unitriangular=True, left=False)  # quicker than left
+    d, square = upper.diagonal().clone(), lower.T.index_select(1, pivots).T  # L11, by columns: quicker than by rows
+    write, read = lower, torch.eye(len(d)).to(upper).T
+    torch.linalg.solve_triangular(square, read, upper=False, unitriangular=True, left=False, out=read)
     read /= d[:, None]
     if normalize or embedding:
         right = read @ rows(pivots).to(read)  # U_r (r, n)
     if embedding:
-        write, read = right.T, torch.linalg.solve_triangular(upper, one, upper=True).T
+        write, read = right.T, torch.linalg.solve_triangular(upper, torch.eye(len(d)).to(upper), upper=True).T
     if normalize:
         norms = (lower.norm(dim=0), right.norm(dim=1))
         written, reads = norms[::-1] if embedding else norms

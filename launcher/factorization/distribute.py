@@ -18,11 +18,10 @@ import socket
 import time
 import uuid
 from collections.abc import Callable, Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor, wait
+from concurrent.futures import Future, ThreadPoolExecutor, wait
 from contextlib import suppress
 from dataclasses import dataclass
 from functools import partial
-from itertools import zip_longest
 from math import prod
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -44,6 +43,7 @@ ALGORITHMS = {
 }  # fmt: skip
 # The summed gradient (m, n) of the first of these modules' weights; the others are asked for next.
 GradientOf = Callable[[Sequence[str]], Tensor]
+AHEAD = 3  # so many weights the disk is asked for while one is factored
 BEAT_S = 0.2  # how often a rank says that it is alive
 SILENCE_S = 7.0  # without a word for so long a rank counts as dead; all ranks say so within 10 s
 
@@ -156,25 +156,36 @@ def factorize(
 
     watch = _Watch(party, token, len(mine), on_progress)
     made: dict[str, Factored] = {}
-    # Work goes on in a second thread, so that this one can speak and listen while a long factorisation runs.
-    pool = ThreadPoolExecutor(1, thread_name_prefix="factorize")
+    device, threads = device or own_device(ranks.local_rank), torch.get_num_threads()
+    # Work goes on in other threads, so that this one can speak and listen while a long factorisation runs: two weights
+    # at a time where only panels of them are in memory, so that one is factored while the other waits for the disk.
+    alone = device.type != "cpu" or any(request.needs_all for request in mine)
+    workers = 1 if alone else 2
+    pool = ThreadPoolExecutor(workers, thread_name_prefix="factorize")
+    torch.set_num_threads(max(1, threads // workers))
+    futures: list[Future[Factored]] = []
     try:
-        for number, (request, next_one) in enumerate(zip_longest(mine, mine[1:])):
+        for number, request in enumerate(mine):
             gradient = partial(gradient_of, [later.module for later in mine[number:]]) if gradient_of else None
-            future = pool.submit(make, request, folder, device or own_device(party.ranks.local_rank), gradient)
-            if next_one is not None:
-                ask_for(next_one.tensor)
+            futures.append(pool.submit(make, request, folder, device, gradient))
+        for number, (request, future) in enumerate(zip(mine, futures, strict=True)):
+            for later in mine[number + AHEAD if number else 0 : number + AHEAD + 1]:
+                ask_for(later.tensor)
             while not wait([future], timeout=BEAT_S).done:
                 watch.beat(len(made), request.module)
             made[request.module] = future.result()
             watch.beat(len(made), request.module)
+        since = time.monotonic()
         while not watch.beat(len(made), "", finished=True):
-            time.sleep(BEAT_S)
+            time.sleep(min(BEAT_S, 0.005 + (time.monotonic() - since) / 4))  # a quarter of the wait too long at most
     except BaseException as error:
+        pool.shutdown(wait=False, cancel_futures=True)
         watch.tell(error)
+        wait([future for future in futures if future.running()], timeout=5 * BEAT_S)  # no file is left half written
         raise
     finally:
-        pool.shutdown(wait=False, cancel_futures=True)
+        pool.shutdown(wait=False)
+        torch.set_num_threads(threads)
 
     parts = party.gather("factors made", made)  # tuples arrive as lists
     together = {name: Factored(*how) for owner in group for name, how in parts[owner].items()}
@@ -481,22 +492,23 @@ def _file_identity(file: Path) -> dict[str, Any]:
 def _residual(request: FactorRequest, weight: Tensor, factors: Factors) -> float:
     """How well the maps fit W, before `write` is rounded.
 
-    loldu: max |L11 diag(d) (read C) - C| over max |C| for C = panel[pivots] and up to 64 of its columns, the first and
-    the last among them. Else: the largest |W v - s u| over s_1 with v = W^T u / s.
+    loldu: max |L11 diag(d) L11^-1 C - C| over max |C|, with read for diag(1/d) L11^-1, for up to 64 columns C of
+    panel[pivots], the first and the last among them. Else: the largest |W v - s u| over s_1 with v = W^T u / s.
     """
     if request.method != "loldu":
         W = (weight.T if request.embedding else weight).to(factors.write)
         W = W.sign() if request.method == "lorasb" else W
         s = factors.values.to(W)
         return float((W @ (W.T @ factors.write) / s - factors.write * s).norm(dim=0).max() / s[0])
-    pivots = factors.pivots.long()
-    C, square = weight[pivots].to(factors.read), factors.write[: len(pivots)]
-    C, square = (C.T, square) if request.embedding else (C, factors.write.T.index_select(1, pivots).T)
-    some = torch.linspace(0, len(C) - 1, min(len(C), 64), device=C.device).long()
-    # normalize divided both unit triangles, whose diagonals tell by what
-    d = factors.values.to(C) / square.diagonal() / (factors.read * C.T).sum(dim=1)
-    again = (square * d) @ (factors.read @ C[:, some])
-    return float((again - C[:, some]).abs().max() / C.abs().max())
+    pivots, r = factors.pivots.long(), len(factors.values)
+    some = torch.linspace(0, r - 1, min(r, 64), device=pivots.device).long()
+    if request.embedding:
+        C, square = weight[pivots[some]].T.to(factors.read), factors.write[:r]
+    else:
+        C, square = weight[pivots[:, None], some].to(factors.read), factors.write.T.index_select(1, pivots).T
+    scale = square.diagonal() * factors.read.diagonal()  # 1/d; where normalize divided the maps, by that as well
+    again = square @ (factors.read @ C / scale[:, None])
+    return float((again - C).abs().max() / C.abs().max())
 
 
 def _norm(W: Tensor) -> float:

@@ -339,6 +339,27 @@ def test_the_progress_of_all_ranks_reaches_rank_0(model, folder, monkeypatch):
     assert {weight for _, _, weight in seen} & set(SIX)
 
 
+def test_two_panels_are_worked_on_at_once_with_half_of_torchs_threads_each(model, folder, monkeypatch):
+    """Whoever comes alone to the meeting waits in vain."""
+    meeting, threads, real, before = threading.Barrier(2), set(), distribute.make, torch.get_num_threads()
+
+    def meet(request, *rest):
+        meeting.wait(timeout=30)
+        threads.add(torch.get_num_threads())
+        return real(request, *rest)
+
+    monkeypatch.setattr(distribute, "make", meet)
+    torch.set_num_threads(4)
+    try:
+        done = factorize(requests_for(model), folder, ALONE)
+        after = torch.get_num_threads()
+    finally:
+        torch.set_num_threads(before)
+
+    assert len(done) == 6
+    assert (threads, after) == ({2}, 4)
+
+
 def test_a_weight_without_factors_is_named_on_all_ranks_and_nothing_is_half_written(model, folder):
     weights = load_file(model / "model.safetensors")
     weights["layers.1.up.weight"][3, 2] = float("nan")
