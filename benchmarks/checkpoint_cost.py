@@ -3,8 +3,9 @@
     OMP_NUM_THREADS=1 python benchmarks/checkpoint_cost.py --tokenizer DIR --data FILE      # about 2 minutes
 
 A random Llama of 4 layers and hidden size 1024 (float32), rank 64 on all linear layers, 512 tokens a step, one process
-and one thread; once with checkpoints written before the next step begins, once in the background (--async-save).
-Medians over the steps. Writes benchmarks/results/checkpoint_cost.json.
+and one thread; once with checkpoints written before the next step begins, once in the background (--async-save). After
+each save one file of the same size is written and brought to the disk: what that disk takes at the least, and on a busy
+one that is most of it. Medians over the steps. Writes benchmarks/results/checkpoint_cost.json.
 """
 
 from __future__ import annotations
@@ -66,6 +67,7 @@ def cost(folder: Path, model: Path, data: Path, steps: int, *, background: bool)
         run=RunConfig(output=str(output), cache=str(folder / "cache"), save_every=1, async_save=background),
     )
     waited: list[float] = []
+    floor: list[float] = []
     begun: list[float] = []
     save, gradients = loop.Saver.save, loop.gradients
 
@@ -73,6 +75,8 @@ def cost(folder: Path, model: Path, data: Path, steps: int, *, background: bool)
         start = time.perf_counter()
         save(*args, **values)
         waited.append(time.perf_counter() - start)
+        if not background:
+            floor.append(one_file(folder / "floor"))
 
     def timed_gradients(*args: Any) -> Any:
         begun.append(time.perf_counter())
@@ -90,10 +94,21 @@ def cost(folder: Path, model: Path, data: Path, steps: int, *, background: bool)
         "in the background": background,
         "step_s": round(step_s, 4),
         "waited_s": round(wait_s, 5),
+        **({"one file to the disk, s": round(median(floor), 5)} if floor else {}),
         "share of the step": round(wait_s / (step_s - wait_s), 5),
         "checkpoint_bytes": sum(file.stat().st_size for file in last.iterdir()),
         "steps": steps,
     }
+
+
+def one_file(path: Path) -> float:
+    """Seconds until a new file of 50 kB, about a checkpoint, is on the disk."""
+    with open(path, "wb") as file:
+        file.write(bytes(50_000))
+        file.flush()
+        start = time.perf_counter()
+        os.fsync(file.fileno())
+        return time.perf_counter() - start
 
 
 if __name__ == "__main__":
