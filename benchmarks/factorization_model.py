@@ -6,10 +6,11 @@
 
 The model is two layers of Llama-2-7B: random bfloat16 weights of all its linear layers, one file a layer. Each
 repetition drops the files from the page cache, reads them once from end to end, drops them again, and lets 1, 2 and 4
-forked processes of one thread factor them into an empty cache: seconds from the moment all are connected until all
-know where the factors are, written and fsynced. torch.linalg.lu (of one layer's weights, in memory) and PEFT (of one
-weight of each shape) run in one process with a thread for each core, and are scaled to two layers. Peak memory is
-RssAnon above the start, the highest of the ranks, and in float32 panels of the tallest weight (11008 x r).
+forked processes, which share the cores among their threads, factor them into an empty cache: seconds from the moment
+all are connected until all know where the factors are, written and fsynced. torch.linalg.lu (of one layer's weights, in
+memory) and PEFT (of one weight of each shape) run in one process with a thread for each core, and are scaled to two
+layers. Peak memory is RssAnon above the start, the highest of the ranks, and in float32 panels of the tallest weight
+(11008 x r); a process works on two weights at a time.
 
 Adds its parts to benchmarks/results/factorization.json, under "model".
 """
@@ -115,7 +116,7 @@ def write_model(folder: Path, hidden: int, intermediate: int) -> Path:
 
 def ours(folder: Path, ranks: Sequence[int], repetitions: int) -> dict[str, Any]:
     """Everything but PEFT: a row for each rank r and number of processes."""
-    threads = f"ours one thread a process, torch.linalg.lu {os.cpu_count()}"
+    threads = "threads shared out among our processes, all for torch.linalg.lu"
     header = about(repetitions, "two layers of Llama-2-7B factored by 1, 2 and 4 processes", threads)
     requests = {r: targets_of(folder, ("all-linear",), (), r, dtype="bfloat16") for r in ranks}
     files = sorted(folder.glob("*.safetensors"))
@@ -180,6 +181,7 @@ def balance(requests: list[FactorRequest], times: int, world: int) -> float:
 
 def factor(rank: int, world: int, port: int, requests: list[FactorRequest], cache: Path) -> dict[str, float]:
     """What one of the processes needed; in the process itself."""
+    torch.set_num_threads(max(1, (os.cpu_count() or 1) // world))
     store = dist.TCPStore("127.0.0.1", port, is_master=False) if world > 1 else None
     party = Party(Ranks(rank, world, rank, world), store)
     party.gather("all are here", rank)
