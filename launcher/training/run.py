@@ -36,6 +36,7 @@ from launcher.training.classification import Labelled
 from launcher.training.folder import State, finished, prepare, save_final
 from launcher.training.gradients import FirstStep, check_first_step, check_frozen
 from launcher.training.loop import Job, Question, train, write_answers
+from launcher.training.methods import peft_config
 from launcher.training.model import (
     Parts,
     bare_skeleton,
@@ -44,7 +45,6 @@ from launcher.training.model import (
     choose_attention,
     choose_dtype,
     fill,
-    peft_config,
     skeleton,
     stored_base,
 )

@@ -16,7 +16,8 @@ from launcher.config import AdapterConfig, Config, DataConfig, ModelConfig, Opti
 from launcher.factorization import cache
 from launcher.ranks import Ranks
 from launcher.training import checkpoint
-from launcher.training.model import build, peft_config
+from launcher.training.methods import peft_config
+from launcher.training.model import build
 from launcher.training.run import run
 from launcher.training.sharding import Replicated
 
