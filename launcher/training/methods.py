@@ -43,6 +43,9 @@ OWN_TARGETS: Mapping[str, str] = {
     "trainable_tokens": "rows of the embedding: --targets embed_tokens --options token_indices=[5,6]",
     "shadow": "decoder layers: --options target_modules='.*layers[.][0-9]+$'",
 }
+# Rates at which our methods' cores trained best over two small Llamas and three tasks (benchmarks/README.md).
+USUAL_RATES: Mapping[str, float] = {"loldu": 1e-3, "svfit": 3e-2, "loraxs": 3e-2, "svft": 1e-2, "lorasb": 1e-3}
+NORMALIZED_RATE = 3e-2
 NOT_A_RANK = ("oft",)  # methods whose r is something else, here the number of blocks
 
 
@@ -94,6 +97,16 @@ def peft_config(config: AdapterConfig, task_type: str = "CAUSAL_LM") -> PeftConf
         return cls(**values)
     except (TypeError, ImportError) as error:
         raise ValueError(f"--method {config.method}: {error}") from None
+
+
+def odd_rate(config: AdapterConfig, rate: float) -> str | None:
+    """What to say of a learning rate more than ten times off the one that trained this method's core best, if it is."""
+    adapter: Any = peft_config(config)
+    method = getattr(adapter, "method", "")
+    usual = NORMALIZED_RATE if getattr(adapter, "normalize_directions", False) else USUAL_RATES.get(method)
+    if usual is None or 0.099 < rate / usual < 10.1:
+        return None
+    return f"--learning-rate {rate:g} is far from {usual:g}, at which {method} trained best on small models"
 
 
 def _typed(field: str, text: str, hint: Any, method: str) -> Any:

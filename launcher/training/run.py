@@ -36,7 +36,7 @@ from launcher.training.classification import Labelled
 from launcher.training.folder import State, finished, prepare, save_final
 from launcher.training.gradients import FirstStep, check_first_step, check_frozen
 from launcher.training.loop import Job, Question, train, write_answers
-from launcher.training.methods import peft_config
+from launcher.training.methods import odd_rate, peft_config
 from launcher.training.model import (
     Parts,
     bare_skeleton,
@@ -436,6 +436,8 @@ def _introduce(start: _Start, plan: _Plan, samples: _Samples, engine: Replicated
     processes = f"{ranks.world_size} x {start.device.type}"
     attention = f"{start.attention} ({start.attention_reason})"
     say(f"{steps} steps of {config.optimizer.batch_size} on {processes}, attention {attention}")
+    if ranks.is_main and (odd := odd_rate(config.adapter, config.optimizer.learning_rate)):
+        log.warning(odd)
 
 
 def _same_everywhere(party: Party, what: str, make: Callable[[], str | None]) -> str:

@@ -16,7 +16,7 @@ from launcher.config import AdapterConfig, Config, DataConfig, ModelConfig, Opti
 from launcher.factorization import cache
 from launcher.ranks import Ranks
 from launcher.training import checkpoint
-from launcher.training.methods import peft_config
+from launcher.training.methods import odd_rate, peft_config
 from launcher.training.model import build
 from launcher.training.run import run
 from launcher.training.sharding import Replicated
@@ -190,3 +190,24 @@ def test_names_and_options_become_pefts_fields(method, options, expected):
     config = peft_config(AdapterConfig(method=method, rank=6, options=options))
 
     assert {name: getattr(config, name) for name in expected} == expected
+
+
+@pytest.mark.parametrize(
+    ("method", "options", "rate", "usual"),
+    [
+        ("svfit", (), 1e-3, "0.03"),
+        ("loldu", (), 1e-1, "0.001"),
+        ("loldu", ("normalize_directions=true",), 1e-3, "0.03"),
+        ("loldu", ("normalize_directions=true",), 1e-1, None),
+        ("loldu", (), 1e-3, None),
+        ("loldu", (), 1e-2, None),
+        ("lora", (), 1e-5, None),
+        ("full", (), 1e-5, None),
+    ],
+)
+def test_a_rate_far_from_the_one_that_trained_best_is_said_of_our_methods(method, options, rate, usual):
+    said = odd_rate(AdapterConfig(method=method, options=options), rate)
+
+    assert said == (
+        usual and f"--learning-rate {rate:g} is far from {usual}, at which {method} trained best on small models"
+    )
