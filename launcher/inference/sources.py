@@ -6,6 +6,7 @@ Every mistake in the files is found from their headers, before any weight is rea
 from __future__ import annotations
 
 import json
+import logging
 import warnings
 from dataclasses import dataclass
 from pathlib import Path
@@ -19,6 +20,8 @@ from transformers import AutoModelForCausalLM
 import adapters  # registers our methods with PEFT as well
 from adapters.checkpoint_files import local_folder
 from launcher.training.base import base_folder, first_line, has_tokenizer, load_tokenizer, recorded_run
+
+log = logging.getLogger(__name__)
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 ADAPTER_WEIGHTS = "adapter_model.safetensors"
@@ -107,6 +110,12 @@ def adapter_config(folder: Path) -> Any:
 def load(source: Source, *, dtype: str = "auto", device: str = "auto") -> tuple[Any, Any]:
     """The model with its adapter, ready to answer, and the tokenizer. dtype auto: the run's, else the files' own."""
     tokenizer = load_tokenizer(source.tokenizer)
+    if source.quantize != "none" and source.adapter is not None:
+        log.warning(
+            "this run trained on its base in %s and answers here from the full-precision one, which loads whole; "
+            "loldu merge --quantize %s writes a model that stays small",
+            source.quantize, source.quantize,
+        )  # fmt: skip
     return load_model(source, dtype=dtype, device=device), tokenizer
 
 
@@ -135,6 +144,8 @@ def load_model(source: Source, *, dtype: str = "auto", device: str = "auto") -> 
             f"{source.base} lacks {len(missing)} of its weights ({', '.join(missing[:3])}), which would be random: "
             "fetch the model again"
         )
+    if getattr(model, "is_loaded_in_8bit", False):  # bitsandbytes' way of computing
+        warnings.filterwarnings("ignore", "MatMul8bitLt: inputs will be cast")
     if getattr(model, "is_loaded_in_4bit", False):
         from launcher.training.quantize import keep_packing
 

@@ -17,14 +17,23 @@ from pathlib import Path
 from typing import Any, Protocol, runtime_checkable
 
 import torch
+from peft import PeftType
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
 from adapters.checkpoint_files import list_tensors
+from adapters.config import FactorConfig
 from launcher.training.sharding import size
 
 OLDEST = (0, 50)  # of bitsandbytes: the first that multiplies by 4-bit weights with 8-bit scales on every backend
 READABLE = ("F64", "F32", "F16", "BF16")  # as safetensors names them
+# PEFT's methods that train on packed weights as on the same numbers unpacked. The layers of most others take the bytes
+# for numbers: some fail, some train on them without a word, some write them.
+ON_PACKED = (
+    "beft", "boft", "c3a", "fourierft", "gralora", "hira", "ia3", "lily", "ln_tuning", "lora", "miss", "oft", "pvera",
+    "randlora", "road", "shadow", "shira", "trainable_tokens", "vblora", "vera", "waveft",
+)  # fmt: skip
+ON_INT8 = ("loha", "lokr")  # as well
 
 
 def check_quantize(kind: str, sharding: str, *, cpu_offload: bool = False) -> None:
@@ -54,17 +63,43 @@ def check_quantize(kind: str, sharding: str, *, cpu_offload: bool = False) -> No
         )
 
 
-def check_base(folder: Path, kind: str) -> None:
-    """Whether the checkpoint is in full precision. Raises ValueError naming what it has instead."""
-    if kind == "none":
+def check_method(adapter: Any, kind: str, sharding: str) -> None:
+    """Whether the adapter of this PEFT config can be trained on such a base. Raises ValueError with the remedy."""
+    if kind == "none" or adapter is None or isinstance(adapter, FactorConfig):
         return
+    method, start = PeftType(adapter.peft_type).value.lower(), getattr(adapter, "init_lora_weights", True)
+    able = (*ON_PACKED, *(ON_INT8 if kind == "int8" else ()))
+    if method not in able:
+        raise ValueError(
+            f"--method {method} cannot be trained with --quantize {kind}: PEFT's layers for it take packed bytes for "
+            f"numbers. Give --quantize none, or one of our methods, dora, rslora, {', '.join(able)}"
+        )
+    if method == "lora" and isinstance(start, str) and start != "gaussian":
+        raise ValueError(
+            f"LoRA's start {start} cannot be had with --quantize {kind}: it is made of the base's weights, or changes "
+            "those. Give --method lora, which starts as the base, or --quantize none"
+        )
+    if method == "shira" and kind != "int8" and sharding in ("fsdp2", "hsdp"):
+        raise ValueError(
+            f"--method shira cannot be trained with --quantize {kind} under --sharding {sharding}, where PEFT's layer "
+            "does not find the scales: give --sharding ddp, or --quantize int8"
+        )
+
+
+def check_base(folder: Path, kind: str) -> None:
+    """Whether the checkpoint is in full precision. Raises ValueError naming what it has instead.
+
+    Without --quantize as well: transformers would load packed weights, which nothing here guards or knows how to shard.
+    """
     settings = json.loads((folder / "config.json").read_text(encoding="utf-8"))
     if (stored := settings.get("quantization_config")) is not None:
         method = stored.get("quant_method") or "some way" if isinstance(stored, dict) else "some way"
         raise ValueError(
-            f"--quantize {kind}: {folder} is quantised already ({method}, by its config.json), and quantising twice "
-            "loses twice: give the full-precision checkpoint"
+            f"{folder} is quantised already ({method}, by its config.json), and adapters are made and merged with the "
+            "full-precision weights: give that checkpoint, with --quantize nf4 or int8 to have it small in memory"
         )
+    if kind == "none":
+        return
     for info in list_tensors(folder).values():
         if len(info.shape) == 2 and info.dtype not in READABLE:
             raise ValueError(

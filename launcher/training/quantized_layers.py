@@ -125,8 +125,8 @@ class EightBit(bnb.nn.Linear8bitLt):
         return whole
 
     def keep(self, filled: nn.Parameter) -> None:
-        """Take the whole weight."""
-        self.weight = filled
+        """Take the whole weight, in the parameter class by which PEFT knows that it has to be multiplied by scales."""
+        self.weight = bnb.nn.Int8Params(filled.data, requires_grad=False, SCB=self.state.SCB)
 
     def layout(self) -> dict[str, tuple[str, tuple[int, ...]]]:
         """dtype, as safetensors names it, and shape of what `saved` returns."""
@@ -141,7 +141,7 @@ class EightBit(bnb.nn.Linear8bitLt):
     def forward(self, x: Tensor) -> Tensor:
         # is_training: on a CPU the dequantised weight serves evaluation too, since there the choice of outliers would
         # make a sample's loss depend on the others in its batch (by 0.003). On a GPU it changes nothing, and they do.
-        self.state.is_training, self.state.CB = True, self.weight
+        self.state.is_training, self.state.CB = True, self.weight.data
         return bnb.matmul(x, self.weight, bias=self.bias, state=self.state)
 
 
