@@ -110,13 +110,14 @@ def adapter_config(folder: Path) -> Any:
 def load(source: Source, *, dtype: str = "auto", device: str = "auto") -> tuple[Any, Any]:
     """The model with its adapter, ready to answer, and the tokenizer. dtype auto: the run's, else the files' own."""
     tokenizer = load_tokenizer(source.tokenizer)
-    if source.quantize != "none" and source.adapter is not None:
+    model = load_model(source, dtype=dtype, device=device)
+    if source.quantize != "none" and getattr(model.config, "quantization_config", None) is None:
         log.warning(
             "this run trained on its base in %s and answers here from the full-precision one, which loads whole; "
             "loldu merge --quantize %s writes a model that stays small",
             source.quantize, source.quantize,
         )  # fmt: skip
-    return load_model(source, dtype=dtype, device=device), tokenizer
+    return model, tokenizer
 
 
 def load_model(source: Source, *, dtype: str = "auto", device: str = "auto") -> Any:
@@ -144,8 +145,8 @@ def load_model(source: Source, *, dtype: str = "auto", device: str = "auto") -> 
             f"{source.base} lacks {len(missing)} of its weights ({', '.join(missing[:3])}), which would be random: "
             "fetch the model again"
         )
-    if getattr(model, "is_loaded_in_8bit", False):  # bitsandbytes' way of computing
-        warnings.filterwarnings("ignore", "MatMul8bitLt: inputs will be cast")
+    if getattr(model, "is_loaded_in_8bit", False):  # each layer says at each token in which precision it computes
+        logging.getLogger("bitsandbytes.autograd._functions").setLevel(logging.ERROR)
     if getattr(model, "is_loaded_in_4bit", False):
         from launcher.training.quantize import keep_packing
 

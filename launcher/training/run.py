@@ -49,7 +49,7 @@ from launcher.training.model import (
     stored_base,
 )
 from launcher.training.preemption import StopRequest
-from launcher.training.quantize import base_size, check_base, check_quantize
+from launcher.training.quantize import base_size, check_base, check_method, check_quantize
 from launcher.training.report import Screen, check_trackers, open_trackers, read_events
 from launcher.training.sharding import (
     FullyShard,
@@ -127,7 +127,9 @@ def check(config: Config, ranks: Ranks) -> None:
     check_quantize(config.model.quantize, sharding, cpu_offload=config.run.cpu_offload)
     check_offload(config.run.cpu_offload, sharding, on_gpu=torch.cuda.is_available())
     data.check_batch(config.optimizer.batch_size, ranks.world_size)
-    check_first_step(peft_config(config.adapter), sharding)
+    adapter = peft_config(config.adapter)
+    check_first_step(adapter, sharding)
+    check_method(adapter, config.model.quantize, sharding)
     if config.data.text_columns:
         classification.check_head(config)
     check_trackers(config.run.trackers)
