@@ -19,8 +19,9 @@ import re
 import shutil
 import threading
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -76,8 +77,10 @@ class Checkpoint:
             low, high = max(start, piece["start"]), min(stop, piece["start"] + piece["rows"])
             if low < high:
                 with safe_open(self.folder / piece["file"], framework="pt") as opened:
-                    part = opened.get_slice(name)[low - piece["start"] : high - piece["start"]] if shape else opened.get_tensor(name)  # fmt: skip  # noqa: E501
-                found.append(part)
+                    if shape:
+                        found.append(opened.get_slice(name)[low - piece["start"] : high - piece["start"]])
+                    else:
+                        found.append(opened.get_tensor(name))
         return found[0] if len(found) == 1 else torch.cat(found)
 
 
@@ -294,19 +297,16 @@ def sync(path: Path) -> None:
         os.close(handle)
 
 
-class _disk_errors:
+@contextmanager
+def _disk_errors(folder: Path) -> Iterator[None]:
     """Turns a full or read-only disk into the user's mistake, with a remedy."""
-
-    def __init__(self, folder: Path):
-        self.folder = folder
-
-    def __enter__(self) -> None:
-        return None
-
-    def __exit__(self, kind: Any, error: BaseException | None, trace: Any) -> None:
+    try:
+        yield
+    except Exception as error:
         full = isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT)
-        full = full or "No space left" in str(error)  # safetensors wraps it
-        if full:
-            raise ValueError(f"no space left for checkpoints in {self.folder}: free some, or give --output elsewhere") from None  # fmt: skip  # noqa: E501
+        if full or "No space left" in str(error):  # safetensors wraps it
+            remedy = "free some, or give --output elsewhere"
+            raise ValueError(f"no space left for checkpoints in {folder}: {remedy}") from None
         if isinstance(error, (OSError, SafetensorError)):
-            raise ValueError(f"cannot write checkpoints to {self.folder}: {error}") from None
+            raise ValueError(f"cannot write checkpoints to {folder}: {error}") from None
+        raise
