@@ -35,6 +35,7 @@ def main(plan: list[dict]) -> int:
         if nodes:
             config = replace(config, run=replace(config.run, cache=f"{config.run.cache}-{ranks.rank}"))
         os.environ["LOCAL_RANK"], os.environ["LOCAL_WORLD_SIZE"] = ("0", "1") if nodes else local
+        party.ranks = ranks_module.Ranks.from_environment()
         run_module.check_offload = (lambda *_, **__: None) if entry.get("offload") else check_offload
         if source := entry.get("copy_of"):
             party.from_main("copy", lambda source=source, config=config: copy(source, config))

@@ -1,12 +1,13 @@
 """Every sharding gives the curve of one process, and a checkpoint of any goes on under any other.
 
-All runs with several processes happen in three starts, in the fixtures; the tests compare what they left.
+All runs with several processes happen in four starts, in the fixtures; the tests compare what they left.
 """
 
 import json
 import shutil
 import sys
 from dataclasses import replace
+from itertools import permutations
 
 import pytest
 import torch
@@ -25,6 +26,9 @@ CURVE = 5e-6  # float32: the same sums in another order (measured 1e-6)
 BF16_CURVE = {"fsdp2": CURVE, "zero2": CURVE, "zero3": 2e-3}
 BF16_SHAPE = 5e-2
 SHARDED = ["ddp", "fsdp2", "zero2", "zero3"]
+OFFLOADED = ["fsdp2", "zero2", "zero3"]
+DIRECTIONS = [f"{before}>{after}" for before, after in permutations(SHARDED, 2)]
+LONG = ["fsdp2-4", "hsdp-4", "zero2-4", "zero3-4", *SHARDED]
 
 
 def bf16(config):
@@ -37,6 +41,10 @@ def answers(config):
 
 def in_parts(config):
     return replace(config, optimizer=replace(config.optimizer, micro_batch_size=1))
+
+
+def long(config):
+    return replace(config, optimizer=replace(config.optimizer, max_steps=20), run=replace(config.run, save_every=0))
 
 
 def short(config):
@@ -65,6 +73,7 @@ def runs(stories, alpaca_file, tmp_path_factory):
     """stories260K, whose embeddings are tied, on 1, 2 and 4 processes, interrupted and continued elsewhere."""
     runs = Runs(tmp_path_factory.mktemp("runs"), stories, alpaca_file)
     runs.alone("one")
+    runs.alone("one-long", change=long)
     runs.alone("one-bf16", change=bf16)
     runs.alone("one-answers", change=answers)
     runs.start(
@@ -72,19 +81,29 @@ def runs(stories, alpaca_file, tmp_path_factory):
         runs.entry("fsdp2-4", "fsdp2"),
         runs.entry("hsdp-4", "hsdp", shard_size=2),
         runs.entry("one>fsdp2-4", "fsdp2", source="one", step=4),
+        runs.entry("fsdp2-4-long", "fsdp2", change=long),
+        runs.entry("hsdp-4-long", "hsdp", shard_size=2, change=long),
+        runs.entry("zero2-4-long", "zero2", change=long),
+        runs.entry("zero3-4-long", "zero3", change=long),
     )
-    runs.start(
+    without_gpu, apart = {"offload": True}, {"nodes": True}
+    runs.said = runs.start(
         2,
         *(runs.entry(sharding, sharding) for sharding in SHARDED),
+        *(runs.entry(f"{sharding}-long", sharding, change=long) for sharding in SHARDED),
         *(runs.entry(f"{sharding}-parts", sharding, change=in_parts) for sharding in SHARDED[1:]),
         *(runs.entry(f"{sharding}-answers", sharding, change=answers) for sharding in SHARDED),
         *(runs.entry(f"{sharding}-bf16", sharding, change=bf16) for sharding in SHARDED),
         *(runs.entry(f"{sharding}>{sharding}", sharding, source=sharding, step=4) for sharding in SHARDED),
         *(runs.entry(f"one>{sharding}", sharding, source="one", step=2) for sharding in SHARDED),
-        runs.entry("ddp>zero3", "zero3", source="ddp", step=4),
-        runs.entry("zero3>fsdp2", "fsdp2", source="zero3", step=4),
-        runs.entry("fsdp2>zero2", "zero2", source="fsdp2", step=4),
-        runs.entry("zero2>ddp", "ddp", source="zero2", step=4),
+        *(runs.entry(way, way.partition(">")[2], source=way.partition(">")[0], step=4) for way in DIRECTIONS),
+        *(runs.entry(f"{sharding}-offload", sharding, cpu_offload=True, how=without_gpu) for sharding in OFFLOADED),
+        *(
+            runs.entry(f"offload>{sharding}", sharding, source="ddp", step=4, cpu_offload=True, how=without_gpu)
+            for sharding in OFFLOADED
+        ),
+        runs.entry("apart", "fsdp2", cache=str(runs.folder / "node"), cache_per_node=True, how=apart),
+        runs.entry("refused", "fsdp2", cache=str(runs.folder / "local"), how=apart | {"code": 2}),
         runs.entry("hsdp-4>zero2", "zero2", source="hsdp-4", step=4),
         runs.entry("4>2", "zero3", source="fsdp2-4", step=2),
     )
@@ -96,20 +115,49 @@ def runs(stories, alpaca_file, tmp_path_factory):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name", ["fsdp2-4", "hsdp-4", *SHARDED, *(f"{sharding}-parts" for sharding in SHARDED[1:])])
-def test_every_sharding_gives_the_curve_of_one_process(runs, name):
-    torch.testing.assert_close(runs.losses(name), runs.losses("one"), atol=CURVE, rtol=0)
-    first, last = (event["eval_loss"] for event in runs.events(name) if "eval_loss" in event)
-    once = [event["eval_loss"] for event in runs.events("one") if "eval_loss" in event]
+@pytest.mark.parametrize("name", LONG)
+def test_every_sharding_gives_the_first_20_losses_of_one_process(runs, name):
+    assert len(runs.losses(f"{name}-long")) == 20
+    torch.testing.assert_close(runs.losses(f"{name}-long"), runs.losses("one-long"), atol=CURVE, rtol=0)
+    first, last = (event["eval_loss"] for event in runs.events(f"{name}-long") if "eval_loss" in event)
+    once = [event["eval_loss"] for event in runs.events("one-long") if "eval_loss" in event]
     torch.testing.assert_close([first, last], once, atol=CURVE, rtol=0)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("sharding", SHARDED[1:])
+def test_micro_batches_give_the_same_curve(runs, sharding):
+    torch.testing.assert_close(runs.losses(f"{sharding}-parts"), runs.losses("one"), atol=CURVE, rtol=0)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("sharding", OFFLOADED)
+def test_offloading_changes_nothing_also_after_a_resume(runs, sharding):
+    """Without a GPU both sides are main memory: what is checked is each engine's offloading code and our restoring."""
+    assert runs.losses(f"{sharding}-offload") == runs.losses(sharding)
+    torch.testing.assert_close(runs.losses(f"offload>{sharding}"), runs.losses("one"), atol=CURVE, rtol=0)
+
+
+@pytest.mark.slow
+def test_nodes_with_caches_of_their_own_train_to_the_same_curve(runs):
+    torch.testing.assert_close(runs.losses("apart"), runs.losses("one"), atol=CURVE, rtol=0)
+    assert [len(list((runs.folder / f"node-{rank}" / "factors").iterdir())) for rank in (0, 1)] == [35, 35]
+
+
+@pytest.mark.slow
+def test_a_cache_that_the_nodes_do_not_share_is_refused_in_one_line(runs):
+    (line,) = [line for line in runs.said.splitlines() if "error: " in line]
+    assert "(rank 1) does not see the factor cache" in line
+    assert "--cache-per-node" in line
+    assert not (runs.folder / "local-0" / "factors").exists()
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize(
     "name",
     [
-        "one>fsdp2-4", *(f"one>{sharding}" for sharding in SHARDED), "ddp>zero3", "zero3>fsdp2", "fsdp2>zero2",
-        "zero2>ddp", "hsdp-4>zero2", "fsdp2>one", "zero3>one", "4>2", "4>2>1", "4>2>1>4",
+        "one>fsdp2-4", *(f"one>{sharding}" for sharding in SHARDED), *DIRECTIONS, "hsdp-4>zero2", "fsdp2>one",
+        "zero3>one", "4>2", "4>2>1", "4>2>1>4",
     ],
 )  # fmt: skip
 def test_a_checkpoint_goes_on_under_any_sharding_and_number_of_processes(runs, name):
