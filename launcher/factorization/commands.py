@@ -36,6 +36,7 @@ def factorize(
     svd: Literal["auto", "exact", "block"] = "auto",
     dtype: Literal["float32", "bfloat16"] = "float32",
     cache_folder: str | None = None,
+    cache_per_node: bool = False,
     verify_base: bool = False,
     party: Party | None = None,
     console: Console | None = None,
@@ -53,6 +54,7 @@ def factorize(
         svd: Likewise for --options svd=X.
         dtype: The run's --dtype.
         cache_folder: Folder of the cache, else the user's cache directory.
+        cache_per_node: It is another folder on each node: each makes all factors for itself.
         verify_base: Read the weights again instead of trusting the size and time of their files.
         party: The processes that share the work.
         console: Where to write.
@@ -93,7 +95,9 @@ def factorize(
     if energy is None and (clamped := [request for request in requests if request.rank < rank]):
         console.print(f"--rank {rank} is clamped to the smaller side of {len(clamped)} weights")
     with _bar(console) as on_progress:
-        done = distribute.factorize(requests, folder, party, on_progress, verify_base=verify_base)
+        done = distribute.factorize(
+            requests, folder, party, on_progress, verify_base=verify_base, per_node=cache_per_node
+        )
     if not party.ranks.is_main:
         return 0
 
