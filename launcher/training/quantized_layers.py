@@ -2,7 +2,7 @@
 
 W (m, n) is out x in. Each layer stores one frozen parameter, which sharding engines spread; its scales (0.016 bytes per
 number in 4 bits, 4 bytes per row in 8) stay whole beside it on every process. `pack` reads W a few rows at a time: on a
-CPU bitsandbytes needs 14 bytes of working memory per number it quantises, 228 MiB for a 4096 x 4096 weight at once.
+CPU bitsandbytes needs 14 bytes (fp4: 25) of working memory per number it quantises, 228 MiB for a 4096 x 4096 weight.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from bitsandbytes.functional import QuantState, int8_vectorwise_quant, quantize_
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
-PIECE = 1 << 20  # numbers quantised at a time
+PIECE = 1 << 19  # numbers quantised at a time
 # LLM.int8() (arXiv 2208.07339) multiplies columns with a larger activation in full precision, on a GPU.
 OUTLIER = 6.0
 STATE = 256  # bytes for what bitsandbytes notes of a 4-bit weight in JSON (about 160), so that a file's layout is known
