@@ -1,12 +1,12 @@
 """What 8 and 4 bits cost: losses after equal training, logits, an adapter on another precision than its own, merging.
 
-    python benchmarks/quantized.py ../shared/data [MODEL ...]   # benchmarks/results/quantized.json; 10 min on one core
+    python benchmarks/quantized.py ../shared/data [MODEL ...]   # benchmarks/results/quantized.json; 20 min on one core
 
 The folder holds models/babyllama-361, models/stories260K and instruction/alpaca_5000.json. A third model is random:
-four layers of hidden size 1024 whose weights have a power-law spectrum. Each method's rate is the better of two on the
-full-precision base, seed 0; precisions are then compared at that rate. LoRA on nf4 is QLoRA. A run's adapter is also
-merged into its own precision: by `loldu merge --quantize`, which rounds full-precision weight plus update, and, for
-comparison, by adding the update to the quantised weight and rounding that again.
+four layers of hidden size 1024 whose weights have a power-law spectrum. Each method's rate is the best of three on
+the float32 base, seed 0; precisions are then compared at that rate. The quantised bases compute in float32. LoRA on
+nf4 is QLoRA. A run's adapter is also merged into its own precision: by `loldu merge --quantize`, which rounds the
+full-precision weight plus update, and, for comparison, by adding the update to the quantised weight and rounding again.
 """
 
 from __future__ import annotations
@@ -37,20 +37,22 @@ from launcher.inference.merge import merge  # noqa: E402
 from launcher.inference.sources import load_tokenizer  # noqa: E402
 from launcher.training import data, records  # noqa: E402
 from launcher.training.model import build  # noqa: E402
-from launcher.training.quantize import Quantised, keep_packing  # noqa: E402
+from launcher.training.quantize import Quantised, keep_packing, linear_layers  # noqa: E402
 from launcher.training.run import run, versions  # noqa: E402
 
 RESULTS = REPO / "benchmarks" / "results" / "quantized.json"
-PRECISIONS = ("none", "int8", "nf4", "fp4")
+FULL = ("float32", "bfloat16")
+PRECISIONS = (*FULL, "int8", "nf4", "fp4")
+USED_ON = ("float32", "bfloat16", "int8", "nf4")  # by an adapter of another precision
 METHODS: dict[str, dict[str, Any]] = {
     "LoLDU, full rank": {
         "adapter": {"rank": 4096, "options": ("normalize_directions=true",)},
-        "rates": (3e-2, 1e-1),
+        "rates": (1e-2, 3e-2, 1e-1),
     },
-    "LoLDU, r 64": {"adapter": {"rank": 64, "options": ("normalize_directions=true",)}, "rates": (3e-2, 1e-1)},
+    "LoLDU, r 64": {"adapter": {"rank": 64, "options": ("normalize_directions=true",)}, "rates": (1e-2, 3e-2, 1e-1)},
     "LoRA, r 8": {
         "adapter": {"method": "lora", "rank": 8, "options": ("lora_alpha=16",)},
-        "rates": (3e-3, 1e-2),
+        "rates": (1e-3, 3e-3, 1e-2),
     },
 }
 # model -> steps, seeds of the comparison
@@ -74,10 +76,16 @@ def random_spectrum(folder: Path, tokenizer: Path) -> Path:
     return folder
 
 
+def model_config(model: Path, kind: str) -> ModelConfig:
+    if kind in FULL:
+        return ModelConfig(model=str(model), dtype=kind)  # type: ignore[arg-type]
+    return ModelConfig(model=str(model), dtype="float32", quantize=kind)  # type: ignore[arg-type]
+
+
 def config_of(model: Path, method: str, rate: float, seed: int, kind: str, steps: int, work: Path) -> Config:
     small = "babyllama" in model.name or "stories" in model.name
     return Config(
-        model=ModelConfig(model=str(model), quantize=kind, dtype="float32"),  # type: ignore[arg-type]
+        model=model_config(model, kind),
         data=DataConfig(
             data=str(work / "records.json"), eval_records=60 if small else 16, prompt_template="short", max_length=128
         ),
@@ -116,27 +124,27 @@ class HeldOut:
     @torch.no_grad()
     def logits(self, model: Any) -> torch.Tensor:
         batch = data.collate(self.encoded, range(8), pad_id=0, packing=False, attention="sdpa")
-        return model.eval()(input_ids=batch["input_ids"]).logits[batch["labels"] != -100]
+        return model.eval()(input_ids=batch["input_ids"]).logits[batch["labels"] != -100].float()
 
 
 def bare(model: Path, kind: str) -> Any:
     """The base alone in a precision, as a run loads it."""
-    config = ModelConfig(model=str(model), quantize=kind)  # type: ignore[arg-type]
+    config = model_config(model, kind)
     how: dict[str, Any] = {"factors": lambda module: None, "device": torch.device("cpu")}
-    return build(config, model, None, dtype="float32", attention="sdpa", **how)
+    return build(config, model, None, dtype=config.dtype, attention="sdpa", **how)
 
 
 def weight_error(model: Any, full: Any) -> float:
-    """Relative distance of the quantised weights from the full-precision ones, all layers together."""
+    """Relative distance of the linear layers' weights from the full-precision ones, all layers together."""
     from peft.utils.integrations import dequantize_bnb_weight
 
     far = size = 0.0
-    for name, layer in model.named_modules():
-        if isinstance(layer, Quantised):
-            W = full.get_submodule(name).weight
-            found = dequantize_bnb_weight(layer.weight, state=getattr(layer, "state", None))
-            far, size = far + float((found - W).square().sum()), size + float(W.square().sum())
-    return (far / size) ** 0.5 if size else 0.0
+    for name, layer in linear_layers(full).items():
+        here, W = model.get_submodule(name), layer.weight
+        quantised = isinstance(here, Quantised)
+        found = dequantize_bnb_weight(here.weight, state=getattr(here, "state", None)) if quantised else here.weight
+        far, size = far + float((found.float() - W).square().sum()), size + float(W.square().sum())
+    return (far / size) ** 0.5
 
 
 def compare(name: str, folder: Path, work: Path) -> dict[str, Any]:
@@ -146,11 +154,11 @@ def compare(name: str, folder: Path, work: Path) -> dict[str, Any]:
     runs, swaps, bases, merged = [], [], [], []
     ours = "LoLDU, full rank" if small else "LoLDU, r 64"
     methods = {key: METHODS[key] for key in (ours, "LoRA, r 8")}
-    held = HeldOut(config_of(folder, "LoRA, r 8", 1e-3, 0, "none", steps, work))
-    full = bare(folder, "none")
+    held = HeldOut(config_of(folder, "LoRA, r 8", 1e-3, 0, "float32", steps, work))
+    full = bare(folder, "float32")
     plain = held.logits(full)
     for kind in PRECISIONS:
-        base = full if kind == "none" else bare(folder, kind)
+        base = full if kind == "float32" else bare(folder, kind)
         off = held.logits(base)
         bases.append(
             {"precision": kind, "loss": held.loss(base), "logits_error": float((off - plain).norm() / plain.norm()),
@@ -159,9 +167,9 @@ def compare(name: str, folder: Path, work: Path) -> dict[str, Any]:
     for method, spec in methods.items():
         tried = {}
         for rate in spec["rates"]:
-            found = measure(config_of(folder, method, rate, 0, "none", steps, work))
+            found = measure(config_of(folder, method, rate, 0, "float32", steps, work))
             tried[rate] = found["after"]
-            runs.append({"method": method, "precision": "none", "rate": rate, "seed": 0, "search": True} | found)
+            runs.append({"method": method, "precision": "float32", "rate": rate, "seed": 0, "search": True} | found)
         best = min(tried, key=lambda rate: tried[rate])
         for kind in PRECISIONS:
             if kind == "fp4" and method != ours:
@@ -169,9 +177,9 @@ def compare(name: str, folder: Path, work: Path) -> dict[str, Any]:
             for seed in seeds:
                 found = measure(config_of(folder, method, best, seed, kind, steps, work))
                 runs.append({"method": method, "precision": kind, "rate": best, "seed": seed, "search": False} | found)
-                if seed == seeds[0] and kind != "none" and method == ours:
+                if seed == seeds[0] and kind not in FULL and method == ours:
                     merged.append({"precision": kind, "apart": found["after"]} | merges(folder, work, held, kind))
-                if seed == seeds[0] and kind != "fp4":
+                if seed == seeds[0] and kind in USED_ON:
                     entry = {"method": method, "trained_on": kind}
                     swaps += [entry | used for used in on_every_precision(folder, work, held, method == ours)]
     return {
@@ -196,7 +204,7 @@ def on_every_precision(folder: Path, work: Path, held: HeldOut, export: bool) ->
     return [
         {"form": form, "used_on": kind, "loss": held.loss(PeftModel.from_pretrained(bare(folder, kind), where))}
         for form, where in forms.items()
-        for kind in ("none", "int8", "nf4")
+        for kind in USED_ON
     ]
 
 
@@ -230,8 +238,8 @@ def table(found: list[dict[str, Any]]) -> str:
     for one in found:
         lines += [
             f"\n{one['model']}, {one['steps']} steps",
-            "| | float32 | int8 | nf4 | fp4 |",
-            "|---|---|---|---|---|",
+            f"| | {' | '.join(PRECISIONS)} |",
+            f"|{'---|' * (len(PRECISIONS) + 1)}",
         ]
         by_kind = {base["precision"]: base for base in one["bases"]}
         for key, form in (("weight_error", ".3f"), ("logits_error", ".3f"), ("loss", ".3f")):
@@ -248,13 +256,13 @@ def table(found: list[dict[str, Any]]) -> str:
         swaps: dict[str, dict[str, float]] = {}
         for swap in one["other_precision"]:
             form = ", as exported LoRA" if swap["form"] != "adapter" else ""
-            name = f"{swap['method']}, trained on {swap['trained_on'].replace('none', 'float32')}{form}, used on"
+            name = f"{swap['method']}, trained on {swap['trained_on']}{form}, used on"
             swaps.setdefault(name, {})[swap["used_on"]] = swap["loss"]
         for name, used in swaps.items():
-            lines.append(f"| {name} | {' | '.join(f'{used[kind]:.3f}' for kind in ('none', 'int8', 'nf4'))} | |")
-        for way in ("rounded once", "rounded again") if one["merged"] else ():
+            lines.append(f"| {name} | {' | '.join(f'{used[kind]:.3f}' for kind in USED_ON)} | |")
+        for way in ("rounded once", "rounded again"):
             cells = [f"{each[way]:.3f} (apart {each['apart']:.3f})" for each in one["merged"]]
-            lines.append(f"| LoLDU, merged into its own precision, {way} | | {' | '.join(cells)} |")
+            lines.append(f"| LoLDU, merged into its own precision, {way} |{' |' * len(FULL)} {' | '.join(cells)} |")
     return "\n".join(lines)
 
 
