@@ -134,8 +134,8 @@ def test_micro_batches_give_the_same_curve(runs, sharding):
 @pytest.mark.parametrize("sharding", OFFLOADED)
 def test_offloading_changes_nothing_also_after_a_resume(runs, sharding):
     """Without a GPU both sides are main memory: what is checked is each engine's offloading code and our restoring."""
-    assert runs.losses(f"{sharding}-offload") == runs.losses(sharding)
-    torch.testing.assert_close(runs.losses(f"offload>{sharding}"), runs.losses("one"), atol=CURVE, rtol=0)
+    for name in (f"{sharding}-offload", f"offload>{sharding}"):
+        torch.testing.assert_close(runs.losses(name), runs.losses("one"), atol=CURVE, rtol=0)
 
 
 @pytest.mark.slow
