@@ -433,7 +433,7 @@ def _check_equal(folder: Path, done: Mapping[str, Factored], party: Party) -> No
             return None
         found = [cache.find(folder, how.key) for how in done.values()]
         return [
-            entry and hashlib.sha256(json.dumps(entry.about["checksums"], sort_keys=True).encode()).hexdigest()
+            entry and hashlib.sha256(json.dumps(entry.about["checksums"], sort_keys=True).encode()).hexdigest()[:16]
             for entry in found
         ]
 
