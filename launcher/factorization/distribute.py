@@ -171,6 +171,7 @@ def factorize(
         for number, (request, future) in enumerate(zip(mine, futures, strict=True)):
             for later in mine[number + AHEAD if number else 0 : number + AHEAD + 1]:
                 ask_for(later.tensor)
+            watch.own["weight"] = request.module  # also where the other thread is through with it, or failed, already
             while not wait([future], timeout=BEAT_S).done:
                 watch.beat(len(made), request.module)
             made[request.module] = future.result()

@@ -376,6 +376,24 @@ def test_a_weight_without_factors_is_named_on_all_ranks_and_nothing_is_half_writ
     assert_nothing_half_written(folder)
 
 
+def test_a_weight_that_fails_while_another_is_worked_on_is_the_one_that_is_named(model, folder, monkeypatch):
+    """Its failure is there before anyone waits for it."""
+    real = distribute.make
+
+    def fail(request, *rest):
+        if request.module == "layers.1.up":
+            raise ValueError("cannot be")
+        time.sleep(0.1)
+        return real(request, *rest)
+
+    monkeypatch.setattr(distribute, "make", fail)
+
+    errors = together(2, lambda party: factorize(requests_for(model), folder, party))
+
+    owner = next(rank for rank, error in enumerate(errors) if str(error) == "cannot be")
+    assert str(errors[1 - owner]) == f"rank {owner} failed at layers.1.up: cannot be"
+
+
 def test_a_zero_pivot_says_which_column_and_what_to_type(tmp_path, folder):
     weight = torch.randn(16, 12, generator=torch.Generator().manual_seed(0))
     weight[:, 2] = weight[:, 1]
