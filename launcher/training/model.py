@@ -68,9 +68,10 @@ def check_memory(folder: Path, kind: str, *, share: float, memory: int, where: s
     options = {"--dtype bfloat16": "bfloat16", "--quantize int8": "int8", "--quantize nf4": "nf4"}
     fitting = {option: needs[each] for option, each in options.items() if needs[each] <= memory}
     give = [f"{option} ({size / 1e9:.3g} GB)" for option, size in fitting.items()]
-    give.append("--sharding fsdp2 on more machines or GPUs")
+    give.append("--sharding fsdp2 on enough GPUs or machines")
+    copies = f", {share:.3g} times," if share > 1 else ""
     raise ValueError(
-        f"the weights of {folder} take {needs[kind] / 1e9:.3g} GB in {kind} on {where}, which has "
+        f"the weights of {folder} take {needs[kind] / 1e9:.3g} GB in {kind}{copies} on {where}, which has "
         f"{memory / 1e9:.3g} GB: give {', or '.join(give)}"
     )
 

@@ -68,6 +68,7 @@ log = logging.getLogger(__name__)
 
 DONE, FAILED, MISTAKE, STOPPED = 0, 1, 2, 75  # exit codes
 TOKENISE_S = 6 * 3600.0
+STORED = {"float32": "F32", "bfloat16": "BF16"}  # as safetensors names them
 PACKAGES = ("torch", "transformers", "peft", "accelerate", "safetensors", "datasets", "deepspeed", "bitsandbytes")
 
 
@@ -266,12 +267,17 @@ def _check_memory(config: Config, base: Path, dtype: str, sharding: str, ranks: 
     copies = {"fsdp2": 1, "zero3": 1, "hsdp": ranks.world_size / (config.run.shard_size or ranks.local_world_size)}
     share = copies.get(sharding, ranks.world_size) / ranks.world_size
     kind = dtype if config.model.quantize == "none" else config.model.quantize
-    if torch.cuda.is_available() and not config.run.cpu_offload:
+    offloaded = config.run.cpu_offload and sharding != "zero2"  # which moves the optimizer's state alone
+    if torch.cuda.is_available() and not offloaded:
         device = torch.cuda.get_device_properties(ranks.local_rank)
         check_memory(base, kind, share=share, memory=device.total_memory, where=device.name)
-    else:
-        memory, here = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE"), share * ranks.local_world_size
-        check_memory(base, kind, share=here, memory=memory, where=socket.gethostname())
+        return
+    # A frozen base in the dtype of its files is a map of them, whose pages the processes of a machine share.
+    frozen = sharding in ("none", "ddp") and config.adapter.method != "full"
+    mapped = frozen and {info.dtype for info in list_tensors(base).values()} == {STORED.get(kind)}
+    here = share if mapped else share * ranks.local_world_size
+    memory = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    check_memory(base, kind, share=here, memory=memory, where=socket.gethostname())
 
 
 def _read_in_turn(start: _Start, tokenizer: Any) -> _Samples:

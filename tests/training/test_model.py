@@ -2,11 +2,13 @@
 
 import os
 import socket
+from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
 
-from launcher.config import Config, DataConfig, ModelConfig, RunConfig
+from launcher.config import AdapterConfig, Config, DataConfig, ModelConfig, RunConfig
 from launcher.ranks import Ranks, Stopped
 from launcher.training import run as running
 from launcher.training.model import build, check_memory
@@ -49,7 +51,7 @@ def test_only_what_would_fit_is_suggested(stories, memory, given):
     suggested = str(refused.value).partition(": give ")[2].split(", or ")
     assert len(suggested) == len(given) + 1
     assert all(text.startswith(option) for text, option in zip(suggested, given, strict=False))
-    assert suggested[-1] == "--sharding fsdp2 on more machines or GPUs"
+    assert suggested[-1] == "--sharding fsdp2 on enough GPUs or machines"
 
 
 @pytest.mark.parametrize(
@@ -75,6 +77,52 @@ def test_the_parts_of_a_base_that_meet_in_one_machine_are_added(
     running._check_memory(config, stories, "bfloat16", sharding, Ranks(1, 8, 1, 4))
 
     assert (seen["share"], seen["kind"]) == (copies_here, "nf4")
+
+
+@pytest.mark.parametrize(
+    ("sharding", "dtype", "method", "copies_here"),
+    [
+        ("ddp", "float32", "loldu", 1),
+        ("ddp", "float32", "full", 4),
+        ("ddp", "bfloat16", "loldu", 4),
+        ("zero2", "float32", "loldu", 4),
+    ],
+)
+def test_processes_of_one_machine_share_the_pages_of_a_frozen_base_in_its_files_dtype(
+    stories, monkeypatch, sharding, dtype, method, copies_here
+):
+    seen = {}
+    monkeypatch.setattr(running, "check_memory", lambda base, kind, **given: seen.update(given))
+    monkeypatch.setattr("torch.cuda.is_available", lambda: False)
+
+    running._check_memory(Config(adapter=AdapterConfig(method=method)), stories, dtype, sharding, Ranks(1, 4, 1, 4))
+
+    assert seen["share"] == copies_here
+
+
+@pytest.mark.parametrize(("sharding", "where"), [("zero2", "the GPU"), ("zero3", socket.gethostname())])
+def test_what_zero2_offloads_is_not_the_base(stories, monkeypatch, sharding, where):
+    seen = {}
+    monkeypatch.setattr(running, "check_memory", lambda base, kind, **given: seen.update(given))
+    monkeypatch.setattr("torch.cuda.is_available", lambda: True)
+    gpu = SimpleNamespace(name="the GPU", total_memory=1)
+    monkeypatch.setattr("torch.cuda.get_device_properties", lambda device: gpu)
+
+    config = Config(run=RunConfig(sharding=sharding, cpu_offload=True))
+    running._check_memory(config, stories, "bfloat16", sharding, Ranks(1, 2, 1, 2))
+
+    assert seen["where"] == where
+
+
+@pytest.mark.skipif(not Path("/proc/self/maps").exists(), reason="reads Linux's list of a process's maps")
+def test_a_frozen_base_in_its_files_dtype_is_a_map_of_them(stories):
+    how = {"dtype": "float32", "attention": "sdpa", "device": torch.device("cpu")}
+
+    base = build(ModelConfig(), stories, None, factors=lambda module: None, **how)
+
+    lines = [line.split() for line in Path("/proc/self/maps").read_text().splitlines()]
+    ends = [tuple(int(end, 16) for end in line[0].split("-")) for line in lines if str(stories) in line[-1]]
+    assert all(any(low <= p.data_ptr() < high for low, high in ends) for p in base.parameters())
 
 
 def test_loading_a_quantised_base_tells_of_each_parameter_and_can_be_stopped_there(stories):
