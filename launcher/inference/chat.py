@@ -10,7 +10,7 @@ import torch
 from rich.console import Console
 
 from launcher.inference.generate import choose_template
-from launcher.inference.sources import find, load
+from launcher.inference.sources import Quantize, find, load
 from launcher.training.base import context_length
 from launcher.training.generation import Sampling, stream
 from launcher.training.templates import Template, prompt_ids
@@ -31,6 +31,7 @@ def chat(
     top_p: float = 1.0,
     seed: int = 0,
     dtype: str = "auto",
+    quantize: Quantize = "auto",
     device: str = "auto",
     lines: TextIO | None = None,
     out: TextIO | None = None,
@@ -49,6 +50,7 @@ def chat(
         top_p: Draw from the likeliest tokens that have this probability together.
         seed: Of the drawing.
         dtype: auto (the run's, else the files' own), float32, bfloat16 or float16.
+        quantize: Precision of the base: auto (as the run trained on it), none, int8, nf4 or fp4.
         device: auto (a GPU where there is one), cpu, cuda, cuda:1, ...
         lines: What the user types; standard input by default.
         out: Where answers are written; standard output by default. Everything else goes to standard error.
@@ -56,7 +58,7 @@ def chat(
     out = out or sys.stdout
     sampling = Sampling(max_tokens=max_tokens, temperature=temperature, top_p=top_p)
     source = find(model, adapter=adapter, base=base)
-    loaded, tokenizer = load(source, dtype=dtype, device=device)
+    loaded, tokenizer = load(source, dtype=dtype, device=device, quantize=quantize)
     template = choose_template(prompt_template, source, tokenizer, conversations=False)
     turns = template.jinja is not None
     if system and not turns:

@@ -13,9 +13,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from launcher.config import ModelConfig
 from launcher.inference.heldout import mean_loss
-from launcher.inference.sources import Source, adapter_config, attach, load_model
+from launcher.inference.sources import Kind, Source, load_model, load_quantised
 from launcher.training.base import context_length
 from launcher.training.quantize import check_quantize
 
@@ -65,7 +64,9 @@ def compare(source: Source, folder: Path, dtype: torch.dtype, device: str) -> st
     return f"checked: logits differ from base with adapter by {said}{hint}{quantised_gap(source, wanted, device)}"
 
 
-def loss_change(source: Source, folder: Path, dtype: torch.dtype, kind: str, held: tuple[Any, Any], device: str) -> str:
+def loss_change(
+    source: Source, folder: Path, dtype: torch.dtype, kind: Kind, held: tuple[Any, Any], device: str
+) -> str:
     """Held-out losses of the adapter beside the base, in full precision and quantised, and of the merged folder.
 
     Raises RuntimeError where the last is not finite.
@@ -73,7 +74,7 @@ def loss_change(source: Source, folder: Path, dtype: torch.dtype, kind: str, hel
     name = str(dtype).removeprefix("torch.")
     merged = Source(base=folder, base_name=str(folder), tokenizer=folder)
     full = mean_loss(load_model(source, dtype=name, device=device), *held)
-    beside = mean_loss(on_quantised(source, kind, name, device), *held)
+    beside = mean_loss(load_quantised(source, kind, dtype=name, device=device), *held)
     after = mean_loss(load_model(merged, device=device), *held)
     if not math.isfinite(after):
         raise RuntimeError(f"the merged model is removed: its loss is {after}, with the adapter beside it {beside:.4f}")
@@ -81,18 +82,6 @@ def loss_change(source: Source, folder: Path, dtype: torch.dtype, kind: str, hel
         f"loss on {len(held[0])} held-out records: {after:.4f} merged into {kind}; with the adapter beside the base "
         f"{beside:.4f} in {kind} (change {after - beside:+.4f}) and {full:.4f} in {name} ({after - full:+.4f})"
     )
-
-
-def on_quantised(source: Source, kind: str, dtype: str, device: str) -> Any:
-    """The base, quantised, with the adapter on it, as a run has them."""
-    from launcher.training.model import Whole, bare_skeleton, fill
-
-    assert source.adapter is not None
-    place = torch.device(("cuda" if torch.cuda.is_available() else "cpu") if device == "auto" else device)
-    config = ModelConfig(model=str(source.base), quantize=kind)  # type: ignore[arg-type]
-    base = bare_skeleton(config, source.base, adapter_config(source.adapter), dtype=dtype, attention="sdpa")
-    fill(base, source.base, lambda *_: None, Whole(), place)  # type: ignore[arg-type]
-    return attach(base, source.adapter).eval()
 
 
 def quantised_gap(source: Source, wanted: Tensor, device: str) -> str:
@@ -103,5 +92,6 @@ def quantised_gap(source: Source, wanted: Tensor, device: str) -> str:
         check_quantize(source.quantize, "none")
     except ValueError as missing:
         return f"; not compared with the base it was trained on: {missing}"
-    gap = distance(probe_logits(on_quantised(source, source.quantize, "float32", device)), wanted)
+    quantised = load_quantised(source, source.quantize, dtype="float32", device=device)
+    gap = distance(probe_logits(quantised), wanted)
     return f"; on the {source.quantize} base it was trained on the adapter's logits are {gap:.2g} away (relative)"

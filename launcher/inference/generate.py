@@ -10,7 +10,7 @@ from typing import Any, TextIO
 
 import torch
 
-from launcher.inference.sources import Source, find, load
+from launcher.inference.sources import Quantize, Source, find, load
 from launcher.training.base import context_length
 from launcher.training.generation import Answer, Sampling, answer, stream
 from launcher.training.records import Record, load_records
@@ -36,6 +36,7 @@ def generate(
     top_p: float = 1.0,
     seed: int = 0,
     dtype: str = "auto",
+    quantize: Quantize = "auto",
     device: str = "auto",
     json: bool = False,
     out: TextIO | None = None,
@@ -58,6 +59,7 @@ def generate(
         top_p: Draw from the likeliest tokens that have this probability together.
         seed: Of the drawing.
         dtype: auto (the run's, else the files' own), float32, bfloat16 or float16.
+        quantize: Precision of the base: auto (as the run trained on it), none, int8, nf4 or fp4.
         device: auto (a GPU where there is one), cpu, cuda, cuda:1, ...
         json: One JSON object a line: prompt, answer, tokens, complete; with --data also index, expected and match.
         out: Where answers are written; standard output by default.
@@ -70,7 +72,7 @@ def generate(
         raise ValueError(f"--limit {limit} counts the records of --data FILE, which is missing")
     records = _asked(prompt, prompt_file, input, data, limit)
     source = find(model, adapter=adapter, base=base)
-    loaded, tokenizer = load(source, dtype=dtype, device=device)
+    loaded, tokenizer = load(source, dtype=dtype, device=device, quantize=quantize)
     template = choose_template(prompt_template, source, tokenizer, conversations="messages" in records[0])
     torch.manual_seed(seed)
     answers: list[Answer] = []

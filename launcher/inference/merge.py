@@ -22,7 +22,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from itertools import chain
 from pathlib import Path
-from typing import Any, Literal, NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from huggingface_hub import split_state_dict_into_shards_factory
@@ -37,7 +37,7 @@ from adapters.layer import FactorLayer
 from launcher.factorization.targets import skeleton
 from launcher.inference.checks import compare, loss_change
 from launcher.inference.heldout import held_out
-from launcher.inference.sources import DTYPES, Source, adapter_config, attach, find, load_model
+from launcher.inference.sources import DTYPES, Kind, Source, adapter_config, attach, find, load_model
 from launcher.training.quantize import check_quantize, linear_layers, transformers_config
 
 NAMES = {torch.float64: "F64", torch.float32: "F32", torch.bfloat16: "BF16", torch.float16: "F16"}
@@ -79,7 +79,7 @@ def merge(
     out: str,
     base: str | None = None,
     dtype: str = "auto",
-    quantize: Literal["none", "int8", "nf4", "fp4"] = "none",
+    quantize: Kind = "none",
     data: str | None = None,
     shard_gb: float = 5.0,
     check: bool = True,
@@ -141,7 +141,7 @@ def merge(
     return Path(out)
 
 
-def plan_merge(source: Source, dtype: torch.dtype | None, quantize: str = "none") -> Plan:
+def plan_merge(source: Source, dtype: torch.dtype | None, quantize: Kind = "none") -> Plan:
     """Every tensor of the merged checkpoint and how to make it, from headers and the adapter (if any) alone.
 
     Raises ValueError where the base is quantised, or has the tensors of an adapted module under another name.

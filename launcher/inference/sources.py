@@ -10,7 +10,7 @@ import logging
 import warnings
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from peft import PeftConfig, PeftModel
@@ -19,10 +19,11 @@ from transformers import AutoModelForCausalLM
 
 import adapters  # registers our methods with PEFT as well
 from adapters.checkpoint_files import local_folder
+from launcher.config import ModelConfig
 from launcher.training.base import base_folder, first_line, has_tokenizer, load_tokenizer, recorded_run
 
-log = logging.getLogger(__name__)
-
+Kind = Literal["none", "int8", "nf4", "fp4"]
+Quantize = Literal["auto", Kind]
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 ADAPTER_WEIGHTS = "adapter_model.safetensors"
 
@@ -37,7 +38,7 @@ class Source:
     tokenizer: Path
     template: str | None = None  # what the run recorded; None: no run is known
     dtype: str | None = None  # likewise
-    quantize: str = "none"  # likewise; what is loaded here is the full-precision base
+    quantize: Kind = "none"  # likewise; base is in full precision
     data: dict[str, Any] | None = None  # likewise: its data settings
 
 
@@ -107,17 +108,18 @@ def adapter_config(folder: Path) -> Any:
     return config
 
 
-def load(source: Source, *, dtype: str = "auto", device: str = "auto") -> tuple[Any, Any]:
-    """The model with its adapter, ready to answer, and the tokenizer. dtype auto: the run's, else the files' own."""
+def load(source: Source, *, dtype: str = "auto", device: str = "auto", quantize: Quantize = "auto") -> tuple[Any, Any]:
+    """The model with its adapter, ready to answer, and the tokenizer.
+
+    dtype auto: the run's, else the files' own. quantize auto: as the run trained on its base; none: in full precision.
+    """
     tokenizer = load_tokenizer(source.tokenizer)
-    model = load_model(source, dtype=dtype, device=device)
-    if source.quantize != "none" and getattr(model.config, "quantization_config", None) is None:
-        log.warning(
-            "this run trained on its base in %s and answers here from the full-precision one, which loads whole; "
-            "loldu merge --quantize %s writes a model that stays small",
-            source.quantize, source.quantize,
-        )  # fmt: skip
-    return model, tokenizer
+    if quantize == "auto":
+        already = "quantization_config" in json.loads((source.base / "config.json").read_text(encoding="utf-8"))
+        quantize = "none" if already else source.quantize
+    if quantize == "none":
+        return load_model(source, dtype=dtype, device=device), tokenizer
+    return load_quantised(source, quantize, dtype=dtype, device=device), tokenizer
 
 
 def load_model(source: Source, *, dtype: str = "auto", device: str = "auto") -> Any:
@@ -158,6 +160,22 @@ def load_model(source: Source, *, dtype: str = "auto", device: str = "auto") -> 
             for said in ("this base has fingerprint", ".*factors come from the checkpoint"):
                 warnings.filterwarnings("ignore", said, adapters.BasePrecisionWarning)
         return attach(model, source.adapter).eval()
+
+
+def load_quantised(source: Source, kind: Kind, *, dtype: str = "auto", device: str = "auto") -> Any:
+    """The base, quantised weight by weight as it is read, with its adapter, if it has one: as a run trains on it."""
+    from launcher.training.model import Whole, bare_skeleton, choose_dtype, fill
+    from launcher.training.quantize import check_base, check_quantize
+
+    check_quantize(kind, "none")
+    check_base(source.base, kind)
+    dtype = choose_dtype((source.dtype or "auto") if dtype == "auto" else dtype)
+    place = torch.device(("cuda" if torch.cuda.is_available() else "cpu") if device == "auto" else device)
+    config = ModelConfig(model=str(source.base), quantize=kind)
+    adapter = None if source.adapter is None else adapter_config(source.adapter)
+    base = bare_skeleton(config, source.base, adapter, dtype=dtype, attention="sdpa")
+    fill(base, source.base, lambda *_: None, Whole(), place)  # type: ignore[arg-type]
+    return (base if source.adapter is None else attach(base, source.adapter)).eval()
 
 
 def attach(model: Any, folder: Path, *, low_cpu_mem_usage: bool = False) -> PeftModel:

@@ -16,7 +16,7 @@ import torch
 from accelerate import init_empty_weights
 from peft import PeftConfig, PeftType, get_peft_model
 from torch import Tensor, nn
-from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSequenceClassification
+from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSequenceClassification, GenerationConfig
 
 import adapters
 from adapters import Factors
@@ -243,6 +243,8 @@ def bare_skeleton(
             trust_remote_code=config.trust_remote_code,
         )
     base.tie_weights()
+    if head is None and (folder / "generation_config.json").exists():  # it may name more stop tokens
+        base.generation_config = GenerationConfig.from_pretrained(folder, local_files_only=True)
     if config.quantize != "none":
         layers = linear_layers(base, getattr(adapter, "modules_to_save", None) or ())
         if head is not None:

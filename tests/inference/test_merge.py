@@ -16,11 +16,10 @@ from transformers import AutoModelForCausalLM, BitsAndBytesConfig
 
 from adapters.checkpoint_files import list_tensors, open_tensor
 from launcher.inference import merge as module
-from launcher.inference.checks import on_quantised
 from launcher.inference.export import export_lora
 from launcher.inference.heldout import held_out
 from launcher.inference.merge import merge
-from launcher.inference.sources import find, load, load_model
+from launcher.inference.sources import find, load, load_model, load_quantised
 from launcher.training.quantize import keep_packing
 
 
@@ -275,7 +274,7 @@ def test_the_loss_that_quantising_costs_is_measured_and_printed(babyllama, recor
     assert "on 12 held-out records" in said
     assert after == pytest.approx(loss_by_hand(load(find(str(out)))[0], encoded), abs=1e-4)  # as printed
     assert beside == pytest.approx(
-        loss_by_hand(on_quantised(find(str(adapter)), "nf4", "float32", "cpu"), encoded), abs=1e-4
+        loss_by_hand(load_quantised(find(str(adapter)), "nf4", dtype="float32", device="cpu"), encoded), abs=1e-4
     )
     assert full == pytest.approx(loss_by_hand(load(find(str(adapter)))[0], encoded), abs=1e-4)
     assert change == pytest.approx(after - beside, abs=2e-4)

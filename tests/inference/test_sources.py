@@ -1,4 +1,4 @@
-"""Bad folders: each a ValueError of one line that names the folder and what to do."""
+"""What is found and loaded; of bad folders each is a ValueError of one line that names it and what to do."""
 
 import json
 import shutil
@@ -9,6 +9,7 @@ from peft import LoraConfig, get_peft_model
 from transformers import AutoModelForCausalLM
 
 from launcher.inference.sources import find, load
+from launcher.training.quantize import Quantised
 
 
 def copy(folder, to):
@@ -175,3 +176,44 @@ def test_a_runs_dtype_is_the_default_and_another_may_be_asked_for(run_folder):
     asked = load(source, dtype="bfloat16")[0].dtype
 
     assert (as_recorded, asked) == (torch.float32, torch.bfloat16)
+
+
+@pytest.mark.parametrize("kind", ["int8", "nf4"])
+@torch.no_grad()
+def test_a_run_on_a_quantised_base_answers_on_one_unless_asked_otherwise(kind, run_folder, adapter, babyllama):
+    recorded = json.loads((run_folder / "config.json").read_text())
+    recorded["config"]["model"]["quantize"] = kind
+    (run_folder / "config.json").write_text(json.dumps(recorded))
+    source, ids = find(str(run_folder)), torch.arange(3, 35)[None]
+
+    as_trained = load(source)[0]
+    whole = load(source, quantize="none")[0]
+
+    layers = [layer for layer in as_trained.modules() if isinstance(layer, Quantised)]
+    full = load(find(str(adapter)))[0]
+    assert len(layers) == 35  # seven in each of five
+    assert not any(isinstance(layer, Quantised) for layer in whole.modules())
+    assert torch.equal(whole(ids).logits, full(ids).logits)
+    by_hand = load(find(str(adapter)), quantize=kind)[0]
+    assert torch.equal(as_trained(ids).logits, by_hand(ids).logits)
+    assert 1e-4 < float((as_trained(ids).logits - full(ids).logits).norm() / full(ids).logits.norm()) < 0.5
+
+
+def test_a_model_of_several_stop_tokens_keeps_them_when_it_is_quantised(babyllama, tmp_path):
+    shutil.copytree(babyllama, tmp_path / "model")
+    (tmp_path / "model" / "generation_config.json").write_text(json.dumps({"eos_token_id": [2, 7]}))
+
+    model, _ = load(find(str(tmp_path / "model")), quantize="nf4")
+
+    assert model.generation_config.eos_token_id == [2, 7]
+
+
+def test_a_base_that_is_quantised_already_is_not_quantised_again(babyllama, tmp_path):
+    shutil.copytree(babyllama, tmp_path / "model")
+    settings = json.loads((tmp_path / "model" / "config.json").read_text())
+    (tmp_path / "model" / "config.json").write_text(
+        json.dumps(settings | {"quantization_config": {"quant_method": "gptq"}})
+    )
+
+    with pytest.raises(ValueError, match=r"is quantised already \(gptq, by its config\.json\)"):
+        load(find(str(tmp_path / "model")), quantize="nf4")
