@@ -144,7 +144,8 @@ def _damaged(folder: Path) -> list[str]:
     lines = (folder / CHECKSUMS).read_text(errors="replace").splitlines()
     written, found = dict(line.split(maxsplit=1)[::-1] for line in lines if " " in line), _checksums(folder)
     differ = sorted(name for name in written.keys() | found.keys() if written.get(name) != found.get(name))
-    return [f"{folder / name} differs from its checksum in {CHECKSUMS}" for name in differ]
+    why = {name: "differs from its checksum" if name in written else "has no checksum" for name in differ}
+    return [f"{folder / name} {reason} in {CHECKSUMS}" for name, reason in why.items()]
 
 
 def save_final(model: Any, whole: dict[str, Any], output: Path, config: Config) -> Path:

@@ -1,8 +1,13 @@
-"""The run folder before there is a run in it."""
+"""The run folder before there is a run in it, and after."""
+
+import hashlib
+
+import pytest
 
 from launcher.config import Config
 from launcher.ranks import Party, Ranks
 from launcher.training import folder
+from launcher.training.checkpoint import Checkpoint
 
 
 def test_a_start_that_was_killed_before_its_first_file_stood_is_no_foreign_folder(tmp_path):
@@ -10,3 +15,26 @@ def test_a_start_that_was_killed_before_its_first_file_stood_is_no_foreign_folde
         (tmp_path / name).touch()
 
     assert folder.prepare(Config(), tmp_path, {"base": "a"}, Party(Ranks())) is None
+
+
+@pytest.mark.parametrize(
+    ("name", "warned"),
+    [
+        (None, None),
+        ("weights", "weights differs from its checksum in SHA256SUMS"),
+        ("notes.txt", "notes.txt has no checksum in SHA256SUMS"),
+    ],
+)
+def test_a_finished_run_is_left_as_it_is_unless_a_file_of_its_result_is_not_as_written(tmp_path, caplog, name, warned):
+    result = tmp_path / "adapter"
+    result.mkdir()
+    (result / "weights").write_text("1")
+    (result / "SHA256SUMS").write_text(f"{hashlib.sha256(b'1').hexdigest()}  weights\n")
+    (tmp_path / "state").write_text("finished\n")
+    if name:
+        (result / name).write_text("2")
+
+    done = folder.finished(Config(), tmp_path, Checkpoint(tmp_path, 3, {}, {}), steps=3)
+
+    assert done == (name is None)
+    assert (f"{result}/{warned}: made again from {tmp_path}" in caplog.text) == (name is not None)
