@@ -125,10 +125,7 @@ def load(source: Source, *, dtype: str = "auto", device: str = "auto", quantize:
 def load_model(source: Source, *, dtype: str = "auto", device: str = "auto") -> Any:
     """The base with its adapter, if it has one."""
     as_trained = source.dtype is not None and dtype in ("auto", source.dtype)
-    dtype = (source.dtype or "auto") if dtype == "auto" else dtype
-    if dtype not in (*DTYPES, "auto"):
-        raise ValueError(f"--dtype {dtype} is unknown: give auto, {', '.join(DTYPES)}")
-    device = ("cuda" if torch.cuda.is_available() else "cpu") if device == "auto" else device
+    dtype, device = _dtype(source, dtype), _device(device)
     try:
         loaded: Any = AutoModelForCausalLM.from_pretrained(
             source.base,
@@ -169,13 +166,32 @@ def load_quantised(source: Source, kind: Kind, *, dtype: str = "auto", device: s
 
     check_quantize(kind, "none")
     check_base(source.base, kind)
-    dtype = choose_dtype((source.dtype or "auto") if dtype == "auto" else dtype)
-    place = torch.device(("cuda" if torch.cuda.is_available() else "cpu") if device == "auto" else device)
+    dtype, place = choose_dtype(_dtype(source, dtype)), torch.device(_device(device))
     config = ModelConfig(model=str(source.base), quantize=kind)
     adapter = None if source.adapter is None else adapter_config(source.adapter)
     base = bare_skeleton(config, source.base, adapter, dtype=dtype, attention="sdpa")
     fill(base, source.base, lambda *_: None, Whole(), place)  # type: ignore[arg-type]
     return (base if source.adapter is None else attach(base, source.adapter)).eval()
+
+
+def _dtype(source: Source, dtype: str) -> str:
+    dtype = (source.dtype or "auto") if dtype == "auto" else dtype
+    if dtype not in (*DTYPES, "auto"):
+        raise ValueError(f"--dtype {dtype} is unknown: give auto, {', '.join(DTYPES)}")
+    return dtype
+
+
+def _device(device: str) -> str:
+    if device == "auto":
+        return "cuda" if torch.cuda.is_available() else "cpu"
+    try:
+        torch.empty(0, device=device)
+    except (RuntimeError, AssertionError) as error:
+        raise ValueError(
+            f"--device {device} cannot be used here ({first_line(error)}): give auto, cpu, or the name of a GPU that "
+            "torch finds (cuda, cuda:1)"
+        ) from None
+    return device
 
 
 def attach(model: Any, folder: Path, *, low_cpu_mem_usage: bool = False) -> PeftModel:

@@ -178,6 +178,20 @@ def test_a_runs_dtype_is_the_default_and_another_may_be_asked_for(run_folder):
     assert (as_recorded, asked) == (torch.float32, torch.bfloat16)
 
 
+@pytest.mark.parametrize("quantize", ["none", "nf4"])
+@pytest.mark.parametrize(
+    ("asked", "message"),
+    [
+        ({"dtype": "float8"}, "--dtype float8 is unknown: give auto, float32"),
+        ({"device": "cuda:99"}, r"--device cuda:99 cannot be used here \(.+\): give auto, cpu, or the name of a GPU"),
+        ({"device": "gpu"}, r"--device gpu cannot be used here \(.+\): give auto, cpu"),
+    ],
+)
+def test_a_precision_or_a_device_that_is_not_there_is_refused(babyllama, quantize, asked, message):
+    with pytest.raises(ValueError, match=message):
+        load(find(str(babyllama)), quantize=quantize, **asked)
+
+
 @pytest.mark.parametrize("kind", ["int8", "nf4"])
 @torch.no_grad()
 def test_a_run_on_a_quantised_base_answers_on_one_unless_asked_otherwise(kind, run_folder, adapter, babyllama):
