@@ -21,6 +21,7 @@ import adapters  # registers our methods with PEFT as well
 from adapters.checkpoint_files import local_folder
 from launcher.config import ModelConfig
 from launcher.training.base import base_folder, first_line, has_tokenizer, load_tokenizer, recorded_run
+from launcher.training.quantize import check_base, check_quantize, keep_packing
 
 Kind = Literal["none", "int8", "nf4", "fp4"]
 Quantize = Literal["auto", Kind]
@@ -117,6 +118,13 @@ def load(source: Source, *, dtype: str = "auto", device: str = "auto", quantize:
     if quantize == "auto":
         already = "quantization_config" in json.loads((source.base / "config.json").read_text(encoding="utf-8"))
         quantize = "none" if already else source.quantize
+        try:
+            check_quantize(quantize, "none")
+        except ValueError as error:
+            raise ValueError(
+                f"this run trained on its base in {quantize}. {error}; or give --quantize none, for answers on the "
+                "base in full precision"
+            ) from None
     if quantize == "none":
         return load_model(source, dtype=dtype, device=device), tokenizer
     return load_quantised(source, quantize, dtype=dtype, device=device), tokenizer
@@ -147,8 +155,6 @@ def load_model(source: Source, *, dtype: str = "auto", device: str = "auto") -> 
     if getattr(model, "is_loaded_in_8bit", False):  # each layer says at each token in which precision it computes
         logging.getLogger("bitsandbytes.autograd._functions").setLevel(logging.ERROR)
     if getattr(model, "is_loaded_in_4bit", False):
-        from launcher.training.quantize import keep_packing
-
         keep_packing(model)
     if source.adapter is None:
         return model.eval()
@@ -162,7 +168,6 @@ def load_model(source: Source, *, dtype: str = "auto", device: str = "auto") -> 
 def load_quantised(source: Source, kind: Kind, *, dtype: str = "auto", device: str = "auto") -> Any:
     """The base, quantised weight by weight as it is read, with its adapter, if it has one: as a run trains on it."""
     from launcher.training.model import Whole, bare_skeleton, choose_dtype, fill
-    from launcher.training.quantize import check_base, check_quantize
 
     check_quantize(kind, "none")
     check_base(source.base, kind)

@@ -1,5 +1,6 @@
 """What is found and loaded; of bad folders each is a ValueError of one line that names it and what to do."""
 
+import importlib.metadata
 import json
 import shutil
 
@@ -211,6 +212,20 @@ def test_a_run_on_a_quantised_base_answers_on_one_unless_asked_otherwise(kind, r
     by_hand = load(find(str(adapter)), quantize=kind)[0]
     assert torch.equal(as_trained(ids).logits, by_hand(ids).logits)
     assert 1e-4 < float((as_trained(ids).logits - full(ids).logits).norm() / full(ids).logits.norm()) < 0.5
+
+
+def test_a_run_on_a_quantised_base_says_where_that_cannot_be_what_can(run_folder, monkeypatch):
+    recorded = json.loads((run_folder / "config.json").read_text())
+    recorded["config"]["model"]["quantize"] = "nf4"
+    (run_folder / "config.json").write_text(json.dumps(recorded))
+
+    def version(package):
+        raise importlib.metadata.PackageNotFoundError(package)
+
+    monkeypatch.setattr("importlib.metadata.version", version)
+
+    with pytest.raises(ValueError, match=r"in nf4\. .*pip install 'bitsandbytes>=.*; or give --quantize none"):
+        load(find(str(run_folder)))
 
 
 def test_a_model_of_several_stop_tokens_keeps_them_when_it_is_quantised(babyllama, tmp_path):
