@@ -137,6 +137,14 @@ class Party:
         return made[0]
 
 
+def in_time(look: Callable[[], bool]) -> bool:
+    """Whether look() becomes true within the time that a network file system may take to show what was made."""
+    deadline = time.monotonic() + FOLDER_S
+    while not (seen := look()) and time.monotonic() < deadline:
+        time.sleep(POLL_S)
+    return seen
+
+
 def nodes_without(folder: Path, party: Party, what: str, option: str) -> list[str]:
     """The nodes where this folder is not rank 0's, each as "HOST (rank R)". Called by all ranks.
 
@@ -156,10 +164,9 @@ def nodes_without(folder: Path, party: Party, what: str, option: str) -> list[st
 
     ranks = party.ranks
     probe = folder / party.from_main(f"a probe of {what}", write)
-    deadline = time.monotonic() + FOLDER_S
-    while not (seen := probe.exists()) and time.monotonic() < deadline:
-        time.sleep(POLL_S)
-    answers = party.gather(f"who sees {what}", [seen, ranks.rank - ranks.local_rank, socket.gethostname()])
+    answers = party.gather(
+        f"who sees {what}", [in_time(probe.exists), ranks.rank - ranks.local_rank, socket.gethostname()]
+    )
     if ranks.is_main:
         with suppress(OSError):
             probe.unlink()

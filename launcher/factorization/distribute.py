@@ -33,7 +33,7 @@ from adapters.checkpoint_files import TensorInfo, open_tensor
 from adapters.factors import Factors, base_fingerprint, loldu_factors, probe_digest
 from adapters.svd import first_step_factors, svd_factors
 from launcher.factorization import cache
-from launcher.ranks import Party, Stopped, nodes_without
+from launcher.ranks import Party, Stopped, in_time, nodes_without
 
 log = logging.getLogger(__name__)
 Progress = Callable[[int, int, str], None]  # weights done on all ranks, weights to do, one being worked on
@@ -432,7 +432,13 @@ def _check_equal(folder: Path, done: Mapping[str, Factored], party: Party) -> No
     def digests() -> list[str | None] | None:
         if party.ranks.local_rank:
             return None
-        found = [cache.find(folder, how.key) for how in done.values()]
+        found: list[cache.Entry | None] = []
+
+        def look() -> bool:
+            found[:] = [cache.find(folder, how.key) for how in done.values()]
+            return None not in found
+
+        in_time(look)
         return [
             entry and hashlib.sha256(json.dumps(entry.about["checksums"], sort_keys=True).encode()).hexdigest()[:16]
             for entry in found

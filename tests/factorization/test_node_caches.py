@@ -1,5 +1,7 @@
 """Where nodes do not see one cache folder: refused, or, asked for, one cache each with the same numbers in it."""
 
+import shutil
+import threading
 from pathlib import Path
 from typing import Any
 
@@ -83,6 +85,19 @@ def test_a_warm_cache_of_one_node_alone_is_refused_too(requests, folders):
     errors = by_both(requests, folders)
 
     assert all("(rank 1) does not see the factor cache" in str(error) for error in errors)
+
+
+def test_a_node_may_see_late_what_another_has_made(requests, folders, monkeypatch):
+    """As on a network file system."""
+    monkeypatch.setattr(ranks, "FOLDER_S", 30.0)
+    factorize(requests, folders[0], Party(Ranks()))
+    shutil.copytree(folders[0], late := folders[1].with_name("late"))
+    timer = threading.Timer(0.3, late.rename, [folders[1]])
+
+    timer.start()
+    results = by_both(requests, folders)
+
+    assert not any(how.made for done in results for how in done.values())
 
 
 def test_nodes_whose_factors_are_other_numbers_are_refused_by_weight(requests, folders):
