@@ -15,7 +15,7 @@ from typing import Any, Literal
 import torch
 from peft import PeftConfig, PeftModel
 from safetensors import SafetensorError, safe_open
-from transformers import AutoModelForCausalLM
+from transformers import AutoConfig, AutoModelForCausalLM
 
 import adapters  # registers our methods with PEFT as well
 from adapters.checkpoint_files import local_folder
@@ -171,7 +171,10 @@ def load_quantised(source: Source, kind: Kind, *, dtype: str = "auto", device: s
 
     check_quantize(kind, "none")
     check_base(source.base, kind)
-    dtype, place = choose_dtype(_dtype(source, dtype)), torch.device(_device(device))
+    dtype, place = _dtype(source, dtype), torch.device(_device(device))
+    if source.dtype is None and dtype == "auto":  # a model's own, as transformers takes it
+        dtype = str(AutoConfig.from_pretrained(source.base).dtype or torch.float32).removeprefix("torch.")
+    dtype = choose_dtype(dtype)
     config = ModelConfig(model=str(source.base), quantize=kind)
     adapter = None if source.adapter is None else adapter_config(source.adapter)
     base = bare_skeleton(config, source.base, adapter, dtype=dtype, attention="sdpa")

@@ -43,7 +43,8 @@ OWN_TARGETS: Mapping[str, str] = {
     "trainable_tokens": "rows of the embedding: --targets embed_tokens --options token_indices=[5,6]",
     "shadow": "decoder layers: --options target_modules='.*layers[.][0-9]+$'",
 }
-# Rates at which our methods' cores trained best over two small Llamas and three tasks (benchmarks/README.md).
+# Rates at which our methods' cores trained best over two small Llamas and three tasks (the last two on one of these
+# alone; benchmarks/README.md).
 USUAL_RATES: Mapping[str, float] = {"loldu": 1e-3, "svfit": 3e-2, "loraxs": 3e-2, "svft": 1e-2, "lorasb": 1e-3}
 NORMALIZED_RATE = 3e-2
 NOT_A_RANK = ("oft",)  # methods whose r is something else, here the number of blocks

@@ -21,6 +21,7 @@ from typing import Any, NamedTuple
 import torch
 import torch.distributed as dist
 import transformers
+from transformers import AutoConfig
 
 from adapters.checkpoint_files import list_tensors
 from adapters.config import FactorConfig, LoRASBConfig
@@ -168,7 +169,7 @@ def _run(config: Config, name: str, party: Party, stop: StopRequest, screen: Scr
     model, mesh = party.each("model", lambda: _load(start, plan))
     engine = party.each("engine", lambda: _engine(start, model, mesh))
     party.together("the factors", lambda: check_frozen(model, plan.identity, resume))
-    _check_context(config, model)
+    _check_context(config, model.config, context_length(model))
     _introduce(start, plan, samples, engine, steps)
 
     # 4. Train.
@@ -244,6 +245,10 @@ def _settle(config: Config, name: str, party: Party, stop: StopRequest, screen: 
     output = Path(party.from_main("run folder", lambda: named))
     base = Path(party.together("base model", lambda: str(base_folder(config.model.model, "--model ")))[0])
     party.together("base model", lambda: check_base(base, config.model.quantize))
+    trusted = config.model.trust_remote_code
+    party.together(
+        "base model", lambda: _check_context(config, AutoConfig.from_pretrained(base, trust_remote_code=trusted))
+    )
     sharding = check_sharding(config.run.sharding, ranks, config.run.shard_size)
     party.together("base model", lambda: _check_memory(config, base, dtype, sharding, ranks))
     return _Start(
@@ -489,11 +494,12 @@ def _rows(config: Config, encoded: data.Encoded) -> Sequence[Any]:
     return data.pack(encoded.lengths, order, config.data.max_length)
 
 
-def _check_context(config: Config, model: Any) -> None:
-    room = context_length(model)
+def _check_context(config: Config, settings: Any, room: int | None = None) -> None:
+    """Whether the samples fit the model, by its config; room says it where the built model has less."""
+    room = room or getattr(settings.get_text_config(), "max_position_embeddings", None) or sys.maxsize
     if config.data.max_length > room:
         raise ValueError(f"--max-length {config.data.max_length} is more than this model's context of {room} tokens")
-    window = getattr(model.config, "sliding_window", None)
+    window = getattr(settings, "sliding_window", None)
     if config.data.packing and window and window < config.data.max_length:
         raise ValueError(f"packing cannot honour this model's sliding window of {window}: leave --packing out")
 

@@ -313,6 +313,14 @@ def test_a_mistake_is_one_line_with_a_remedy_and_exit_code_2(small, change, mess
     assert error.count("\n") == 1
 
 
+def test_a_sample_longer_than_the_context_is_refused_before_anything_is_made(small, capsys):
+    assert run(replace(small, data=replace(small.data, max_length=513)), "test") == 2
+
+    assert "--max-length 513 is more than this model's context of 512 tokens" in capsys.readouterr().err
+    assert not Path(small.run.cache).exists()
+    assert not Path(small.run.output).exists()
+
+
 def test_the_learning_rate_is_a_pure_function_of_the_step():
     config = OptimizerConfig(learning_rate=1.0, warmup_ratio=0.2, max_steps=10)
 
