@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from itertools import chain
 from typing import Any
 
 import torch
@@ -60,7 +61,7 @@ def answer(
     if [] in map(list, prompts):
         raise ValueError(f"prompt {list(map(list, prompts)).index([])} has no token: there is nothing to answer")
     stop = list(stop_tokens(model, tokenizer) if stop_ids is None else stop_ids)
-    device, context = next(model.parameters()).device, context_length(model)
+    device, context = _device(model), context_length(model)
     answers: list[list[int]] = [[] for _ in prompts]
     room = [min(max_tokens, context - len(prompt)) for prompt in prompts]
     plenty = sorted((i for i in range(len(prompts)) if room[i] == max_tokens), key=lambda i: -len(prompts[i]))
@@ -102,7 +103,7 @@ def stream(
     settings = _settings(sampling, stop)
     settings.max_new_tokens = min(sampling.max_tokens, context - len(prompt))
     pieces = _Pieces(tokenizer, stop, write)
-    ids = torch.tensor([list(prompt)], device=next(model.parameters()).device)
+    ids = torch.tensor([list(prompt)], device=_device(model))
     try:
         with _plainly(model):
             mask = torch.ones_like(ids)
@@ -111,6 +112,11 @@ def stream(
         pieces.end()
         return Answer(text=pieces.shown, ids=pieces.ids, complete=False, interrupted=True)
     return Answer(text=pieces.shown, ids=pieces.ids, complete=made[0, -1].item() in stop)
+
+
+def _device(model: Any) -> torch.device:
+    """Where the model computes; its buffers are there, while offloaded parameters wait in main memory."""
+    return next(chain(model.buffers(), model.parameters())).device
 
 
 def stop_tokens(model: Any, tokenizer: Any) -> list[int]:
