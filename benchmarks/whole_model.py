@@ -1,6 +1,6 @@
 """A model of Llama-2-7B's size through the recipe on a CPU: what memory a process needs, in bfloat16 and in 4 bits.
 
-    python benchmarks/whole_model.py FOLDER                    # 14 GB of disk in FOLDER, 15 GB of memory, 20 minutes
+    python benchmarks/whole_model.py FOLDER                    # 14 GB of disk in FOLDER, 16 GB of memory, 10 minutes
     python benchmarks/whole_model.py FOLDER --layers 2 --output /tmp/small.json
 
 Writes 6.7 billion random weights to FOLDER/model, unless they are there, and starts the recipe on them: factors of rank
@@ -42,7 +42,8 @@ def main() -> None:
 
     numbers = write_model(options.folder / "model", options.layers)
     rows = {way: run(options.folder, way, extra) for way, extra in WAYS.items()}
-    result = about(1) | {"benchmark": "a model of Llama-2-7B's size on a CPU", "weights": numbers, "ways": rows}
+    result = about(1, "a model of Llama-2-7B's size on a CPU", f"{torch.get_num_threads()} threads used")
+    result |= {"weights": numbers, "ways": rows}
     options.output.write_text(json.dumps(result, indent=1) + "\n")
     for way, row in rows.items():
         print(f"{way}: peak {row['peak_gb']:.1f} GB, {row['seconds']:.0f} s, held-out loss {row['losses']}")
