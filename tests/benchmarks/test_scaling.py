@@ -75,8 +75,11 @@ def test_two_real_processes_send_the_predicted_bytes_and_wait_the_predicted_time
     0.25 s and computes 0.03 s (measured: 4 to 7 % slower than predicted; a busy machine makes computing uneven)."""
     small, large = scaling_network.measure(2, ["loldu 64", "lora 16"], [40.0], steps=4)
 
-    assert small["segments_sent_again"] == large["segments_sent_again"] == 0
+    assert small["segments_sent_again"] == 0
     assert small["sent_bytes_a_step"] == small["predicted_bytes"] == 2 * 4 * (4 * 7 * 64 + 2) + 24 * 48
-    assert large["sent_bytes_a_step"] == large["predicted_bytes"]
+    again = (
+        large["segments_sent_again"] * 1500 / 4
+    )  # bytes a step, a full segment each: where the limit drops, TCP repeats
+    assert large["predicted_bytes"] <= large["sent_bytes_a_step"] <= large["predicted_bytes"] + 2 * again
     assert abs(large["error"]) < 0.25
     assert large["step_s"] > 2 * large["computing_s"]
