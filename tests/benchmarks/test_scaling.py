@@ -77,9 +77,7 @@ def test_two_real_processes_send_the_predicted_bytes_and_wait_the_predicted_time
 
     assert small["segments_sent_again"] == 0
     assert small["sent_bytes_a_step"] == small["predicted_bytes"] == 2 * 4 * (4 * 7 * 64 + 2) + 24 * 48
-    again = (
-        large["segments_sent_again"] * 1500 / 4
-    )  # bytes a step, a full segment each: where the limit drops, TCP repeats
+    again = large["segments_sent_again"] * 1500 / 4  # bytes a step; TCP repeats what the limit drops
     assert large["predicted_bytes"] <= large["sent_bytes_a_step"] <= large["predicted_bytes"] + 2 * again
     assert abs(large["error"]) < 0.25
     assert large["step_s"] > 2 * large["computing_s"]
