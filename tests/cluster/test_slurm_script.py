@@ -19,9 +19,9 @@ GOLDEN = Path(__file__).with_name("golden")
 REPO = Path(__file__).resolve().parents[2]
 JOB = Job(
     name="alpaca-64",
-    run="/work/runs/alpaca-64",
+    run="/data/runs/alpaca-64",
     folder="/home/me/project",
-    command=("/home/me/project/recipes/llama2_alpaca_loldu.py", "--rank=64", "--output=/work/runs/alpaca-64"),
+    command=("/home/me/project/recipes/llama2_alpaca_loldu.py", "--rank=64", "--output=/data/runs/alpaca-64"),
     resources=Resources(
         nodes=2, gpus_per_node=8, cpus_per_task=12, time="24:00:00", partition="gpu", account="nlp",
         sbatch=("--mem=0",), setup=("module load cuda",), python="/home/me/venv/bin/python",
@@ -54,7 +54,7 @@ def test_the_script_is_the_golden_one(name, job, monkeypatch):
 
 
 def nasty_job():
-    return replace(JOB, run=f"/work/{FOLDER}", folder=f"/home/{NASTY}", command=(f"/x/{NASTY}.py", f"--data={NASTY}\n"))
+    return replace(JOB, run=f"/data/{FOLDER}", folder=f"/home/{NASTY}", command=(f"/x/{NASTY}.py", f"--data={NASTY}\n"))
 
 
 def test_bash_reads_back_every_word_as_it_was_given(tmp_path):
@@ -101,7 +101,7 @@ def test_a_line_end_in_a_directive_is_refused_by_value(field, value):
 def test_a_backslash_in_the_run_folder_is_refused():
     """Slurm would take it for its own, and fail the job before its first line, without a log."""
     with pytest.raises(ValueError, match="a path without a backslash"):
-        script(replace(JOB, run="/work/a\\b"))
+        script(replace(JOB, run="/data/a\\b"))
 
 
 def test_a_run_name_is_text_and_never_code(tmp_path, monkeypatch, capsys):
