@@ -24,12 +24,11 @@ from adapters.checkpoint_files import TensorInfo, list_tensors, open_tensor, wei
 from adapters.config import FactorConfig
 from adapters.layer import FactorLayer
 from launcher.config import ModelConfig
-from launcher.training.quantize import Quantised, linear_layers, quantize_skeleton
+from launcher.training.quantize import Quantised, bytes_per_number, linear_layers, quantize_skeleton
 
 log = logging.getLogger(__name__)
 
 Progress = Callable[[int, int], None]  # called before each parameter is filled: which of how many
-LEAST_BYTES = {"float32": 4.0, "bfloat16": 2.0, "int8": 1.0, "nf4": 0.5, "fp4": 0.5}  # of one number of the base
 
 
 def choose_dtype(wanted: str) -> str:
@@ -59,10 +58,13 @@ def check_memory(folder: Path, kind: str, *, share: float, memory: int, where: s
     """Raises ValueError where the base's weights alone do not fit: a machine out of memory kills without a word.
 
     kind is the base's dtype, or how it is quantised; share, how much of the base lies in these memory bytes. Only what
-    is certain counts: a quantised base without its scales and what stays as it is.
+    is certain counts: of a quantised base all as if it were packed, in endless rows.
     """
     numbers = sum(math.prod(tensor.shape) for tensor in list_tensors(folder).values())
-    needs = {each: numbers * size * share for each, size in LEAST_BYTES.items()}
+    needs = {
+        each: numbers * bytes_per_number(each, getattr(torch, each, torch.float32), math.inf) * share
+        for each in ("float32", "bfloat16", "int8", "nf4", "fp4")
+    }
     if needs[kind] <= memory:
         return
     options = {"--dtype bfloat16": "bfloat16", "--quantize int8": "int8", "--quantize nf4": "nf4"}

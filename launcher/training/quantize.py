@@ -183,7 +183,7 @@ def base_size(model: Any) -> int:
     return sum(map(size, base)) + unpacked
 
 
-def bytes_per_number(kind: str, dtype: torch.dtype, width: int) -> float:
+def bytes_per_number(kind: str, dtype: torch.dtype, width: float) -> float:
     """Predicted bytes of one number of a weight with rows of that width, its scales included."""
     if kind == "int8":
         return 1 + 4 / width

@@ -38,10 +38,13 @@ def test_a_base_that_cannot_fit_is_refused_before_the_data_is_read(stories, monk
 @pytest.mark.parametrize(
     ("memory", "given"),
     [
-        (3 * NUMBERS, ["--dtype bfloat16 (0.00052 GB)", "--quantize int8 (0.00026 GB)", "--quantize nf4 (0.00013 GB)"]),
+        (
+            3 * NUMBERS,
+            ["--dtype bfloat16 (0.00052 GB)", "--quantize int8 (0.00026 GB)", "--quantize nf4 (0.000134 GB)"],
+        ),
         (NUMBERS, ["--quantize int8", "--quantize nf4"]),
-        (NUMBERS // 2, ["--quantize nf4"]),
-        (NUMBERS // 3, []),
+        (NUMBERS * 52 // 100, ["--quantize nf4"]),
+        (NUMBERS * 51 // 100, []),
     ],
 )
 def test_only_what_would_fit_is_suggested(stories, memory, given):
