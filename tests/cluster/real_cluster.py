@@ -11,6 +11,7 @@ from pathlib import Path
 REPO = Path(__file__).resolve().parents[2]
 LOCAL_CLUSTER = REPO.parent / "shared" / "slurm" / "local-cluster"
 RECIPE = REPO / "recipes" / "llama2_alpaca_loldu.py"
+HELD = REPO / "tests" / "held_recipe.py"
 COUNT = Path(__file__).with_name("counting_recipe.py")
 ENTRY = f"import sys; sys.path.insert(0, {str(REPO)!r}); from loldu import main; raise SystemExit(main())"
 FINAL = ("COMPLETED", "CANCELLED", "FAILED", "TIMEOUT", "NODE_FAIL")
@@ -60,9 +61,9 @@ class Cluster:
     def loldu(self, *words, **options):
         return self.run(sys.executable, "-c", ENTRY, *words, **options)
 
-    def submit(self, run, options, *resources, **others):
+    def submit(self, run, options, *resources, recipe=RECIPE, **others):
         """Submit the recipe with run as its folder; the job's id."""
-        out = self.loldu("submit", RECIPE, *resources, "--", *options, f"--output={run}", **others).stdout
+        out = self.loldu("submit", recipe, *resources, "--", *options, f"--output={run}", **others).stdout
         return out.split()[1].rstrip(":")
 
     def job(self, job_id):

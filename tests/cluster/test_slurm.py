@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from real_cluster import COUNT, RECIPE, losses, said
+from real_cluster import COUNT, HELD, RECIPE, losses, said
 
 pytestmark = pytest.mark.slow
 
@@ -61,7 +61,7 @@ def test_a_preempted_run_saves_comes_back_and_has_the_same_curve(cluster, one_pr
     """A job of the urgent partition takes both nodes: Slurm warns the batch script, which asks the run to save."""
     expected, options = one_process
     run = tmp_path / "run"
-    job = cluster.submit(run, options, "--nodes=2", "--partition=main")
+    job = cluster.submit(run, options, "--nodes=2", "--partition=main", recipe=HELD)
     cluster.at_step(run, 3)
 
     cluster.run("sbatch", "-p", "urgent", "-N2", "--exclusive", "--output=/dev/null", "--wrap", "sleep 1")

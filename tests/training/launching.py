@@ -15,6 +15,7 @@ from launcher.training.run import run
 
 REPO = Path(__file__).resolve().parents[2]
 RECIPE = REPO / "recipes" / "llama2_alpaca_loldu.py"
+HELD = REPO / "tests" / "held_recipe.py"
 
 
 def flags(config):

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from launching import RECIPE, finish, flags, start
+from launching import HELD, RECIPE, finish, flags, start
 from peft import PeftModel
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
@@ -372,11 +372,11 @@ def test_processes_give_the_curve_of_one(small, processes, tmp_path):
 @pytest.mark.slow
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGUSR2])
 def test_a_signal_saves_and_the_next_start_goes_on_exactly(small, number, tmp_path):
-    small = replace(with_run(small, save_every=0), optimizer=replace(small.optimizer, max_steps=60))
+    small = replace(with_run(small, save_every=0), optimizer=replace(small.optimizer, max_steps=20))
     whole = with_run(small, output=str(tmp_path / "whole"))
     run(whole, "test")
 
-    process = start([sys.executable, str(RECIPE), *flags(small)])
+    process = start([sys.executable, str(HELD), *flags(small)], HELD_AFTER="6")
     file, deadline = Path(small.run.output) / "events.jsonl", time.monotonic() + 60
     while not (file.exists() and file.read_text().count("loss") > 5):
         assert time.monotonic() < deadline
@@ -387,7 +387,7 @@ def test_a_signal_saves_and_the_next_start_goes_on_exactly(small, number, tmp_pa
     assert code == 75, out
     assert "To go on, type" in out
     assert (file.parent / "state").read_text().strip() == "stopped"
-    assert len(losses(small)) < 60
+    assert len(losses(small)) < 20
     assert run(small, "test") == 0
     assert events(small) == events(whole)
     assert (file.parent / "state").read_text().strip() == "finished"
@@ -395,12 +395,12 @@ def test_a_signal_saves_and_the_next_start_goes_on_exactly(small, number, tmp_pa
 
 @pytest.mark.slow
 def test_kill_9_loses_nothing_that_was_saved(small, tmp_path):
-    small = replace(with_run(small, save_every=3), optimizer=replace(small.optimizer, max_steps=40))
+    small = replace(with_run(small, save_every=3), optimizer=replace(small.optimizer, max_steps=20))
     whole = with_run(small, output=str(tmp_path / "whole"))
     run(whole, "test")
 
     for wanted in (4, 17):
-        process = start([sys.executable, str(RECIPE), *flags(small)])
+        process = start([sys.executable, str(HELD), *flags(small)], HELD_AFTER=str(wanted))
         file, deadline = Path(small.run.output) / "events.jsonl", time.monotonic() + 60
         while not (file.exists() and f'"step": {wanted}' in file.read_text()):
             assert time.monotonic() < deadline
