@@ -22,6 +22,7 @@ from transformers.pytorch_utils import Conv1D
 from adapters.checkpoint_files import local_weights
 from adapters.config import FactorConfig
 from adapters.factors import Factors, delta_weight, lora_pair, probe_digest
+from adapters.functions import add_rows, in_blocks, lower_linear, take_rows
 
 # A quantised weight belongs to a checkpoint's tensor below this relative distance: NF4 and FP4 are 0.08 to 0.28 away
 # on two small Llamas (the far ones have outliers), another model 1.4.
@@ -48,32 +49,6 @@ def factors_from(source: FactorSource) -> Iterator[None]:
 def factor_source() -> FactorSource | None:
     """The source that is in force."""
     return _factor_source.get()
-
-
-class TakeRows(torch.autograd.Function):
-    """y0 (..., m) itself, and its entries rows (r,): their gradients come together in one pass.
-
-    Autograd alone fills a tensor of y0's size with zeros, puts the r numbers there, and adds the two into a third.
-    """
-
-    generate_vmap_rule = True
-
-    @staticmethod
-    def forward(y0: Tensor, rows: Tensor) -> tuple[Tensor, Tensor]:
-        return y0.view_as(y0), y0.index_select(-1, rows)
-
-    @staticmethod
-    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
-        ctx.save_for_backward(inputs[1])
-        ctx.save_for_forward(inputs[1])
-
-    @staticmethod
-    def backward(ctx: Any, g: Tensor, g_taken: Tensor) -> Any:
-        return g.index_add(-1, ctx.saved_tensors[0], g_taken), None
-
-    @staticmethod
-    def jvp(ctx: Any, y0: Tensor, rows: None) -> Any:
-        return y0.view_as(y0), y0.index_select(-1, ctx.saved_tensors[0])
 
 
 class FactorMap(nn.Module):
@@ -155,16 +130,19 @@ class FactorMap(nn.Module):
             offset = None if bias is None else -torch.mv(self.write.T, bias)
             h = F.linear(y0, self.write.T, offset).to(self.read.dtype) * self.read
         else:
-            if onto is y0 and not torch.compiler.is_compiling():  # which joins the passes by itself
-                onto, taken = TakeRows.apply(y0, self.rows)
+            if onto is y0:
+                onto, taken = take_rows(y0, self.rows)
             else:
                 taken = y0.index_select(-1, self.rows)
             if bias is not None:
                 taken = taken - bias[self.rows]
-            h = F.linear(taken.to(self.read.dtype), self.read)
+            h = lower_linear(taken.to(self.read.dtype), self.read)
         h = self.config.multiply(h, self.scaled_core(h.dtype)).to(self.write.dtype)
         if y0.dtype != self.write.dtype:  # under autocast
             return onto + F.linear(h, self.write).to(onto.dtype)
+        r, out = len(self.rows), onto.shape[-1]
+        if r == out and in_blocks(r) and not self.config.through_write:  # then Write is triangular too
+            return add_rows(onto, lower_linear(h, self.write, self.rows), self.rows)
         return torch.addmm(onto.reshape(-1, onto.shape[-1]), h.reshape(-1, h.shape[-1]), self.write.T).view(onto.shape)
 
     def scaled_core(self, dtype: torch.dtype) -> Tensor:

@@ -12,7 +12,8 @@ the reference code's way: the m x n update is built at every step. Writes benchm
 
 "by count" is what the ratio would be if each multiplication took as long as LoRA's do here: for a weight m x n and a
 token LoRA adds 3 r (m + n) of them (A, B; backward: through both, and both gradients), ours 2 r (m + r) (Read and
-Write; backward: through both). Ours keeps r numbers a token and weight, over which the core's gradient is a sum.
+Write; backward: through both) less what is left out of triangles: Read is one, at full rank Write is another. Ours
+keeps r numbers a token and weight, over which the core's gradient is a sum.
 """
 
 from __future__ import annotations
@@ -37,6 +38,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 from adapters import LoLDUConfig
 from adapters.factors import loldu_factors
+from adapters.functions import blocks
 
 LAYERS, HIDDEN, INNER, VOCABULARY, TOKENS = 4, 1024, 2752, 512, 512
 RANKS = (16, 64, 256, 1024)  # 1024 is the smaller side of every weight: full rank
@@ -194,7 +196,10 @@ def row(name: str, field: dict[str, Contender], saved: dict[str, int]) -> dict[s
 def multiplications_of_loras(r: int) -> float:
     """What ours adds to a step over what LoRA of the same rank adds, in multiplications."""
     shapes = [(HIDDEN, HIDDEN)] * 4 + [(INNER, HIDDEN)] * 2 + [(HIDDEN, INNER)]
-    return sum(2 * (m + r) for m, _ in shapes) / sum(3 * (m + n) for m, n in shapes)
+    triangle = sum(end * (end - at) for at, end in blocks(r))
+    return sum(2 * (triangle + (triangle if m == r else r * m)) for m, _ in shapes) / sum(
+        3 * r * (m + n) for m, n in shapes
+    )
 
 
 def show(result: dict[str, Any]) -> None:

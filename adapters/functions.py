@@ -1,0 +1,133 @@
+"""What the layer's forward pass computes where autograd alone would keep more, move more or multiply by zeros.
+
+Frozen maps get no gradient. Under torch.compile, which joins passes and chooses what to keep by itself, each is its
+plain formula; torch.func and forward-mode gradients go through the functions too.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+# A triangle in this many blocks of rows leaves out 7/16 of the multiplications; blocks below SMALLEST do not pay.
+BLOCKS, SMALLEST = 8, 128
+
+
+def take_rows(y0: Tensor, rows: Tensor) -> tuple[Tensor, Tensor]:
+    """y0 (..., m) itself, and its entries rows (r,)."""
+    if torch.compiler.is_compiling():
+        return y0, y0.index_select(-1, rows)
+    return _TakeRows.apply(y0, rows)
+
+
+def add_rows(onto: Tensor, added: Tensor, rows: Tensor) -> Tensor:
+    """onto (..., m) with added (..., r) put on its entries rows (r,)."""
+    if torch.compiler.is_compiling():
+        return onto.index_add(-1, rows, added)
+    return _AddRows.apply(onto, added, rows)
+
+
+def lower_linear(x: Tensor, L: Tensor, rows: Tensor | None = None) -> Tensor:
+    """x L^T for x (..., r) and a frozen lower triangular L (r, r), in blocks that leave out most of its zeros.
+
+    With rows (r,) L is given out of order: its row i lies in row rows[i].
+    """
+    if rows is None and not in_blocks(len(L)):
+        return F.linear(x, L)
+    if torch.compiler.is_compiling():
+        return _lower_linear(x, L, rows)
+    return _LowerLinear.apply(x, L, rows)
+
+
+def in_blocks(r: int) -> bool:
+    """Whether a triangle of this size is large enough to be taken apart."""
+    return len(blocks(r)) > 1
+
+
+def blocks(r: int) -> list[tuple[int, int]]:
+    """(first, end) of the rows of each block of a triangle (r, r): all left of `end` is multiplied."""
+    size = max(SMALLEST, -(-r // BLOCKS))
+    return [(at, min(at + size, r)) for at in range(0, r, size)]
+
+
+def _lower_linear(x: Tensor, L: Tensor, rows: Tensor | None) -> Tensor:
+    L = L if rows is None else L.index_select(0, rows)
+    return torch.cat([F.linear(x[..., :end], L[at:end, :end]) for at, end in blocks(len(L))], -1)
+
+
+class _TakeRows(torch.autograd.Function):
+    """Both gradients in one pass.
+
+    Autograd alone fills a tensor of y0's size with zeros, puts the r numbers there, and adds the two into a third.
+    """
+
+    generate_vmap_rule = True
+
+    @staticmethod
+    def forward(y0: Tensor, rows: Tensor) -> tuple[Tensor, Tensor]:
+        return y0.view_as(y0), y0.index_select(-1, rows)
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
+        ctx.save_for_backward(inputs[1])
+        ctx.save_for_forward(inputs[1])
+
+    @staticmethod
+    def backward(ctx: Any, g: Tensor, g_taken: Tensor) -> Any:
+        return g.index_add(-1, ctx.saved_tensors[0], g_taken), None
+
+    @staticmethod
+    def jvp(ctx: Any, y0: Tensor, rows: None) -> Any:
+        return y0.view_as(y0), y0.index_select(-1, ctx.saved_tensors[0])
+
+
+class _AddRows(torch.autograd.Function):
+    """Autograd alone keeps `added`, for nothing but its shape."""
+
+    generate_vmap_rule = True
+
+    @staticmethod
+    def forward(onto: Tensor, added: Tensor, rows: Tensor) -> Tensor:
+        return onto.index_add(-1, rows, added)
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
+        ctx.save_for_backward(inputs[2])
+        ctx.save_for_forward(inputs[2])
+
+    @staticmethod
+    def backward(ctx: Any, g: Tensor) -> Any:
+        return g, g.index_select(-1, ctx.saved_tensors[0]), None
+
+    @staticmethod
+    def jvp(ctx: Any, onto: Tensor, added: Tensor, rows: None) -> Any:
+        return onto.index_add(-1, ctx.saved_tensors[0], added)
+
+
+class _LowerLinear(torch.autograd.Function):
+    """Autograd alone keeps L in order of its rows, and fills a tensor of x's size for each block's gradient."""
+
+    generate_vmap_rule = True
+
+    @staticmethod
+    def forward(x: Tensor, L: Tensor, rows: Tensor | None) -> Tensor:
+        return _lower_linear(x, L, rows)
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
+        ctx.save_for_backward(*inputs[1:])
+        ctx.save_for_forward(*inputs[1:])
+
+    @staticmethod
+    def backward(ctx: Any, g: Tensor) -> Any:
+        L, rows = ctx.saved_tensors
+        L = L if rows is None else L.index_select(0, rows)
+        g = g.to(L.dtype)  # narrower under autocast
+        return torch.cat([g[..., at:] @ L[at:, at:end] for at, end in blocks(len(L))], -1), None, None
+
+    @staticmethod
+    def jvp(ctx: Any, x: Tensor, L: None, rows: None) -> Any:
+        return _lower_linear(x, *ctx.saved_tensors)
