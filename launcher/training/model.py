@@ -6,10 +6,11 @@ import importlib.util
 import itertools
 import logging
 import math
+import os
 import re
 import warnings
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 from typing import Any, Protocol
 
 import torch
@@ -54,11 +55,31 @@ def choose_attention(wanted: str, *, on_gpu: bool, dtype: str) -> tuple[str, str
     return "flash_attention_2", "as asked" if wanted == "flash" else "flash-attn and a GPU are there"
 
 
-def check_memory(folder: Path, kind: str, *, share: float, memory: int, where: str) -> None:
+def main_memory(proc: Path = Path("/proc/self/cgroup"), root: Path = Path("/sys/fs/cgroup")) -> int:
+    """Bytes of main memory that this process may fill: the machine's, or what its container or job is limited to."""
+    limits = [os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")]
+    for line in proc.read_text().splitlines() if proc.exists() else ():
+        _, controllers, group = line.split(":", 2)
+        if not controllers:  # version 2
+            top, name = root, "memory.max"
+        elif "memory" in controllers.split(","):
+            top, name = root / "memory", "memory.limit_in_bytes"
+        else:
+            continue
+        inside = PurePosixPath(group.lstrip("/"))
+        files = [top / folder / name for folder in (inside, *inside.parents)]  # the least limit of all levels holds
+        limits += [int(text) for file in files if file.exists() and (text := file.read_text().strip()) != "max"]
+    return min(limits)
+
+
+def check_memory(
+    folder: Path, kind: str, *, share: float, memory: int, where: str, quantised: Sequence[str] = ("int8", "nf4")
+) -> None:
     """Raises ValueError where the base's weights alone do not fit: a machine out of memory kills without a word.
 
     kind is the base's dtype, or how it is quantised; share, how much of the base lies in these memory bytes. Only what
-    is certain counts: of a quantised base all as if it were packed, in endless rows.
+    is certain counts: of a quantised base all as if it were packed, in endless rows. quantised is what this run may
+    be given instead.
     """
     numbers = sum(math.prod(tensor.shape) for tensor in list_tensors(folder).values())
     needs = {
@@ -67,7 +88,7 @@ def check_memory(folder: Path, kind: str, *, share: float, memory: int, where: s
     }
     if needs[kind] <= memory:
         return
-    options = {"--dtype bfloat16": "bfloat16", "--quantize int8": "int8", "--quantize nf4": "nf4"}
+    options = {"--dtype bfloat16": "bfloat16", **{f"--quantize {each}": each for each in quantised}}
     fitting = {option: needs[each] for option, each in options.items() if needs[each] <= memory}
     give = [f"{option} ({size / 1e9:.3g} GB)" for option, size in fitting.items()]
     give.append("--sharding fsdp2 on enough GPUs or machines")

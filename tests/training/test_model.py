@@ -11,7 +11,7 @@ import torch
 from launcher.config import AdapterConfig, Config, DataConfig, ModelConfig, RunConfig
 from launcher.ranks import Ranks, Stopped
 from launcher.training import run as running
-from launcher.training.model import build, check_memory
+from launcher.training.model import build, check_memory, main_memory
 
 NUMBERS = 260_032  # of stories260K
 
@@ -55,6 +55,50 @@ def test_only_what_would_fit_is_suggested(stories, memory, given):
     assert len(suggested) == len(given) + 1
     assert all(text.startswith(option) for text, option in zip(suggested, given, strict=False))
     assert suggested[-1] == "--sharding fsdp2 on enough GPUs or machines"
+
+
+@pytest.mark.parametrize(
+    ("groups", "files", "limit"),
+    [
+        ("0::/\n", {"memory.max": "5000"}, 5000),
+        ("0::/\n", {"memory.max": "max"}, 1000 * 4096),
+        ("0::/job_1/step_0\n", {"job_1/memory.max": "6000", "job_1/step_0/memory.max": "max"}, 6000),
+        ("0::/seen/outside/alone\n", {"memory.max": "7000"}, 7000),
+        ("2:cpu:/\n1:memory:/job_1\n0::/\n", {"memory/job_1/memory.limit_in_bytes": "8000"}, 8000),
+        ("1:memory:/\n", {"memory/memory.limit_in_bytes": "9223372036854771712"}, 1000 * 4096),
+        (None, {}, 1000 * 4096),
+    ],
+)
+def test_memory_is_what_a_container_or_job_may_fill(groups, files, limit, monkeypatch, tmp_path):
+    counts, asked = {"SC_PHYS_PAGES": 1000, "SC_PAGE_SIZE": 4096}, os.sysconf
+    monkeypatch.setattr("os.sysconf", lambda name: counts.get(name) or asked(name))
+    for name, text in files.items():
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / name).write_text(f"{text}\n")
+    if groups is not None:
+        (tmp_path / "own").write_text(groups)
+
+    assert main_memory(tmp_path / "own", tmp_path) == limit
+
+
+@pytest.mark.parametrize(
+    ("sharding", "method", "offload", "quantised"),
+    [
+        ("ddp", "loldu", False, ["int8", "nf4"]),
+        ("zero3", "loldu", False, []),
+        ("fsdp2", "loldu", True, []),
+        ("ddp", "full", False, []),
+        ("ddp", "loha", False, ["int8"]),
+    ],
+)
+def test_what_would_be_refused_next_is_not_suggested(stories, monkeypatch, sharding, method, offload, quantised):
+    seen = {}
+    monkeypatch.setattr(running, "check_memory", lambda base, kind, **given: seen.update(given))
+    config = Config(adapter=AdapterConfig(method=method), run=RunConfig(sharding=sharding, cpu_offload=offload))
+
+    running._check_memory(config, stories, "float32", sharding, Ranks(0, 2, 0, 2))
+
+    assert seen["quantised"] == quantised
 
 
 @pytest.mark.parametrize(
