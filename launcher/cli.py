@@ -19,10 +19,8 @@ from typing import Annotated, Any, NamedTuple, get_args, get_type_hints
 import tyro
 
 from launcher.config import Config, nearest
+from launcher.exit_codes import DONE, INTERRUPTED, MISTAKE
 from launcher.ranks import say_mistake
-
-MISTAKE = 2
-
 
 FLAT = (tyro.conf.OmitArgPrefixes,)
 PLAINLY: Mapping[str, str | Callable[[re.Match[str]], str]] = {  # how tyro says it: how we do
@@ -72,7 +70,7 @@ def main(arguments: Sequence[str]) -> int:
     name, rest = " ".join(arguments[:words]), list(arguments[words:])
     if name in ("", "-h", "--help"):
         print(overview())
-        return 0 if name else MISTAKE
+        return DONE if name else MISTAKE
     if name not in COMMANDS:
         print(f"error: there is no command loldu {name}; {nearest(name, set(COMMANDS))}", file=sys.stderr)
         return MISTAKE
@@ -229,8 +227,8 @@ def guarded(act: Callable[[], Any]) -> int:
         say_mistake(error, is_main, shared=isinstance(error, Misread) or _connected())
         return MISTAKE
     except KeyboardInterrupt:
-        return 130
-    return result if isinstance(result, int) else 0
+        return INTERRUPTED
+    return result if isinstance(result, int) else DONE
 
 
 def _no_advertisement(record: logging.LogRecord) -> bool:

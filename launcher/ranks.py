@@ -177,6 +177,21 @@ def nodes_without(folder: Path, party: Party, what: str, option: str) -> list[st
     return list(blind.values())
 
 
+def same_everywhere(party: Party, what: str, make: Callable[[], str | None]) -> str:
+    """What make returns on rank 0; a None of another rank means that it did not look. Called by all ranks.
+
+    Raises ValueError, on all ranks, naming the host of a rank that has something else.
+    """
+    found = party.together(what, lambda: [make(), socket.gethostname()])
+    for rank, (mine, host) in enumerate(found):
+        if mine not in (None, found[0][0]):
+            raise ValueError(
+                f"{what} is not the same on {host} (rank {rank}) as on {found[0][1]} (rank 0): bring the same files "
+                "and versions there"
+            )
+    return found[0][0]
+
+
 def say_mistake(error: Exception, is_main: bool, *, shared: bool, ended: Callable[[], bool] = lambda: False) -> None:
     """Print one line on standard error, once for all ranks where all have met the same mistake.
 

@@ -5,16 +5,20 @@ from collections.abc import Iterator
 from pathlib import Path
 
 PROJECT = Path(__file__).resolve().parents[1]
-BELOW_TRAINING = {"adapters", "launcher.config", "launcher.ranks", "launcher.availability", "launcher.factorization"}
+BELOW_TRAINING = {
+    "adapters", "launcher.config", "launcher.exit_codes", "launcher.ranks", "launcher.availability",
+    "launcher.factorization",
+}  # fmt: skip
 MAY_IMPORT = {  # beside itself
     "adapters": set(),  # they run on a laptop with no launcher in sight
     "launcher.config": set(),
+    "launcher.exit_codes": set(),
     "launcher.ranks": set(),
     "launcher.availability": {"adapters"},
     "launcher.factorization": {"adapters", "launcher.ranks"},
     "launcher.training": BELOW_TRAINING,
     "launcher.inference": BELOW_TRAINING | {"launcher.training"},
-    "launcher.cluster": set(),  # starts commands, and knows nothing of what they do
+    "launcher.cluster": {"launcher.exit_codes"},  # starts commands, and knows of what they do how they end
     "launcher.cli": BELOW_TRAINING | {"launcher.training", "launcher.inference", "launcher.cluster"},
     "launcher.__main__": {"loldu"},
     "launcher": set(),

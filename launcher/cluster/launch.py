@@ -18,8 +18,8 @@ from launcher.cluster import hostfile, runs
 from launcher.cluster.environment import differences
 from launcher.cluster.fleet import Fleet, over_ssh
 from launcher.cluster.hostfile import Host, Hosts
+from launcher.exit_codes import DONE, FAILED, INTERRUPTED, MISTAKE, STOPPED
 
-DONE, FAILED, MISTAKE, STOPPED, INTERRUPTED = 0, 1, 2, 75, 130
 GREET_S = 60.0
 FACTS_S = 120.0
 LAST_WORDS_S = 5.0  # for the other ranks to say what they saw, once one has failed

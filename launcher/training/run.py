@@ -26,10 +26,11 @@ from adapters.checkpoint_files import list_tensors
 from adapters.config import FactorConfig, LoRASBConfig
 from launcher.availability import unavailable
 from launcher.config import Config, as_dict
+from launcher.exit_codes import DONE, FAILED, MISTAKE, STOPPED
 from launcher.factorization import cache
 from launcher.factorization.distribute import FactorRequest, factorize, factors_of, fingerprint
 from launcher.factorization.targets import targets_of
-from launcher.ranks import Party, Ranks, Stopped, connect, say_mistake
+from launcher.ranks import Party, Ranks, Stopped, connect, same_everywhere, say_mistake
 from launcher.training import checkpoint, classification, data, records, templates
 from launcher.training.base import base_folder, context_length, load_tokenizer
 from launcher.training.classification import Labelled
@@ -67,7 +68,6 @@ from launcher.training.tokenised import encode_once
 
 log = logging.getLogger(__name__)
 
-DONE, FAILED, MISTAKE, STOPPED = 0, 1, 2, 75  # exit codes
 TOKENISE_S = 6 * 3600.0
 STORED = {"float32": "F32", "bfloat16": "BF16"}  # as safetensors names them
 PACKAGES = ("torch", "transformers", "peft", "accelerate", "safetensors", "datasets", "deepspeed", "bitsandbytes")
@@ -336,7 +336,7 @@ def _plan(start: _Start, train_data: data.Encoded, tokenizer: Any) -> _Plan:
             ),
         )
     identity = {
-        "base": _same_everywhere(
+        "base": same_everywhere(
             party,
             f"the base {base}",
             lambda: fingerprint(list_tensors(base), start.cache) if party.ranks.local_rank == 0 else None,
@@ -344,7 +344,7 @@ def _plan(start: _Start, train_data: data.Encoded, tokenizer: Any) -> _Plan:
         "adapter": as_dict(config.adapter),
         "dtype": start.dtype,
         "quantize": config.model.quantize,
-        "data": _same_everywhere(party, f"what {config.data.data} gives", train_data.digest),
+        "data": same_everywhere(party, f"what {config.data.data} gives", train_data.digest),
         "packing": config.data.packing,
         "batch_size": config.optimizer.batch_size,
         "seed": config.optimizer.seed,
@@ -462,19 +462,6 @@ def _introduce(start: _Start, plan: _Plan, samples: _Samples, engine: Replicated
     say(f"{steps} steps of {config.optimizer.batch_size} on {processes}, attention {attention}")
     if ranks.is_main and (odd := odd_rate(config.adapter, config.optimizer.learning_rate)):
         log.warning(odd)
-
-
-def _same_everywhere(party: Party, what: str, make: Callable[[], str | None]) -> str:
-    """What make returns on rank 0; where another rank has something else (or None: it did not look), all raise, naming
-    its host."""
-    found = party.together(what, lambda: [make(), socket.gethostname()])
-    for rank, (mine, host) in enumerate(found):
-        if mine not in (None, found[0][0]):
-            raise ValueError(
-                f"{what} is not the same on {host} (rank {rank}) as on {found[0][1]} (rank 0): bring the same files "
-                "and versions there"
-            )
-    return found[0][0]
 
 
 def _read_data(config: Config, tokenizer: Any, cache_folder: Path) -> _Samples:

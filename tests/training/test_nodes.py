@@ -4,9 +4,8 @@ from parties import together
 
 from launcher import ranks
 from launcher.config import Config
-from launcher.ranks import Ranks
+from launcher.ranks import Ranks, same_everywhere
 from launcher.training import folder
-from launcher.training.run import _same_everywhere
 
 
 def two_nodes(rank, world):
@@ -29,7 +28,7 @@ def test_a_run_folder_that_another_node_does_not_see_is_refused_naming_it(tmp_pa
 
 def test_files_that_differ_between_nodes_are_refused_naming_the_host():
     def compare(party):
-        return _same_everywhere(party, "the base llama", lambda: f"copy {min(party.ranks.rank, 2)}")
+        return same_everywhere(party, "the base llama", lambda: f"copy {min(party.ranks.rank, 2)}")
 
     errors = together(3, compare, two_nodes)
 
@@ -40,6 +39,6 @@ def test_files_that_differ_between_nodes_are_refused_naming_the_host():
 
 
 def test_ranks_that_did_not_look_are_not_compared():
-    found = together(3, lambda party: _same_everywhere(party, "the base", lambda: [None, "a"][party.ranks.rank == 0]))
+    found = together(3, lambda party: same_everywhere(party, "the base", lambda: [None, "a"][party.ranks.rank == 0]))
 
     assert found == ["a"] * 3
