@@ -54,8 +54,14 @@ def blocks(r: int) -> list[tuple[int, int]]:
 
 
 def _lower_linear(x: Tensor, L: Tensor, rows: Tensor | None) -> Tensor:
-    L = L if rows is None else L.index_select(0, rows)
-    return torch.cat([F.linear(x[..., :end], L[at:end, :end]) for at, end in blocks(len(L))], -1)
+    return torch.cat(
+        [F.linear(x[..., :end], _part(L, rows, slice(at, end), slice(end))) for at, end in blocks(len(L))], -1
+    )
+
+
+def _part(L: Tensor, rows: Tensor | None, height: slice, width: slice) -> Tensor:
+    """That part of L in order of its rows; never all of it, which would be a second map in memory."""
+    return L[height, width] if rows is None else L[:, width].index_select(0, rows[height])
 
 
 class _TakeRows(torch.autograd.Function):
@@ -108,7 +114,7 @@ class _AddRows(torch.autograd.Function):
 
 
 class _LowerLinear(torch.autograd.Function):
-    """Autograd alone keeps L in order of its rows, and fills a tensor of x's size for each block's gradient."""
+    """Autograd alone keeps the parts of L in order, and fills a tensor of x's size for each block's gradient."""
 
     generate_vmap_rule = True
 
@@ -124,9 +130,9 @@ class _LowerLinear(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, g: Tensor) -> Any:
         L, rows = ctx.saved_tensors
-        L = L if rows is None else L.index_select(0, rows)
         g = g.to(L.dtype)  # narrower under autocast
-        return torch.cat([g[..., at:] @ L[at:, at:end] for at, end in blocks(len(L))], -1), None, None
+        parts = [g[..., at:] @ _part(L, rows, slice(at, None), slice(at, end)) for at, end in blocks(len(L))]
+        return torch.cat(parts, -1), None, None
 
     @staticmethod
     def jvp(ctx: Any, x: Tensor, L: None, rows: None) -> Any:
