@@ -43,7 +43,8 @@ ALGORITHMS = {
 }  # fmt: skip
 # The summed gradient (m, n) of the first of these modules' weights; the others are asked for next.
 GradientOf = Callable[[Sequence[str]], Tensor]
-AHEAD = 3  # so many weights the disk is asked for while one is factored
+AHEAD = 6  # so many weights are read and factored beyond the one that is waited for
+READ_BYTES = 1 << 20
 BEAT_S = 0.2  # how often a rank says that it is alive
 SILENCE_S = 7.0  # without a word for so long a rank counts as dead; all ranks say so within 10 s
 
@@ -161,30 +162,36 @@ def factorize(
     # at a time where only panels of them are in memory, so that one is factored while the other waits for the disk.
     alone = device.type != "cpu" or any(request.needs_all for request in mine)
     workers = 1 if alone else 2
-    pool = ThreadPoolExecutor(workers, thread_name_prefix="factorize")
+    pool, reader = ThreadPoolExecutor(workers, "factorize"), ThreadPoolExecutor(1, "read")
     torch.set_num_threads(max(1, threads // workers))
     futures: list[Future[Factored]] = []
+
+    def work(request: FactorRequest, read: Future[None], gradient: Callable[[], Tensor] | None) -> Factored:
+        read.result()
+        return make(request, folder, device, gradient)
+
     try:
         for number, request in enumerate(mine):
-            gradient = partial(gradient_of, [later.module for later in mine[number:]]) if gradient_of else None
-            futures.append(pool.submit(make, request, folder, device, gradient))
-        for number, (request, future) in enumerate(zip(mine, futures, strict=True)):
-            for later in mine[number + AHEAD if number else 0 : number + AHEAD + 1]:
-                ask_for(later.tensor)
+            for at in range(len(futures), min(number + AHEAD + 1, len(mine))):
+                gradient = partial(gradient_of, [later.module for later in mine[at:]]) if gradient_of else None
+                read = reader.submit(read_ahead, mine[at].tensor)
+                futures.append(pool.submit(work, mine[at], read, gradient))
             watch.own["weight"] = request.module  # also where the other thread is through with it, or failed, already
-            while not wait([future], timeout=BEAT_S).done:
+            while not wait([futures[number]], timeout=BEAT_S).done:
                 watch.beat(len(made), request.module)
-            made[request.module] = future.result()
+            made[request.module] = futures[number].result()
             watch.beat(len(made), request.module)
         since = time.monotonic()
         while not watch.beat(len(made), "", finished=True):
             time.sleep(min(BEAT_S, 0.005 + (time.monotonic() - since) / 4))  # a quarter of the wait too long at most
     except BaseException as error:
+        reader.shutdown(wait=False, cancel_futures=True)
         pool.shutdown(wait=False, cancel_futures=True)
         watch.tell(error)
         wait([future for future in futures if future.running()], timeout=5 * BEAT_S)  # no file is left half written
         raise
     finally:
+        reader.shutdown(wait=False)
         pool.shutdown(wait=False)
         torch.set_num_threads(threads)
 
@@ -264,17 +271,20 @@ def make(
     return Factored(key, made, len(factors.values) if made else _rank(folder, key))
 
 
-def ask_for(info: TensorInfo) -> None:
-    """Let the disk read a tensor while another is factored: a hint to the system, that nothing waits for.
+def read_ahead(info: TensorInfo) -> None:
+    """Bring a tensor from the disk into the system's page cache, from end to end; what fails here fails in `make`.
 
     The whole of it: rows are as long as a page or two, so a slice of columns touches every page or every other one, and
     reading on is quicker than jumping (4096 x 4096, r = 64, row by row: 2.3 times fewer bytes in 14 times the time).
+    Read, not asked for: the system then keeps more requests before the disk than for pages of a map as they are met.
     """
-    with suppress(OSError, ValueError, LookupError), open(info.file, "rb") as file:
+    with suppress(OSError, ValueError, LookupError), open(info.file, "rb", buffering=0) as file:
         header_bytes = int.from_bytes(file.read(8), "little")
         first, last = json.loads(file.read(header_bytes))[info.name]["data_offsets"]
-        if hasattr(os, "posix_fadvise"):  # not on macOS
-            os.posix_fadvise(file.fileno(), 8 + header_bytes + first, last - first, os.POSIX_FADV_WILLNEED)
+        file.seek(8 + header_bytes + first)
+        block = memoryview(bytearray(READ_BYTES))
+        while (left := 8 + header_bytes + last - file.tell()) > 0 and file.readinto(block[:left]):
+            pass
 
 
 def factors_of(request: FactorRequest, folder: Path, rows: slice = slice(None)) -> Factors:

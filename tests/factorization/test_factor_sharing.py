@@ -360,6 +360,39 @@ def test_two_panels_are_worked_on_at_once_with_half_of_torchs_threads_each(model
     assert (threads, after) == ({2}, 4)
 
 
+def test_weights_are_read_before_they_are_factored_and_not_far_ahead(tmp_path, folder, monkeypatch):
+    """What is read too early is gone again where the model is larger than the memory."""
+    model = write_model(tmp_path / "model", {f"layers.{i:02}.q": (8, 6) for i in range(20)})
+    real, log = distribute.make, []
+
+    def make(request, *rest):
+        log.append(("made", request.tensor.name))
+        return real(request, *rest)
+
+    monkeypatch.setattr(distribute, "make", make)
+    monkeypatch.setattr(distribute, "read_ahead", lambda info: log.append(("read", info.name)))
+
+    factorize(requests_for(model), folder, ALONE)
+
+    assert sorted(log) == [(what, f"layers.{i:02}.q.weight") for what in ("made", "read") for i in range(20)]
+    for place, (what, name) in enumerate(log):
+        earlier = log[:place]
+        made = sum(each == "made" for each, _ in earlier)
+        assert ("read", name) in earlier if what == "made" else len(earlier) - made <= made + distribute.AHEAD
+
+
+@pytest.mark.skipif(not Path("/proc/self/io").exists(), reason="reads Linux's count of a process's bytes")
+def test_reading_ahead_takes_a_tensor_from_end_to_end(tmp_path):
+    shapes = {"a": (700, 1000), "b": (900, 1000)}
+    info = list_tensors(write_model(tmp_path, shapes))["a.weight"]
+    count = lambda: int(Path("/proc/self/io").read_text().split("rchar: ")[1].split()[0])  # noqa: E731
+    before = count()
+
+    distribute.read_ahead(info)
+
+    assert 700 * 1000 * 4 <= count() - before < 700 * 1000 * 4 + 20_000  # and the file's header
+
+
 def test_a_weight_without_factors_is_named_on_all_ranks_and_nothing_is_half_written(model, folder):
     weights = load_file(model / "model.safetensors")
     weights["layers.1.up.weight"][3, 2] = float("nan")
