@@ -37,7 +37,7 @@ from adapters.layer import FactorLayer
 from launcher.factorization.targets import skeleton
 from launcher.inference.checks import compare, loss_change
 from launcher.inference.heldout import held_out
-from launcher.inference.sources import DTYPES, Kind, Source, adapter_config, attach, find, load_model
+from launcher.inference.sources import DTYPES, Kind, Source, adapter_config, attach, choose_device, find, load_model
 from launcher.training.quantize import check_quantize, linear_layers, transformers_config
 
 NAMES = {torch.float64: "F64", torch.float32: "F32", torch.bfloat16: "BF16", torch.float16: "F16"}
@@ -108,6 +108,7 @@ def merge(
         raise ValueError(f"--dtype {dtype} is unknown: give auto, {', '.join(DTYPES)}")
     if not shard_gb > 0:
         raise ValueError(f"--shard-gb is above 0, got {shard_gb}")
+    device = choose_device(device)  # before an hour of writing, not after
     source = replace(find(adapter, base=base), dtype=None)
     if source.adapter is None:
         raise ValueError(f"{adapter} holds a whole model and no adapter: there is nothing to merge")

@@ -133,7 +133,7 @@ def load(source: Source, *, dtype: str = "auto", device: str = "auto", quantize:
 def load_model(source: Source, *, dtype: str = "auto", device: str = "auto") -> Any:
     """The base with its adapter, if it has one."""
     as_trained = source.dtype is not None and dtype in ("auto", source.dtype)
-    dtype, device = _dtype(source, dtype), _device(device)
+    dtype, device = _dtype(source, dtype), choose_device(device)
     try:
         loaded: Any = AutoModelForCausalLM.from_pretrained(
             source.base,
@@ -171,7 +171,7 @@ def load_quantised(source: Source, kind: Kind, *, dtype: str = "auto", device: s
 
     check_quantize(kind, "none")
     check_base(source.base, kind)
-    dtype, place = _dtype(source, dtype), torch.device(_device(device))
+    dtype, place = _dtype(source, dtype), torch.device(choose_device(device))
     if source.dtype is None and dtype == "auto":  # a model's own, as transformers takes it
         dtype = str(AutoConfig.from_pretrained(source.base).dtype or torch.float32).removeprefix("torch.")
     dtype = choose_dtype(dtype)
@@ -189,7 +189,8 @@ def _dtype(source: Source, dtype: str) -> str:
     return dtype
 
 
-def _device(device: str) -> str:
+def choose_device(device: str) -> str:
+    """torch's name of the device; auto is a GPU where there is one. Raises ValueError for one that is not there."""
     if device == "auto":
         return "cuda" if torch.cuda.is_available() else "cpu"
     try:

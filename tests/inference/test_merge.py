@@ -333,6 +333,13 @@ def test_a_merged_4_bit_model_answers_in_bfloat16_on_every_cpu(adapter, records,
     assert torch.equal(logits(model), logits(model))
 
 
+def test_a_device_that_is_not_there_is_refused_before_anything_is_written(adapter, tmp_path):
+    with pytest.raises(ValueError, match="--device cuda:99 cannot be used here"):
+        merge(str(adapter), out=str(tmp_path / "parent" / "out"), device="cuda:99")
+
+    assert not (tmp_path / "parent").exists()  # which writing would have made
+
+
 @pytest.mark.parametrize(
     ("options", "message"),
     [
