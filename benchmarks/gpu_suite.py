@@ -296,6 +296,8 @@ def training(plan: Plan, base: nn.Module) -> Steps:
 
 def one_layer(plan: Plan) -> Steps:
     """Forward and backward of one Linear of each shape, frozen and adapted, and of the adapter's products alone."""
+    from adapters.functions import lower_linear
+
     dtype = getattr(torch, plan.dtype)
     for m, n in ((plan.hidden, plan.hidden), (plan.inner, plan.hidden), (plan.hidden, plan.inner)):
         for r in plan.ranks:
@@ -307,12 +309,12 @@ def one_layer(plan: Plan) -> Steps:
                 g = torch.randn(plan.batch, plan.length, m, device=plan.device, dtype=dtype)
                 write, read = (torch.randn(*shape, device=plan.device) for shape in ((m, r), (r, r)))
                 write = write.to(dtype)
-                h, flat = torch.randn(g[..., 0].numel(), r, device=plan.device), g.view(-1, m)
+                h, flat = torch.randn(g[..., 0].numel(), r, device=plan.device, requires_grad=True), g.view(-1, m)
 
                 def products() -> None:
-                    F.linear(h, read)
-                    flat.addmm_(h.to(dtype), write.T, alpha=0.0)
-                    (flat @ write).float() @ read
+                    taken = lower_linear(h, read)
+                    flat.addmm_(h.detach().to(dtype), write.T, alpha=0.0)
+                    torch.autograd.grad(taken, h, (flat @ write).float())
 
                 bare = timed(plan, lambda: torch.autograd.grad(F.linear(x, linear.weight), x, g))
                 ours = timed(plan, lambda: model(x).backward(g))
@@ -330,8 +332,12 @@ def one_layer(plan: Plan) -> Steps:
 
 
 def read_precisions(plan: Plan, r: int) -> dict[str, float]:
-    """Time and relative error of the read map in float32, TF32 and bfloat16, against float64, inputs in the dtype."""
+    """Time and relative error of the read map in float32, TF32 and bfloat16, against float64, inputs in the dtype.
+
+    And in float32 by blocks, as the layer multiplies it, whose numbers are the same to rounding.
+    """
     from adapters.factors import loldu_factors
+    from adapters.functions import lower_linear
 
     dtype = getattr(torch, plan.dtype)
     generator = torch.Generator(plan.device).manual_seed(0)
@@ -350,6 +356,7 @@ def read_precisions(plan: Plan, r: int) -> dict[str, float]:
         error = F.linear(into(), map_).to(dtype).double() - exact
         found[f"{name}_error"] = float(error.norm() / exact.norm())
     torch.backends.cuda.matmul.allow_tf32 = False
+    found["float32_blocks_ms"] = timed(plan, lambda: lower_linear(taken.float(), read).to(dtype))
     return found
 
 

@@ -17,8 +17,8 @@ An all-reduce over M nodes of g GPUs runs inside a node first: each node sends 2
 
 A step of T tokens through p numbers costs 2 p T operations forward, 2 p T for the gradient of inputs and 2 p T for that
 of weights (Kaplan et al., 2001.08361), which frozen ones do not need. Left out: attention's own products,
-recomputation, that LoLDU's r x r map is multiplied in float32 and 4-bit weights are unpacked, stragglers, other users
-of the network.
+recomputation, that LoLDU's r x r map is multiplied in float32 without most of its zeros and 4-bit weights are unpacked,
+stragglers, other users of the network.
 
     ddp          computing + all-reduce of the trained numbers' gradients
     fsdp2        max(computing, gathering every layer forward and backward, the rest once) + reduce-scatter
