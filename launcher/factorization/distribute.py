@@ -1,6 +1,7 @@
 """Who factors what: look each weight up in the cache, share the missing ones out, and wait without a collective.
 
-Each rank reads only the slices of the weights it owns, factors them on its own device and stores one file per weight.
+Each rank reads only the weights it owns, of which slices become memory, factors them on its own device and stores one
+file per weight.
 Meanwhile every rank says a few times a second on the key-value store that it is alive and what it works on; rank 0 sums
 that up in one word that all read. So the others learn within seconds which rank failed at which weight, also where it
 was killed, and no NCCL watchdog sees a long wait.
@@ -15,6 +16,7 @@ import json
 import logging
 import os
 import socket
+import threading
 import time
 import uuid
 from collections.abc import Callable, Mapping, Sequence
@@ -39,7 +41,7 @@ log = logging.getLogger(__name__)
 Progress = Callable[[int, int, str], None]  # weights done on all ranks, weights to do, one being worked on
 
 ALGORITHMS = {
-    "loldu": ("loldu-panel-lu", 2), "svfit": ("svd", 1), "loraxs": ("svd", 1), "lorasb": ("svd-of-first-step", 1)
+    "loldu": ("loldu-panel-lu", 3), "svfit": ("svd", 1), "loraxs": ("svd", 1), "lorasb": ("svd-of-first-step", 1)
 }  # fmt: skip
 # The summed gradient (m, n) of the first of these modules' weights; the others are asked for next.
 GradientOf = Callable[[Sequence[str]], Tensor]
@@ -158,23 +160,26 @@ def factorize(
     watch = _Watch(party, token, len(mine), on_progress)
     made: dict[str, Factored] = {}
     device, threads = device or own_device(ranks.local_rank), torch.get_num_threads()
-    # Work goes on in other threads, so that this one can speak and listen while a long factorisation runs: two weights
-    # at a time where only panels of them are in memory, so that one is factored while the other waits for the disk.
+    # Work goes on in other threads, so that this one can speak and listen while a long factorisation runs: one reads,
+    # others factor, two weights at a time where only panels of them are in memory.
     alone = device.type != "cpu" or any(request.needs_all for request in mine)
     workers = 1 if alone else 2
     pool, reader = ThreadPoolExecutor(workers, "factorize"), ThreadPoolExecutor(1, "read")
     torch.set_num_threads(max(1, threads // workers))
     futures: list[Future[Factored]] = []
+    leaving = threading.Event()
 
     def work(request: FactorRequest, read: Future[None], gradient: Callable[[], Tensor] | None) -> Factored:
         read.result()
+        if leaving.is_set():
+            raise Stopped("another weight")
         return make(request, folder, device, gradient)
 
     try:
         for number, request in enumerate(mine):
             for at in range(len(futures), min(number + AHEAD + 1, len(mine))):
                 gradient = partial(gradient_of, [later.module for later in mine[at:]]) if gradient_of else None
-                read = reader.submit(read_ahead, mine[at].tensor)
+                read = reader.submit(read_ahead, mine[at].tensor, leaving.is_set)
                 futures.append(pool.submit(work, mine[at], read, gradient))
             watch.own["weight"] = request.module  # also where the other thread is through with it, or failed, already
             while not wait([futures[number]], timeout=BEAT_S).done:
@@ -185,6 +190,7 @@ def factorize(
         while not watch.beat(len(made), "", finished=True):
             time.sleep(min(BEAT_S, 0.005 + (time.monotonic() - since) / 4))  # a quarter of the wait too long at most
     except BaseException as error:
+        leaving.set()
         reader.shutdown(wait=False, cancel_futures=True)
         pool.shutdown(wait=False, cancel_futures=True)
         watch.tell(error)
@@ -271,19 +277,19 @@ def make(
     return Factored(key, made, len(factors.values) if made else _rank(folder, key))
 
 
-def read_ahead(info: TensorInfo) -> None:
+def read_ahead(info: TensorInfo, leaving: Callable[[], bool] = lambda: False) -> None:
     """Bring a tensor from the disk into the system's page cache, from end to end; what fails here fails in `make`.
 
     The whole of it: rows are as long as a page or two, so a slice of columns touches every page or every other one, and
     reading on is quicker than jumping (4096 x 4096, r = 64, row by row: 2.3 times fewer bytes in 14 times the time).
     Read, not asked for: the system then keeps more requests before the disk than for pages of a map as they are met.
     """
-    with suppress(OSError, ValueError, LookupError), open(info.file, "rb", buffering=0) as file:
+    with suppress(Exception), open(info.file, "rb", buffering=0) as file:
         header_bytes = int.from_bytes(file.read(8), "little")
         first, last = json.loads(file.read(header_bytes))[info.name]["data_offsets"]
         file.seek(8 + header_bytes + first)
         block = memoryview(bytearray(READ_BYTES))
-        while (left := 8 + header_bytes + last - file.tell()) > 0 and file.readinto(block[:left]):
+        while (left := 8 + header_bytes + last - file.tell()) > 0 and file.readinto(block[:left]) and not leaving():
             pass
 
 

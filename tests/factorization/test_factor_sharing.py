@@ -22,7 +22,7 @@ from adapters.factors import Factors, base_fingerprint, loldu_factors, probe_dig
 from adapters.svd import svd_factors
 from launcher.factorization import cache, distribute
 from launcher.factorization.distribute import FactorRequest, cost, factorize, factors_of, share_out
-from launcher.ranks import Party, Ranks
+from launcher.ranks import Party, Ranks, Stopped
 
 ALONE = Party(Ranks())
 
@@ -370,7 +370,7 @@ def test_weights_are_read_before_they_are_factored_and_not_far_ahead(tmp_path, f
         return real(request, *rest)
 
     monkeypatch.setattr(distribute, "make", make)
-    monkeypatch.setattr(distribute, "read_ahead", lambda info: log.append(("read", info.name)))
+    monkeypatch.setattr(distribute, "read_ahead", lambda info, *_: log.append(("read", info.name)))
 
     factorize(requests_for(model), folder, ALONE)
 
@@ -379,6 +379,38 @@ def test_weights_are_read_before_they_are_factored_and_not_far_ahead(tmp_path, f
         earlier = log[:place]
         made = sum(each == "made" for each, _ in earlier)
         assert ("read", name) in earlier if what == "made" else len(earlier) - made <= made + distribute.AHEAD
+
+
+def test_a_stop_ends_the_reading_too(model, folder, monkeypatch):
+    """Of a large weight from a slow disk it could take minutes; what was not read is not made."""
+    heard = threading.Event()
+
+    def read_for_ever(info, leaving):
+        while not leaving():
+            time.sleep(0.01)
+        heard.set()
+
+    def stop(*_):
+        raise Stopped("SIGTERM")
+
+    monkeypatch.setattr(distribute, "read_ahead", read_for_ever)
+    monkeypatch.setattr(distribute, "make", no_reading)
+
+    with pytest.raises(Stopped, match="SIGTERM"):
+        factorize(requests_for(model), folder, ALONE, stop)
+
+    assert heard.wait(30)
+
+
+@pytest.mark.parametrize("damage", [b"\xff" * 64, (2**62).to_bytes(8, "little"), b"\2\0\0\0\0\0\0\0[]"])
+def test_a_file_that_changed_since_its_header_was_read_is_told_by_what_opens_it(model, damage):
+    info = list_tensors(model)["layers.0.q.weight"]
+    info.file.write_bytes(damage)
+
+    distribute.read_ahead(info)  # says nothing, since nobody would know of which weight
+
+    with pytest.raises(Exception, match=r"header|Header"):
+        distribute.open_tensor(info)
 
 
 @pytest.mark.skipif(not Path("/proc/self/io").exists(), reason="reads Linux's count of a process's bytes")
