@@ -102,7 +102,7 @@ def loldu_factors(
     torch.linalg.solve_triangular(square, read, upper=False, unitriangular=True, left=False, out=read)
     read /= d[:, None]
     if normalize or embedding:
-        right = read @ rows(pivots).to(read)  # U_r (r, n)
+        right = (read @ rows(pivots).to(read)).triu_()  # U_r (r, n); below its diagonal there is rounding alone
     if embedding:
         write, read = right.T, torch.linalg.solve_triangular(upper, torch.eye(len(d)).to(upper), upper=True).T
     if normalize:

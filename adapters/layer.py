@@ -140,9 +140,9 @@ class FactorMap(nn.Module):
         h = self.config.multiply(h, self.scaled_core(h.dtype)).to(self.write.dtype)
         if y0.dtype != self.write.dtype:  # under autocast
             return onto + F.linear(h, self.write).to(onto.dtype)
-        r, out = len(self.rows), onto.shape[-1]
-        if r == out and in_blocks(r) and not self.config.through_write:  # then Write is triangular too
-            return add_rows(onto, lower_linear(h, self.write, self.rows), self.rows)
+        at_full_rank = len(self.rows) == onto.shape[-1] and not self.config.through_write
+        if at_full_rank and in_blocks(h, in_order=False):  # then Write is triangular too
+            return add_rows(onto, lower_linear(h, self.write, self.rows).to(onto.dtype), self.rows)
         return torch.addmm(onto.reshape(-1, onto.shape[-1]), h.reshape(-1, h.shape[-1]), self.write.T).view(onto.shape)
 
     def scaled_core(self, dtype: torch.dtype) -> Tensor:

@@ -3,7 +3,7 @@
 import pytest
 import tiny_models
 
-from adapters import factors_from
+from adapters import factors_from, functions
 
 
 def pytest_configure(config: pytest.Config) -> None:
@@ -30,3 +30,17 @@ def method(request, monkeypatch) -> str:
         return
     with factors_from(tiny_models.factors_of_gradient):
         yield request.param
+
+
+@pytest.fixture
+def small_blocks(monkeypatch) -> None:
+    """Triangles of four rows are taken apart already, for a single token too; else no tiny model's are."""
+    for name, value in {"SMALLEST": 3, "READ_FROM": 4, "WRITE_FROM": 4, "TOKENS": 1}.items():
+        monkeypatch.setattr(functions, name, value)
+
+
+@pytest.fixture(params=["whole", "in blocks"])
+def triangles(request) -> None:
+    """Whether frozen triangles are multiplied whole or in blocks."""
+    if request.param == "in blocks":
+        request.getfixturevalue("small_blocks")

@@ -54,6 +54,22 @@ def test_unit_diagonals_are_exactly_one(shape):
 
 
 @pytest.mark.parametrize("shape", [SQUARE, TALL, WIDE])
+@pytest.mark.parametrize("r", [7, 24])
+@pytest.mark.parametrize("options", [{}, {"normalize": True}, {"embedding": True}, {"pivots": True}], ids=str)
+def test_what_is_not_multiplied_is_exactly_zero(shape, r, options):
+    """The layer leaves out the zeros of Read, and of Write's chosen rows; also of a weight of nearly low rank."""
+    W = gaussian((shape[0], 3)) @ gaussian((3, shape[1]), seed=1) + 1e-4 * gaussian(shape, seed=2)
+    if "pivots" in options:
+        options = {"pivots": torch.randperm(24, generator=torch.Generator().manual_seed(1))[:r]}
+
+    factors = factors_of(W, r, **options)
+    chosen = factors.write[:r] if "embedding" in options else factors.write[factors.pivots.long()]
+
+    assert torch.equal(factors.read, factors.read.tril())
+    assert torch.equal(chosen, chosen.tril())
+
+
+@pytest.mark.parametrize("shape", [SQUARE, TALL, WIDE])
 def test_full_rank_factors_multiply_back_to_the_weight(shape):
     W = gaussian(shape)
 

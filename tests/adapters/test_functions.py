@@ -7,18 +7,11 @@ from tiny_models import layers, one_layer
 from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
-from adapters import functions
 from adapters.functions import add_rows, lower_linear, take_rows
 
 
 def random(*shape, seed=0):
     return torch.randn(shape, dtype=torch.float64, generator=torch.Generator().manual_seed(seed))
-
-
-@pytest.fixture
-def small_blocks(monkeypatch):
-    """Triangles of four rows are taken apart already."""
-    monkeypatch.setattr(functions, "SMALLEST", 3)
 
 
 @pytest.mark.parametrize("r", [1, 3, 4, 7, 12, 40])
@@ -55,14 +48,18 @@ def test_rows_are_taken_and_added_to_as_by_indexing():
     assert torch.autograd.gradcheck(lambda y0, added: add_rows(y0, added, rows), (y0, added), check_forward_ad=True)
 
 
-@pytest.mark.parametrize(("r", "share"), [(128, 1), (256, 3 / 4), (512, 5 / 8), (1024, 9 / 16), (2048, 9 / 16)])
-def test_the_share_of_multiplications_that_is_left(r, share):
-    x, L = torch.zeros(3, r, requires_grad=True), torch.eye(r)
+@pytest.mark.parametrize(
+    ("tokens", "r", "read", "write"),
+    [(128, 128, 1, 1), (128, 256, 3 / 4, 1), (128, 512, 5 / 8, 5 / 8), (128, 1024, 9 / 16, 9 / 16), (127, 1024, 1, 1)],
+)
+def test_the_share_of_multiplications_that_is_left(tokens, r, read, write):
+    x, L = torch.zeros(tokens, r, requires_grad=True), torch.eye(r)
 
-    with FlopCounterMode(display=False) as counted:
-        lower_linear(x, L).sum().backward()
+    for rows, share in ((None, read), (torch.arange(r), write)):
+        with FlopCounterMode(display=False) as counted:
+            lower_linear(x, L, rows).sum().backward()
 
-    assert counted.get_total_flops() == 2 * 2 * 3 * r * r * share
+        assert counted.get_total_flops() == 2 * 2 * tokens * r * r * share
 
 
 KINDS = {
@@ -75,7 +72,7 @@ KINDS = {
 
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("r", [9, 12])
-def test_a_layer_with_its_triangles_in_blocks_is_the_same_layer_for_less(kind, r, monkeypatch):
+def test_a_layer_with_its_triangles_in_blocks_is_the_same_layer_for_less(kind, r, request):
     """Output, and the gradients of core and input; float64, sums in another order: 1e-12."""
     torch.manual_seed(0)
     model = one_layer(KINDS[kind]().double(), r=r).double()
@@ -91,7 +88,7 @@ def test_a_layer_with_its_triangles_in_blocks_is_the_same_layer_for_less(kind, r
         return [y, layer.maps["default"].core.grad, *([x.grad] if x.requires_grad else [])], counted.get_total_flops()
 
     whole, flops = step()
-    monkeypatch.setattr(functions, "SMALLEST", 3)
+    request.getfixturevalue("small_blocks")
     blocks, fewer = step()
 
     for a, b in zip(blocks, whole, strict=True):
@@ -103,7 +100,7 @@ def test_a_layer_with_its_triangles_in_blocks_is_the_same_layer_for_less(kind, r
 
 
 @pytest.mark.parametrize("rank", [8, 12])
-def test_nothing_more_is_kept_for_blocks(rank, monkeypatch):
+def test_nothing_more_is_kept_for_blocks(rank, request):
     """One number a token and direction, for the core's gradient; no map in another order."""
     model = one_layer(nn.Linear(16, 12, bias=False), r=rank)
 
@@ -116,6 +113,6 @@ def test_nothing_more_is_kept_for_blocks(rank, monkeypatch):
         return sum(sizes)
 
     whole = kept()
-    monkeypatch.setattr(functions, "SMALLEST", 3)
+    request.getfixturevalue("small_blocks")
 
     assert kept() == whole == 5 * rank

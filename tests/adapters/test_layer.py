@@ -30,6 +30,7 @@ from adapters.layer import FactorLayer
 pytestmark = pytest.mark.usefixtures("method")
 each_method = pytest.mark.parametrize("method", CONFIGS, indirect=True)
 not_lorasb = pytest.mark.not_lorasb
+EVERY = ["embed_tokens", "q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
 
 
 def conv1d(out, inside):
@@ -465,7 +466,7 @@ def test_a_trip_through_another_device_keeps_the_function():
 
 
 @pytest.mark.parametrize("use_reentrant", [False, True])
-def test_gradient_checkpointing_gives_the_same_gradients(use_reentrant):
+def test_gradient_checkpointing_gives_the_same_gradients(use_reentrant, triangles):
     model = adapted(tiny_llama()).train()
 
     def gradients():
@@ -483,8 +484,10 @@ def test_gradient_checkpointing_gives_the_same_gradients(use_reentrant):
     assert all(torch.equal(plain[name], checkpointed[name]) for name in plain)
 
 
-def test_autocast_stays_near_float32():
-    model = adapted(tiny_llama())
+@pytest.mark.parametrize("changes", [{}, pytest.param({"r": 32, "target_modules": EVERY}, marks=not_lorasb)], ids=str)
+def test_autocast_stays_near_float32(changes, triangles):
+    """At full rank too, and where a layer's output stays float32: an embedding's."""
+    model = adapted(tiny_llama(), **changes)
     expected = logits(model)
 
     with torch.autocast("cpu", torch.bfloat16):
@@ -507,7 +510,7 @@ def test_gpt2_is_adapted_on_its_conv1d_layers():
     torch.testing.assert_close(logits(model), logits(plain), rtol=1e-9, atol=1e-9)
 
 
-def test_the_compiled_model_is_the_same():
+def test_the_compiled_model_is_the_same(triangles):
     """aot_eager traces forward and backward as inductor does and needs no compiler; one graph, no breaks."""
     base = tiny_llama(num_hidden_layers=1)
     model = adapted(base, target_modules=["q_proj", "down_proj"])

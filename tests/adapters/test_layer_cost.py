@@ -125,7 +125,7 @@ def test_lora_does_more_of_everything():
     assert bytes_of(lora_made) > 1.9 * bytes_of(made)
 
 
-def test_function_transforms_and_forward_gradients_agree_with_backward():
+def test_function_transforms_and_forward_gradients_agree_with_backward(triangles):
     """float64, one product in another order: 1e-12."""
     model = one_layer(nn.Linear(N, M).double(), r=R)
     x, v = torch.randn(2, 3, N, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
@@ -146,7 +146,7 @@ def bytes_of(made):
 
 @pytest.mark.parametrize("kind", ["loldu", "svfit"])
 @pytest.mark.parametrize("bias", [False, True])
-def test_selective_checkpointing_that_keeps_products_changes_no_gradient(kind, bias, monkeypatch):
+def test_selective_checkpointing_that_keeps_products_changes_no_gradient(kind, bias, triangles, monkeypatch):
     """It hands the base layer's own output to the second forward pass: nobody may have written over it.
 
     Equal bit for bit: the same operations on the same numbers.
@@ -169,7 +169,7 @@ def test_selective_checkpointing_that_keeps_products_changes_no_gradient(kind, b
 
 @pytest.mark.parametrize("bias", [False, True])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_the_compiler_takes_the_adapted_model_in_one_graph(bias, dtype):
+def test_the_compiler_takes_the_adapted_model_in_one_graph(bias, dtype, triangles):
     model = one_layer(nn.Linear(N, M, bias=bias).to(dtype), r=R)
 
     found = torch._dynamo.explain(model)(torch.randn(2, 3, N, dtype=dtype))

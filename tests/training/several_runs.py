@@ -7,6 +7,7 @@ PLAN is a JSON list of runs, each a whole run of its own in the processes that a
     code        the exit code that every process must end with (0)
     nodes       whether each process counts as a node, with its rank added to the name of the cache folder
     offload     whether --cpu-offload is to be carried out although there is no GPU
+    blocks      whether frozen triangles are multiplied in blocks of four rows, as large ones are in larger blocks
 """
 
 import json
@@ -18,9 +19,13 @@ from pathlib import Path
 
 import torch
 
+from adapters import functions
 from launcher import ranks as ranks_module
 from launcher.config import Config, from_dict
 from launcher.training import run as run_module
+
+SMALL = {"SMALLEST": 4, "READ_FROM": 4, "WRITE_FROM": 4, "TOKENS": 1}
+LARGE = {name: getattr(functions, name) for name in SMALL}
 
 
 def main(plan: list[dict]) -> int:
@@ -36,6 +41,7 @@ def main(plan: list[dict]) -> int:
             config = replace(config, run=replace(config.run, cache=f"{config.run.cache}-{ranks.rank}"))
         os.environ["LOCAL_RANK"], os.environ["LOCAL_WORLD_SIZE"] = ("0", "1") if nodes else local
         party.ranks = ranks_module.Ranks.from_environment()
+        vars(functions).update(SMALL if entry.get("blocks") else LARGE)
         run_module.check_offload = (lambda *_, **__: None) if entry.get("offload") else check_offload
         if source := entry.get("copy_of"):
             party.from_main("copy", lambda source=source, config=config: copy(source, config))

@@ -41,6 +41,10 @@ def answers(config):
     return replace(config, data=replace(config.data, exact_match=True, answer_tokens=6))
 
 
+def full_rank(config):
+    return replace(config, adapter=replace(config.adapter, rank=64))
+
+
 def in_parts(config):
     return replace(config, optimizer=replace(config.optimizer, micro_batch_size=1))
 
@@ -78,6 +82,7 @@ def runs(stories, alpaca_file, tmp_path_factory):
     runs.alone("one-long", change=long)
     runs.alone("one-bf16", change=bf16)
     runs.alone("one-answers", change=answers)
+    runs.alone("one-full-rank", change=full_rank)
     runs.start(
         4,
         runs.entry("fsdp2-4", "fsdp2"),
@@ -88,7 +93,7 @@ def runs(stories, alpaca_file, tmp_path_factory):
         runs.entry("zero2-4-long", "zero2", change=long),
         runs.entry("zero3-4-long", "zero3", change=long),
     )
-    without_gpu, apart = {"offload": True}, {"nodes": True}
+    without_gpu, apart, in_blocks = {"offload": True}, {"nodes": True}, {"blocks": True}
     runs.said = runs.start(
         2,
         *(runs.entry(sharding, sharding) for sharding in SHARDED),
@@ -96,6 +101,7 @@ def runs(stories, alpaca_file, tmp_path_factory):
         *(runs.entry(f"{sharding}-parts", sharding, change=in_parts) for sharding in SHARDED[1:]),
         *(runs.entry(f"{sharding}-answers", sharding, change=answers) for sharding in SHARDED),
         *(runs.entry(f"{sharding}-bf16", sharding, change=bf16) for sharding in SHARDED),
+        *(runs.entry(f"{sharding}-blocks", sharding, change=full_rank, how=in_blocks) for sharding in SHARDED),
         *(runs.entry(f"{sharding}>{sharding}", sharding, source=sharding, step=4) for sharding in SHARDED),
         *(runs.entry(f"one>{sharding}", sharding, source="one", step=2) for sharding in SHARDED),
         *(runs.entry(way, way.partition(">")[2], source=way.partition(">")[0], step=4) for way in DIRECTIONS),
@@ -130,6 +136,12 @@ def test_every_sharding_gives_the_first_20_losses_of_one_process(runs, name):
 @pytest.mark.parametrize("sharding", SHARDED[1:])
 def test_micro_batches_give_the_same_curve(runs, sharding):
     torch.testing.assert_close(runs.losses(f"{sharding}-parts"), runs.losses("one"), atol=CURVE, rtol=0)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("sharding", SHARDED)
+def test_triangles_multiplied_in_blocks_give_the_same_curve(runs, sharding):
+    torch.testing.assert_close(runs.losses(f"{sharding}-blocks"), runs.losses("one-full-rank"), atol=CURVE, rtol=0)
 
 
 @pytest.mark.slow
