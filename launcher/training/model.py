@@ -10,6 +10,7 @@ import os
 import re
 import warnings
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from contextlib import suppress
 from pathlib import Path, PurePosixPath
 from typing import Any, Protocol
 
@@ -55,9 +56,9 @@ def choose_attention(wanted: str, *, on_gpu: bool, dtype: str) -> tuple[str, str
     return "flash_attention_2", "as asked" if wanted == "flash" else "flash-attn and a GPU are there"
 
 
-def main_memory(proc: Path = Path("/proc/self/cgroup"), root: Path = Path("/sys/fs/cgroup")) -> int:
-    """Bytes of main memory that this process may fill: the machine's, or what its container or job is limited to."""
-    limits = [os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")]
+def main_memory(proc: Path = Path("/proc/self/cgroup"), root: Path = Path("/sys/fs/cgroup")) -> tuple[int, bool]:
+    """Bytes of main memory that this process may fill, and whether its container or job is what limits it."""
+    machine = limit = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
     for line in proc.read_text().splitlines() if proc.exists() else ():
         _, controllers, group = line.split(":", 2)
         if not controllers:  # version 2
@@ -67,19 +68,27 @@ def main_memory(proc: Path = Path("/proc/self/cgroup"), root: Path = Path("/sys/
         else:
             continue
         inside = PurePosixPath(group.lstrip("/"))
-        files = [top / folder / name for folder in (inside, *inside.parents)]  # the least limit of all levels holds
-        limits += [int(text) for file in files if file.exists() and (text := file.read_text().strip()) != "max"]
-    return min(limits)
+        for folder in (inside, *inside.parents):  # the least limit of all levels holds
+            with suppress(OSError, ValueError):  # none at this level, not ours to read, or "max"
+                limit = min(limit, int((top / folder / name).read_text()))
+    return limit, limit < machine
 
 
 def check_memory(
-    folder: Path, kind: str, *, share: float, memory: int, where: str, quantised: Sequence[str] = ("int8", "nf4")
+    folder: Path,
+    kind: str,
+    *,
+    share: float,
+    memory: int,
+    where: str,
+    limited: bool = False,
+    allowed: Callable[[str], bool] = lambda option: True,
 ) -> None:
     """Raises ValueError where the base's weights alone do not fit: a machine out of memory kills without a word.
 
-    kind is the base's dtype, or how it is quantised; share, how much of the base lies in these memory bytes. Only what
-    is certain counts: of a quantised base all as if it were packed, in endless rows. quantised is what this run may
-    be given instead.
+    kind is the base's dtype, or how it is quantised; share, how much of the base lies in these memory bytes, which
+    limited says are those of a job. Only what is certain counts: of a quantised base all as if it were packed, in
+    endless rows. allowed(option) is whether this run could be given that instead.
     """
     numbers = sum(math.prod(tensor.shape) for tensor in list_tensors(folder).values())
     needs = {
@@ -88,13 +97,19 @@ def check_memory(
     }
     if needs[kind] <= memory:
         return
-    options = {"--dtype bfloat16": "bfloat16", **{f"--quantize {each}": each for each in quantised}}
-    fitting = {option: needs[each] for option, each in options.items() if needs[each] <= memory}
-    give = [f"{option} ({size / 1e9:.3g} GB)" for option, size in fitting.items()]
-    give.append("--sharding fsdp2 on enough GPUs or machines")
+    options = {"--dtype bfloat16": "bfloat16", "--quantize int8": "int8", "--quantize nf4": "nf4"}
+    give = [
+        f"{option} ({needs[each] / 1e9:.3g} GB)"
+        for option, each in options.items()
+        if needs[each] <= memory and allowed(option)
+    ]
+    if allowed("--sharding fsdp2"):
+        give.append("--sharding fsdp2 on enough GPUs or machines")
+    give.append("the job or container more memory (Slurm: --mem)" if limited else "a machine that has more")
     copies = f", {share:.3g} times," if share > 1 else ""
+    has = "where this job or container may fill" if limited else "which has"
     raise ValueError(
-        f"the weights of {folder} take {needs[kind] / 1e9:.3g} GB in {kind}{copies} on {where}, which has "
+        f"the weights of {folder} take {needs[kind] / 1e9:.3g} GB in {kind}{copies} on {where}, {has} "
         f"{memory / 1e9:.3g} GB: give {', or '.join(give)}"
     )
 

@@ -269,31 +269,36 @@ def _settle(config: Config, name: str, party: Party, stop: StopRequest, screen: 
 
 def _check_memory(config: Config, base: Path, dtype: str, sharding: str, ranks: Ranks) -> None:
     """Whether this process's part of the base can fit its GPU, or all parts of this machine's its main memory."""
+
+    def allowed(option: str) -> bool:
+        name, value = option.removeprefix("--").split()
+        quantize: Any = value if name == "quantize" else config.model.quantize
+        engine = value if name == "sharding" else sharding
+        try:
+            replace(config, model=replace(config.model, quantize=quantize))
+            check_quantize(quantize, engine, cpu_offload=config.run.cpu_offload)
+            adapter = peft_config(config.adapter)
+            check_first_step(adapter, engine)
+            check_method(adapter, quantize, engine)
+        except ValueError:
+            return False
+        return True
+
     copies = {"fsdp2": 1, "zero3": 1, "hsdp": ranks.world_size / (config.run.shard_size or ranks.local_world_size)}
     share = copies.get(sharding, ranks.world_size) / ranks.world_size
     kind = dtype if config.model.quantize == "none" else config.model.quantize
-    quantised = [each for each in ("int8", "nf4") if _can_quantise(config, each, sharding)]
     offloaded = config.run.cpu_offload and sharding != "zero2"  # which moves the optimizer's state alone
     if torch.cuda.is_available() and not offloaded:
         device = torch.cuda.get_device_properties(ranks.local_rank)
-        check_memory(base, kind, share=share, memory=device.total_memory, where=device.name, quantised=quantised)
+        check_memory(base, kind, share=share, memory=device.total_memory, where=device.name, allowed=allowed)
         return
     # A frozen base in the dtype of its files is a map of them, whose pages the processes of a machine share.
     frozen = sharding in ("none", "ddp") and config.adapter.method != "full"
     mapped = frozen and {info.dtype for info in list_tensors(base).values()} == {STORED.get(kind)}
     here = share if mapped else share * ranks.local_world_size
-    check_memory(base, kind, share=here, memory=main_memory(), where=socket.gethostname(), quantised=quantised)
-
-
-def _can_quantise(config: Config, kind: Any, sharding: str) -> bool:
-    """Whether this run could have its base so."""
-    try:
-        changed = replace(config, model=replace(config.model, quantize=kind))
-        check_quantize(kind, sharding, cpu_offload=changed.run.cpu_offload)
-        check_method(peft_config(changed.adapter), kind, sharding)
-    except ValueError:
-        return False
-    return True
+    memory, limited = main_memory()
+    host = socket.gethostname()
+    check_memory(base, kind, share=here, memory=memory, where=host, limited=limited, allowed=allowed)
 
 
 def _read_in_turn(start: _Start, tokenizer: Any) -> _Samples:

@@ -52,15 +52,16 @@ def test_only_what_would_fit_is_suggested(stories, memory, given):
         check_memory(stories, "float32", share=1, memory=memory, where="here")
 
     suggested = str(refused.value).partition(": give ")[2].split(", or ")
-    assert len(suggested) == len(given) + 1
+    assert len(suggested) == len(given) + 2
     assert all(text.startswith(option) for text, option in zip(suggested, given, strict=False))
-    assert suggested[-1] == "--sharding fsdp2 on enough GPUs or machines"
+    assert suggested[-2:] == ["--sharding fsdp2 on enough GPUs or machines", "a machine that has more"]
 
 
 @pytest.mark.parametrize(
     ("groups", "files", "limit"),
     [
         ("0::/\n", {"memory.max": "5000"}, 5000),
+        ("0::/job\n", {"memory.max": "5000", "job/memory.max/is a folder": ""}, 5000),
         ("0::/\n", {"memory.max": "max"}, 1000 * 4096),
         ("0::/job_1/step_0\n", {"job_1/memory.max": "6000", "job_1/step_0/memory.max": "max"}, 6000),
         ("0::/seen/outside/alone\n", {"memory.max": "7000"}, 7000),
@@ -78,27 +79,34 @@ def test_memory_is_what_a_container_or_job_may_fill(groups, files, limit, monkey
     if groups is not None:
         (tmp_path / "own").write_text(groups)
 
-    assert main_memory(tmp_path / "own", tmp_path) == limit
+    assert main_memory(tmp_path / "own", tmp_path) == (limit, limit < 1000 * 4096)
 
 
 @pytest.mark.parametrize(
-    ("sharding", "method", "offload", "quantised"),
+    ("sharding", "method", "offload", "remedies"),
     [
-        ("ddp", "loldu", False, ["int8", "nf4"]),
-        ("zero3", "loldu", False, []),
-        ("fsdp2", "loldu", True, []),
-        ("ddp", "full", False, []),
-        ("ddp", "loha", False, ["int8"]),
+        ("ddp", "loldu", False, ["int8", "nf4", "fsdp2"]),
+        ("zero3", "loldu", False, ["fsdp2"]),
+        ("fsdp2", "loldu", True, ["fsdp2"]),
+        ("ddp", "full", False, ["fsdp2"]),
+        ("ddp", "loha", False, ["int8", "fsdp2"]),
+        ("ddp", "lorasb", False, ["int8", "nf4"]),
     ],
 )
-def test_what_would_be_refused_next_is_not_suggested(stories, monkeypatch, sharding, method, offload, quantised):
+def test_what_would_be_refused_next_is_not_suggested(stories, monkeypatch, sharding, method, offload, remedies):
     seen = {}
     monkeypatch.setattr(running, "check_memory", lambda base, kind, **given: seen.update(given))
     config = Config(adapter=AdapterConfig(method=method), run=RunConfig(sharding=sharding, cpu_offload=offload))
 
     running._check_memory(config, stories, "float32", sharding, Ranks(0, 2, 0, 2))
 
-    assert seen["quantised"] == quantised
+    options = ["--quantize int8", "--quantize nf4", "--sharding fsdp2"]
+    assert [option.split()[1] for option in options if seen["allowed"](option)] == remedies
+
+
+def test_the_limit_of_a_job_is_said_to_be_one(stories):
+    with pytest.raises(ValueError, match=r"on node7, where this job or container may fill 1e-06 GB: give .*--mem"):
+        check_memory(stories, "float32", share=1, memory=1000, where="node7", limited=True)
 
 
 @pytest.mark.parametrize(
