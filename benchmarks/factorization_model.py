@@ -5,11 +5,11 @@
     OMP_NUM_THREADS=1 python benchmarks/factorization_model.py --quick         # small shapes, nothing recorded
 
 The model is two layers of Llama-2-7B: random bfloat16 weights of all its linear layers, one file a layer. Each
-repetition drops the files from the page cache, reads them from end to end, drops them again, and lets 1, 2 and 4
-forked processes, which share the cores among their threads, factor them into an empty cache: seconds from the moment
-all are connected until all know where the factors are, written and fsynced. torch.linalg.lu (of one layer's weights, in
-memory) and PEFT (of one weight of each shape) run in one process with a thread for each core, and are scaled to two
-layers. Peak memory is RssAnon above the start, the highest of the ranks, and in float32 panels of the tallest weight
+repetition drops the files from the page cache, reads them from end to end, twice (the second counts: the host of a
+virtual disk may have them in memory from then on, for all alike), drops them again, and lets 1, 2 and 4 forked
+processes, which share the cores among their threads, factor them into an empty cache: seconds from the moment all are
+connected until all know where the factors are, written and fsynced. torch.linalg.lu (of one layer's weights, in memory)
+and PEFT (of one weight of each shape) run in one process with a thread for each core, and are scaled to two layers. Peak memory is RssAnon above the start, the highest of the ranks, and in float32 panels of the tallest weight
 (11008 x r); a process works on two weights at a time.
 
 Adds its parts to benchmarks/results/factorization.json, under "model".

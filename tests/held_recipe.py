@@ -11,7 +11,7 @@ from pathlib import Path
 from launcher.training import loop
 
 AFTER = int(os.environ.get("HELD_AFTER", 3))
-train = loop.gradients
+trained = loop.gradients
 
 
 def gradients(job, step):
@@ -19,7 +19,7 @@ def gradients(job, step):
     while step == AFTER + 1 and not job.party.ranks.rank and not job.stop.asked():
         assert time.monotonic() < deadline, f"held for 120 s after step {AFTER}, and never asked to stop"
         time.sleep(0.02)
-    return train(job, step)
+    return trained(job, step)
 
 
 if __name__ == "__main__":

@@ -24,7 +24,7 @@ from pathlib import Path
 from types import FrameType
 
 SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR2)
-STOPPED = 75  # what one process alone returns after an agreed stop; for a rank that is no failure
+STOPPED = 75  # of exit_codes.py, which is not to be imported yet; for a rank an agreed stop is no failure
 SHARED_S = 60.0  # a network file system may take so long to show a new file
 MEET_S = 300.0
 
