@@ -141,7 +141,7 @@ class FactorMap(nn.Module):
         if y0.dtype != self.write.dtype:  # under autocast
             return onto + F.linear(h, self.write).to(onto.dtype)
         at_full_rank = len(self.rows) == onto.shape[-1] and not self.config.through_write
-        if at_full_rank and in_blocks(h, in_order=False):  # then Write is triangular too
+        if at_full_rank and in_blocks(h):  # then Write is triangular too
             return add_rows(onto, lower_linear(h, self.write, self.rows).to(onto.dtype), self.rows)
         return torch.addmm(onto.reshape(-1, onto.shape[-1]), h.reshape(-1, h.shape[-1]), self.write.T).view(onto.shape)
 

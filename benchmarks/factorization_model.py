@@ -9,7 +9,8 @@ repetition drops the files from the page cache, reads them from end to end, twic
 virtual disk may have them in memory from then on, for all alike), drops them again, and lets 1, 2 and 4 forked
 processes, which share the cores among their threads, factor them into an empty cache: seconds from the moment all are
 connected until all know where the factors are, written and fsynced. torch.linalg.lu (of one layer's weights, in memory)
-and PEFT (of one weight of each shape) run in one process with a thread for each core, and are scaled to two layers. Peak memory is RssAnon above the start, the highest of the ranks, and in float32 panels of the tallest weight
+and PEFT (of one weight of each shape) run in one process with a thread for each core, and are scaled to two layers.
+Peak memory is RssAnon above the start, the highest of the ranks, and in float32 panels of the tallest weight
 (11008 x r); a process works on two weights at a time.
 
 Adds its parts to benchmarks/results/factorization.json, under "model".

@@ -38,7 +38,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 from adapters import LoLDUConfig
 from adapters.factors import loldu_factors
-from adapters.functions import blocks
+from adapters.functions import blocks, in_blocks
 
 LAYERS, HIDDEN, INNER, VOCABULARY, TOKENS = 4, 1024, 2752, 512, 512
 RANKS = (16, 64, 256, 1024)  # 1024 is the smaller side of every weight: full rank
@@ -196,7 +196,7 @@ def row(name: str, field: dict[str, Contender], saved: dict[str, int]) -> dict[s
 def multiplications_of_loras(r: int) -> float:
     """What ours adds to a step over what LoRA of the same rank adds, in multiplications."""
     shapes = [(HIDDEN, HIDDEN)] * 4 + [(INNER, HIDDEN)] * 2 + [(HIDDEN, INNER)]
-    triangle = sum(end * (end - at) for at, end in blocks(r))
+    triangle = sum(end * (end - at) for at, end in blocks(r)) if in_blocks(torch.empty(TOKENS, r)) else r * r
     return sum(2 * (triangle + (triangle if m == r else r * m)) for m, _ in shapes) / sum(
         3 * r * (m + n) for m, n in shapes
     )

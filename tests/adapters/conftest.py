@@ -35,7 +35,7 @@ def method(request, monkeypatch) -> str:
 @pytest.fixture
 def small_blocks(monkeypatch) -> None:
     """Triangles of four rows are taken apart already, for a single token too; else no tiny model's are."""
-    for name, value in {"SMALLEST": 3, "READ_FROM": 4, "WRITE_FROM": 4, "TOKENS": 1}.items():
+    for name, value in {"SMALLEST": 3, "FROM": 4, "TOKENS": 1}.items():
         monkeypatch.setattr(functions, name, value)
 
 

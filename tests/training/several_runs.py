@@ -24,7 +24,7 @@ from launcher import ranks as ranks_module
 from launcher.config import Config, from_dict
 from launcher.training import run as run_module
 
-SMALL = {"SMALLEST": 4, "READ_FROM": 4, "WRITE_FROM": 4, "TOKENS": 1}
+SMALL = {"SMALLEST": 4, "FROM": 4, "TOKENS": 1}
 LARGE = {name: getattr(functions, name) for name in SMALL}
 
 
