@@ -13,9 +13,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-# A triangle in eight blocks of rows leaves out 7/16 of the multiplications. Measured on a CPU in float32: below FROM rows
-# or TOKENS it takes as long or longer; for 512 tokens 0.77 of the time at 512 rows (0.91 where they are put in order
-# first), 0.65 at 1024 (0.70).
+# A triangle in eight blocks of rows leaves out 7/16 of the multiplications. Measured on a CPU in float32: below FROM
+# rows or TOKENS it takes as long or longer; for 512 tokens 0.77 of the time at 512 rows (0.91 where they are put in
+# order first), 0.65 at 1024 (0.70).
 BLOCKS, SMALLEST, FROM, TOKENS = 8, 128, 512, 256
 
 
