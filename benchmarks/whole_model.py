@@ -1,12 +1,12 @@
-"""A model of Llama-2-7B's size through the recipe on a CPU: what memory a process needs, in bfloat16 and in 4 bits.
+"""A model of Llama-2-7B's size through recipe and merge on a CPU: the memory a process needs, in bfloat16 and 4 bits.
 
-    python benchmarks/whole_model.py FOLDER                    # 14 GB of disk in FOLDER, 16 GB of memory, 10 minutes
+    python benchmarks/whole_model.py FOLDER                    # 28 GB of disk in FOLDER, 16 GB of memory, 10 minutes
     python benchmarks/whole_model.py FOLDER --layers 2 --output /tmp/small.json
 
 Writes 6.7 billion random weights to FOLDER/model, unless they are there, and starts the recipe on them: factors of rank
-64 for all 224 linear layers, cached in FOLDER, then two steps of two short samples. Peak memory is the process's
-largest resident set (VmHWM); the weights are read from mapped files, whose pages count while they are in use. Writes
-benchmarks/results/whole_model.json.
+64 for all 224 linear layers, cached in FOLDER, then two steps of two short samples. `loldu merge` of the bfloat16 run,
+with its check, follows. Peak memory is the process's largest resident set (VmHWM); the weights are read from mapped
+files, whose pages count while they are in use. Writes benchmarks/results/whole_model.json.
 """
 
 from __future__ import annotations
@@ -17,6 +17,7 @@ import shutil
 import subprocess
 import sys
 import time
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -35,18 +36,19 @@ SHARD_BYTES = 4e9
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("folder", type=Path)
+    parser.add_argument("folder", type=lambda text: Path(text).resolve())
     parser.add_argument("--layers", type=int, default=32)
     parser.add_argument("--output", type=Path, default=RESULT)
     options = parser.parse_args()
 
     numbers = write_model(options.folder / "model", options.layers)
     rows = {way: run(options.folder, way, extra) for way, extra in WAYS.items()}
+    rows["merge"] = merge(options.folder)
     result = about(1, "a model of Llama-2-7B's size on a CPU", f"{torch.get_num_threads()} threads used")
     result |= {"weights": numbers, "ways": rows}
     options.output.write_text(json.dumps(result, indent=1) + "\n")
     for way, row in rows.items():
-        print(f"{way}: peak {row['peak_gb']:.1f} GB, {row['seconds']:.0f} s, held-out loss {row['losses']}")
+        print(f"{way}: peak {row['peak_gb']:.1f} GB, {row['seconds']:.0f} s", *row.get("losses", ()))
 
 
 def write_model(folder: Path, layers: int) -> int:
@@ -77,7 +79,7 @@ def write_model(folder: Path, layers: int) -> int:
 
 
 def run(folder: Path, way: str, extra: list[str]) -> dict[str, Any]:
-    """One process of the recipe; its peak memory, and the held-out losses that it wrote."""
+    """One process of the recipe; what it needed, and the held-out losses that it wrote."""
     output = folder / f"run-{way}"
     shutil.rmtree(output, ignore_errors=True)
     options = {
@@ -86,21 +88,32 @@ def run(folder: Path, way: str, extra: list[str]) -> dict[str, Any]:
         "--targets": "all-linear", "--max-steps": 2, "--batch-size": 2, "--output": output, "--cache": folder / "cache",
     }  # fmt: skip
     words = [REPO / "recipes" / "llama2_alpaca_loldu.py", *(word for option in options.items() for word in option)]
+    needed = watched([*words, *extra])
+    events = [json.loads(line) for line in (output / "events.jsonl").read_text().splitlines()]
+    return needed | {"losses": [round(event["eval_loss"], 4) for event in events if "eval_loss" in event]}
+
+
+def merge(folder: Path) -> dict[str, Any]:
+    """Base and adapter of the bfloat16 run as one model, checked; it is removed again."""
+    out = folder / "merged"
+    shutil.rmtree(out, ignore_errors=True)
+    needed = watched(["-m", "launcher", "merge", folder / "run-bfloat16", "--out", out])
+    shutil.rmtree(out)
+    return needed
+
+
+def watched(words: Sequence[Any]) -> dict[str, Any]:
+    """Peak memory and seconds of `python WORDS`, which must end well."""
     started = time.monotonic()
-    process = subprocess.Popen([sys.executable, *map(str, words), *extra])
+    process = subprocess.Popen([sys.executable, *map(str, words)], cwd=REPO)
     peak = 0  # not what wait4 tells of it, which begins with what this process held
     while process.poll() is None:
         status = Path(f"/proc/{process.pid}/status").read_text()
         peak = max(peak, *(int(line.split()[1]) for line in status.splitlines() if line.startswith("VmHWM")), 0)
         time.sleep(0.1)
     if process.returncode:
-        raise SystemExit(f"the recipe ended with {process.returncode}")
-    events = [json.loads(line) for line in (output / "events.jsonl").read_text().splitlines()]
-    return {
-        "peak_gb": peak * 1024 / 1e9,
-        "seconds": round(time.monotonic() - started, 1),
-        "losses": [round(event["eval_loss"], 4) for event in events if "eval_loss" in event],
-    }
+        raise SystemExit(f"{words[0]} ended with {process.returncode}")
+    return {"peak_gb": peak * 1024 / 1e9, "seconds": round(time.monotonic() - started, 1)}
 
 
 if __name__ == "__main__":
