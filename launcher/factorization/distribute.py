@@ -158,16 +158,30 @@ def factorize(
         raise _not_shared(folder, blind)
 
     watch = _Watch(party, token, len(mine), on_progress)
-    made: dict[str, Factored] = {}
-    device, threads = device or own_device(ranks.local_rank), torch.get_num_threads()
-    # Work goes on in other threads, so that this one can speak and listen while a long factorisation runs: one reads,
-    # others factor, two weights at a time where only panels of them are in memory.
+    made = _make_all(mine, folder, device or own_device(ranks.local_rank), gradient_of, watch)
+    parts = party.gather("factors made", made)  # tuples arrive as lists
+    together = {name: Factored(*how) for owner in group for name, how in parts[owner].items()}
+    assert len(together) == len(missing)
+    done = {name: together.get(name) or Factored(found[name], False, _rank(folder, found[name])) for name in by_module}
+    if nodes:
+        _check_equal(folder, done, party)
+    return done
+
+
+def _make_all(
+    mine: Sequence[FactorRequest], folder: Path, device: torch.device, gradient_of: GradientOf | None, watch: _Watch
+) -> dict[str, Factored]:
+    """This rank's factors; returns once all ranks have theirs.
+
+    Work goes on in other threads, so that this one can speak and listen while a long factorisation runs: one reads,
+    others factor, two weights at a time where only panels of them are in memory.
+    """
     alone = device.type != "cpu" or any(request.needs_all for request in mine)
-    workers = 1 if alone else 2
+    workers, threads = 1 if alone else 2, torch.get_num_threads()
     pool, reader = ThreadPoolExecutor(workers, "factorize"), ThreadPoolExecutor(1, "read")
-    torch.set_num_threads(max(1, threads // workers))
-    futures: list[Future[Factored]] = []
     leaving = threading.Event()
+    futures: list[Future[Factored]] = []
+    made: dict[str, Factored] = {}
 
     def work(request: FactorRequest, read: Future[None], gradient: Callable[[], Tensor] | None) -> Factored:
         read.result()
@@ -175,6 +189,7 @@ def factorize(
             raise Stopped("another weight")
         return make(request, folder, device, gradient)
 
+    torch.set_num_threads(max(1, threads // workers))
     try:
         for number, request in enumerate(mine):
             for at in range(len(futures), min(number + AHEAD + 1, len(mine))):
@@ -189,25 +204,17 @@ def factorize(
         since = time.monotonic()
         while not watch.beat(len(made), "", finished=True):
             time.sleep(min(BEAT_S, 0.005 + (time.monotonic() - since) / 4))  # a quarter of the wait too long at most
+        return made
     except BaseException as error:
         leaving.set()
-        reader.shutdown(wait=False, cancel_futures=True)
         pool.shutdown(wait=False, cancel_futures=True)
         watch.tell(error)
         wait([future for future in futures if future.running()], timeout=5 * BEAT_S)  # no file is left half written
         raise
     finally:
-        reader.shutdown(wait=False)
+        reader.shutdown(wait=False, cancel_futures=True)
         pool.shutdown(wait=False)
         torch.set_num_threads(threads)
-
-    parts = party.gather("factors made", made)  # tuples arrive as lists
-    together = {name: Factored(*how) for owner in group for name, how in parts[owner].items()}
-    assert len(together) == len(missing)
-    done = {name: together.get(name) or Factored(found[name], False, _rank(folder, found[name])) for name in by_module}
-    if nodes:
-        _check_equal(folder, done, party)
-    return done
 
 
 def lookup(request: FactorRequest, folder: Path) -> str | None:
