@@ -5,13 +5,10 @@ from __future__ import annotations
 import importlib.util
 import itertools
 import logging
-import math
-import os
 import re
 import warnings
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from contextlib import suppress
-from pathlib import Path, PurePosixPath
+from pathlib import Path
 from typing import Any, Protocol
 
 import torch
@@ -26,7 +23,7 @@ from adapters.checkpoint_files import TensorInfo, list_tensors, open_tensor, wei
 from adapters.config import FactorConfig
 from adapters.layer import FactorLayer
 from launcher.config import ModelConfig
-from launcher.training.quantize import Quantised, bytes_per_number, linear_layers, quantize_skeleton
+from launcher.training.quantize import Quantised, linear_layers, quantize_skeleton
 
 log = logging.getLogger(__name__)
 
@@ -54,64 +51,6 @@ def choose_attention(wanted: str, *, on_gpu: bool, dtype: str) -> tuple[str, str
     if wanted == "sdpa" or missing:
         return "sdpa", "as asked" if wanted == "sdpa" else missing
     return "flash_attention_2", "as asked" if wanted == "flash" else "flash-attn and a GPU are there"
-
-
-def main_memory(proc: Path = Path("/proc/self/cgroup"), root: Path = Path("/sys/fs/cgroup")) -> tuple[int, bool]:
-    """Bytes of main memory that this process may fill, and whether its container or job is what limits it."""
-    machine = limit = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
-    for line in proc.read_text().splitlines() if proc.exists() else ():
-        _, controllers, group = line.split(":", 2)
-        if not controllers:  # version 2
-            top, name = root, "memory.max"
-        elif "memory" in controllers.split(","):
-            top, name = root / "memory", "memory.limit_in_bytes"
-        else:
-            continue
-        inside = PurePosixPath(group.lstrip("/"))
-        for folder in (inside, *inside.parents):  # the least limit of all levels holds
-            with suppress(OSError, ValueError):  # none at this level, not ours to read, or "max"
-                limit = min(limit, int((top / folder / name).read_text()))
-    return limit, limit < machine
-
-
-def check_memory(
-    folder: Path,
-    kind: str,
-    *,
-    share: float,
-    memory: int,
-    where: str,
-    limited: bool = False,
-    allowed: Callable[[str], bool] = lambda option: True,
-) -> None:
-    """Raises ValueError where the base's weights alone do not fit: a machine out of memory kills without a word.
-
-    kind is the base's dtype, or how it is quantised; share, how much of the base lies in these memory bytes, which
-    limited says are those of a job. Only what is certain counts: of a quantised base all as if it were packed, in
-    endless rows. allowed(option) is whether this run could be given that instead.
-    """
-    numbers = sum(math.prod(tensor.shape) for tensor in list_tensors(folder).values())
-    needs = {
-        each: numbers * bytes_per_number(each, getattr(torch, each, torch.float32), math.inf) * share
-        for each in ("float32", "bfloat16", "int8", "nf4", "fp4")
-    }
-    if needs[kind] <= memory:
-        return
-    options = {"--dtype bfloat16": "bfloat16", "--quantize int8": "int8", "--quantize nf4": "nf4"}
-    give = [
-        f"{option} ({needs[each] / 1e9:.3g} GB)"
-        for option, each in options.items()
-        if needs[each] <= memory and allowed(option)
-    ]
-    if allowed("--sharding fsdp2"):
-        give.append("--sharding fsdp2 on enough GPUs or machines")
-    give.append("the job or container more memory (Slurm: --mem)" if limited else "a machine that has more")
-    copies = f", {share:.3g} times," if share > 1 else ""
-    has = "where this job or container may fill" if limited else "which has"
-    raise ValueError(
-        f"the weights of {folder} take {needs[kind] / 1e9:.3g} GB in {kind}{copies} on {where}, {has} "
-        f"{memory / 1e9:.3g} GB: give {', or '.join(give)}"
-    )
 
 
 def build(

@@ -7,7 +7,6 @@ import importlib.metadata
 import json
 import logging
 import math
-import socket
 import sys
 import time
 import traceback
@@ -33,31 +32,29 @@ from launcher.factorization.targets import targets_of
 from launcher.ranks import Party, Ranks, Stopped, connect, same_everywhere, say_mistake
 from launcher.training import checkpoint, classification, data, records, templates
 from launcher.training.base import base_folder, context_length, load_tokenizer
+from launcher.training.checks import check, check_context, check_memory
 from launcher.training.classification import Labelled
 from launcher.training.folder import State, finished, prepare, save_final
-from launcher.training.gradients import FirstStep, check_first_step, check_frozen
+from launcher.training.gradients import FirstStep, check_frozen
 from launcher.training.loop import Job, Question, train, write_answers
 from launcher.training.methods import odd_rate, peft_config
 from launcher.training.model import (
     Parts,
     bare_skeleton,
     build,
-    check_memory,
     choose_attention,
     choose_dtype,
     fill,
-    main_memory,
     skeleton,
     stored_base,
 )
 from launcher.training.preemption import StopRequest
-from launcher.training.quantize import base_size, check_base, check_method, check_quantize
-from launcher.training.report import Screen, check_trackers, open_trackers, read_events
+from launcher.training.quantize import base_size, check_base
+from launcher.training.report import Screen, open_trackers, read_events
 from launcher.training.sharding import (
     FullyShard,
     Replicated,
     Rows,
-    check_offload,
     check_sharding,
     open_alone,
     shard,
@@ -69,7 +66,6 @@ from launcher.training.tokenised import encode_once
 log = logging.getLogger(__name__)
 
 TOKENISE_S = 6 * 3600.0
-STORED = {"float32": "F32", "bfloat16": "BF16"}  # as safetensors names them
 PACKAGES = ("torch", "transformers", "peft", "accelerate", "safetensors", "datasets", "deepspeed", "bitsandbytes")
 
 
@@ -123,22 +119,6 @@ def run(config: Config, name: str, instead: Callable[[], Config] | None = None) 
     return STOPPED if status == "stopped" and ranks.world_size == 1 else DONE
 
 
-def check(config: Config, ranks: Ranks) -> None:
-    """Everything that can be wrong before a file or a device is touched; the same on every rank."""
-    sharding = check_sharding(config.run.sharding, ranks, config.run.shard_size)
-    check_quantize(config.model.quantize, sharding, cpu_offload=config.run.cpu_offload)
-    check_offload(config.run.cpu_offload, sharding, on_gpu=torch.cuda.is_available())
-    data.check_batch(config.optimizer.batch_size, ranks.world_size)
-    adapter = peft_config(config.adapter)
-    check_first_step(adapter, sharding)
-    check_method(adapter, config.model.quantize, sharding)
-    if config.data.text_columns:
-        classification.check_head(config)
-    check_trackers(config.run.trackers)
-    dtype = choose_dtype(config.model.dtype)
-    choose_attention(config.model.attention, on_gpu=torch.cuda.is_available(), dtype=dtype)
-
-
 def _run(config: Config, name: str, party: Party, stop: StopRequest, screen: Screen, state: State) -> str:
     """The run, once the processes have met; how it ended. Called by all ranks."""
     ranks, started = party.ranks, time.monotonic()
@@ -169,7 +149,7 @@ def _run(config: Config, name: str, party: Party, stop: StopRequest, screen: Scr
     model, mesh = party.each("model", lambda: _load(start, plan))
     engine = party.each("engine", lambda: _engine(start, model, mesh))
     party.together("the factors", lambda: check_frozen(model, plan.identity, resume))
-    _check_context(config, model.config, context_length(model))
+    check_context(config, model.config, context_length(model))
     _introduce(start, plan, samples, engine, steps)
 
     # 4. Train.
@@ -247,10 +227,10 @@ def _settle(config: Config, name: str, party: Party, stop: StopRequest, screen: 
     party.together("base model", lambda: check_base(base, config.model.quantize))
     trusted = config.model.trust_remote_code
     party.together(
-        "base model", lambda: _check_context(config, AutoConfig.from_pretrained(base, trust_remote_code=trusted))
+        "base model", lambda: check_context(config, AutoConfig.from_pretrained(base, trust_remote_code=trusted))
     )
     sharding = check_sharding(config.run.sharding, ranks, config.run.shard_size)
-    party.together("base model", lambda: _check_memory(config, base, dtype, sharding, ranks))
+    party.together("base model", lambda: check_memory(config, base, dtype, sharding, ranks))
     return _Start(
         config=config,
         party=party,
@@ -265,40 +245,6 @@ def _settle(config: Config, name: str, party: Party, stop: StopRequest, screen: 
         base=base,
         cache=Path(config.run.cache) if config.run.cache else cache.default_folder(),
     )
-
-
-def _check_memory(config: Config, base: Path, dtype: str, sharding: str, ranks: Ranks) -> None:
-    """Whether this process's part of the base can fit its GPU, or all parts of this machine's its main memory."""
-
-    def allowed(option: str) -> bool:
-        name, value = option.removeprefix("--").split()
-        quantize: Any = value if name == "quantize" else config.model.quantize
-        engine = value if name == "sharding" else sharding
-        try:
-            replace(config, model=replace(config.model, quantize=quantize))
-            check_quantize(quantize, engine, cpu_offload=config.run.cpu_offload)
-            adapter = peft_config(config.adapter)
-            check_first_step(adapter, engine)
-            check_method(adapter, quantize, engine)
-        except ValueError:
-            return False
-        return True
-
-    copies = {"fsdp2": 1, "zero3": 1, "hsdp": ranks.world_size / (config.run.shard_size or ranks.local_world_size)}
-    share = copies.get(sharding, ranks.world_size) / ranks.world_size
-    kind = dtype if config.model.quantize == "none" else config.model.quantize
-    offloaded = config.run.cpu_offload and sharding != "zero2"  # which moves the optimizer's state alone
-    if torch.cuda.is_available() and not offloaded:
-        device = torch.cuda.get_device_properties(ranks.local_rank)
-        check_memory(base, kind, share=share, memory=device.total_memory, where=device.name, allowed=allowed)
-        return
-    # A frozen base in the dtype of its files is a map of them, whose pages the processes of a machine share.
-    frozen = sharding in ("none", "ddp") and config.adapter.method != "full"
-    mapped = frozen and {info.dtype for info in list_tensors(base).values()} == {STORED.get(kind)}
-    here = share if mapped else share * ranks.local_world_size
-    memory, limited = main_memory()
-    host = socket.gethostname()
-    check_memory(base, kind, share=here, memory=memory, where=host, limited=limited, allowed=allowed)
 
 
 def _read_in_turn(start: _Start, tokenizer: Any) -> _Samples:
@@ -495,16 +441,6 @@ def _rows(config: Config, encoded: data.Encoded) -> Sequence[Any]:
         return range(len(encoded))
     order = data.epoch_order(config.optimizer.seed, 0, len(encoded)).tolist()
     return data.pack(encoded.lengths, order, config.data.max_length)
-
-
-def _check_context(config: Config, settings: Any, room: int | None = None) -> None:
-    """Whether the samples fit the model, by its config; room says it where the built model has less."""
-    room = room or getattr(settings.get_text_config(), "max_position_embeddings", None) or sys.maxsize
-    if config.data.max_length > room:
-        raise ValueError(f"--max-length {config.data.max_length} is more than this model's context of {room} tokens")
-    window = getattr(settings, "sliding_window", None)
-    if config.data.packing and window and window < config.data.max_length:
-        raise ValueError(f"packing cannot honour this model's sliding window of {window}: leave --packing out")
 
 
 def _tell(job: Job, saved: Path, seconds: float) -> None:

@@ -22,6 +22,7 @@ import torch
 from adapters import functions
 from launcher import ranks as ranks_module
 from launcher.config import Config, from_dict
+from launcher.training import checks
 from launcher.training import run as run_module
 
 SMALL = {"SMALLEST": 4, "FROM": 4, "TOKENS": 1}
@@ -34,7 +35,7 @@ def main(plan: list[dict]) -> int:
     party = ranks_module.connect(ranks)
     run_module.connect = lambda *_, **__: party
     run_module._disconnect = lambda _: None
-    local, check_offload = (os.environ["LOCAL_RANK"], os.environ["LOCAL_WORLD_SIZE"]), run_module.check_offload
+    local, check_offload = (os.environ["LOCAL_RANK"], os.environ["LOCAL_WORLD_SIZE"]), checks.check_offload
     for number, entry in enumerate(plan):
         config, nodes = from_dict(Config, entry["config"]), entry.get("nodes")
         if nodes:
@@ -42,7 +43,7 @@ def main(plan: list[dict]) -> int:
         os.environ["LOCAL_RANK"], os.environ["LOCAL_WORLD_SIZE"] = ("0", "1") if nodes else local
         party.ranks = ranks_module.Ranks.from_environment()
         vars(functions).update(SMALL if entry.get("blocks") else LARGE)
-        run_module.check_offload = (lambda *_, **__: None) if entry.get("offload") else check_offload
+        checks.check_offload = (lambda *_, **__: None) if entry.get("offload") else check_offload
         if source := entry.get("copy_of"):
             party.from_main("copy", lambda source=source, config=config: copy(source, config))
         code = run_module.run(config, "several")

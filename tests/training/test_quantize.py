@@ -34,6 +34,7 @@ from launcher.inference.export import export_lora
 from launcher.inference.merge import merge
 from launcher.ranks import Ranks
 from launcher.training import quantized_layers
+from launcher.training.checks import check
 from launcher.training.model import build, fill, skeleton
 from launcher.training.quantize import (
     Quantised,
@@ -43,7 +44,7 @@ from launcher.training.quantize import (
     check_quantize,
     keep_packing,
 )
-from launcher.training.run import check, run
+from launcher.training.run import run
 from launcher.training.sharding import Rows, open_alone, shard, shard_mesh
 
 KINDS = ["int8", "nf4", "fp4"]

@@ -12,10 +12,10 @@ from transformers import AutoModelForCausalLM
 from launcher.config import AdapterConfig, Config, ModelConfig
 from launcher.ranks import Ranks
 from launcher.training import model as model_module
+from launcher.training.checks import check
 from launcher.training.methods import peft_config
 from launcher.training.model import build, fill, skeleton
 from launcher.training.quantize import ON_INT8, ON_PACKED, Quantised
-from launcher.training.run import check
 from launcher.training.sharding import Rows, open_alone, shard, shard_mesh
 
 HOW: dict = {"dtype": "float32", "attention": "sdpa", "factors": lambda module, rows=None: None}
