@@ -342,6 +342,17 @@ def fill(
         return parts.place(like, rows.to(home, like.dtype).clone())
 
     _exchange(model, lambda _, parameter: parameter if parameter.is_meta else parts.keep(parameter))
+    _fill_maps(model, factors, parts, place)
+    _fill_base(model, folder, parts, device, place)
+
+
+def _fill_maps(
+    model: nn.Module,
+    factors: Callable[[str, slice], Factors],
+    parts: Parts,
+    place: Callable[[Any, Tensor], nn.Parameter],
+) -> None:
+    """The adapters of the family: their frozen maps, and cores of zero."""
     for layer in [module for module in model.modules() if isinstance(module, FactorLayer)]:
         for factor_map in layer.maps.values():
             frozen = factors(layer.name, parts.rows(factor_map.write))
@@ -350,6 +361,12 @@ def fill(
             factor_map.read = place(factor_map.read, frozen.read[parts.rows(factor_map.read)])
             zeros = torch.zeros(factor_map.core.shape)
             factor_map.core = place(factor_map.core, zeros[parts.rows(factor_map.core)])
+
+
+def _fill_base(
+    model: nn.Module, folder: Path, parts: Parts, device: torch.device, place: Callable[[Any, Tensor], nn.Parameter]
+) -> None:
+    """All that is still on meta, from the checkpoint; and the buffers to the device."""
     tensors = list_tensors(folder)
     places: dict[int, list[tuple[nn.Module, str, str]]] = {}  # a tied parameter has several
     for prefix, module in model.named_modules():
