@@ -8,6 +8,7 @@ engines of the launcher, with gloo. Bytes are the counters of /sys/class/net les
 with time stamps): what TCP carried. Of an all-reduce they are predicted to the byte: scaling.py's, and gloo's headers.
 Predicted seconds of a step are the measured computing (in turns with the steps, by the same processes, without the
 network) + scaling.py's all-reduce or gathering at the limit, with the latency measured by an all-reduce of one number.
+Beside fsdp2 stands how long gloo's all-gather alone takes, over what the link needs for its bytes: 1 in the prediction.
 Writes results/scaling_network.json.
 """
 
@@ -42,6 +43,7 @@ FRAME = 1448 / 1514  # payload of a full frame, of what the token bucket counts
 BURST = 80_000  # bytes the token bucket lets through at once, after a pause: more than one packet of the kernel's own
 HEADER, SEGMENT = 48, 1 << 20  # gloo's: a ring's 2 (N-1) transfers go in two or more segments, each with three headers
 SUBNET = "10.213.7"
+GATHERED = 2_000_000  # about half a layer of the model here
 
 
 def why_not() -> str | None:
@@ -155,12 +157,15 @@ def judge(nodes: int, ranks: Sequence[dict[str, Any]]) -> dict[str, Any]:
         mine = all_reduce_bytes(first["gradient_bytes"], nodes) + segments * 3 * HEADER
         waiting = all_reduce_s(first["gradient_bytes"], nodes, bandwidth, latency_s)
     predicted, waiting = nodes * mine, waiting - min(mine, BURST) / bandwidth
+    if alone := first["gather_s"]:
+        alone /= ((nodes - 1) * GATHERED - BURST) / bandwidth
     return {
         "processes": nodes, "method": first["method"], "megabits": first["megabits"],
         "sent_bytes_a_step": carried, "predicted_bytes": predicted,
         "segments_sent_again": sum(rank["resent"] for rank in ranks), "latency_us": round(latency_s * 1e6, 1),
         "computing_s": round(computing, 4), "step_s": round(seconds, 4),
         "predicted_s": round(computing + waiting, 4), "error": round((computing + waiting) / seconds - 1, 4),
+        "all_gather_of_link": round(alone, 2) if alone else None,
     }  # fmt: skip
 
 
@@ -194,6 +199,7 @@ def worker(folder: Path, methods: Sequence[str], rates: Sequence[float], steps: 
                 "method": method, "megabits": megabits, "step_s": seconds, "computing_s": computing,
                 "latency_s": latency_s, "sent_bytes": (after[0] - before[0]) / meetings, "resent": after[1] - before[1],
                 "gradient_bytes": gradients, "gathered_bytes": gathered,
+                "gather_s": one_gather(ranks.world_size) if gathered else None,
             })  # fmt: skip
     (folder / f"{ranks.rank}.json").write_text(json.dumps(found))
     dist.destroy_process_group()
@@ -252,6 +258,20 @@ def one_number(world: int) -> float:
         began = time.perf_counter()
         dist.all_reduce(number)
         taken.append((time.perf_counter() - began) / (2 * (world - 1)))
+    return statistics.median(taken)
+
+
+def one_gather(world: int) -> float:
+    """Seconds of an all-gather of GATHERED bytes from each: the median of 8."""
+    import torch
+    import torch.distributed as dist
+
+    mine, all_, taken = torch.zeros(GATHERED // 4), torch.zeros(world * GATHERED // 4), []
+    for _ in range(8):
+        dist.barrier()
+        began = time.perf_counter()
+        dist.all_gather_into_tensor(all_, mine)
+        taken.append(time.perf_counter() - began)
     return statistics.median(taken)
 
 
