@@ -38,6 +38,7 @@ from launcher.factorization.targets import skeleton
 from launcher.inference.checks import compare, loss_change
 from launcher.inference.heldout import held_out
 from launcher.inference.sources import DTYPES, Kind, Source, adapter_config, attach, choose_device, find, load_model
+from launcher.training.base import first_line
 from launcher.training.quantize import check_quantize, linear_layers, transformers_config
 
 NAMES = {torch.float64: "F64", torch.float32: "F32", torch.bfloat16: "BF16", torch.float16: "F16"}
@@ -365,8 +366,10 @@ def _merge_in_memory(source: Source, folder: Path, dtype: str, shard_gb: float) 
     method = next(iter(model.peft_config.values())).peft_type.value
     try:
         merged = model.merge_and_unload(safe_merge=True)
-    except (AttributeError, NotImplementedError, TypeError):
-        raise ValueError(f"{method} cannot be merged into weights: use it as an adapter") from None
+    except (AttributeError, NotImplementedError, TypeError) as error:  # PEFT has no one way to say it
+        raise ValueError(
+            f"{method} cannot be merged into weights ({first_line(error)}): use it as an adapter"
+        ) from error
     ends = (merged.get_input_embeddings(), merged.get_output_embeddings())
     if all(ends) and ends[0].weight is not ends[1].weight:
         merged.config.get_text_config().tie_word_embeddings = merged.config.tie_word_embeddings = False

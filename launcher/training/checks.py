@@ -31,17 +31,22 @@ STORED = {"float32": "F32", "bfloat16": "BF16"}  # as safetensors names them
 def check(config: Config, ranks: Ranks) -> None:
     """Everything that can be wrong before a file or a device is touched; the same on every rank."""
     sharding = check_sharding(config.run.sharding, ranks, config.run.shard_size)
-    check_quantize(config.model.quantize, sharding, cpu_offload=config.run.cpu_offload)
+    check_carried(config, sharding)
     check_offload(config.run.cpu_offload, sharding, on_gpu=torch.cuda.is_available())
     data.check_batch(config.optimizer.batch_size, ranks.world_size)
-    adapter = peft_config(config.adapter)
-    check_first_step(adapter, sharding)
-    check_method(adapter, config.model.quantize, sharding)
     if config.data.text_columns:
         classification.check_head(config)
     check_trackers(config.run.trackers)
     dtype = choose_dtype(config.model.dtype)
     choose_attention(config.model.attention, on_gpu=torch.cuda.is_available(), dtype=dtype)
+
+
+def check_carried(config: Config, sharding: str) -> None:
+    """Whether the engine can carry this method on a base in this precision."""
+    check_quantize(config.model.quantize, sharding, cpu_offload=config.run.cpu_offload)
+    adapter = peft_config(config.adapter)
+    check_first_step(adapter, sharding)
+    check_method(adapter, config.model.quantize, sharding)
 
 
 def check_memory(config: Config, base: Path, dtype: str, sharding: str, ranks: Ranks) -> None:
@@ -50,13 +55,9 @@ def check_memory(config: Config, base: Path, dtype: str, sharding: str, ranks: R
     def allowed(option: str) -> bool:
         name, value = option.removeprefix("--").split()
         quantize: Any = value if name == "quantize" else config.model.quantize
-        engine = value if name == "sharding" else sharding
         try:
-            replace(config, model=replace(config.model, quantize=quantize))
-            check_quantize(quantize, engine, cpu_offload=config.run.cpu_offload)
-            adapter = peft_config(config.adapter)
-            check_first_step(adapter, engine)
-            check_method(adapter, quantize, engine)
+            changed = replace(config, model=replace(config.model, quantize=quantize))
+            check_carried(changed, value if name == "sharding" else sharding)
         except ValueError:
             return False
         return True

@@ -27,7 +27,7 @@ class FourBit(bnb.nn.Linear4bit):
 
     weight is a column (m n / 2, 1) of bytes, uint8: fully_shard spreads a frozen parameter of any dtype. The engines
     before it could spread floating numbers alone, and packed bytes shown to them as bfloat16 have been reported to come
-    back changed where they look like NaN (bitsandbytes issue 1945). Whoever casts the column destroys it.
+    back changed where they look like NaN (bitsandbytes#1945). Whoever casts the column destroys it.
     """
 
     def __init__(self, like: Any, kind: str, dtype: torch.dtype):
