@@ -32,9 +32,9 @@ from transformers import AutoModelForCausalLM
 
 from adapters.checkpoint_files import open_tensor
 from launcher.config import DataConfig
-from launcher.training import data, records
+from launcher.data import batches, encode, records
+from launcher.models.files import load_tokenizer
 from launcher.training import run as running
-from launcher.training.base import load_tokenizer
 
 CHOICES = {  # rates; the best lies in the middle
     "svd": (1e-2, 3e-2, 1e-1),
@@ -52,7 +52,7 @@ SAMPLES = 64
 def statistics(folder: Path, file: Path) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
     """By module: the summed gradient (m, n) of the first samples of a file, and its inputs' second moments (n, n)."""
     setting = DataConfig(prompt_template="short", max_length=methods.MAX_LENGTH)
-    encoded = data.encode(records.load_records(str(file))[:SAMPLES], load_tokenizer(folder), setting)
+    encoded = encode.encode(records.load_records(str(file))[:SAMPLES], load_tokenizer(folder), setting)
     model: Any = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
     layers = {name: layer for name, layer in model.named_modules() if isinstance(layer, nn.Linear) and "proj" in name}
     moments: dict[str, Tensor] = {
@@ -69,7 +69,7 @@ def statistics(folder: Path, file: Path) -> tuple[dict[str, Tensor], dict[str, T
     for name, layer in layers.items():
         layer.register_forward_pre_hook(watch(name))
     for start in range(0, SAMPLES, 16):
-        model(**data.collate(encoded, range(start, start + 16), pad_id=0), use_cache=False).loss.backward()
+        model(**batches.collate(encoded, range(start, start + 16), pad_id=0), use_cache=False).loss.backward()
     return {name: layer.weight.grad.double() for name, layer in layers.items()}, {
         k: v.double() for k, v in moments.items()
     }

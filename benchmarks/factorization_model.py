@@ -46,9 +46,10 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 from benchmarks.factorization import RESULTS, about, spread, timed
 from benchmarks.sharded_memory import MIB, Watch
-from launcher.factorization.distribute import FactorRequest, cost, factorize, share_out
+from launcher.factorization.make import FactorRequest
+from launcher.factorization.share import cost, factorize, share_out
 from launcher.factorization.targets import targets_of
-from launcher.ranks import Party, Ranks
+from launcher.processes import Communicator, Ranks
 
 LAYERS, WORLDS = 2, (1, 2, 4)
 PARTS = {"q_proj": 4, "gate_proj": 2, "down_proj": 1}  # one linear layer of each shape, and how many a layer has
@@ -186,10 +187,10 @@ def factor(rank: int, world: int, port: int, requests: list[FactorRequest], cach
     """What one of the processes needed; in the process itself."""
     torch.set_num_threads(max(1, (os.cpu_count() or 1) // world))
     store = dist.TCPStore("127.0.0.1", port, is_master=False) if world > 1 else None
-    party = Party(Ranks(rank, world, rank, world), store)
-    party.gather("all are here", rank)
+    comm = Communicator(Ranks(rank, world, rank, world), store)
+    comm.gather("all are here", rank)
     watch, before, cpu, started = Watch(), io_bytes(), time.process_time(), time.perf_counter()
-    done = factorize(requests, cache, party, device=torch.device("cpu"))
+    done = factorize(requests, cache, comm, device=torch.device("cpu"))
     seconds, cpu = time.perf_counter() - started, time.process_time() - cpu
     assert all(how.made for how in done.values())
     read = {name: count - before[name] for name, count in io_bytes().items()}

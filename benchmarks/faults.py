@@ -44,9 +44,9 @@ from safetensors.torch import load_file
 
 from launcher.config import AdapterConfig, Config, DataConfig, ModelConfig, OptimizerConfig, RunConfig
 from launcher.factorization import cache
-from launcher.factorization.distribute import factorize
+from launcher.factorization.share import factorize
 from launcher.factorization.targets import targets_of
-from launcher.ranks import Party, Ranks
+from launcher.processes import Communicator, Ranks
 from launcher.training import checkpoint
 from launcher.training.run import run
 
@@ -235,7 +235,10 @@ class Bench:
         requests = targets_of(Path(self.config.model.model), ("all-linear",), (), 16, dtype="float32")
         for number in range(times):
             folder = self.folder / f"shared-{number}"
-            jobs = [fork(lambda folder=folder: int(not factorize(requests, folder, Party(Ranks())))) for _ in range(2)]
+            jobs = [
+                fork(lambda folder=folder: int(not factorize(requests, folder, Communicator(Ranks()))))
+                for _ in range(2)
+            ]
             assert [os.waitpid(job, 0)[1] for job in jobs] == [0, 0]
             assert len(cache.entries(folder)) == len(requests)
             assert cache.verify(folder) == []

@@ -262,7 +262,7 @@ def training_bf16(plan: Plan) -> Steps:
 
 
 def training_nf4(plan: Plan) -> Steps:
-    from launcher.training.quantized_layers import FourBit
+    from launcher.models.layers import FourBit
 
     model = base_model(plan, plan.layers)
     for name, linear in list(model.named_modules()):

@@ -31,13 +31,13 @@ sys.path.insert(0, str(REPO))
 
 from adapters.layer import FactorLayer  # noqa: E402
 from launcher.config import AdapterConfig, Config, DataConfig, ModelConfig, OptimizerConfig, RunConfig  # noqa: E402
+from launcher.data import batches, encode, records  # noqa: E402
 from launcher.inference.export import export_lora  # noqa: E402
 from launcher.inference.heldout import mean_loss  # noqa: E402
 from launcher.inference.merge import merge  # noqa: E402
 from launcher.inference.sources import load_tokenizer  # noqa: E402
-from launcher.training import data, records  # noqa: E402
-from launcher.training.model import build  # noqa: E402
-from launcher.training.quantize import Quantised, keep_packing, linear_layers  # noqa: E402
+from launcher.models.build import build  # noqa: E402
+from launcher.models.quantize import Quantised, keep_packing, linear_layers  # noqa: E402
 from launcher.training.run import run, versions  # noqa: E402
 
 RESULTS = REPO / "benchmarks" / "results" / "quantized.json"
@@ -116,14 +116,14 @@ class HeldOut:
     def __init__(self, config: Config):
         _, held = records.load_splits(config.data.data, None, config.data.eval_records)
         self.tokenizer = load_tokenizer(Path(config.model.model))
-        self.encoded = data.encode(held, self.tokenizer, config.data)
+        self.encoded = encode.encode(held, self.tokenizer, config.data)
 
     def loss(self, model: Any) -> float:
         return mean_loss(model, self.encoded, self.tokenizer)
 
     @torch.no_grad()
     def logits(self, model: Any) -> torch.Tensor:
-        batch = data.collate(self.encoded, range(8), pad_id=0, packing=False, attention="sdpa")
+        batch = batches.collate(self.encoded, range(8), pad_id=0, packing=False, attention="sdpa")
         return model.eval()(input_ids=batch["input_ids"]).logits[batch["labels"] != -100].float()
 
 

@@ -26,7 +26,7 @@ from torch.distributed.tensor import DTensor
 REPO = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(REPO))
 
-from launcher.training.quantized_layers import LAYERS  # noqa: E402
+from launcher.models.layers import LAYERS  # noqa: E402
 
 SIZE, TOKENS = 2048, 256
 

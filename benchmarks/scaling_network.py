@@ -174,7 +174,7 @@ def worker(folder: Path, methods: Sequence[str], rates: Sequence[float], steps: 
     import torch
     import torch.distributed as dist
 
-    from launcher.ranks import Ranks
+    from launcher.processes import Ranks
 
     torch.set_num_threads(1)
     ranks = Ranks.from_environment()
@@ -213,7 +213,8 @@ def build(method: str, ranks: Any) -> tuple[Any, int]:
 
     from adapters import LoLDUConfig
     from launcher.config import OptimizerConfig
-    from launcher.training.sharding import FullyShard, Replicated, decoder_layers, shard, shard_mesh
+    from launcher.engines.fsdp2 import FullyShard, decoder_layers, shard, shard_mesh
+    from launcher.engines.replicated import Replicated
 
     torch.manual_seed(0)
     model: Any = LlamaForCausalLM(LlamaConfig(

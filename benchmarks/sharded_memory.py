@@ -35,8 +35,9 @@ import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from launcher.config import AdapterConfig, Config, DataConfig, ModelConfig, OptimizerConfig, RunConfig
+from launcher.engines.fsdp2 import decoder_layers
+from launcher.models.quantize import size
 from launcher.training import run as run_module
-from launcher.training.sharding import decoder_layers, size
 
 RESULTS = Path(__file__).parent / "results" / "sharded_memory.json"
 MIB = 2**20

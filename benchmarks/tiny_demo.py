@@ -29,9 +29,9 @@ sys.path[:0] = [str(REPO), str(REPO / "recipes")]
 from llama2_alpaca_loldu import TINY, tiny  # noqa: E402
 
 from launcher.config import Config  # noqa: E402
+from launcher.data import records, templates  # noqa: E402
 from launcher.inference.sources import find, load  # noqa: E402
-from launcher.training import records, templates  # noqa: E402
-from launcher.training.generation import answer  # noqa: E402
+from launcher.models.generation import answer  # noqa: E402
 from launcher.training.run import run  # noqa: E402
 
 RESULTS = REPO / "benchmarks" / "results" / "tiny_demo.json"

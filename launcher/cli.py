@@ -20,7 +20,7 @@ import tyro
 
 from launcher.config import Config, nearest
 from launcher.exit_codes import DONE, INTERRUPTED, MISTAKE
-from launcher.ranks import say_mistake
+from launcher.processes import say_mistake
 
 FLAT = (tyro.conf.OmitArgPrefixes,)
 PLAINLY: Mapping[str, str | Callable[[re.Match[str]], str]] = {  # how tyro says it: how we do
@@ -31,7 +31,7 @@ PLAINLY: Mapping[str, str | Callable[[re.Match[str]], str]] = {  # how tyro says
     r"Missing value for argument '(.*)'\. Expected \d+ values\.": r"\1 needs a value",
     r" \(required\)": "",
 }
-FOR_CALLERS = {"Console", "Party", "TextIO"}  # parameters of these types are no options
+FOR_CALLERS = {"Console", "Communicator", "TextIO"}  # parameters of these types are no options
 
 
 class Command(NamedTuple):

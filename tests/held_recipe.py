@@ -16,7 +16,7 @@ trained = loop.gradients
 
 def gradients(job, step):
     deadline = time.monotonic() + 120
-    while step == AFTER + 1 and not job.party.ranks.rank and not job.stop.asked():
+    while step == AFTER + 1 and not job.comm.ranks.rank and not job.stop.asked():
         assert time.monotonic() < deadline, f"held for 120 s after step {AFTER}, and never asked to stop"
         time.sleep(0.02)
     return trained(job, step)

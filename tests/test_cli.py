@@ -13,7 +13,7 @@ import torch
 
 import loldu
 from adapters import Factors
-from launcher import cli, ranks
+from launcher import cli, processes
 from launcher.config import Config
 from launcher.factorization import cache
 
@@ -83,7 +83,7 @@ def test_a_warning_is_a_line_without_the_place_in_our_files(capsys):
 @pytest.mark.parametrize(("rank", "lines"), [("0", 1), ("1", 0)])
 def test_of_several_processes_one_says_what_is_wrong_with_the_command_line(rank, lines, monkeypatch, capfd):
     monkeypatch.setenv("RANK", rank)
-    monkeypatch.setattr(ranks, "PATIENCE_S", 0)
+    monkeypatch.setattr(processes, "PATIENCE_S", 0)
 
     code = cli.run_recipe("test", Config, Config, ["--rank=0"])
 

@@ -143,7 +143,7 @@ def simulate_preempt(run: Run, *, how: Literal["warning", "requeue"] = "warning"
         how: warning (the signal Slurm sends before the time limit or a preemption), or requeue (no warning at all).
         timeout: Seconds to wait for it to come back and gain a step.
     """
-    from launcher.cluster.preempt import simulate
+    from launcher.cluster.simulate_preempt import simulate
 
     return simulate(run, how=how, timeout_s=timeout)
 

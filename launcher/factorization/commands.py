@@ -14,11 +14,11 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from rich.table import Table
 
 from launcher.factorization import cache
-from launcher.ranks import Party, Ranks, connect
+from launcher.processes import Communicator, Ranks, connect
 
 if TYPE_CHECKING:
-    from launcher.factorization.distribute import Factored, FactorRequest
-    from launcher.factorization.distribute import Progress as OnProgress
+    from launcher.factorization.make import Factored, FactorRequest
+    from launcher.factorization.watch import OnProgress
 
 GB = 1e9
 LINE_EVERY_S = 10.0  # without a terminal: a line for a log file
@@ -38,7 +38,7 @@ def factorize(
     cache_folder: str | None = None,
     cache_per_node: bool = False,
     verify_base: bool = False,
-    party: Party | None = None,
+    comm: Communicator | None = None,
     console: Console | None = None,
 ) -> int:
     """Make the factors a run with these settings will need, with all processes that were started.
@@ -56,7 +56,7 @@ def factorize(
         cache_folder: Folder of the cache, else the user's cache directory.
         cache_per_node: It is another folder on each node: each makes all factors for itself.
         verify_base: Read the weights again instead of trusting the size and time of their files.
-        party: The processes that share the work.
+        comm: The processes that share the work.
         console: Where to write.
 
     Raises ValueError for a model that is not there, targets that match nothing, a weight without factors, a cache that
@@ -64,11 +64,11 @@ def factorize(
     """
     from adapters.checkpoint_files import local_folder  # with torch and transformers, which take seconds to import
     from adapters.config import FAMILY
-    from launcher.factorization import distribute
+    from launcher.factorization import share
     from launcher.factorization.targets import targets_of
 
-    party = party or connect(Ranks.from_environment())
-    console = (console or Console()) if party.ranks.is_main else Console(quiet=True)
+    comm = comm or connect(Ranks.from_environment())
+    console = (console or Console()) if comm.ranks.is_main else Console(quiet=True)
     started, folder = time.monotonic(), _folder(cache_folder)
     if rank < 1:
         raise ValueError(f"--rank is at least 1, got {rank}")
@@ -91,14 +91,12 @@ def factorize(
             )
         return targets_of(path, targets, exclude, rank, dtype=dtype, **how)
 
-    requests = party.each("the weights to factor", look)  # a node without the model is named, nobody waits for it
+    requests = comm.each("the weights to factor", look)  # a node without the model is named, nobody waits for it
     if energy is None and (clamped := [request for request in requests if request.rank < rank]):
         console.print(f"--rank {rank} is clamped to the smaller side of {len(clamped)} weights")
     with _bar(console) as on_progress:
-        done = distribute.factorize(
-            requests, folder, party, on_progress, verify_base=verify_base, per_node=cache_per_node
-        )
-    if not party.ranks.is_main:
+        done = share.factorize(requests, folder, comm, on_progress, verify_base=verify_base, per_node=cache_per_node)
+    if not comm.ranks.is_main:
         return 0
 
     headings = ("module", "weight", "rank", "weights", "made now", "residual", "on disk")
@@ -106,7 +104,7 @@ def factorize(
     made = sum(how.made for how in done.values())
     console.print(
         f"{len(done)} weights factored, {made} of them now, in {time.monotonic() - started:.1f} s with "
-        f"{party.ranks.world_size} process{'es' * (party.ranks.world_size > 1)}; they lie in {folder}",
+        f"{comm.ranks.world_size} process{'es' * (comm.ranks.world_size > 1)}; they lie in {folder}",
         soft_wrap=True,
     )
     return 0

@@ -16,7 +16,7 @@ from torch import nn
 from transformers.pytorch_utils import Conv1D
 
 from adapters.checkpoint_files import TensorInfo, list_tensors, weight_of
-from launcher.factorization.distribute import FactorRequest
+from launcher.factorization.make import FactorRequest
 
 FULL_PRECISION = ("F64", "F32", "F16", "BF16")
 

@@ -9,11 +9,11 @@ from typing import Any, TextIO
 import torch
 from rich.console import Console
 
+from launcher.data.templates import Template, prompt_ids
 from launcher.inference.generate import choose_template
 from launcher.inference.sources import Quantize, find, load
-from launcher.training.base import context_length
-from launcher.training.generation import Sampling, stream
-from launcher.training.templates import Template, prompt_ids
+from launcher.models.files import context_length
+from launcher.models.generation import Sampling, stream
 
 Messages = list[dict[str, str]]
 HELP = "/reset forgets the talk, /system TEXT sets the model's role, /quit or Ctrl-D leaves; Ctrl-C stops an answer"

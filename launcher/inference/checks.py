@@ -15,8 +15,8 @@ from torch import Tensor
 
 from launcher.inference.heldout import mean_loss
 from launcher.inference.sources import Kind, Source, load_model, load_quantised
-from launcher.training.base import context_length
-from launcher.training.quantize import check_quantize
+from launcher.models.files import context_length
+from launcher.models.quantize import check_quantize
 
 # Allowed distance of the merged model's logits (`distance`). Measured on two small Llamas with random cores that move
 # the logits by 0.1 to 1.5: 3e-7 to 3e-4 in float32, 5e-4 to 0.01 in float16, 0.003 to 0.07 in bfloat16.

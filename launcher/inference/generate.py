@@ -10,12 +10,12 @@ from typing import Any, TextIO
 
 import torch
 
+from launcher.data.records import Record, load_records
+from launcher.data.records import answer as expected_answer
+from launcher.data.templates import Template, load_template, prompt_ids, render_prompt
 from launcher.inference.sources import Quantize, Source, find, load
-from launcher.training.base import context_length
-from launcher.training.generation import Answer, Sampling, answer, stream
-from launcher.training.records import Record, load_records
-from launcher.training.records import answer as expected_answer
-from launcher.training.templates import Template, load_template, prompt_ids, render_prompt
+from launcher.models.files import context_length
+from launcher.models.generation import Answer, Sampling, answer, stream
 
 CHUNK = 512  # records answered between two writes of JSON lines
 

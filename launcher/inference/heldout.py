@@ -8,14 +8,14 @@ from typing import Any
 import torch
 
 from launcher.config import DataConfig
+from launcher.data import batches, encode, records
 from launcher.inference.sources import Source
-from launcher.training import data, records
-from launcher.training.base import load_tokenizer
+from launcher.models.files import load_tokenizer
 
 AT_MOST = 200  # records of a file that is given for this alone
 
 
-def held_out(source: Source, file: str | None) -> tuple[data.Encoded, Any]:
+def held_out(source: Source, file: str | None) -> tuple[encode.Encoded, Any]:
     """Encoded records that the run was not trained on, or those of a file, and the tokenizer.
 
     Raises ValueError where neither is there.
@@ -33,16 +33,16 @@ def held_out(source: Source, file: str | None) -> tuple[data.Encoded, Any]:
         known = "the run held no records out" if source.data else f"{source.adapter} lies in no run folder"
         raise ValueError(f"there is nothing to measure the loss on, since {known}: give --data FILE")
     tokenizer = load_tokenizer(source.tokenizer)
-    return data.encode(held, tokenizer, DataConfig(**settings)), tokenizer
+    return encode.encode(held, tokenizer, DataConfig(**settings)), tokenizer
 
 
 @torch.no_grad()
-def mean_loss(model: Any, encoded: data.Encoded, tokenizer: Any, *, size: int = 16) -> float:
+def mean_loss(model: Any, encoded: encode.Encoded, tokenizer: Any, *, size: int = 16) -> float:
     """Loss per target token."""
     rows = sorted(range(len(encoded)), key=encoded.lengths.__getitem__)
     device, total = next(model.parameters()).device, 0.0
     for start in range(0, len(rows), size):
-        batch = data.collate(encoded, rows[start : start + size], pad_id=tokenizer.pad_token_id or 0)
+        batch = batches.collate(encoded, rows[start : start + size], pad_id=tokenizer.pad_token_id or 0)
         batch = {name: part.to(device) for name, part in batch.items()}
         total += float(model.eval()(**batch, num_items_in_batch=1, use_cache=False).loss)
-    return total / data.target_tokens(encoded, rows)
+    return total / batches.target_tokens(encoded, rows)

@@ -38,8 +38,8 @@ from launcher.factorization.targets import skeleton
 from launcher.inference.checks import compare, loss_change
 from launcher.inference.heldout import held_out
 from launcher.inference.sources import DTYPES, Kind, Source, adapter_config, attach, choose_device, find, load_model
-from launcher.training.base import first_line
-from launcher.training.quantize import check_quantize, linear_layers, transformers_config
+from launcher.models.files import first_line
+from launcher.models.quantize import check_quantize, linear_layers, transformers_config
 
 NAMES = {torch.float64: "F64", torch.float32: "F32", torch.bfloat16: "BF16", torch.float16: "F16"}
 FLOATS = {name: dtype for dtype, name in NAMES.items()}  # as safetensors writes them
@@ -305,7 +305,7 @@ def _entry(
 
 def _quantised(entry: Entry, like: Any, kind: str, dtype: torch.dtype) -> list[Entry]:
     """The tensors that stand for a quantised weight, made together when the first of them is asked for."""
-    from launcher.training.quantized_layers import LAYERS
+    from launcher.models.layers import LAYERS
 
     made: dict[str, Tensor] = {}
 

@@ -20,8 +20,8 @@ from transformers import AutoConfig, AutoModelForCausalLM
 import adapters  # registers our methods with PEFT as well
 from adapters.checkpoint_files import local_folder
 from launcher.config import ModelConfig
-from launcher.training.base import base_folder, first_line, has_tokenizer, load_tokenizer, recorded_run
-from launcher.training.quantize import check_base, check_quantize, keep_packing
+from launcher.models.files import base_folder, first_line, has_tokenizer, load_tokenizer, recorded_run
+from launcher.models.quantize import check_base, check_quantize, keep_packing
 
 Kind = Literal["none", "int8", "nf4", "fp4"]
 Quantize = Literal["auto", Kind]
@@ -167,7 +167,9 @@ def load_model(source: Source, *, dtype: str = "auto", device: str = "auto") -> 
 
 def load_quantised(source: Source, kind: Kind, *, dtype: str = "auto", device: str = "auto") -> Any:
     """The base, quantised weight by weight as it is read, with its adapter, if it has one: as a run trains on it."""
-    from launcher.training.model import Whole, bare_skeleton, choose_dtype, fill
+    from launcher.models.build import choose_dtype
+    from launcher.models.fill import Whole, fill
+    from launcher.models.skeleton import bare_skeleton
 
     check_quantize(kind, "none")
     check_base(source.base, kind)

@@ -31,7 +31,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
-from launcher.ranks import Party
+from launcher.processes import Communicator
 
 log = logging.getLogger(__name__)
 
@@ -89,7 +89,7 @@ def save(
     step: int,
     pieces: Mapping[str, Piece],
     meta: dict[str, Any],
-    party: Party,
+    comm: Communicator,
     before: Callable[[], None] = lambda: None,
 ) -> Path:
     """Write one checkpoint; every rank calls it with the rows it holds (replicated tensors: rank 0 alone).
@@ -99,14 +99,14 @@ def save(
     """
     final = root / f"step-{step:06d}"
     partial = final.with_suffix(".tmp")
-    file = f"rank-{party.ranks.rank:05d}.safetensors"
+    file = f"rank-{comm.ranks.rank:05d}.safetensors"
 
     def write() -> dict[str, Any]:
         if not pieces:
             return {}
         with _disk_errors(root):
             save_file({name: piece.rows.detach().cpu().contiguous() for name, piece in pieces.items()}, partial / file)
-            if not party.ranks.is_main:  # rank 0 does it with the index
+            if not comm.ranks.is_main:  # rank 0 does it with the index
                 sync(partial / file)
             return {
                 "file": file,
@@ -129,11 +129,11 @@ def save(
             partial.mkdir(parents=True)
 
     try:
-        party.from_main("checkpoint folder", begin)
-        written = [part for part in party.together("checkpoint rows", write) if part]
-        party.from_main("checkpoint index", lambda: _seal(partial, final, step, written, meta, before))
+        comm.from_main("checkpoint folder", begin)
+        written = [part for part in comm.together("checkpoint rows", write) if part]
+        comm.from_main("checkpoint index", lambda: _seal(partial, final, step, written, meta, before))
     except ValueError:
-        if party.ranks.is_main:
+        if comm.ranks.is_main:
             shutil.rmtree(partial, ignore_errors=True)
         raise
     return final
@@ -142,11 +142,11 @@ def save(
 class Saver:
     """Saves one checkpoint after another, in the background where asked for: training then waits for the copy alone.
 
-    Whoever else speaks to the party waits first, so that all ranks say the same things in the same order.
+    Whoever else speaks to the comm waits first, so that all ranks say the same things in the same order.
     """
 
-    def __init__(self, root: Path, party: Party, *, background: bool):
-        self.root, self.party, self.background = root, party, background
+    def __init__(self, root: Path, comm: Communicator, *, background: bool):
+        self.root, self.comm, self.background = root, comm, background
         self._thread: threading.Thread | None = None
         self._error: Exception | None = None
 
@@ -162,7 +162,7 @@ class Saver:
         self.wait()
 
         def work(pieces: Mapping[str, Piece]) -> None:
-            save(self.root, step, pieces, meta, self.party, before)
+            save(self.root, step, pieces, meta, self.comm, before)
             after()
 
         def work_aside(pieces: Mapping[str, Piece]) -> None:

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from launcher.config import Config
-from launcher.ranks import Party, Ranks, nodes_without
+from launcher.processes import Communicator, Ranks, nodes_without
 from launcher.training import checkpoint
 
 log = logging.getLogger(__name__)
@@ -29,7 +29,7 @@ class State:
             checkpoint.write_atomically(self.folder / "state", state + "\n")
 
 
-def prepare(config: Config, output: Path, identity: dict[str, Any], party: Party) -> checkpoint.Checkpoint | None:
+def prepare(config: Config, output: Path, identity: dict[str, Any], comm: Communicator) -> checkpoint.Checkpoint | None:
     """The checkpoint to go on from, if any. Raises ValueError for a folder that holds another run."""
 
     def decide() -> str | None:
@@ -54,15 +54,15 @@ def prepare(config: Config, output: Path, identity: dict[str, Any], party: Party
         _same_run(identity, found.meta["identity"], found.folder)
         return str(found.folder)
 
-    folder = party.from_main("checkpoints", decide)
-    ranks = party.ranks
+    folder = comm.from_main("checkpoints", decide)
+    ranks = comm.ranks
     several_nodes = ranks.local_world_size < ranks.world_size
-    if several_nodes and (blind := nodes_without(output, party, "the run folder", "--output DIR")):
+    if several_nodes and (blind := nodes_without(output, comm, "the run folder", "--output DIR")):
         raise ValueError(
             f"{', '.join(blind)} does not see the run folder {output} of rank 0, where checkpoints lie: give --output "
             "DIR on a file system that all nodes share"
         )
-    return party.each("checkpoint", lambda: checkpoint.load(Path(folder))) if folder else None
+    return comm.each("checkpoint", lambda: checkpoint.load(Path(folder))) if folder else None
 
 
 def _named_checkpoint(wanted: Path, output: Path) -> checkpoint.Checkpoint:

@@ -19,15 +19,16 @@ import torch.distributed as dist
 from torch import Tensor
 
 from launcher.config import Config, OptimizerConfig
-from launcher.ranks import Party
-from launcher.training import classification
+from launcher.data.batches import batch_indices, collate, share, target_tokens
+from launcher.data.encode import Encoded
+from launcher.engines.replicated import Replicated, sum_over_ranks
+from launcher.models.generation import answer
+from launcher.processes import Communicator
+from launcher.tasks import label
+from launcher.tasks.label import Labelled
 from launcher.training.checkpoint import Checkpoint, Saver, prune
-from launcher.training.classification import Labelled
-from launcher.training.data import Encoded, batch_indices, collate, share, target_tokens
-from launcher.training.generation import answer
-from launcher.training.preemption import StopRequest
 from launcher.training.report import Events, Rate, Screen, memory_gib
-from launcher.training.sharding import Replicated, sum_over_ranks
+from launcher.training.stop import StopRequest
 
 ANSWERS = 64  # a rank writes so many at a time, and then hears whether to stop
 
@@ -57,7 +58,7 @@ class Job:
     device: torch.device
     output: Path
     identity: dict[str, Any]
-    party: Party
+    comm: Communicator
     stop: StopRequest
     screen: Screen
     trackers: list[Any] = field(default_factory=list)
@@ -97,13 +98,13 @@ def learning_rate_at(step: int, steps: int, config: OptimizerConfig) -> float:
 
 def train(job: Job, resume: Checkpoint | None) -> str:
     """Train to the end or until asked to stop; returns "finished" or "stopped". Called by all ranks."""
-    config, ranks = job.config, job.party.ranks
+    config, ranks = job.config, job.comm.ranks
     progress = Progress(**resume.meta["progress"]) if resume else Progress()
     if resume:
         job.engine.restore(resume)
     seal = resume.meta["events"] if resume else None
     events = Events(job.output / "events.jsonl", progress.step, seal) if ranks.is_main else None
-    saver = Saver(job.output / "checkpoints", job.party, background=config.run.async_save)
+    saver = Saver(job.output / "checkpoints", job.comm, background=config.run.async_save)
     rate, saved, asked = Rate(), progress.step, False
 
     def tell(event: dict[str, Any]) -> None:
@@ -183,7 +184,7 @@ def evaluation_due(job: Job, progress: Progress) -> bool:
 
 def gradients(job: Job, step: int) -> tuple[float, int, bool]:
     """Gradients of global batch `step`; returns its loss and tokens, and whether any rank was asked to stop."""
-    optimizer, ranks = job.config.optimizer, job.party.ranks
+    optimizer, ranks = job.config.optimizer, job.comm.ranks
     rows = [job.rows[i] for i in batch_indices(optimizer.seed, step - 1, optimizer.batch_size, len(job.rows))]
     targets = target_tokens(job.train, rows)
     mine = share(rows, ranks.rank, ranks.world_size)
@@ -214,7 +215,7 @@ def loss_of(job: Job, data: Encoded, rows: Sequence[Any], targets: int, *, packi
 def labelled_outputs(job: Job, data: Labelled, rows: Sequence[int]) -> Any:
     """The model's output on these rows: its mean loss, and logits (B, classes)."""
     started = time.perf_counter()
-    batch = classification.collate(data, rows, job.tokenizer.pad_token_id)
+    batch = label.collate(data, rows, job.tokenizer.pad_token_id)
     batch = {name: part.to(job.device) for name, part in batch.items()}
     job.clock.batches_s += time.perf_counter() - started
     return job.engine.forward(**batch)
@@ -227,14 +228,14 @@ def evaluate(job: Job) -> dict[str, float] | None:
     the last one over samples may be for show, and all write all answers.
     """
     assert job.held_out is not None
-    ranks, model, lengths = job.party.ranks, job.engine.model, job.held_out.lengths
+    ranks, model, lengths = job.comm.ranks, job.engine.model, job.held_out.lengths
     size = job.config.optimizer.micro_batch_size or 16
     samples = sorted(range(len(lengths)), key=lambda i: lengths[i])
     questions = (
         sorted(job.questions, key=lambda question: len(question.prompt_ids)) if job.config.data.exact_match else []
     )
     shares = 1 if job.engine.gathers else ranks.world_size
-    sums = torch.zeros(classification.MOMENTS, dtype=torch.float64, device=job.device)
+    sums = torch.zeros(label.MOMENTS, dtype=torch.float64, device=job.device)
     total, right = torch.zeros((), device=job.device), torch.zeros((), device=job.device)
     model.eval()
     try:
@@ -246,7 +247,7 @@ def evaluate(job: Job) -> dict[str, float] | None:
                 if isinstance(job.held_out, Labelled) and part:
                     output = labelled_outputs(job, job.held_out, part)
                     loss = output.loss * len(part)
-                    sums += classification.moments(output.logits, job.held_out.labels[part].to(job.device))
+                    sums += label.moments(output.logits, job.held_out.labels[part].to(job.device))
                 else:
                     loss = loss_of(job, job.held_out, part or samples[:1], 1, packing=False)
             total += loss if part else 0
@@ -265,14 +266,14 @@ def evaluate(job: Job) -> dict[str, float] | None:
     if isinstance(job.held_out, Labelled):
         if ranks.world_size > 1:
             dist.all_reduce(sums)  # in float64: float32 loses the spread of labels that are far from zero
-        result |= classification.metrics(sums, job.held_out.classes)
+        result |= label.metrics(sums, job.held_out.classes)
     return result
 
 
 def stop_agreed(job: Job) -> bool:
     """Whether any rank was asked to stop. Called by all ranks."""
     asked = torch.tensor(float(job.stop.asked()), device=job.device)
-    return bool(sum_over_ranks([], [asked], job.party.ranks.world_size)[0] > 0)
+    return bool(sum_over_ranks([], [asked], job.comm.ranks.world_size)[0] > 0)
 
 
 def write_answers(job: Job, questions: Sequence[Question]) -> list[str]:

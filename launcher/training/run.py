@@ -25,43 +25,33 @@ from adapters.checkpoint_files import list_tensors
 from adapters.config import FactorConfig, LoRASBConfig
 from launcher.availability import unavailable
 from launcher.config import Config, as_dict
+from launcher.data import batches, encode, records, templates
+from launcher.data.tokenised import encode_once
+from launcher.engines.choose import check_sharding
+from launcher.engines.fsdp2 import FullyShard, Rows, open_alone, shard, shard_mesh
+from launcher.engines.replicated import Replicated
 from launcher.exit_codes import DONE, FAILED, MISTAKE, STOPPED
 from launcher.factorization import cache
-from launcher.factorization.distribute import FactorRequest, factorize, factors_of, fingerprint
+from launcher.factorization.make import FactorRequest, factors_of, fingerprint
+from launcher.factorization.share import factorize
 from launcher.factorization.targets import targets_of
-from launcher.ranks import Party, Ranks, Stopped, connect, same_everywhere, say_mistake
-from launcher.training import checkpoint, classification, data, records, templates
-from launcher.training.base import base_folder, context_length, load_tokenizer
-from launcher.training.checks import check, check_context, check_memory
-from launcher.training.classification import Labelled
+from launcher.models.build import build, choose_attention, choose_dtype
+from launcher.models.files import base_folder, context_length, load_tokenizer
+from launcher.models.fill import Parts, fill
+from launcher.models.quantize import base_size, check_base, size
+from launcher.models.skeleton import bare_skeleton, skeleton, stored_base
+from launcher.processes import Communicator, Ranks, Stopped, connect, same_everywhere, say_mistake
+from launcher.tasks import label
+from launcher.tasks.label import Labelled
+from launcher.training import checkpoint
+from launcher.training.first_gradients import FirstStep, check_frozen
 from launcher.training.folder import State, finished, prepare, save_final
-from launcher.training.gradients import FirstStep, check_frozen
 from launcher.training.loop import Job, Question, train, write_answers
+from launcher.training.memory import check_memory
 from launcher.training.methods import odd_rate, peft_config
-from launcher.training.model import (
-    Parts,
-    bare_skeleton,
-    build,
-    choose_attention,
-    choose_dtype,
-    fill,
-    skeleton,
-    stored_base,
-)
-from launcher.training.preemption import StopRequest
-from launcher.training.quantize import base_size, check_base
 from launcher.training.report import Screen, open_trackers, read_events
-from launcher.training.sharding import (
-    FullyShard,
-    Replicated,
-    Rows,
-    check_sharding,
-    open_alone,
-    shard,
-    shard_mesh,
-    size,
-)
-from launcher.training.tokenised import encode_once
+from launcher.training.resolve import check, check_context
+from launcher.training.stop import StopRequest
 
 log = logging.getLogger(__name__)
 
@@ -87,11 +77,11 @@ def run(config: Config, name: str, instead: Callable[[], Config] | None = None) 
     with StopRequest(config.run.max_seconds) as stop:
         try:
             check(config, ranks)
-            party = connect(ranks, cpu_offload=config.run.cpu_offload)
-            stop.store, connected = party.store, True
+            comm = connect(ranks, cpu_offload=config.run.cpu_offload)
+            stop.store, connected = comm.store, True
             try:
                 if instead is not None and (
-                    reason := party.from_main("the hub", lambda: unavailable(config.model.model, config.data.data))
+                    reason := comm.from_main("the hub", lambda: unavailable(config.model.model, config.data.data))
                 ):
                     screen.banner(
                         f"{reason}: running the embedded model and instructions instead, as --tiny does.\n"
@@ -99,9 +89,9 @@ def run(config: Config, name: str, instead: Callable[[], Config] | None = None) 
                     )
                     config = instead()
                     check(config, ranks)
-                status = _run(config, name, party, stop, screen, state)
+                status = _run(config, name, comm, stop, screen, state)
             finally:
-                _disconnect(party)
+                _disconnect(comm)
         except Stopped as reason:
             screen.say(f"stopped by {reason} before training began: nothing to save")
             status = "stopped"
@@ -119,24 +109,24 @@ def run(config: Config, name: str, instead: Callable[[], Config] | None = None) 
     return STOPPED if status == "stopped" and ranks.world_size == 1 else DONE
 
 
-def _run(config: Config, name: str, party: Party, stop: StopRequest, screen: Screen, state: State) -> str:
+def _run(config: Config, name: str, comm: Communicator, stop: StopRequest, screen: Screen, state: State) -> str:
     """The run, once the processes have met; how it ended. Called by all ranks."""
-    ranks, started = party.ranks, time.monotonic()
+    ranks, started = comm.ranks, time.monotonic()
 
     # 1. The base's files and the data: read by every rank for itself, so nothing large travels.
-    start = _settle(config, name, party, stop, screen)
+    start = _settle(config, name, comm, stop, screen)
     trusted = config.model.trust_remote_code
-    tokenizer = party.each("tokenizer", lambda: load_tokenizer(start.base, trust_remote_code=trusted))
+    tokenizer = comm.each("tokenizer", lambda: load_tokenizer(start.base, trust_remote_code=trusted))
     samples = _read_in_turn(start, tokenizer)
     rows = _rows(config, samples.train)
     steps = config.optimizer.max_steps or math.ceil(config.optimizer.epochs * len(rows) / config.optimizer.batch_size)
-    party.together("the factors", stop.before_training)
+    comm.together("the factors", stop.before_training)
 
     # 2. What is trained; and whether that has begun, or ended, in this folder already.
     plan = _plan(start, samples.train, tokenizer)
-    resume = prepare(config, start.output, plan.identity, party)
+    resume = prepare(config, start.output, plan.identity, comm)
     state.folder = start.output
-    if resume is not None and party.from_main("state", lambda: finished(config, start.output, resume, steps)):
+    if resume is not None and comm.from_main("state", lambda: finished(config, start.output, resume, steps)):
         screen.say(f"{start.output} is already finished at step {resume.step}: nothing to do")
         return "finished"
     state.write("running")
@@ -146,9 +136,9 @@ def _run(config: Config, name: str, party: Party, stop: StopRequest, screen: Scr
     # 3. The factors of our own methods, by all ranks together, and the model.
     if plan.requests:
         _factor(start, plan)
-    model, mesh = party.each("model", lambda: _load(start, plan))
-    engine = party.each("engine", lambda: _engine(start, model, mesh))
-    party.together("the factors", lambda: check_frozen(model, plan.identity, resume))
+    model, mesh = comm.each("model", lambda: _load(start, plan))
+    engine = comm.each("engine", lambda: _engine(start, model, mesh))
+    comm.together("the factors", lambda: check_frozen(model, plan.identity, resume))
     check_context(config, model.config, context_length(model))
     _introduce(start, plan, samples, engine, steps)
 
@@ -157,7 +147,7 @@ def _run(config: Config, name: str, party: Party, stop: StopRequest, screen: Scr
     job = Job(
         config=config, engine=engine, tokenizer=tokenizer, train=samples.train, rows=rows, held_out=samples.held_out,
         questions=samples.questions, steps=steps, attention=start.attention, device=start.device, output=start.output,
-        identity=plan.identity, party=party, stop=stop, screen=screen, trackers=trackers,
+        identity=plan.identity, comm=comm, stop=stop, screen=screen, trackers=trackers,
     )  # fmt: skip
     model.train()
     if resume is not None:
@@ -172,7 +162,7 @@ def _run(config: Config, name: str, party: Party, stop: StopRequest, screen: Scr
         screen.say(f"stopped by {stop.reason or 'another rank'}; every step is saved. To go on, type {again}")
     else:
         whole = engine.whole_state()
-        saved = party.from_main("adapter", lambda: str(save_final(model, whole, start.output, config)))
+        saved = comm.from_main("adapter", lambda: str(save_final(model, whole, start.output, config)))
         _tell(job, Path(saved), time.monotonic() - started)
     return status
 
@@ -182,7 +172,7 @@ class _Start:
     """What is settled before anything large is read."""
 
     config: Config
-    party: Party
+    comm: Communicator
     stop: StopRequest
     screen: Screen
     device: torch.device
@@ -201,8 +191,8 @@ class _Start:
 
 
 class _Samples(NamedTuple):
-    train: data.Encoded
-    held_out: data.Encoded | None
+    train: encode.Encoded
+    held_out: encode.Encoded | None
     questions: list[Question]
     template: str | None  # labels are asked for without one
 
@@ -217,23 +207,23 @@ class _Plan(NamedTuple):
     first_step: FirstStep | None  # LoRA-SB's gradients
 
 
-def _settle(config: Config, name: str, party: Party, stop: StopRequest, screen: Screen) -> _Start:
-    ranks, on_gpu = party.ranks, torch.cuda.is_available()
+def _settle(config: Config, name: str, comm: Communicator, stop: StopRequest, screen: Screen) -> _Start:
+    ranks, on_gpu = comm.ranks, torch.cuda.is_available()
     dtype = choose_dtype(config.model.dtype)
     attention, reason = choose_attention(config.model.attention, on_gpu=on_gpu, dtype=dtype)
     named = config.run.output or f"runs/{name}-{time.strftime('%Y%m%d-%H%M%S')}"
-    output = Path(party.from_main("run folder", lambda: named))
-    base = Path(party.together("base model", lambda: str(base_folder(config.model.model, "--model ")))[0])
-    party.together("base model", lambda: check_base(base, config.model.quantize))
+    output = Path(comm.from_main("run folder", lambda: named))
+    base = Path(comm.together("base model", lambda: str(base_folder(config.model.model, "--model ")))[0])
+    comm.together("base model", lambda: check_base(base, config.model.quantize))
     trusted = config.model.trust_remote_code
-    party.together(
+    comm.together(
         "base model", lambda: check_context(config, AutoConfig.from_pretrained(base, trust_remote_code=trusted))
     )
     sharding = check_sharding(config.run.sharding, ranks, config.run.shard_size)
-    party.together("base model", lambda: check_memory(config, base, dtype, sharding, ranks))
+    comm.together("base model", lambda: check_memory(config, base, dtype, sharding, ranks))
     return _Start(
         config=config,
-        party=party,
+        comm=comm,
         stop=stop,
         screen=screen,
         device=torch.device("cuda", ranks.local_rank) if on_gpu else torch.device("cpu"),
@@ -249,31 +239,31 @@ def _settle(config: Config, name: str, party: Party, stop: StopRequest, screen: 
 
 def _read_in_turn(start: _Start, tokenizer: Any) -> _Samples:
     """One process of each machine tokenises, unless it is done already; the others then find it in the cache."""
-    party = start.party
+    comm = start.comm
     found: list[_Samples] = []
 
     def read(mine: bool) -> None:
         if mine:
             found.append(_read_data(start.config, tokenizer, start.cache))
 
-    party.together("data", lambda: read(party.ranks.local_rank == 0), timeout_s=TOKENISE_S)
-    party.together("data", lambda: read(party.ranks.local_rank != 0), timeout_s=TOKENISE_S)
+    comm.together("data", lambda: read(comm.ranks.local_rank == 0), timeout_s=TOKENISE_S)
+    comm.together("data", lambda: read(comm.ranks.local_rank != 0), timeout_s=TOKENISE_S)
     return found[0]
 
 
-def _plan(start: _Start, train_data: data.Encoded, tokenizer: Any) -> _Plan:
-    config, party, base = start.config, start.party, start.base
+def _plan(start: _Start, train_data: encode.Encoded, tokenizer: Any) -> _Plan:
+    config, comm, base = start.config, start.comm, start.base
     classes = train_data.classes if isinstance(train_data, Labelled) else None
-    head = None if classes is None else classification.head_settings(classes, tokenizer.pad_token_id)
+    head = None if classes is None else label.head_settings(classes, tokenizer.pad_token_id)
     adapter: Any = peft_config(config.adapter, "CAUSAL_LM" if classes is None else "SEQ_CLS")
     ours = isinstance(adapter, FactorConfig)
     labels_model: Any = None
     if head is not None:
         plain = replace(config.model, quantize="none")
-        labels_model = party.each("head", lambda: bare_skeleton(plain, base, adapter, **start.how, head=head))
+        labels_model = comm.each("head", lambda: bare_skeleton(plain, base, adapter, **start.how, head=head))
     requests: list[FactorRequest] = []
     if ours:
-        requests = party.each(
+        requests = comm.each(
             "targets",
             lambda: targets_of(
                 base,
@@ -288,14 +278,14 @@ def _plan(start: _Start, train_data: data.Encoded, tokenizer: Any) -> _Plan:
         )
     identity = {
         "base": same_everywhere(
-            party,
+            comm,
             f"the base {base}",
-            lambda: fingerprint(list_tensors(base), start.cache) if party.ranks.local_rank == 0 else None,
+            lambda: fingerprint(list_tensors(base), start.cache) if comm.ranks.local_rank == 0 else None,
         ),
         "adapter": as_dict(config.adapter),
         "dtype": start.dtype,
         "quantize": config.model.quantize,
-        "data": same_everywhere(party, f"what {config.data.data} gives", train_data.digest),
+        "data": same_everywhere(comm, f"what {config.data.data} gives", train_data.digest),
         "packing": config.data.packing,
         "batch_size": config.optimizer.batch_size,
         "seed": config.optimizer.seed,
@@ -304,7 +294,7 @@ def _plan(start: _Start, train_data: data.Encoded, tokenizer: Any) -> _Plan:
         adapter.base_fingerprint = identity["base"]
     elif ours:  # a head for words is no part of this base, and neither is a new one for labels
         of_base = stored_base(labels_model, base)
-        adapter.base_fingerprint = party.from_main("fingerprint", lambda: fingerprint(of_base, start.cache))
+        adapter.base_fingerprint = comm.from_main("fingerprint", lambda: fingerprint(of_base, start.cache))
     first_step = None
     if isinstance(adapter, LoRASBConfig):
         adapter.step = adapter.step or config.optimizer.learning_rate
@@ -328,7 +318,7 @@ def _factor(start: _Start, plan: _Plan) -> None:
         factored = factorize(
             plan.requests,
             start.cache,
-            start.party,
+            start.comm,
             progress,
             verify_base=config.run.verify_base,
             per_node=config.run.cache_per_node,
@@ -370,22 +360,22 @@ def _load(start: _Start, plan: _Plan) -> tuple[Any, Any]:
         model, mesh = skeleton(config.model, start.base, plan.adapter, **how), None
         parts: Parts = Rows()
         if start.sharding == "zero3":
-            from launcher.training.zero import FlatParts
+            from launcher.engines.zero import FlatParts
 
-            parts = FlatParts(config.optimizer, start.party.ranks, device, cpu_offload=offload)
+            parts = FlatParts(config.optimizer, start.comm.ranks, device, cpu_offload=offload)
         else:
-            mesh = shard_mesh(start.sharding, start.party.ranks, device, config.run.shard_size)
+            mesh = shard_mesh(start.sharding, start.comm.ranks, device, config.run.shard_size)
             shard(model, mesh, cpu_offload=offload)
         fill(model, start.base, factors, parts, device, progress, cpu_offload=offload)
         return model, mesh
 
 
 def _engine(start: _Start, model: Any, mesh: Any) -> Replicated:
-    config, ranks, sharding = start.config, start.party.ranks, start.sharding
+    config, ranks, sharding = start.config, start.comm.ranks, start.sharding
     if mesh is not None:
         return FullyShard(model, config.optimizer, ranks, mesh)
     if sharding in ("zero2", "zero3"):
-        from launcher.training.zero import Zero
+        from launcher.engines.zero import Zero
 
         open_alone(start.device)
         return Zero(model, config.optimizer, ranks, int(sharding[-1]), cpu_offload=config.run.cpu_offload)
@@ -394,7 +384,7 @@ def _engine(start: _Start, model: Any, mesh: Any) -> Replicated:
 
 def _introduce(start: _Start, plan: _Plan, samples: _Samples, engine: Replicated, steps: int) -> None:
     """Write config.json, complete, and say what is about to run."""
-    config, ranks, say = start.config, start.party.ranks, start.screen.say
+    config, ranks, say = start.config, start.comm.ranks, start.screen.say
     trained, total = sum(size(parameter) for parameter in engine.parameters.values()), base_size(engine.model)
     if ranks.is_main:
         resolved = {
@@ -417,8 +407,8 @@ def _introduce(start: _Start, plan: _Plan, samples: _Samples, engine: Replicated
 
 def _read_data(config: Config, tokenizer: Any, cache_folder: Path) -> _Samples:
     if config.data.text_columns:
-        rows, held_rows, classes = classification.load_splits(config.data)
-        encode = lambda some: classification.encode(some, classes, tokenizer, config.data)  # noqa: E731
+        rows, held_rows, classes = label.load_splits(config.data)
+        encode = lambda some: label.encode(some, classes, tokenizer, config.data)  # noqa: E731
         held = encode(held_rows) if held_rows else None
         return _Samples(encode(rows), held, [], None)
     train_records, held_records = records.load_splits(config.data.data, config.data.eval_data, config.data.eval_records)
@@ -436,11 +426,11 @@ def _read_data(config: Config, tokenizer: Any, cache_folder: Path) -> _Samples:
     return _Samples(train_data, held_out, questions, template.name)
 
 
-def _rows(config: Config, encoded: data.Encoded) -> Sequence[Any]:
+def _rows(config: Config, encoded: encode.Encoded) -> Sequence[Any]:
     if not config.data.packing:
         return range(len(encoded))
-    order = data.epoch_order(config.optimizer.seed, 0, len(encoded)).tolist()
-    return data.pack(encoded.lengths, order, config.data.max_length)
+    order = batches.epoch_order(config.optimizer.seed, 0, len(encoded)).tolist()
+    return batches.pack(encoded.lengths, order, config.data.max_length)
 
 
 def _tell(job: Job, saved: Path, seconds: float) -> None:
@@ -496,7 +486,7 @@ def quiet_libraries() -> None:
     warnings.filterwarnings("ignore", category=FutureWarning)
 
 
-def _disconnect(party: Party) -> None:
+def _disconnect(comm: Communicator) -> None:
     """Leave together: gloo sometimes aborts a process whose peers are still talking."""
     gc.collect()
     if dist.is_initialized():

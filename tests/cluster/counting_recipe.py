@@ -14,7 +14,7 @@ import os
 import time
 from pathlib import Path
 
-from launcher.training.preemption import StopRequest
+from launcher.training.stop import StopRequest
 
 
 def main() -> int:

@@ -95,7 +95,7 @@ RECIPE = """
 import sys, time
 print("importing", flush=True)
 time.sleep(1)
-from launcher.training.preemption import StopRequest
+from launcher.training.stop import StopRequest
 with StopRequest() as stop:
     deadline = time.monotonic() + 20
     while not stop.asked() and time.monotonic() < deadline:

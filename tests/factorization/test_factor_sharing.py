@@ -13,18 +13,19 @@ from typing import Any
 import pytest
 import torch
 import torch.distributed as dist
-from parties import together
+from communicators import together
 from safetensors.torch import load_file, save_file
 from torch.distributed.distributed_c10d import _get_default_store
 
 from adapters.checkpoint_files import TensorInfo, list_tensors
 from adapters.factors import Factors, base_fingerprint, loldu_factors, probe_digest
 from adapters.svd import svd_factors
-from launcher.factorization import cache, distribute
-from launcher.factorization.distribute import FactorRequest, cost, factorize, factors_of, share_out
-from launcher.ranks import Party, Ranks, Stopped
+from launcher.factorization import cache, make, share, watch
+from launcher.factorization.make import FactorRequest, factors_of
+from launcher.factorization.share import cost, factorize, share_out
+from launcher.processes import Communicator, Ranks, Stopped
 
-ALONE = Party(Ranks())
+ALONE = Communicator(Ranks())
 
 
 def write_model(folder: Path, shapes: dict[str, tuple[int, ...]], dtype: torch.dtype = torch.float32) -> Path:
@@ -144,8 +145,8 @@ def test_a_whole_weight_of_svfit_is_the_key_and_not_its_panel(tmp_path, folder):
     assert torch.equal(probe_digest(first, first.shape), probe_digest(second, second.shape))
     save_file({"a.weight": first, "b.weight": second}, tmp_path / "model.safetensors")
 
-    keys = {distribute.make(request, folder).key for request in requests_for(tmp_path, method="svfit")}
-    panels = {distribute.make(request, folder).key for request in requests_for(tmp_path)}
+    keys = {make.make(request, folder).key for request in requests_for(tmp_path, method="svfit")}
+    panels = {make.make(request, folder).key for request in requests_for(tmp_path)}
 
     assert (len(keys), len(panels)) == (2, 1)
 
@@ -169,7 +170,7 @@ def test_a_warm_start_opens_no_tensor_and_makes_nothing(model, folder, monkeypat
     requests = requests_for(model)
     cold = factorize(requests, folder, ALONE)
 
-    monkeypatch.setattr(distribute, "open_tensor", no_reading)
+    monkeypatch.setattr(make, "open_tensor", no_reading)
     warm = factorize(requests, folder, ALONE)
 
     assert all(how.made for how in cold.values())
@@ -182,7 +183,7 @@ def test_a_copied_checkpoint_is_read_but_not_factored_again(model, folder, tmp_p
     factorize(requests_for(model), folder, ALONE)
     write_model(tmp_path / "copy", SIX)
 
-    monkeypatch.setattr(distribute, "loldu_factors", no_reading)
+    monkeypatch.setattr(make, "loldu_factors", no_reading)
     again = factorize(requests_for(tmp_path / "copy"), folder, ALONE)
 
     assert not any(how.made for how in again.values())
@@ -199,7 +200,7 @@ def test_another_rank_dtype_option_or_weight_has_another_key(model, folder, tmp_
         requests_for(model)[2],
     ]
 
-    keys = {distribute.make(variant, folder).key for variant in variants}
+    keys = {make.make(variant, folder).key for variant in variants}
 
     assert len(keys) == len(variants)
 
@@ -264,9 +265,9 @@ def test_the_fingerprint_is_that_of_the_model_in_memory_and_is_remembered(model,
     weights = load_file(model / "model.safetensors") | load_file(model / "extra.safetensors")
     matrices = [weight.flatten(1) for weight in weights.values() if weight.ndim > 1]
 
-    cold = distribute.fingerprint(list_tensors(model), folder)
-    monkeypatch.setattr(distribute, "open_tensor", no_reading)
-    warm = distribute.fingerprint(list_tensors(model), folder)
+    cold = make.fingerprint(list_tensors(model), folder)
+    monkeypatch.setattr(make, "open_tensor", no_reading)
+    warm = make.fingerprint(list_tensors(model), folder)
 
     assert cold == warm == base_fingerprint(probe_digest(matrix, matrix.shape) for matrix in matrices)
 
@@ -304,11 +305,11 @@ def test_every_rank_computes_the_same_shares_whatever_the_order():
 
 @pytest.mark.parametrize("world", [2, 4])
 def test_several_ranks_make_each_weight_once_and_get_what_one_gets(model, folder, tmp_path, monkeypatch, world):
-    made, real = [], distribute.make
+    made, real = [], make.make
     alone = factorize(requests_for(model), tmp_path / "alone", ALONE)
-    monkeypatch.setattr(distribute, "make", lambda request, *rest: made.append(request.module) or real(request, *rest))
+    monkeypatch.setattr(share, "make", lambda request, *rest: made.append(request.module) or real(request, *rest))
 
-    results = together(world, lambda party: factorize(requests_for(model), folder, party))
+    results = together(world, lambda comm: factorize(requests_for(model), folder, comm))
 
     assert results == [alone] * world
     assert sorted(made) == sorted(SIX)
@@ -319,18 +320,19 @@ def test_several_ranks_make_each_weight_once_and_get_what_one_gets(model, folder
 
 def test_the_progress_of_all_ranks_reaches_rank_0(model, folder, monkeypatch):
     """Each weight takes five beats, so that the other rank's are counted while rank 0 works."""
-    seen, real = [], distribute.make
+    seen, real = [], make.make
 
     def slow(request, *rest):
         time.sleep(0.1)
         return real(request, *rest)
 
-    monkeypatch.setattr(distribute, "make", slow)
-    monkeypatch.setattr(distribute, "BEAT_S", 0.02)
+    monkeypatch.setattr(share, "make", slow)
+    monkeypatch.setattr(share, "BEAT_S", 0.02)
+    monkeypatch.setattr(watch, "BEAT_S", 0.02)
 
-    def run(party: Party) -> None:
-        report = (lambda *news: seen.append(news)) if party.ranks.is_main else (lambda *news: None)
-        factorize(requests_for(model), folder, party, report)
+    def run(comm: Communicator) -> None:
+        report = (lambda *news: seen.append(news)) if comm.ranks.is_main else (lambda *news: None)
+        factorize(requests_for(model), folder, comm, report)
 
     together(2, run)
 
@@ -341,14 +343,14 @@ def test_the_progress_of_all_ranks_reaches_rank_0(model, folder, monkeypatch):
 
 def test_two_panels_are_worked_on_at_once_with_half_of_torchs_threads_each(model, folder, monkeypatch):
     """Whoever comes alone to the meeting waits in vain."""
-    meeting, threads, real, before = threading.Barrier(2), set(), distribute.make, torch.get_num_threads()
+    meeting, threads, real, before = threading.Barrier(2), set(), make.make, torch.get_num_threads()
 
     def meet(request, *rest):
         meeting.wait(timeout=30)
         threads.add(torch.get_num_threads())
         return real(request, *rest)
 
-    monkeypatch.setattr(distribute, "make", meet)
+    monkeypatch.setattr(share, "make", meet)
     torch.set_num_threads(4)
     try:
         done = factorize(requests_for(model), folder, ALONE)
@@ -363,14 +365,14 @@ def test_two_panels_are_worked_on_at_once_with_half_of_torchs_threads_each(model
 def test_weights_are_read_before_they_are_factored_and_not_far_ahead(tmp_path, folder, monkeypatch):
     """What is read too early is gone again where the model is larger than the memory."""
     model = write_model(tmp_path / "model", {f"layers.{i:02}.q": (8, 6) for i in range(20)})
-    real, log = distribute.make, []
+    real, log = make.make, []
 
-    def make(request, *rest):
+    def logged(request, *rest):
         log.append(("made", request.tensor.name))
         return real(request, *rest)
 
-    monkeypatch.setattr(distribute, "make", make)
-    monkeypatch.setattr(distribute, "read_ahead", lambda info, *_: log.append(("read", info.name)))
+    monkeypatch.setattr(share, "make", logged)
+    monkeypatch.setattr(share, "read_ahead", lambda info, *_: log.append(("read", info.name)))
 
     factorize(requests_for(model), folder, ALONE)
 
@@ -378,7 +380,7 @@ def test_weights_are_read_before_they_are_factored_and_not_far_ahead(tmp_path, f
     for place, (what, name) in enumerate(log):
         earlier = log[:place]
         made = sum(each == "made" for each, _ in earlier)
-        assert ("read", name) in earlier if what == "made" else len(earlier) - made <= made + distribute.AHEAD
+        assert ("read", name) in earlier if what == "made" else len(earlier) - made <= made + share.AHEAD
 
 
 def test_a_stop_ends_the_reading_too(model, folder, monkeypatch):
@@ -393,8 +395,8 @@ def test_a_stop_ends_the_reading_too(model, folder, monkeypatch):
     def stop(*_):
         raise Stopped("SIGTERM")
 
-    monkeypatch.setattr(distribute, "read_ahead", read_for_ever)
-    monkeypatch.setattr(distribute, "make", no_reading)
+    monkeypatch.setattr(share, "read_ahead", read_for_ever)
+    monkeypatch.setattr(share, "make", no_reading)
 
     with pytest.raises(Stopped, match="SIGTERM"):
         factorize(requests_for(model), folder, ALONE, stop)
@@ -407,10 +409,10 @@ def test_a_file_that_changed_since_its_header_was_read_is_told_by_what_opens_it(
     info = list_tensors(model)["layers.0.q.weight"]
     info.file.write_bytes(damage)
 
-    distribute.read_ahead(info)  # says nothing, since nobody would know of which weight
+    make.read_ahead(info)  # says nothing, since nobody would know of which weight
 
     with pytest.raises(Exception, match=r"header|Header"):
-        distribute.open_tensor(info)
+        make.open_tensor(info)
 
 
 @pytest.mark.skipif(not Path("/proc/self/io").exists(), reason="reads Linux's count of a process's bytes")
@@ -420,7 +422,7 @@ def test_reading_ahead_takes_a_tensor_from_end_to_end(tmp_path):
     count = lambda: int(Path("/proc/self/io").read_text().split("rchar: ")[1].split()[0])  # noqa: E731
     before = count()
 
-    distribute.read_ahead(info)
+    make.read_ahead(info)
 
     assert 700 * 1000 * 4 <= count() - before < 700 * 1000 * 4 + 20_000  # and the file's header
 
@@ -431,7 +433,7 @@ def test_a_weight_without_factors_is_named_on_all_ranks_and_nothing_is_half_writ
     save_file(weights, model / "model.safetensors")
     started = time.monotonic()
 
-    errors = together(2, lambda party: factorize(requests_for(model), folder, party))
+    errors = together(2, lambda comm: factorize(requests_for(model), folder, comm))
 
     assert time.monotonic() - started < 10
     for error in errors:
@@ -443,7 +445,7 @@ def test_a_weight_without_factors_is_named_on_all_ranks_and_nothing_is_half_writ
 
 def test_a_weight_that_fails_while_another_is_worked_on_is_the_one_that_is_named(model, folder, monkeypatch):
     """Its failure is there before anyone waits for it."""
-    real = distribute.make
+    real = make.make
 
     def fail(request, *rest):
         if request.module == "layers.1.up":
@@ -451,9 +453,9 @@ def test_a_weight_that_fails_while_another_is_worked_on_is_the_one_that_is_named
         time.sleep(0.1)
         return real(request, *rest)
 
-    monkeypatch.setattr(distribute, "make", fail)
+    monkeypatch.setattr(share, "make", fail)
 
-    errors = together(2, lambda party: factorize(requests_for(model), folder, party))
+    errors = together(2, lambda comm: factorize(requests_for(model), folder, comm))
 
     owner = next(rank for rank, error in enumerate(errors) if str(error) == "cannot be")
     assert str(errors[1 - owner]) == f"rank {owner} failed at layers.1.up: cannot be"
@@ -477,7 +479,7 @@ def test_a_full_disk_on_one_rank_is_named_on_all(model, folder, monkeypatch):
         real(tensors, file, metadata)
 
     monkeypatch.setattr("safetensors.torch.save_file", full)
-    errors = together(2, lambda party: factorize(requests_for(model), folder, party))
+    errors = together(2, lambda comm: factorize(requests_for(model), folder, comm))
 
     for error in errors:
         assert isinstance(error, ValueError)
@@ -488,14 +490,14 @@ def test_a_full_disk_on_one_rank_is_named_on_all(model, folder, monkeypatch):
 
 
 def _work_until_killed(port: int, model: Path, folder: Path, working) -> None:
-    distribute.make = lambda *_args: time.sleep(1) or working.set() or time.sleep(60)
+    share.make = lambda *_args: time.sleep(1) or working.set() or time.sleep(60)
     store = dist.TCPStore("127.0.0.1", port, is_master=False)
-    factorize(requests_for(model), folder, Party(Ranks(1, 2, 1, 2), store))
+    factorize(requests_for(model), folder, Communicator(Ranks(1, 2, 1, 2), store))
 
 
 def test_a_killed_rank_is_named_with_its_weight(model, folder, monkeypatch):
     """With a shorter patience than the real one, so that the test is quick."""
-    monkeypatch.setattr(distribute, "SILENCE_S", 1.5)
+    monkeypatch.setattr(watch, "SILENCE_S", 1.5)
     store = dist.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
     fork = multiprocessing.get_context("fork")
     working = fork.Event()
@@ -504,7 +506,7 @@ def test_a_killed_rank_is_named_with_its_weight(model, folder, monkeypatch):
     threading.Thread(target=lambda: working.wait(30) and os.kill(other.pid, signal.SIGKILL)).start()
 
     with pytest.raises(RuntimeError, match=r"no word from rank 1 .* last heard of at layers\.\d\.\w+: it died"):
-        factorize(requests_for(model), folder, Party(Ranks(0, 2, 0, 2), store))
+        factorize(requests_for(model), folder, Communicator(Ranks(0, 2, 0, 2), store))
 
     other.join()
 
@@ -541,11 +543,11 @@ def test_killed_half_way_the_next_run_makes_only_what_is_missing(model, folder):
 def _one_of_two(rank: int, port: int, good: Path, bad: Path, folder: Path, out: Path) -> None:
     os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "TORCHELASTIC_USE_AGENT_STORE": "True"}
     dist.init_process_group("gloo", rank=rank, world_size=2)
-    party = Party(Ranks(rank, 2, rank, 2), _get_default_store())
-    done = factorize(requests_for(good, 8), folder, party)
+    comm = Communicator(Ranks(rank, 2, rank, 2), _get_default_store())
+    done = factorize(requests_for(good, 8), folder, comm)
     started = time.monotonic()
     try:
-        factorize(requests_for(bad, 8), folder, party)
+        factorize(requests_for(bad, 8), folder, comm)
         message = "no error"
     except ValueError as error:
         message = str(error)

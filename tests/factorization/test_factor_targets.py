@@ -11,7 +11,7 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, BertConfig, BertModel, GPT2Config, GPT2LMHeadModel
 
 from adapters.factors import probe_digest
-from launcher.factorization.distribute import factors_of
+from launcher.factorization.make import factors_of
 from launcher.factorization.targets import skeleton, targets_of
 
 

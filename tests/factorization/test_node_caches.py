@@ -7,14 +7,15 @@ from typing import Any
 
 import pytest
 import torch
-from parties import together
+from communicators import together
 from safetensors.torch import save_file
 
 from adapters.checkpoint_files import list_tensors
-from launcher import ranks
-from launcher.factorization import cache, distribute
-from launcher.factorization.distribute import FactorRequest, factorize
-from launcher.ranks import Party, Ranks
+from launcher import processes
+from launcher.factorization import cache, share
+from launcher.factorization.make import FactorRequest
+from launcher.factorization.share import factorize
+from launcher.processes import Communicator, Ranks
 
 NAMES = ("k", "q", "v")
 
@@ -33,12 +34,12 @@ def requests(tmp_path) -> list[FactorRequest]:
 
 @pytest.fixture
 def folders(tmp_path, monkeypatch) -> list[Path]:
-    monkeypatch.setattr(ranks, "FOLDER_S", 0.2)
+    monkeypatch.setattr(processes, "FOLDER_S", 0.2)
     return [tmp_path / "node0", tmp_path / "node1"]
 
 
 def by_both(requests: list[FactorRequest], folders: list[Path], **options: Any) -> list[Any]:
-    return together(2, lambda party: factorize(requests, folders[party.ranks.rank], party, **options), two_nodes)
+    return together(2, lambda comm: factorize(requests, folders[comm.ranks.rank], comm, **options), two_nodes)
 
 
 def test_a_cache_that_another_node_does_not_see_is_refused_naming_it_and_what_to_type(requests, folders):
@@ -61,7 +62,7 @@ def test_where_each_node_has_a_cache_of_its_own_each_makes_all(requests, folders
 
 
 def test_only_what_a_node_lacks_is_made_there(requests, folders):
-    factorize(requests[:2], folders[1], Party(Ranks()))
+    factorize(requests[:2], folders[1], Communicator(Ranks()))
 
     first, second = by_both(requests, folders, per_node=True)
 
@@ -71,8 +72,8 @@ def test_only_what_a_node_lacks_is_made_there(requests, folders):
 
 def test_a_warm_cache_of_all_nodes_is_read_and_nothing_written_beside_it(requests, folders, monkeypatch):
     """It may be read-only."""
-    factorize(requests, folders[0], Party(Ranks()))
-    monkeypatch.setattr(distribute, "nodes_without", lambda *_: pytest.fail("a probe was written"))
+    factorize(requests, folders[0], Communicator(Ranks()))
+    monkeypatch.setattr(share, "nodes_without", lambda *_: pytest.fail("a probe was written"))
 
     results = by_both(requests, [folders[0], folders[0]])
 
@@ -80,7 +81,7 @@ def test_a_warm_cache_of_all_nodes_is_read_and_nothing_written_beside_it(request
 
 
 def test_a_warm_cache_of_one_node_alone_is_refused_too(requests, folders):
-    factorize(requests, folders[0], Party(Ranks()))
+    factorize(requests, folders[0], Communicator(Ranks()))
 
     errors = by_both(requests, folders)
 
@@ -89,8 +90,8 @@ def test_a_warm_cache_of_one_node_alone_is_refused_too(requests, folders):
 
 def test_a_node_may_see_late_what_another_has_made(requests, folders, monkeypatch):
     """As on a network file system."""
-    monkeypatch.setattr(ranks, "FOLDER_S", 30.0)
-    factorize(requests, folders[0], Party(Ranks()))
+    monkeypatch.setattr(processes, "FOLDER_S", 30.0)
+    factorize(requests, folders[0], Communicator(Ranks()))
     shutil.copytree(folders[0], late := folders[1].with_name("late"))
     timer = threading.Timer(0.3, late.rename, [folders[1]])
 

@@ -5,11 +5,11 @@ import signal
 
 import pytest
 
+from launcher.data.templates import Template, load_template
 from launcher.inference import chat as module
 from launcher.inference.chat import chat, fit
 from launcher.inference.sources import find
-from launcher.training.base import load_tokenizer
-from launcher.training.templates import Template, load_template
+from launcher.models.files import load_tokenizer
 
 
 def talk(model, *lines, out=None, **settings):

@@ -9,11 +9,11 @@ import pytest
 import torch
 from transformers import AutoTokenizer, GPT2LMHeadModel
 
+from launcher.data.templates import load_template, prompt_ids
 from launcher.inference.generate import generate
 from launcher.inference.sources import find, load
-from launcher.training import generation
-from launcher.training.generation import Sampling, answer, stop_tokens, stream
-from launcher.training.templates import load_template, prompt_ids
+from launcher.models import generation
+from launcher.models.generation import Sampling, answer, stop_tokens, stream
 
 BARE = types.SimpleNamespace(eos_token_id=None)  # all that `answer` asks of a tokenizer
 

@@ -20,7 +20,7 @@ from launcher.inference.export import export_lora
 from launcher.inference.heldout import held_out
 from launcher.inference.merge import merge
 from launcher.inference.sources import find, load, load_model, load_quantised
-from launcher.training.quantize import keep_packing
+from launcher.models.quantize import keep_packing
 
 
 def logits(model):

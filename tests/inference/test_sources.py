@@ -10,7 +10,7 @@ from peft import LoraConfig, get_peft_model
 from transformers import AutoModelForCausalLM
 
 from launcher.inference.sources import find, load
-from launcher.training.quantize import Quantised
+from launcher.models.quantize import Quantised
 
 
 def copy(folder, to):

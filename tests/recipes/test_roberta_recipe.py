@@ -15,7 +15,7 @@ from transformers import AutoModelForSequenceClassification, AutoTokenizer, Bits
 from adapters.layer import BasePrecisionWarning
 from launcher import cli
 from launcher.inference.sources import find
-from launcher.training.quantize import keep_packing
+from launcher.models.quantize import keep_packing
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2] / "recipes"))
 from roberta_glue_loldu import TASKS, roberta_glue

@@ -6,13 +6,13 @@ import os
 
 import pytest
 import torch
-from parties import together
+from communicators import together
 
-from launcher.ranks import Party, Ranks
+from launcher.processes import Communicator, Ranks
 from launcher.training import checkpoint
 from launcher.training.checkpoint import Piece, load, newest, prune, save
 
-ALONE = Party(Ranks())
+ALONE = Communicator(Ranks())
 
 
 def write(root, step, value=1.0, **meta):
@@ -36,9 +36,9 @@ def test_rows_of_three_ranks_are_read_by_any_number(tmp_path):
     """Three ranks save their rows; a reader takes any slice, across the files."""
     whole, borders = torch.arange(20.0).view(10, 2), [(0, 4), (4, 7), (7, 10)]
 
-    def save_rows(party):
-        low, high = borders[party.ranks.rank]
-        save(tmp_path, 1, {"w": Piece(whole[low:high], (10, 2), low)}, {}, party)
+    def save_rows(comm):
+        low, high = borders[comm.ranks.rank]
+        save(tmp_path, 1, {"w": Piece(whole[low:high], (10, 2), low)}, {}, comm)
 
     together(3, save_rows)
     found = newest(tmp_path)
@@ -128,9 +128,9 @@ def test_where_no_checkpoint_is_whole_the_warning_says_so(tmp_path, caplog):
 def test_a_folder_that_one_rank_does_not_see_is_named_on_all(tmp_path):
     """As where the run folder lies on one node's own disk."""
 
-    def save_rows(party):
-        root = tmp_path / f"node{party.ranks.rank}"
-        save(root, 1, {"w": Piece(torch.ones(1, 2), (2, 2), party.ranks.rank)}, {}, party)
+    def save_rows(comm):
+        root = tmp_path / f"node{comm.ranks.rank}"
+        save(root, 1, {"w": Piece(torch.ones(1, 2), (2, 2), comm.ranks.rank)}, {}, comm)
 
     errors = together(2, save_rows)
 

@@ -7,10 +7,10 @@ from types import SimpleNamespace
 import pytest
 
 from launcher.config import AdapterConfig, Config, DataConfig, ModelConfig, RunConfig
-from launcher.ranks import Ranks
-from launcher.training import checks
+from launcher.processes import Ranks
+from launcher.training import memory
 from launcher.training import run as running
-from launcher.training.checks import check_memory, check_size, main_memory
+from launcher.training.memory import check_memory, check_size, main_memory
 
 NUMBERS = 260_032  # of stories260K
 
@@ -94,7 +94,7 @@ def test_memory_is_what_a_container_or_job_may_fill(groups, files, limit, monkey
 )
 def test_what_would_be_refused_next_is_not_suggested(stories, monkeypatch, sharding, method, offload, remedies):
     seen = {}
-    monkeypatch.setattr(checks, "check_size", lambda base, kind, **given: seen.update(given))
+    monkeypatch.setattr(memory, "check_size", lambda base, kind, **given: seen.update(given))
     config = Config(adapter=AdapterConfig(method=method), run=RunConfig(sharding=sharding, cpu_offload=offload))
 
     check_memory(config, stories, "float32", sharding, Ranks(0, 2, 0, 2))
@@ -124,7 +124,7 @@ def test_the_parts_of_a_base_that_meet_in_one_machine_are_added(
     stories, monkeypatch, sharding, shard_size, copies_here
 ):
     seen = {}
-    monkeypatch.setattr(checks, "check_size", lambda base, kind, **given: seen.update(given, kind=kind))
+    monkeypatch.setattr(memory, "check_size", lambda base, kind, **given: seen.update(given, kind=kind))
     monkeypatch.setattr("torch.cuda.is_available", lambda: False)
     config = Config(model=ModelConfig(quantize="nf4"), run=RunConfig(shard_size=shard_size))
 
@@ -146,7 +146,7 @@ def test_processes_of_one_machine_share_the_pages_of_a_frozen_base_in_its_files_
     stories, monkeypatch, sharding, dtype, method, copies_here
 ):
     seen = {}
-    monkeypatch.setattr(checks, "check_size", lambda base, kind, **given: seen.update(given))
+    monkeypatch.setattr(memory, "check_size", lambda base, kind, **given: seen.update(given))
     monkeypatch.setattr("torch.cuda.is_available", lambda: False)
 
     check_memory(Config(adapter=AdapterConfig(method=method)), stories, dtype, sharding, Ranks(1, 4, 1, 4))
@@ -157,7 +157,7 @@ def test_processes_of_one_machine_share_the_pages_of_a_frozen_base_in_its_files_
 @pytest.mark.parametrize(("sharding", "where"), [("zero2", "the GPU"), ("zero3", socket.gethostname())])
 def test_what_zero2_offloads_is_not_the_base(stories, monkeypatch, sharding, where):
     seen = {}
-    monkeypatch.setattr(checks, "check_size", lambda base, kind, **given: seen.update(given))
+    monkeypatch.setattr(memory, "check_size", lambda base, kind, **given: seen.update(given))
     monkeypatch.setattr("torch.cuda.is_available", lambda: True)
     gpu = SimpleNamespace(name="the GPU", total_memory=1)
     monkeypatch.setattr("torch.cuda.get_device_properties", lambda device: gpu)

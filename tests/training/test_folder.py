@@ -5,7 +5,7 @@ import hashlib
 import pytest
 
 from launcher.config import Config
-from launcher.ranks import Party, Ranks
+from launcher.processes import Communicator, Ranks
 from launcher.training import folder
 from launcher.training.checkpoint import Checkpoint
 
@@ -14,7 +14,7 @@ def test_a_start_that_was_killed_before_its_first_file_stood_is_no_foreign_folde
     for name in ("state", "control", ".config.json.tmp", ".0123abc.probe", "slurm-7.out"):
         (tmp_path / name).touch()
 
-    assert folder.prepare(Config(), tmp_path, {"base": "a"}, Party(Ranks())) is None
+    assert folder.prepare(Config(), tmp_path, {"base": "a"}, Communicator(Ranks())) is None
 
 
 @pytest.mark.parametrize(

@@ -13,13 +13,13 @@ from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
 from launcher.config import AdapterConfig, Config, DataConfig, ModelConfig, OptimizerConfig, RunConfig
+from launcher.engines.replicated import Replicated
 from launcher.factorization import cache
-from launcher.ranks import Ranks
+from launcher.models.build import build
+from launcher.processes import Ranks
 from launcher.training import checkpoint
 from launcher.training.methods import odd_rate, peft_config
-from launcher.training.model import build
 from launcher.training.run import run
-from launcher.training.sharding import Replicated
 
 PROJECTIONS = ("q_proj", "v_proj", "down_proj")
 NORMS = ("input_layernorm", "norm")

@@ -1,10 +1,10 @@
 """What several nodes must share or have alike: the run folder, the base, the data."""
 
-from parties import together
+from communicators import together
 
-from launcher import ranks
+from launcher import processes
 from launcher.config import Config
-from launcher.ranks import Ranks, same_everywhere
+from launcher.processes import Ranks, same_everywhere
 from launcher.training import folder
 
 
@@ -13,10 +13,10 @@ def two_nodes(rank, world):
 
 
 def test_a_run_folder_that_another_node_does_not_see_is_refused_naming_it(tmp_path, monkeypatch):
-    monkeypatch.setattr(ranks, "FOLDER_S", 0.2)
+    monkeypatch.setattr(processes, "FOLDER_S", 0.2)
 
-    def prepare(party):
-        return folder.prepare(Config(), tmp_path / f"node{party.ranks.rank}" / "run", {"base": "a"}, party)
+    def prepare(comm):
+        return folder.prepare(Config(), tmp_path / f"node{comm.ranks.rank}" / "run", {"base": "a"}, comm)
 
     errors = together(2, prepare, two_nodes)
 
@@ -27,8 +27,8 @@ def test_a_run_folder_that_another_node_does_not_see_is_refused_naming_it(tmp_pa
 
 
 def test_files_that_differ_between_nodes_are_refused_naming_the_host():
-    def compare(party):
-        return same_everywhere(party, "the base llama", lambda: f"copy {min(party.ranks.rank, 2)}")
+    def compare(comm):
+        return same_everywhere(comm, "the base llama", lambda: f"copy {min(comm.ranks.rank, 2)}")
 
     errors = together(3, compare, two_nodes)
 
@@ -39,6 +39,6 @@ def test_files_that_differ_between_nodes_are_refused_naming_the_host():
 
 
 def test_ranks_that_did_not_look_are_not_compared():
-    found = together(3, lambda party: same_everywhere(party, "the base", lambda: [None, "a"][party.ranks.rank == 0]))
+    found = together(3, lambda comm: same_everywhere(comm, "the base", lambda: [None, "a"][comm.ranks.rank == 0]))
 
     assert found == ["a"] * 3

@@ -18,8 +18,8 @@ from transformers import AutoModelForCausalLM
 import adapters  # noqa: F401 (registers LoLDU)
 from launcher import cli
 from launcher.config import AdapterConfig, Config, DataConfig, ModelConfig, OptimizerConfig, RunConfig
+from launcher.engines import replicated
 from launcher.training import run as run_module
-from launcher.training import sharding
 from launcher.training.loop import learning_rate_at
 from launcher.training.run import run
 
@@ -336,10 +336,12 @@ def test_the_learning_rate_is_a_pure_function_of_the_step():
 def test_one_collective_per_step_carries_gradients_and_two_numbers(monkeypatch):
     """Payload 4 bytes per trained number and 8 bytes beside it; nothing else crosses the wire."""
     sent = []
-    monkeypatch.setattr(sharding.dist, "all_reduce", lambda tensor: sent.append(tensor.numel() * tensor.element_size()))
+    monkeypatch.setattr(
+        replicated.dist, "all_reduce", lambda tensor: sent.append(tensor.numel() * tensor.element_size())
+    )
     parameters = [torch.nn.Parameter(torch.zeros(7)), torch.nn.Parameter(torch.zeros(3, 2))]
 
-    sharding.sum_over_ranks(parameters, [torch.tensor(1.0), torch.tensor(0.0)], world_size=2)
+    replicated.sum_over_ranks(parameters, [torch.tensor(1.0), torch.tensor(0.0)], world_size=2)
 
     assert sent == [4 * (7 + 6) + 8]
 

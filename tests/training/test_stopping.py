@@ -12,11 +12,11 @@ from pathlib import Path
 import pytest
 from launching import RECIPE, REPO, Runs, finish, flags, start
 
-from launcher.factorization import distribute
+from launcher.factorization import share
 from launcher.training import checkpoint, loop
 from launcher.training import run as run_module
-from launcher.training.preemption import StopRequest
 from launcher.training.run import run
+from launcher.training.stop import StopRequest
 
 TORCHRUN = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
 
@@ -33,7 +33,7 @@ def evaluating(config):
 
 # phase -> (where its work is done, which call of it)
 PHASES = {
-    "factoring": (distribute, "make", 3),
+    "factoring": (share, "make", 3),
     "loading": (run_module, "build", 1),
     "evaluating at the start": (loop, "evaluate", 1),
     "training": (loop, "tokens_in", 2),
@@ -115,8 +115,8 @@ def test_a_repeated_signal_is_one_request_and_a_second_one_ends_at_once(number, 
     code = """
 import sys, time
 sys.path.insert(0, sys.argv[1])
-from launcher.training import preemption
-from launcher.training.preemption import StopRequest
+from launcher.training import stop as preemption
+from launcher.training.stop import StopRequest
 preemption.QUIET_S = 1.0
 with StopRequest():
     print("ready", flush=True)

@@ -1,0 +1,132 @@
+"""Every process holds the whole model (none, ddp); one flat all-reduce per step.
+
+Trained cores are a few hundred kilobytes in all, so data-parallel training needs no buckets and no overlap: one float32
+tensor per step, 4 bytes per trained number and 4 per number that travels along. Nothing is ever broadcast: all ranks
+load the same files and compute the same step. An engine is what the loop sees of this; it knows nothing of data.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
+
+from launcher.config import OptimizerConfig
+from launcher.processes import Ranks
+from launcher.training.checkpoint import Checkpoint, Piece
+
+MOMENTS = ("exp_avg", "exp_avg_sq")
+
+
+class Replicated:
+    """Every process holds the whole model; gradients and extra numbers meet in one all-reduce."""
+
+    averages = False  # whether gradients come out of backward averaged over ranks already
+    gathers = False  # whether a forward pass is a collective, which all ranks must make the same number of
+
+    def __init__(self, model: nn.Module, config: OptimizerConfig, ranks: Ranks):
+        self.model, self.ranks, self.clip_norm = model, ranks, config.clip_norm or math.inf
+        self.forward: Any = model
+        # a rank's share of the global mean loss is multiplied by this
+        self.loss_scale = float(ranks.world_size) if self.averages else 1.0
+        self.parameters = {name: p for name, p in model.named_parameters() if p.requires_grad}
+        # What layers share stands under each of its names. Noted here: while units are gathered, fully_shard has other
+        # parameters in their places.
+        first = {id(p): name for name, p in self.parameters.items()}
+        every = model.named_parameters(remove_duplicate=False)
+        self.names = {name: first[id(p)] for name, p in every if id(p) in first}
+        self.optimizer = torch.optim.AdamW(
+            self.parameters.values(),
+            lr=config.learning_rate,
+            betas=(config.adam_beta1, config.adam_beta2),
+            weight_decay=config.weight_decay,
+        )
+
+    def backward(self, loss: Tensor) -> None:
+        """Add the gradients of a part of the step's loss."""
+        (loss * self.loss_scale).backward()
+
+    def reduce(self, extra: Sequence[Tensor]) -> list[Tensor]:
+        """After the last backward of a step: sum gradients and the extra numbers over all ranks."""
+        mine = [] if self.averages else list(self.parameters.values())
+        return sum_over_ranks(mine, extra, self.ranks.world_size)
+
+    def update(self, learning_rate: float) -> float:
+        """Clip, step, clear; returns the gradient norm before clipping."""
+        for group in self.optimizer.param_groups:
+            group["lr"] = learning_rate
+        norm: Any = nn.utils.clip_grad_norm_(self.parameters.values(), self.clip_norm)
+        self.optimizer.step()
+        self.optimizer.zero_grad()
+        return float(norm.full_tensor() if isinstance(norm, DTensor) else norm)
+
+    def pieces(self) -> dict[str, Piece]:
+        """This rank's rows of the trained state: model/NAME, and optimizer/NAME/exp_avg and exp_avg_sq after a step."""
+        pieces: dict[str, Piece] = {}
+        for name, parameter in self.parameters.items():
+            state = self.optimizer.state.get(parameter, {})
+            tensors = {f"model/{name}": parameter} | {f"optimizer/{name}/{m}": state[m] for m in MOMENTS if m in state}
+            pieces |= {key: piece for key, tensor in tensors.items() if (piece := self._piece(tensor.detach()))}
+        return pieces
+
+    def restore(self, found: Checkpoint) -> None:
+        """Put a checkpoint's state back, bit for bit, whatever number of processes wrote it."""
+        for name, parameter in self.parameters.items():
+            self._copy(parameter, found, f"model/{name}")
+            if found.step:
+                moments = {moment: torch.zeros_like(parameter) for moment in MOMENTS}
+                for moment, tensor in moments.items():
+                    self._copy(tensor, found, f"optimizer/{name}/{moment}")
+                self.optimizer.state[parameter] = {"step": torch.tensor(float(found.step)), **moments}
+
+    def whole_state(self) -> dict[str, Tensor]:
+        """The trained parameters and the saved buffers in full, by name; on rank 0, nothing on the others, which all
+        must call it too."""
+        values: dict[str, Tensor] = {}
+        for name, parameter in self.parameters.items():
+            tensor = self._whole(parameter)
+            if self.ranks.is_main:
+                values[name] = tensor.cpu()
+        if not self.ranks.is_main:
+            return {}
+        whole = {name: values[first] for name, first in self.names.items()}
+        saved = self.model.state_dict().keys()
+        buffers = self.model.named_buffers(remove_duplicate=False)
+        return whole | {name: buffer for name, buffer in buffers if name in saved}
+
+    def _whole(self, parameter: nn.Parameter) -> Tensor:
+        tensor = parameter.detach()
+        return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
+
+    def _piece(self, tensor: Tensor) -> Piece | None:
+        return Piece.whole(tensor) if self.ranks.is_main else None
+
+    def _copy(self, into: Tensor, found: Checkpoint, name: str) -> None:
+        into.data.copy_(found.read(name))
+
+
+def sum_over_ranks(parameters: Sequence[nn.Parameter], extra: Sequence[Tensor], world_size: int) -> list[Tensor]:
+    """Add up gradients and extra numbers over all ranks.
+
+    Before: each rank holds the gradients of its own samples. After: every rank holds the sum, in parameters' .grad; the
+    summed extra numbers (0-dim, float32) are returned.
+    """
+    for parameter in parameters:
+        if parameter.grad is None:
+            parameter.grad = torch.zeros_like(parameter)
+    if world_size == 1:
+        return [number.float() for number in extra]
+    parts = [parameter.grad.reshape(-1).float() for parameter in parameters if parameter.grad is not None]
+    flat = torch.cat([*parts, torch.stack([number.float() for number in extra])])
+    dist.all_reduce(flat)
+    at = 0
+    for parameter in parameters:
+        assert parameter.grad is not None
+        parameter.grad.copy_(flat[at : at + parameter.numel()].view_as(parameter))
+        at += parameter.numel()
+    return list(flat[at:])

@@ -1,0 +1,179 @@
+"""ZeRO-2 and ZeRO-3 through DeepSpeed's engine. Imported only when chosen, since DeepSpeed takes seconds to import.
+
+    zero2   gradients and optimizer state spread over all processes; each holds the whole base
+    zero3   the base and the frozen factors as well: each parameter flat, cut into equal parts
+
+On its first use DeepSpeed compiles small operators, which needs g++ and ninja. `bf16.enabled` stays false, since it
+would round the float32 cores; nothing is cast then, each parameter keeps its dtype. ZeRO-2's engine broadcasts the base
+from rank 0 once at the start, the same values everywhere. ZeRO-3 is filled without any: see `FlatParts`.
+
+Its own checkpoints hold for one number of processes, so ours are written instead: the trained state is gathered whole.
+"""
+
+from __future__ import annotations
+
+import logging
+import math
+import os
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from launcher.config import OptimizerConfig
+from launcher.processes import Ranks
+
+if not torch.cuda.is_available():
+    os.environ.setdefault("DS_ACCELERATOR", "cpu")
+os.environ.setdefault("LOCAL_RANK", "0")  # it reads this one itself
+logging.getLogger("DeepSpeed").setLevel(logging.WARNING)
+
+import deepspeed  # noqa: E402
+from deepspeed.utils import (  # noqa: E402
+    safe_get_full_fp32_param,
+    safe_get_full_optimizer_state,
+    safe_set_full_fp32_param,
+    safe_set_full_optimizer_state,
+    safe_set_local_fp32_param,
+    safe_set_local_optimizer_state,
+)
+
+from launcher.engines.replicated import MOMENTS, Replicated  # noqa: E402
+from launcher.training.checkpoint import Checkpoint, Piece  # noqa: E402
+
+
+def settings(config: OptimizerConfig, ranks: Ranks, stage: int, *, cpu_offload: bool) -> dict[str, Any]:
+    """DeepSpeed's configuration: backward() accumulates and step() updates, so the loop alone counts micro-batches.
+
+    cpu_offload: optimizer state, and at stage 3 parameters too, lie in main memory.
+    """
+    zero: dict[str, Any] = {"stage": stage, "overlap_comm": False}
+    for part in ("optimizer", "param")[: stage - 1] if cpu_offload else ():
+        zero[f"offload_{part}"] = {"device": "cpu", "pin_memory": torch.cuda.is_available()}
+    return {
+        "train_micro_batch_size_per_gpu": config.batch_size // ranks.world_size,
+        "gradient_accumulation_steps": 1,
+        "managed_gradient_accumulation": False,
+        "gradient_clipping": config.clip_norm,
+        "bf16": {"enabled": False},
+        "zero_optimization": zero,
+        "zero_allow_untested_optimizer": True,
+        "zero_force_ds_cpu_optimizer": False,
+        "steps_per_print": 1 << 62,
+    }
+
+
+class Zero(Replicated):
+    """DeepSpeed's engine behind our loop."""
+
+    averages = True
+
+    def __init__(self, model: nn.Module, config: OptimizerConfig, ranks: Ranks, stage: int, *, cpu_offload: bool):
+        super().__init__(model, config, ranks)
+        dtypes = {str(parameter.dtype).removeprefix("torch.") for parameter in self.parameters.values()}
+        if dtypes != {"float32"}:
+            raise ValueError(
+                f"--sharding zero{stage} trains float32 numbers, these are {', '.join(sorted(dtypes))}: give --dtype "
+                "float32, or --sharding fsdp2"
+            )
+        self.gathers = stage == 3
+        how = settings(config, ranks, stage, cpu_offload=cpu_offload)
+        self.forward: Any = deepspeed.initialize(
+            model=model, optimizer=self.optimizer, config=how, dist_init_required=False
+        )[0]
+
+    def backward(self, loss: Tensor) -> None:
+        self.forward.backward(loss * self.loss_scale)
+
+    def update(self, learning_rate: float) -> float:
+        for group in self.optimizer.param_groups:
+            group["lr"] = learning_rate
+        self.forward.step()
+        return float(self.forward.get_global_grad_norm())
+
+    def pieces(self) -> dict[str, Piece]:
+        """The whole trained state, for rank 0 to write. Called by all ranks."""
+        whole: dict[str, Piece] = {}
+        for name, parameter in self.parameters.items():
+            parts = {f"model/{name}": safe_get_full_fp32_param(parameter)}
+            parts |= {f"optimizer/{name}/{m}": safe_get_full_optimizer_state(parameter, m) for m in MOMENTS}
+            if self.ranks.is_main:
+                whole |= {key: Piece.whole(tensor) for key, tensor in parts.items()}
+        return whole
+
+    def restore(self, found: Checkpoint) -> None:
+        for name, parameter in self.parameters.items():
+            value = found.read(f"model/{name}").to(parameter.device)
+            if self.gathers:
+                part = _part(parameter, value)
+                parameter.ds_tensor.data.copy_(part)  # type: ignore[attr-defined]
+                safe_set_local_fp32_param(parameter, part)
+            else:
+                parameter.data.copy_(value)
+                safe_set_full_fp32_param(parameter, value)
+        if not found.step:
+            return
+        # The moments are made by the first step, which this engine has not taken yet.
+        zero = self.forward.optimizer
+        flat_parts = zero.fp32_partitioned_groups_flat if self.gathers else zero.single_partition_of_fp32_groups
+        for flat in flat_parts:
+            moments = {moment: torch.zeros_like(flat) for moment in MOMENTS}
+            zero.optimizer.state[flat] = {"step": torch.tensor(float(found.step)), **moments}
+        if not self.gathers:
+            zero._lazy_init_hp_params_optimizer_state()
+        for name, parameter in self.parameters.items():
+            for moment in MOMENTS:
+                value = found.read(f"optimizer/{name}/{moment}").to(parameter.device)
+                if self.gathers:
+                    safe_set_local_optimizer_state(parameter, _part(parameter, value), moment)
+                else:
+                    safe_set_full_optimizer_state(parameter, value, moment)
+
+    def _whole(self, parameter: nn.Parameter) -> Tensor:
+        return safe_get_full_fp32_param(parameter)
+
+
+class FlatParts:
+    """Which rows a rank reads for its part of a ZeRO-3 parameter, and the parameter made of them.
+
+    Each parameter is flat, padded, and cut into equal parts. DeepSpeed's own ways load or broadcast whole tensors; here
+    a rank reads the rows that its part touches and nothing travels. The cost is one whole parameter of memory for the
+    moment of its making, which on a CPU stays untouched but for the part.
+    """
+
+    def __init__(self, config: OptimizerConfig, ranks: Ranks, device: torch.device, *, cpu_offload: bool):
+        self.ranks, self.device = ranks, device
+        how = settings(config, ranks, 3, cpu_offload=cpu_offload)
+        self.maker = deepspeed.zero.Init(config_dict_or_path=how)
+
+    def rows(self, parameter: Tensor) -> slice:
+        first, last, width = self._span(parameter)
+        return slice(first // width, -(-last // width))
+
+    def place(self, like: nn.Parameter, rows: Tensor) -> nn.Parameter:
+        first, last, width = self._span(like)
+        made: Any = nn.Parameter(torch.empty(like.shape, dtype=like.dtype, device=self.device), like.requires_grad)
+        self.maker._convert_to_deepspeed_param(made)
+        made.partition()
+        start = first - first // width * width
+        made.ds_tensor.data.zero_()
+        made.ds_tensor.data[: last - first].copy_(rows.reshape(-1)[start : start + last - first])
+        return made
+
+    def keep(self, drawn: nn.Parameter) -> nn.Parameter:
+        return self.place(drawn, drawn.data[self.rows(drawn)])
+
+    def _span(self, parameter: Tensor) -> tuple[int, int, int]:
+        """First and last + 1 of this rank's numbers in the flat parameter, and how many make a row."""
+        count = parameter.numel()
+        part = -(-count // self.ranks.world_size)
+        first = min(self.ranks.rank * part, count)
+        return first, min(first + part, count), math.prod(parameter.shape[1:])
+
+
+def _part(parameter: Any, whole: Tensor) -> Tensor:
+    """This rank's part of a whole tensor, padded as the parameter's own is."""
+    part = torch.zeros_like(parameter.ds_tensor)
+    mine = whole.reshape(-1)[parameter.ds_zero_partition_rank * part.numel() :][: part.numel()]
+    part[: mine.numel()] = mine
+    return part

@@ -1,0 +1,266 @@
+"""One weight: what its factors depend on, whether they are in the cache, and how they are made.
+
+Letters: W (m, n) = out x in, k = min(m, n), r the rank.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Callable, Mapping
+from contextlib import suppress
+from dataclasses import dataclass
+from math import prod
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from adapters.checkpoint_files import TensorInfo, open_tensor
+from adapters.factors import Factors, base_fingerprint, loldu_factors, probe_digest
+from adapters.svd import first_step_factors, svd_factors
+from launcher.factorization import cache
+
+ALGORITHMS = {
+    "loldu": ("loldu-panel-lu", 3), "svfit": ("svd", 1), "loraxs": ("svd", 1), "lorasb": ("svd-of-first-step", 1)
+}  # fmt: skip
+
+
+READ_BYTES = 1 << 20
+
+
+@dataclass(frozen=True)
+class FactorRequest:
+    """One weight to factor, from headers alone."""
+
+    module: str
+    tensor: TensorInfo
+    rank: int  # at most min(m, n)
+    transposed: bool = False  # transformers' Conv1D stores W as (in, out)
+    embedding: bool = False
+    normalize: bool = False  # loldu
+    dtype: str = "float32"  # of the stored write map
+    method: str = "loldu"  # whose factors: loldu, svfit, loraxs or lorasb
+    energy: float | None = (
+        None  # of the SVD: rank is then min(m, n), and the factors have the rank that holds this share
+    )
+    svd: str = "auto"  # how
+    gradients: str | None = None  # lorasb: digest of all that the weight's gradient depends on
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        """(m, n); a convolution counts as its channels x everything else."""
+        m, n = self.tensor.shape[0], prod(self.tensor.shape[1:])
+        return (n, m) if self.transposed else (m, n)
+
+    @property
+    def needs_all(self) -> bool:
+        """Whether the factors depend on more of W than its panel W[:, :r]."""
+        return self.method != "loldu" or self.normalize or self.embedding
+
+
+class Factored(NamedTuple):
+    """Where the factors of a module are."""
+
+    key: str
+    made: bool  # by this run; False: they were there
+    rank: int
+
+
+def lookup(request: FactorRequest, folder: Path) -> str | None:
+    """The key of a request whose factors are in the cache, reading headers alone; None where they must be made."""
+    key = cache.recall(folder, _identity(request))
+    return key if key and cache.find(folder, key) else None
+
+
+def make(
+    request: FactorRequest,
+    folder: Path,
+    device: torch.device | None = None,
+    gradient: Callable[[], Tensor] | None = None,
+) -> Factored:
+    """Read what the factors depend on, and make and store them unless the same content is already there.
+
+    gradient returns the summed gradient of this weight, for factors that come from it.
+
+    Raises ValueError naming module, tensor, file and the remedy.
+    """
+    opened, recipe = _open_matrix(request.tensor), _recipe(request)
+    if request.needs_all:
+        stored = opened[:].contiguous()
+    else:  # a view of the file: the disk reads ahead anyway, but only r columns ever become memory
+        stored = opened[: request.rank] if request.transposed else opened[:, : request.rank]
+    # the probe belongs to the key: it is one of the factors, and the panel does not decide it
+    probe = probe_digest(_Turned(opened) if request.transposed else opened, request.shape)
+    key = cache.content_key(recipe, stored, probe)
+    made = cache.find(folder, key) is None
+    if made:
+        W = stored.T if request.transposed else stored
+        where = (
+            f"{request.module} ({request.tensor.name} in {request.tensor.file}, {' x '.join(map(str, request.shape))})"
+        )
+        if request.method == "lorasb":
+            if gradient is None:  # asked for while the model is being built
+                raise ValueError(f"{where}: its factors were lost, and only a new start makes them: run this again")
+            on_device = gradient().to(device)
+        else:
+            on_device = W.to(device) if request.method != "loldu" else W[:, : request.rank].to(device)
+        try:
+            factors = _factors(request, W, on_device)
+        except ValueError as error:
+            raise ValueError(
+                f"{where}: {error}; leave the layer out with --exclude {request.module}, or lower --rank"
+            ) from error
+        about = recipe | {
+            "name": request.module,
+            "tensor": request.tensor.name,
+            "file": str(request.tensor.file),
+            "rank": len(factors.values),
+            "residual": _residual(request, on_device, factors),
+            "norms": {
+                "panel": _norm(on_device),
+                "write": float(factors.write.norm()),
+                "read": float(factors.read.norm()),
+            },
+            "device": torch.cuda.get_device_name(on_device.device) if on_device.is_cuda else "cpu",
+        }
+        write = factors.write.to(getattr(torch, request.dtype), memory_format=torch.contiguous_format)
+        factors = factors._replace(write=write, probe=probe)  # the wide one goes before the file is written
+        try:
+            cache.store(folder, key, factors, about)
+        except ValueError as error:
+            raise ValueError(f"{where}: {error}") from error
+    cache.remember(folder, _identity(request), key)
+    return Factored(key, made, len(factors.values) if made else rank_in_cache(folder, key))
+
+
+def read_ahead(info: TensorInfo, leaving: Callable[[], bool] = lambda: False) -> None:
+    """Bring a tensor from the disk into the system's page cache, from end to end; what fails here fails in `make`.
+
+    The whole of it: rows are as long as a page or two, so a slice of columns touches every page or every other one, and
+    reading on is quicker than jumping (4096 x 4096, r = 64, row by row: 2.3 times fewer bytes in 14 times the time).
+    Read, not asked for: the system then keeps more requests before the disk than for pages of a map as they are met.
+    """
+    with suppress(Exception), open(info.file, "rb", buffering=0) as file:
+        header_bytes = int.from_bytes(file.read(8), "little")
+        first, last = json.loads(file.read(header_bytes))[info.name]["data_offsets"]
+        file.seek(8 + header_bytes + first)
+        block = memoryview(bytearray(READ_BYTES))
+        while (left := 8 + header_bytes + last - file.tell()) > 0 and file.readinto(block[:left]) and not leaving():
+            pass
+
+
+def factors_of(request: FactorRequest, folder: Path, rows: slice = slice(None)) -> Factors:
+    """Verified factors, with those rows of `write`; what turns out damaged or gone is made again, by this process."""
+    for _ in range(3):  # another job may prune between the making and the reading
+        key = lookup(request, folder) or make(request, folder).key
+        if factors := cache.load(folder, key, rows):
+            return factors
+    raise ValueError(
+        f"the factors of {request.module} in {folder} are damaged or gone each time they are made: check that disk, or "
+        "give another folder with --cache DIR"
+    )
+
+
+def fingerprint(tensors: Mapping[str, TensorInfo], folder: Path) -> str:
+    """The base's fingerprint (`adapters.factors.base_fingerprint`) from its files.
+
+    The digests of a file are remembered with its size and time, so that a second call reads no weights.
+    """
+    digests: list[str] = []
+    matrices = [info for info in tensors.values() if len(info.shape) >= 2]
+    for file in sorted({info.file for info in matrices}):
+        inside = sorted(info for info in matrices if info.file == file)
+        identity = {"probes": [info.name for info in inside], **_file_identity(file)}
+        if (known := cache.recall(folder, identity)) is None:
+            probes = [
+                probe_digest(_open_matrix(info), (info.shape[0], info.shape[1] * prod(info.shape[2:])))
+                for info in inside
+            ]
+            known = [bytes(probe.tolist()).hex() for probe in probes]
+            cache.remember(folder, identity, known)
+        digests += known
+    return base_fingerprint(torch.tensor(list(bytes.fromhex(digest))) for digest in digests)
+
+
+class _Turned:
+    """A slice of the file seen as its transpose."""
+
+    def __init__(self, stored: Any):
+        self.stored = stored
+
+    def __getitem__(self, place: tuple[slice, slice]) -> Tensor:
+        rows, columns = place
+        return self.stored[columns, rows].T
+
+
+def _open_matrix(info: TensorInfo) -> Any:
+    """Slices of a tensor (a, b) as the file has it; a convolution is read whole and counts as a x everything else."""
+    return open_tensor(info) if len(info.shape) == 2 else open_tensor(info)[:].flatten(1)
+
+
+def _factors(request: FactorRequest, W: Tensor, on_device: Tensor) -> Factors:
+    """By the request's method, from W (m, n) on the CPU and what of it is on the device."""
+    if request.method == "loldu":
+        return loldu_factors(
+            on_device,
+            lambda pivots: W[pivots.cpu().long()].to(on_device.device),
+            normalize=request.normalize,
+            embedding=request.embedding,
+        )
+    if request.method == "lorasb":
+        return first_step_factors(on_device, request.rank, method=request.svd)
+    outputs = on_device.T if request.embedding else on_device
+    r = request.rank if request.energy is None else None
+    divide = request.method != "loraxs"
+    return svd_factors(outputs, r, energy=request.energy or 1.0, method=request.svd, divide=divide)
+
+
+def rank_in_cache(folder: Path, key: str) -> int:
+    entry = cache.find(folder, key)
+    return entry.about["rank"] if entry else 0
+
+
+def _recipe(request: FactorRequest) -> dict[str, Any]:
+    own = {"loldu": ("normalize",), "lorasb": ("svd", "gradients", "module")}.get(request.method, ("energy", "svd"))
+    names = ("rank", "embedding", "transposed", "dtype", "method", *own)
+    how = {name: getattr(request, name) for name in names}
+    return how | {"algorithm": list(ALGORITHMS[request.method]), "shape": list(request.tensor.shape)}
+
+
+def _identity(request: FactorRequest) -> dict[str, Any]:
+    return _recipe(request) | {"tensor": request.tensor.name, **_file_identity(request.tensor.file)}
+
+
+def _file_identity(file: Path) -> dict[str, Any]:
+    stat = os.stat(file)
+    return {"file": os.path.realpath(file), "size": stat.st_size, "mtime_ns": stat.st_mtime_ns}
+
+
+def _residual(request: FactorRequest, weight: Tensor, factors: Factors) -> float:
+    """How well the maps fit W, before `write` is rounded.
+
+    loldu: max |L11 diag(d) L11^-1 C - C| over max |C|, with read for diag(1/d) L11^-1, for up to 64 columns C of
+    panel[pivots], the first and the last among them. Else: the largest |W v - s u| over s_1 with v = W^T u / s.
+    """
+    if request.method != "loldu":
+        W = (weight.T if request.embedding else weight).to(factors.write)
+        W = W.sign() if request.method == "lorasb" else W
+        s = factors.values.to(W)
+        return float((W @ (W.T @ factors.write) / s - factors.write * s).norm(dim=0).max() / s[0])
+    pivots, r = factors.pivots.long(), len(factors.values)
+    some = torch.linspace(0, r - 1, min(r, 64), device=pivots.device).long()
+    if request.embedding:
+        C, square = weight[pivots[some]].T.to(factors.read), factors.write[:r]
+    else:
+        C, square = weight[pivots[:, None], some].to(factors.read), factors.write.T.index_select(1, pivots).T
+    scale = square.diagonal() * factors.read.diagonal()  # 1/d; where normalize divided the maps, by that as well
+    again = square @ (factors.read @ C / scale[:, None])
+    return float((again - C).abs().max() / C.abs().max())
+
+
+def _norm(W: Tensor) -> float:
+    """Frobenius norm, by blocks of rows: no float32 copy of W."""
+    wide = torch.promote_types(W.dtype, torch.float32)
+    return float(torch.stack([rows.to(wide).norm() for rows in W.split(512)]).norm())

@@ -1,0 +1,213 @@
+"""Who factors what: look each weight up in the cache, share the missing ones out, and wait without a collective.
+
+Each rank reads only the weights it owns, of which slices become memory, factors them on its own device and stores one
+file per weight (make.py); meanwhile all hear how the others are (watch.py).
+
+Letters: W (m, n) = out x in, k = min(m, n), r the rank.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import logging
+import socket
+import threading
+import time
+import uuid
+from collections.abc import Callable, Mapping, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor, wait
+from functools import partial
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from launcher.factorization import cache
+from launcher.factorization.make import Factored, FactorRequest, lookup, make, rank_in_cache, read_ahead
+from launcher.factorization.watch import BEAT_S, OnProgress, Watch
+from launcher.processes import Communicator, Stopped, in_time, nodes_without
+
+log = logging.getLogger(__name__)
+# The summed gradient (m, n) of the first of these modules' weights; the others are asked for next.
+GradientOf = Callable[[Sequence[str]], Tensor]
+AHEAD = 6  # so many weights are read and factored beyond the one that is waited for
+
+
+def cost(request: FactorRequest) -> float:
+    """Multiplications of the panel's LU (m r^2, and r^2 n for norms), and m n for the pages a disk serves anyway.
+
+    Of the SVD about 10 m n k, and 16 m n r by the block method.
+    """
+    m, n = request.shape
+    if request.method != "loldu":
+        exact = request.energy is not None or request.svd == "exact" or 8 * request.rank > min(m, n)
+        return m * n * (10 * min(m, n) if exact else 16 * request.rank)
+    return m * request.rank**2 + m * n + (n * request.rank**2 if request.needs_all else 0)
+
+
+def share_out(costs: Mapping[str, float], world: int) -> list[int]:
+    """The owner of each name, in the mapping's order: largest cost first, each to the least loaded rank.
+
+    Ties go by name and by rank, so every rank computes the same. A plain stride would hand one rank every MLP weight
+    where the number of ranks divides the layer pattern.
+    """
+    load, owner = [0.0] * world, {}
+    for name in sorted(costs, key=lambda name: (-costs[name], name)):
+        owner[name] = min(range(world), key=lambda rank: (load[rank], rank))
+        load[owner[name]] += costs[name]
+    return [owner[name] for name in costs]
+
+
+def factorize(
+    requests: Sequence[FactorRequest],
+    folder: Path,
+    comm: Communicator,
+    on_progress: OnProgress = lambda done, total, weight: None,
+    *,
+    verify_base: bool = False,
+    per_node: bool = False,
+    device: torch.device | None = None,
+    gradient_of: GradientOf | None = None,
+) -> dict[str, Factored]:
+    """Factors of every request in the cache folder, by module; what is there is not made again. Called by all ranks.
+
+    per_node: the folder is another one on each node, and each node makes all that its own lacks.
+    gradient_of is for requests whose factors come from gradients; each rank asks it for those of its own weights.
+    verify_base reads the weights again instead of trusting the file's size and time. on_progress is called on every
+    rank, a few times a second; where it raises Stopped on one rank, all raise it, and what was made stays.
+
+    Raises, on all ranks, ValueError naming rank, module, tensor and file where a weight has no factors or the folder
+    cannot be written, ValueError naming the nodes that do not see the folder or have other factors in theirs, and
+    RuntimeError naming a rank that died.
+    """
+    ranks, world = comm.ranks, comm.ranks.world_size
+    by_module = {request.module: request for request in requests}
+    assert len(by_module) == len(requests), "one request per module"
+    token = comm.from_main("a name for this factorisation", lambda: uuid.uuid4().hex)
+    node = range(ranks.rank - ranks.local_rank, ranks.rank - ranks.local_rank + ranks.local_world_size)
+    group = node if per_node else range(world)
+
+    def look_up() -> dict[str, str]:
+        if verify_base or ranks.rank != group[0]:
+            return {}
+        return {name: key for name, request in by_module.items() if (key := lookup(request, folder))}
+
+    found = comm.together("factors in the cache", look_up)[group[0]]
+    missing = {name: cost(request) for name, request in by_module.items() if name not in found}
+    owners = share_out(missing, len(group))
+    mine = [by_module[name] for name, owner in zip(missing, owners, strict=True) if group[owner] == ranks.rank]
+    nodes = ranks.local_world_size < world
+    must_share = nodes and not per_node and missing
+    if must_share and (blind := nodes_without(folder, comm, "the factor cache", "--cache DIR")):
+        raise _not_shared(folder, blind)
+
+    watch = Watch(comm, token, len(mine), on_progress)
+    made = _make_all(mine, folder, device or own_device(ranks.local_rank), gradient_of, watch)
+    parts = comm.gather("factors made", made)  # tuples arrive as lists
+    together = {name: Factored(*how) for owner in group for name, how in parts[owner].items()}
+    assert len(together) == len(missing)
+    done = {
+        name: together.get(name) or Factored(found[name], False, rank_in_cache(folder, found[name]))
+        for name in by_module
+    }
+    if nodes:
+        _check_equal(folder, done, comm)
+    return done
+
+
+def _make_all(
+    mine: Sequence[FactorRequest], folder: Path, device: torch.device, gradient_of: GradientOf | None, watch: Watch
+) -> dict[str, Factored]:
+    """This rank's factors; returns once all ranks have theirs.
+
+    Work goes on in other threads, so that this one can speak and listen while a long factorisation runs: one reads,
+    others factor, two weights at a time where only panels of them are in memory.
+    """
+    alone = device.type != "cpu" or any(request.needs_all for request in mine)
+    workers, threads = 1 if alone else 2, torch.get_num_threads()
+    pool, reader = ThreadPoolExecutor(workers, "factorize"), ThreadPoolExecutor(1, "read")
+    leaving = threading.Event()
+    futures: list[Future[Factored]] = []
+    made: dict[str, Factored] = {}
+
+    def work(request: FactorRequest, read: Future[None], gradient: Callable[[], Tensor] | None) -> Factored:
+        read.result()
+        if leaving.is_set():
+            raise Stopped("another weight")
+        return make(request, folder, device, gradient)
+
+    torch.set_num_threads(max(1, threads // workers))
+    try:
+        for number, request in enumerate(mine):
+            for at in range(len(futures), min(number + AHEAD + 1, len(mine))):
+                gradient = partial(gradient_of, [later.module for later in mine[at:]]) if gradient_of else None
+                read = reader.submit(read_ahead, mine[at].tensor, leaving.is_set)
+                futures.append(pool.submit(work, mine[at], read, gradient))
+            watch.own["weight"] = request.module  # also where the other thread is through with it, or failed, already
+            while not wait([futures[number]], timeout=BEAT_S).done:
+                watch.beat(len(made), request.module)
+            made[request.module] = futures[number].result()
+            watch.beat(len(made), request.module)
+        since = time.monotonic()
+        while not watch.beat(len(made), "", finished=True):
+            time.sleep(min(BEAT_S, 0.005 + (time.monotonic() - since) / 4))  # a quarter of the wait too long at most
+        return made
+    except BaseException as error:
+        leaving.set()
+        pool.shutdown(wait=False, cancel_futures=True)
+        watch.tell(error)
+        wait([future for future in futures if future.running()], timeout=5 * BEAT_S)  # no file is left half written
+        raise
+    finally:
+        reader.shutdown(wait=False, cancel_futures=True)
+        pool.shutdown(wait=False)
+        torch.set_num_threads(threads)
+
+
+def own_device(local_rank: int) -> torch.device:
+    """This rank's GPU, or the CPU."""
+    return torch.device("cuda", local_rank) if torch.cuda.is_available() else torch.device("cpu")
+
+
+def _not_shared(folder: Path, nodes: Sequence[str]) -> ValueError:
+    return ValueError(
+        f"{', '.join(nodes)} does not see the factor cache {folder} of rank 0: give --cache DIR on a file system that "
+        "all nodes share, or --cache-per-node, and each node makes all factors in a folder of its own"
+    )
+
+
+def _check_equal(folder: Path, done: Mapping[str, Factored], comm: Communicator) -> None:
+    """Raises ValueError naming a node where the factors are missing, or are other numbers than on rank 0's.
+
+    Each rank takes its rows from what its node has. Nodes of different hardware round differently, and rows of two such
+    factorisations do not belong together.
+    """
+
+    def digests() -> list[str | None] | None:
+        if comm.ranks.local_rank:
+            return None
+        found: list[cache.Entry | None] = []
+
+        def look() -> bool:
+            found[:] = [cache.find(folder, how.key) for how in done.values()]
+            return None not in found
+
+        in_time(look)
+        return [
+            entry and hashlib.sha256(json.dumps(entry.about["checksums"], sort_keys=True).encode()).hexdigest()[:16]
+            for entry in found
+        ]
+
+    answers = comm.together("the factors of each node", lambda: [digests(), socket.gethostname()])
+    expected, first = answers[0]
+    for rank, (found, host) in enumerate(answers):
+        if found and None in found:
+            raise _not_shared(folder, [f"{host} (rank {rank})"])
+        for module, here, there in zip(done, expected, found or expected, strict=True):
+            if here != there:
+                raise ValueError(
+                    f"the factors of {module} in {folder} on {host} (rank {rank}) are not those on {first} (rank 0): "
+                    "hardware and libraries differ, and rounding with them. Give --cache DIR on a file system that all "
+                    f"nodes share, or copy {folder} from one node to the others"
+                )

@@ -1,0 +1,1 @@
+"""The base model: its files, its skeleton, filled and quantised weights, answers."""

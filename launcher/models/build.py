@@ -1,0 +1,88 @@
+"""A model on one device, ready to train: dtype and attention chosen, base loaded, adapter with factors put on."""
+
+from __future__ import annotations
+
+import importlib.util
+import warnings
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from peft import PeftConfig, get_peft_model
+from torch import nn
+from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification
+
+import adapters
+from launcher.config import ModelConfig
+from launcher.models.fill import OnFill, Whole, fill
+from launcher.models.skeleton import bare_skeleton, check_saved, misfit, prepare_base
+
+
+def choose_dtype(wanted: str) -> str:
+    """The base's dtype: where auto is asked for, bfloat16 on a GPU that computes in it, else float32."""
+    if wanted != "auto":
+        return wanted
+    return "bfloat16" if torch.cuda.is_available() and torch.cuda.is_bf16_supported() else "float32"
+
+
+def choose_attention(wanted: str, *, on_gpu: bool, dtype: str) -> tuple[str, str]:
+    """transformers' name of the attention and the reason for it."""
+    installed = importlib.util.find_spec("flash_attn") is not None
+    missing = (
+        "flash-attn is not installed" if not installed
+        else "no GPU" if not on_gpu
+        else "flash-attn needs bfloat16" if dtype != "bfloat16"
+        else ""
+    )  # fmt: skip
+    if wanted == "flash" and missing:
+        raise ValueError(f"--attention flash cannot be used: {missing}; give --attention auto or sdpa")
+    if wanted == "sdpa" or missing:
+        return "sdpa", "as asked" if wanted == "sdpa" else missing
+    return "flash_attention_2", "as asked" if wanted == "flash" else "flash-attn and a GPU are there"
+
+
+def build(
+    config: ModelConfig,
+    folder: Path,
+    adapter: PeftConfig | None,
+    *,
+    dtype: str,
+    attention: str,
+    factors: Callable[..., Any],
+    device: torch.device,
+    progress: OnFill = lambda done, total: None,
+    head: Mapping[str, Any] | None = None,
+) -> nn.Module:
+    """The model ready to train on one device: base frozen (unless adapter is None), cores float32.
+
+    factors(module) hands out the frozen factors of our methods. A quantised base is filled weight by weight. head are
+    settings of a classification head; what the checkpoint lacks of it starts from torch's seed.
+    """
+    base: Any
+    if config.quantize != "none":
+        base = bare_skeleton(config, folder, adapter, dtype=dtype, attention=attention, head=head)
+        fill(base, folder, factors, Whole(), device, progress)
+    else:
+        loading: dict[str, Any] = {
+            "dtype": getattr(torch, dtype),
+            "attn_implementation": attention,
+            "trust_remote_code": config.trust_remote_code,
+            "local_files_only": True,
+        }
+        if head is None:
+            base = AutoModelForCausalLM.from_pretrained(folder, **loading)
+        else:
+            loading |= {"ignore_mismatched_sizes": True, "output_loading_info": True, **head}
+            base, found = AutoModelForSequenceClassification.from_pretrained(folder, **loading)
+            for name, there, here in sorted(found["mismatched_keys"]):
+                raise misfit(base, folder, name, there, here)
+            check_saved(found["missing_keys"], adapter)
+        prepare_base(base, config, folder)
+    if adapter is None:
+        return base.to(device)
+    with adapters.factors_from(lambda module, shape: factors(module)), warnings.catch_warnings():
+        # The adapter has the fingerprint of the base's files, whatever precision the base runs in.
+        warnings.filterwarnings("ignore", "this base has fingerprint", adapters.BasePrecisionWarning)
+        torch.manual_seed(torch.initial_seed())  # so that no draw depends on how the base was loaded
+        return get_peft_model(base, adapter, autocast_adapter_dtype=True).to(device)

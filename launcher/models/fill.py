@@ -1,0 +1,142 @@
+"""Parameters of a skeleton from the checkpoint, each process reading the rows that it keeps."""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor, nn
+
+from adapters import Factors
+from adapters.checkpoint_files import list_tensors, open_tensor, weight_of
+from adapters.layer import FactorLayer
+from launcher.models.quantize import Quantised
+from launcher.models.skeleton import PEFT_PARTS, dora_layer, exchange
+
+OnFill = Callable[[int, int], None]  # called before each parameter is filled: which of how many
+
+
+class Parts(Protocol):
+    """How a sharding engine cuts a parameter: the rows this rank reads, and the parameter made of them."""
+
+    def rows(self, parameter: Tensor) -> slice: ...
+
+    def place(self, like: nn.Parameter, rows: Tensor) -> nn.Parameter: ...
+
+    def keep(self, drawn: nn.Parameter) -> nn.Parameter:
+        """The parameter made of one that is whole on every rank."""
+        ...
+
+
+class Whole:
+    """No cut: this process holds all."""
+
+    def rows(self, parameter: Tensor) -> slice:
+        return slice(None)
+
+    def place(self, like: nn.Parameter, rows: Tensor) -> nn.Parameter:
+        return nn.Parameter(rows, requires_grad=like.requires_grad)
+
+    def keep(self, drawn: nn.Parameter) -> nn.Parameter:
+        return drawn
+
+
+def fill(
+    model: nn.Module,
+    folder: Path,
+    factors: Callable[[str, slice], Factors],
+    parts: Parts,
+    device: torch.device,
+    progress: OnFill = lambda done, total: None,
+    *,
+    cpu_offload: bool = False,
+) -> None:
+    """Give every parameter on meta its values, reading from disk only the rows that this rank holds a part of.
+
+    factors(module, rows) hands out the frozen factors with those rows of `write`. With cpu_offload parameters stay in
+    main memory; buffers are on the device always. Raises ValueError naming tensors that the checkpoint lacks or has in
+    another shape.
+    """
+    home = torch.device("cpu") if cpu_offload else device
+    done, total = itertools.count(1), sum(parameter.is_meta for parameter in model.parameters())
+
+    def place(like: Any, rows: Tensor) -> nn.Parameter:
+        progress(next(done), total)
+        return parts.place(like, rows.to(home, like.dtype).clone())
+
+    exchange(model, lambda _, parameter: parameter if parameter.is_meta else parts.keep(parameter))
+    _fill_maps(model, factors, parts, place)
+    _fill_base(model, folder, parts, device, place)
+
+
+def _fill_maps(
+    model: nn.Module,
+    factors: Callable[[str, slice], Factors],
+    parts: Parts,
+    place: Callable[[Any, Tensor], nn.Parameter],
+) -> None:
+    """The adapters of the family: their frozen maps, and cores of zero."""
+    for layer in [module for module in model.modules() if isinstance(module, FactorLayer)]:
+        for factor_map in layer.maps.values():
+            frozen = factors(layer.name, parts.rows(factor_map.write))
+            factor_map.set_origin(frozen)
+            factor_map.write = place(factor_map.write, frozen.write)
+            factor_map.read = place(factor_map.read, frozen.read[parts.rows(factor_map.read)])
+            zeros = torch.zeros(factor_map.core.shape)
+            factor_map.core = place(factor_map.core, zeros[parts.rows(factor_map.core)])
+
+
+def _fill_base(
+    model: nn.Module, folder: Path, parts: Parts, device: torch.device, place: Callable[[Any, Tensor], nn.Parameter]
+) -> None:
+    """All that is still on meta, from the checkpoint; and the buffers to the device."""
+    tensors = list_tensors(folder)
+    places: dict[int, list[tuple[nn.Module, str, str]]] = {}  # a tied parameter has several
+    for prefix, module in model.named_modules():
+        for name, parameter in module._parameters.items():
+            if parameter is not None and parameter.is_meta:
+                places.setdefault(id(parameter), []).append((module, name, prefix))
+        for name, buffer in module._buffers.items():
+            module._buffers[name] = buffer.to(device) if buffer is not None else None
+    for shared in places.values():
+        modules = [PEFT_PARTS.sub("", prefix) for _, _, prefix in shared]
+        owner, name, prefix = shared[0]
+        whole: Any = owner._parameters[name]
+        dora = dora_layer(model, prefix)
+        if dora is not None:
+            modules = [modules[0].partition(".lora_magnitude_vector.")[0]]
+        info = next((found for module in modules if (found := weight_of(tensors, module, name))), None)
+        packed: Any = owner if name == "weight" and isinstance(owner, Quantised) else None
+        of = whole if dora is None else dora.weight
+        expected = packed.from_shape if packed else tuple(getattr(of, "ds_shape", of.shape))  # ZeRO-3's has no shape
+        if info is None or info.shape != expected:
+            here = f"has it as {info.shape}" if info else "has no such tensor"
+            quantised = any(isinstance(module, Quantised) for module in model.modules())
+            asked = [*["--sharding ddp"] * (not isinstance(parts, Whole)), *["--quantize none"] * quantised]
+            raise ValueError(
+                f"the model's {modules[0]}.{name} {expected} cannot be filled from {folder}, which {here}: "
+                f"this architecture's files are laid out differently; give {' and '.join(asked)}"
+            )
+        stored = open_tensor(info)
+        if packed:
+            stored = packed.pack(stored, device)
+        elif dora is not None:
+            stored = _RowNorms(stored, dora.weight.dtype)
+        filled = place(whole, stored[parts.rows(whole)])
+        for owner, name, _ in shared:
+            setattr(owner, name, filled)
+        if packed and isinstance(parts, Whole):
+            packed.keep(filled)
+
+
+class _RowNorms:
+    """The norms of a matrix's rows, of those that are asked for."""
+
+    def __init__(self, stored: Any, dtype: torch.dtype):
+        self.stored, self.dtype = stored, dtype
+
+    def __getitem__(self, rows: slice) -> Tensor:
+        return torch.linalg.norm(self.stored[rows].to(self.dtype), dim=1)

@@ -1,0 +1,220 @@
+"""Models on the meta device: names and shapes without weights, with the adapter where there is one."""
+
+from __future__ import annotations
+
+import logging
+import re
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from accelerate import init_empty_weights
+from peft import PeftConfig, PeftType, get_peft_model
+from torch import Tensor, nn
+from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSequenceClassification, GenerationConfig
+
+from adapters.checkpoint_files import TensorInfo, list_tensors, weight_of
+from adapters.config import FactorConfig
+from launcher.config import ModelConfig
+from launcher.models.quantize import Quantised, linear_layers, quantize_skeleton
+
+log = logging.getLogger(__name__)
+
+
+def skeleton(
+    config: ModelConfig,
+    folder: Path,
+    adapter: PeftConfig | None,
+    *,
+    dtype: str,
+    attention: str,
+    head: Mapping[str, Any] | None = None,
+) -> nn.Module:
+    """The model with its adapter on the meta device: shapes and names, no memory; buffers and what is drawn: real."""
+    base = bare_skeleton(config, folder, adapter, dtype=dtype, attention=attention, head=head)
+    if adapter is None:
+        return base
+    return get_peft_model(base, adapter) if isinstance(adapter, FactorConfig) else _draw_adapter(base, adapter)
+
+
+def _draw_adapter(base: Any, adapter: PeftConfig) -> nn.Module:
+    """One of PEFT's own adapters on a skeleton: its parameters are drawn whole on every rank, as in one process.
+
+    Meanwhile the base's weights are NaN (a single one each, seen in its full shape), so that a start that is made from
+    them shows. Raises ValueError for such a method; DoRA's norms alone can be read later, row by row.
+    """
+    own = {name for name, old in base.named_parameters(remove_duplicate=False) if old.is_meta}
+    own |= {name for name, _ in base.named_buffers(remove_duplicate=False)}
+    exchange(base, lambda _, old: nn.Parameter(_nowhere(old), old.requires_grad) if old.is_meta else old)
+    layer: Any
+    for layer in base.modules():
+        if isinstance(layer, Quantised) and hasattr(layer, "kind"):  # PEFT asks bitsandbytes' parameters for these
+            layer.weight.compress_statistics, layer.weight.quant_type = True, layer.kind  # type: ignore[attr-defined]
+    method = PeftType(adapter.peft_type).value.lower()
+    refusal = (
+        f"--method {method} starts from the base's weights, which no process has whole under this sharding: give "
+        "--sharding ddp or zero2, or a start that is drawn"
+    )
+    torch.manual_seed(torch.initial_seed())
+    try:
+        model = get_peft_model(base, adapter, autocast_adapter_dtype=True)
+    except RuntimeError as error:  # linear algebra on NaN
+        raise ValueError(f"{refusal} ({error})") from error
+
+    if getattr(adapter, "use_dora", False) and getattr(adapter, "init_lora_weights", True) is False:
+        raise ValueError(f"{refusal} (DoRA's magnitudes are norms of W + B A, and this B is not zero)")
+
+    def of_base(name: str) -> bool:
+        owner, _, last = name.rpartition(".")
+        return f"{PEFT_PARTS.sub('', owner)}.{last}" in own
+
+    def check(name: str, drawn: Tensor) -> None:
+        if not torch.isfinite(drawn).all():
+            raise ValueError(f"{refusal} ({name} would be)")
+
+    def sort_out(name: str, parameter: nn.Parameter) -> nn.Parameter:
+        if of_base(name) or dora_layer(model, name.rpartition(".")[0]) is not None:
+            return nn.Parameter(parameter.to("meta"), parameter.requires_grad)
+        check(name, parameter)
+        return parameter
+
+    exchange(model, sort_out)
+    for name, buffer in model.named_buffers():  # DeLoRA's are the columns' norms
+        if not of_base(name):
+            check(name, buffer)
+    return model
+
+
+def _nowhere(like: Tensor) -> Tensor:
+    fill = float("nan") if like.is_floating_point() else 0
+    return torch.full((), fill, dtype=like.dtype).expand(like.shape)
+
+
+def exchange(model: nn.Module, make: Callable[[str, nn.Parameter], nn.Parameter]) -> None:
+    """Put make(name, parameter) in the place of every parameter; what was tied stays so."""
+    made: dict[int, tuple[nn.Parameter, nn.Parameter]] = {}  # with the old one, whose id is then not given away
+    for prefix, module in model.named_modules():
+        for name, old in module._parameters.items():
+            if old is not None:
+                if id(old) not in made:
+                    made[id(old)] = old, make(f"{prefix}.{name}", old)
+                module._parameters[name] = made[id(old)][1]
+
+
+def dora_layer(model: nn.Module, vector: str) -> nn.Linear | None:
+    """The layer whose rows' norms a DoRA magnitude holds, by the magnitude's module name; None for other modules.
+
+    Raises ValueError where they are not those of the checkpoint's rows.
+    """
+    layer, found, _ = vector.partition(".lora_magnitude_vector.")
+    if not found:
+        return None
+    adapted: Any = model.get_submodule(layer)
+    base = adapted.get_base_layer()
+    if type(base) is not nn.Linear:
+        raise ValueError(
+            f"DoRA's magnitudes of {layer}, a {type(base).__name__}, are not the norms of a checkpoint's rows, and "
+            "nothing else can be read under this sharding: give --sharding ddp"
+        )
+    return base
+
+
+def bare_skeleton(
+    config: ModelConfig,
+    folder: Path,
+    adapter: Any,
+    *,
+    dtype: str,
+    attention: str,
+    head: Mapping[str, Any] | None = None,
+) -> Any:
+    """The base alone on the meta device, its linear layers quantised where asked for.
+
+    head are settings of a classification head, which is never quantised; what the checkpoint lacks of it is real.
+    """
+    settings = AutoConfig.from_pretrained(folder, trust_remote_code=config.trust_remote_code, **(head or {}))
+    architecture = AutoModelForCausalLM if head is None else AutoModelForSequenceClassification
+    with init_empty_weights(include_buffers=False):
+        base: Any = architecture.from_config(
+            settings,
+            dtype=getattr(torch, dtype),
+            attn_implementation=attention,
+            trust_remote_code=config.trust_remote_code,
+        )
+    base.tie_weights()
+    if head is None and (folder / "generation_config.json").exists():  # it may name more stop tokens
+        base.generation_config = GenerationConfig.from_pretrained(folder, local_files_only=True)
+    if config.quantize != "none":
+        layers = linear_layers(base, getattr(adapter, "modules_to_save", None) or ())
+        if head is not None:
+            layers = {name: layer for name, layer in layers.items() if not in_head(base, name)}
+        quantize_skeleton(base, layers, config.quantize, getattr(torch, dtype))
+    if head is not None:
+        check_saved(_draw_head(base, folder), adapter)
+    prepare_base(base, config, folder)
+    return base
+
+
+def stored_base(base: Any, folder: Path) -> dict[str, TensorInfo]:
+    """The checkpoint's tensors, by name, that a model for labels is made of, its head left out."""
+    tensors = list_tensors(folder)
+    names = [name.rpartition(".") for name, _ in base.named_parameters() if not in_head(base, name)]
+    return {info.name: info for module, _, name in names if (info := weight_of(tensors, module, name))}
+
+
+def in_head(base: Any, name: str) -> bool:
+    return not name.startswith(f"{base.base_model_prefix}.")
+
+
+@torch.no_grad()
+def _draw_head(base: Any, folder: Path) -> list[str]:
+    """Give what the checkpoint lacks of a head the values that transformers gives it, from torch's seed; their names.
+
+    Raises ValueError where the checkpoint has a head of another size.
+    """
+    tensors = list_tensors(folder)
+    drawn: list[str] = []
+    for prefix, module in base.named_modules():
+        before = len(drawn)
+        for name, parameter in list(module.named_parameters(recurse=False)):
+            if not in_head(base, full := f"{prefix}.{name}"):
+                continue
+            if (info := weight_of(tensors, prefix, name)) is None:
+                module._parameters[name] = nn.Parameter(torch.empty_like(parameter, device="cpu"))
+                drawn.append(full)
+            elif info.shape != parameter.shape:
+                raise misfit(base, folder, full, info.shape, parameter.shape)
+        if len(drawn) > before:
+            base._init_weights(module)  # draws nothing for what is on meta
+    return drawn
+
+
+def check_saved(drawn: Iterable[str], adapter: PeftConfig | None) -> None:
+    """Raises ValueError where something starts from the seed that is not saved with the adapter."""
+    if adapter is None:  # all is trained and saved
+        return
+    saved = {"classifier", "score", *(getattr(adapter, "modules_to_save", None) or ())}  # the first two by PEFT itself
+    if lost := sorted({name.rpartition(".")[0] for name in drawn if not saved & set(name.split("."))}):
+        raise ValueError(
+            f"the checkpoint has no {', '.join(lost)}: new ones start from the seed, and would not be saved with the "
+            f"adapter. Give --modules-to-save {' '.join(sorted({name.split('.')[-1] for name in lost}))}"
+        )
+
+
+def misfit(base: Any, folder: Path, name: str, there: Sequence[int], here: Sequence[int]) -> ValueError:
+    """What to say of a checkpoint whose tensor has another shape than the model for labels."""
+    if in_head(base, name):
+        why = f"a head of {there[0]} classes, the data have {here[0]}: give a base without a head"
+        return ValueError(f"{folder} has {why}")
+    return ValueError(f"{folder} has {name} as {tuple(there)}, its config.json means {tuple(here)}")
+
+
+def prepare_base(base: Any, config: ModelConfig, folder: Path) -> None:
+    base.name_or_path = str(folder.resolve()) if Path(config.model).is_dir() else config.model
+    if config.gradient_checkpointing:
+        base.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+
+
+# What PEFT puts into the names of the base model's modules.
+PEFT_PARTS = re.compile(r"^base_model\.model\.|\.base_layer|\.original_module|\.modules_to_save\.[^.]+")

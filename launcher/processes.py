@@ -1,0 +1,230 @@
+"""Who am I, how many are we: the environment read once, and the few words processes exchange outside collectives.
+
+Waiting goes through the process group's key-value store, never through an NCCL collective: a watchdog would end a long
+wait there, and a store can say which rank is missing.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import socket
+import sys
+import time
+import uuid
+from collections.abc import Callable, Mapping
+from contextlib import suppress
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+POLL_S = 0.1
+PATIENCE_S = 3.0
+FOLDER_S = 5.0  # within which a network file system shows on one node what another has made
+
+
+class Stopped(Exception):
+    """Asked to stop before there was anything to save; whichever rank was asked, all raise it."""
+
+
+@dataclass(frozen=True)
+class Ranks:
+    """This process among the others, as torchrun, accelerate launch or Slurm's entry set it in the environment."""
+
+    rank: int = 0
+    world_size: int = 1
+    local_rank: int = 0
+    local_world_size: int = 1
+
+    @property
+    def is_main(self) -> bool:
+        return self.rank == 0
+
+    @staticmethod
+    def from_environment(environ: Mapping[str, str] = os.environ) -> Ranks:
+        """Raises ValueError where the variables contradict each other."""
+        names = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE")
+        values = {name: environ[name] for name in names if name in environ}
+        if "WORLD_SIZE" not in values:
+            if {"ACCELERATE_MIXED_PRECISION", "MASTER_ADDR"} <= environ.keys():
+                raise ValueError(
+                    "accelerate launch was asked for several processes but started one, as with --cpu or MULTI_CPU: "
+                    "use ACCELERATE_USE_CPU=true accelerate launch --config_file recipes/accelerate/ddp.yaml "
+                    "--num_processes N"
+                )
+            return Ranks()
+        shown = ", ".join(f"{name}={value}" for name, value in values.items())
+        if not all(value.isdigit() for value in values.values()) or "RANK" not in values:
+            raise ValueError(
+                f"expected whole numbers in RANK and WORLD_SIZE, got {shown}: start with accelerate launch"
+            )
+        rank, world = int(values["RANK"]), int(values["WORLD_SIZE"])
+        local, local_world = int(values.get("LOCAL_RANK", 0)), int(values.get("LOCAL_WORLD_SIZE", world))
+        if not (rank < world and local < local_world <= world):
+            raise ValueError(f"the process numbers contradict each other: {shown}")
+        return Ranks(rank, world, local, local_world)
+
+
+class Communicator:
+    """All processes of a run. With one process every call returns at once and nothing is opened."""
+
+    def __init__(self, ranks: Ranks, store: Any = None):
+        assert (store is None) == (ranks.world_size == 1)
+        self.ranks, self.store, self._round = ranks, store, 0
+        self._said: str | None = None
+
+    def gather(self, what: str, value: Any, timeout_s: float = 600.0) -> list[Any]:
+        """Every rank's value (JSON data), in rank order, on all ranks; the ranks come in any order and may take long.
+
+        Raises TimeoutError naming the ranks that did not come within timeout_s of this one.
+        """
+        self._round += 1
+        if self.store is None:
+            return [value]
+        key, pause_s = f"loldu/{self._round}/{what}", POLL_S / 64
+        self.store.set(f"{key}/{self.ranks.rank}", json.dumps(value))
+        deadline = time.monotonic() + timeout_s
+        missing = list(range(self.ranks.world_size))
+        while missing := [rank for rank in missing if not self.store.check([f"{key}/{rank}"])]:
+            if time.monotonic() > deadline:
+                raise TimeoutError(
+                    f"waited {timeout_s:.0f} s at '{what}': no word from rank {', '.join(map(str, missing))} of "
+                    f"{self.ranks.world_size}; look at the log of that rank first"
+                )
+            time.sleep(pause_s)
+            pause_s = min(2 * pause_s, POLL_S)
+        values = [json.loads(self.store.get(f"{key}/{rank}")) for rank in range(self.ranks.world_size)]
+        # Who says a word has read those of the round before, which can therefore go: a long run says many.
+        if self._said is not None:
+            self.store.delete_key(self._said)
+        self._said = f"{key}/{self.ranks.rank}"
+        return values
+
+    def from_main(self, what: str, make: Callable[[], Any], timeout_s: float = 600.0) -> Any:
+        """Run make on rank 0 alone and give its value (JSON data) to all; an error there is raised on every rank."""
+        return self.together(what, lambda: make() if self.ranks.is_main else None, timeout_s)[0]
+
+    def together(self, what: str, do: Callable[[], Any], timeout_s: float = 600.0) -> list[Any]:
+        """Run do on every rank and return all values; if any rank fails, all raise, naming it.
+
+        The user's mistakes (ValueError, OSError) are ValueErrors on the other ranks, Stopped is Stopped, and anything
+        else is a RuntimeError.
+        """
+        failure: Exception | None = None
+        result: dict[str, Any] = {}
+        try:
+            result["value"] = do()
+        except Exception as error:
+            failure = error
+            result["error"] = f"{type(error).__name__}: {error}" if not isinstance(error, ValueError) else str(error)
+            result["mistake"] = isinstance(error, (ValueError, OSError))
+            result["stopped"] = isinstance(error, Stopped)
+        answers = self.gather(what, result, timeout_s)
+        for rank, answer in enumerate(answers):
+            if answer.get("stopped"):
+                raise failure if isinstance(failure, Stopped) else Stopped("another rank")
+            if "error" in answer:
+                if failure is not None and (rank == self.ranks.rank or not answer["mistake"]):
+                    raise failure
+                where = f"rank {rank}: " if self.ranks.world_size > 1 and rank > 0 else ""
+                raise (ValueError if answer["mistake"] else RuntimeError)(f"{where}{answer['error']}")
+        return [answer["value"] for answer in answers]
+
+    def each(self, what: str, make: Callable[[], Any]) -> Any:
+        """What make returns on this rank, which may be any object; if it fails on one rank, all raise, naming it."""
+        made: list[Any] = []
+        self.together(what, lambda: made.append(make()))
+        return made[0]
+
+
+def in_time(look: Callable[[], bool]) -> bool:
+    """Whether look() becomes true within the time that a network file system may take to show what was made."""
+    deadline = time.monotonic() + FOLDER_S
+    while not (seen := look()) and time.monotonic() < deadline:
+        time.sleep(POLL_S)
+    return seen
+
+
+def nodes_without(folder: Path, comm: Communicator, what: str, option: str) -> list[str]:
+    """The nodes where this folder is not rank 0's, each as "HOST (rank R)". Called by all ranks.
+
+    Raises ValueError, on all ranks, where rank 0 cannot write there.
+    """
+
+    def write() -> str:
+        name = f".{uuid.uuid4().hex}.probe"
+        try:
+            folder.mkdir(parents=True, exist_ok=True)
+            (folder / name).touch()
+        except OSError as error:
+            raise ValueError(
+                f"cannot write to {what} {folder}: {error.strerror}; give another folder with {option}"
+            ) from error
+        return name
+
+    ranks = comm.ranks
+    probe = folder / comm.from_main(f"a probe of {what}", write)
+    answers = comm.gather(
+        f"who sees {what}", [in_time(probe.exists), ranks.rank - ranks.local_rank, socket.gethostname()]
+    )
+    if ranks.is_main:
+        with suppress(OSError):
+            probe.unlink()
+    blind: dict[int, str] = {}  # first rank of a node -> the node
+    for rank, (seen, node, host) in enumerate(answers):
+        if not seen:
+            blind.setdefault(node, f"{host} (rank {rank})")
+    return list(blind.values())
+
+
+def same_everywhere(comm: Communicator, what: str, make: Callable[[], str | None]) -> str:
+    """What make returns on rank 0; a None of another rank means that it did not look. Called by all ranks.
+
+    Raises ValueError, on all ranks, naming the host of a rank that has something else.
+    """
+    found = comm.together(what, lambda: [make(), socket.gethostname()])
+    for rank, (mine, host) in enumerate(found):
+        if mine not in (None, found[0][0]):
+            raise ValueError(
+                f"{what} is not the same on {host} (rank {rank}) as on {found[0][1]} (rank 0): bring the same files "
+                "and versions there"
+            )
+    return found[0][0]
+
+
+def say_mistake(error: Exception, is_main: bool, *, shared: bool, ended: Callable[[], bool] = lambda: False) -> None:
+    """Print one line on standard error, once for all ranks where all have met the same mistake.
+
+    Rank 0 prints at once. The others wait for that, since a launcher ends all when one leaves, until `ended` or for
+    PATIENCE_S; then they print as well, for each may have met it alone, unless it is known to be shared.
+    """
+    if not is_main:
+        deadline = time.monotonic() + PATIENCE_S
+        while time.monotonic() < deadline and not ended():
+            time.sleep(POLL_S)
+        if shared or ended():
+            return
+    print(f"error: {error}", file=sys.stderr, flush=True)
+
+
+def connect(ranks: Ranks, *, cpu_offload: bool = False) -> Communicator:
+    """Open the process group (NCCL with GPUs, else gloo) through accelerate, and check that it is the one asked for.
+
+    cpu_offload: gloo beside NCCL, for what lies in main memory.
+    """
+    if ranks.world_size == 1:
+        return Communicator(ranks)
+    import torch
+    from accelerate import PartialState
+    from torch.distributed.distributed_c10d import _get_default_store
+
+    if cpu_offload and torch.cuda.is_available():
+        torch.cuda.set_device(ranks.local_rank)
+        torch.distributed.init_process_group("cpu:gloo,cuda:nccl")  # accelerate takes what is there
+    state = PartialState(cpu=not torch.cuda.is_available())
+    if state.num_processes != ranks.world_size:
+        raise RuntimeError(
+            f"WORLD_SIZE is {ranks.world_size} but accelerate sees {state.num_processes}: each process would train "
+            "alone. On CPU start with torchrun, or with ACCELERATE_USE_CPU=true accelerate launch --multi_gpu"
+        )
+    return Communicator(ranks, _get_default_store())

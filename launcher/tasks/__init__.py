@@ -1,0 +1,1 @@
+"""What is learned from the samples: one file for each kind of training."""

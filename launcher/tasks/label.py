@@ -1,0 +1,178 @@
+"""Sequence classification: one or two columns of text and a label, in place of a question and an answer.
+
+GLUE's form. A label is a whole number or a name (classes) or a number with a fraction (regression, as in STS-B). The
+model's own head and loss are used; a checkpoint without a head gets a new one from the seed, to be trained whole and
+saved beside the adapter (`modules_to_save`).
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from launcher.config import Config, DataConfig
+from launcher.data import records
+from launcher.data.encode import DataReport, Encoded
+
+MOMENTS = 7  # numbers that `moments` counts
+Labels = tuple[str, ...]  # the classes, in the order of the head's outputs; none: a number is predicted
+
+
+@dataclass(frozen=True)
+class LabelReport(DataReport):
+    """What became of the rows."""
+
+    def __str__(self) -> str:
+        line = f"{self.kept:,} labelled rows, {self.tokens:,} tokens"
+        return line + (f"; {self.truncated:,} cut at {self.max_length} tokens" if self.truncated else "")
+
+
+@dataclass(frozen=True, eq=False)
+class Labelled(Encoded):
+    """Samples as in `Encoded`, each with one label; each counts as one target."""
+
+    classes: Labels
+    labels: Tensor  # (S,) int64 places in classes, or float32 where a number is predicted
+    segments: Tensor | None  # (T,) int8: first or second text, for models that are told
+
+    def digest(self) -> str:
+        return hashlib.sha256(super().digest().encode() + self.labels.numpy().tobytes()).hexdigest()
+
+
+def load_splits(config: DataConfig) -> tuple[list[records.Record], list[records.Record], Labels]:
+    """Training and held-out rows {texts, label}, and the classes of the training rows.
+
+    Raises ValueError naming the row for a missing column, a text or label of another kind, an unlabelled row and a
+    held-out label that training does not know.
+    """
+    load = partial(_load, columns=config.text_columns, label=config.label_column)
+    train, held_out = records.load_splits(config.data, config.eval_data, config.eval_records, load)
+    labels = _classes(train)
+    for row in held_out:
+        if (_name(row["label"]) not in labels) if labels else not isinstance(row["label"], (int, float)):
+            known = ", ".join(labels) or "numbers"
+            raise ValueError(f"{row['where']} has the label {row['label']!r}, the training rows have: {known}")
+    return train, held_out, labels
+
+
+def encode(rows: Sequence[records.Record], labels: Labels, tokenizer: Any, config: DataConfig) -> Labelled:
+    """Tokenise each row as the tokenizer joins one text or two; what is over max_length loses the longer text's end."""
+    if tokenizer.pad_token_id is None:
+        raise ValueError("this tokenizer has no padding token, which classification needs: set pad_token in its files")
+    texts = [list(column) for column in zip(*(row["texts"] for row in rows), strict=True)]
+    lengths = [len(ids) for ids in tokenizer(*texts, verbose=False)["input_ids"]]
+    found = tokenizer(*texts, truncation=True, max_length=config.max_length, verbose=False)
+    flat = {name: torch.tensor([x for part in found[name] for x in part]) for name in found}
+    offsets = torch.tensor([0, *(len(ids) for ids in found["input_ids"])]).cumsum(0)
+    if labels:
+        answers = torch.tensor([labels.index(_name(row["label"])) for row in rows])
+    else:
+        answers = torch.tensor([float(row["label"]) for row in rows])
+    cut = sum(length > config.max_length for length in lengths)
+    tokens, count = int(offsets[-1]), len(rows)
+    return Labelled(
+        ids=flat["input_ids"].int(),
+        loss=torch.zeros(tokens, dtype=torch.bool),
+        offsets=offsets,
+        targets=torch.ones(count, dtype=torch.int64),
+        report=LabelReport(count, count, cut, 0, tokens, count, config.max_length),
+        classes=labels,
+        labels=answers,
+        segments=flat["token_type_ids"].to(torch.int8) if "token_type_ids" in flat else None,
+    )
+
+
+def collate(data: Labelled, rows: Sequence[int], pad_id: int) -> dict[str, Tensor]:
+    """Arguments of the model's forward: input_ids, attention_mask (B, N) padded on the right, labels (B,)."""
+    spans = [slice(*data.offsets[row : row + 2].tolist()) for row in rows]
+    pad = partial(torch.nn.utils.rnn.pad_sequence, batch_first=True)
+    ids = [data.ids[span].long() for span in spans]
+    batch = {
+        "input_ids": pad(ids, padding_value=pad_id),
+        "attention_mask": pad([torch.ones_like(part) for part in ids]),
+        "labels": data.labels[torch.tensor(rows)],
+    }
+    if data.segments is not None:
+        batch["token_type_ids"] = pad([data.segments[span].long() for span in spans])
+    return batch
+
+
+def moments(logits: Tensor, labels: Tensor) -> Tensor:
+    """Sums (MOMENTS,) over samples from which `metrics` follow, so that ranks can add theirs up. float64."""
+    said, true = logits.float().argmax(-1) if logits.shape[-1] > 1 else logits[:, 0], labels
+    p, t = said.double(), true.double()
+    return torch.stack([(said == true).double().sum(), p.sum(), t.sum(), p @ p, t @ t, p @ t, torch.ones_like(p).sum()])
+
+
+def metrics(sums: Tensor, labels: Labels) -> dict[str, float]:
+    """accuracy, for classes; correlation, for two classes (then Matthews' coefficient) and numbers (Pearson's)."""
+    right, p, t, pp, tt, pt, n = sums.tolist()
+    result = {"accuracy": right / n} if labels else {}
+    if len(labels) in (0, 2):
+        spread = max((n * pp - p * p) * (n * tt - t * t), 0.0) ** 0.5
+        result["correlation"] = (n * pt - p * t) / spread if spread else 0.0  # all the same: nothing was told apart
+    return result
+
+
+def head_settings(labels: Labels, pad_id: int) -> dict[str, Any]:
+    """What the model's config says of its head. A decoder's looks for the last token before the padding, by pad_id."""
+    if not labels:
+        return {"num_labels": 1, "problem_type": "regression", "pad_token_id": pad_id}
+    names = dict(enumerate(labels))
+    ids = {name: number for number, name in names.items()}
+    kind = "single_label_classification"
+    return {"id2label": names, "label2id": ids, "problem_type": kind, "pad_token_id": pad_id}
+
+
+def check_head(config: Config) -> None:
+    """Raises ValueError for what cannot train with a head that says nothing yet."""
+    if config.adapter.method == "lorasb":
+        raise ValueError("--method lorasb takes gradients before training, when --text-columns' head says nothing yet")
+
+
+def _load(source: str, *, option: str = "--data", columns: Sequence[str], label: str) -> list[records.Record]:
+    rows = records.load_rows(source, option)
+    if not rows:
+        raise ValueError(f"{option} {source} holds no rows")
+    found = []
+    for index, row in enumerate(rows):
+        where = f"record {index} of {source}"
+        if not isinstance(row, dict):
+            raise ValueError(
+                f"{where} is a {type(row).__name__}, expected an object with {', '.join(columns)}, {label}"
+            )
+        texts = [records.text_of(row, column, where) for column in columns]
+        value = row.get(label)
+        if isinstance(value, bool) or not isinstance(value, (int, float, str)):
+            there = f"the {type(value).__name__} {value!r:.40}" if label in row else f"its columns: {', '.join(row)}"
+            raise ValueError(f"{where}: {label!r} is a class (whole number or name) or a number, got {there}")
+        if isinstance(value, int) and value < 0:
+            raise ValueError(f"{where} has the label {value}: it is unlabelled, as test splits are; give another split")
+        found.append({"texts": texts, "label": value, "where": where})
+    return found
+
+
+def _classes(rows: Sequence[records.Record]) -> Labels:
+    kinds = {type(row["label"]) for row in rows}
+    if kinds in ({float}, {float, int}):
+        return ()
+    if len(kinds) > 1:
+        first = type(rows[0]["label"])
+        other = next(row for row in rows if type(row["label"]) is not first)
+        raise ValueError(f"{other['where']} has the label {other['label']!r}, record 0 has {rows[0]['label']!r}")
+    values = sorted({row["label"] for row in rows})
+    if len(values) < 2:
+        raise ValueError(f"all {len(rows)} training rows have the label {values[0]!r}: there is nothing to tell apart")
+    if kinds == {int} and values != list(range(len(values))):
+        raise ValueError(f"classes are numbered from 0 without gaps, the training rows have {values[:20]}")
+    return tuple(map(_name, values))
+
+
+def _name(label: Any) -> str:
+    return str(label)

@@ -1,0 +1,110 @@
+"""Whether the weights fit the memory of this process, told before anything is read."""
+
+from __future__ import annotations
+
+import math
+import os
+import socket
+from collections.abc import Callable
+from contextlib import suppress
+from dataclasses import replace
+from pathlib import Path, PurePosixPath
+from typing import Any
+
+import torch
+
+from adapters.checkpoint_files import list_tensors
+from launcher.config import Config
+from launcher.models.quantize import bytes_per_number
+from launcher.processes import Ranks
+from launcher.training.resolve import check_carried
+
+STORED = {"float32": "F32", "bfloat16": "BF16"}  # as safetensors names them
+
+
+def check_memory(config: Config, base: Path, dtype: str, sharding: str, ranks: Ranks) -> None:
+    """Whether this process's part of the base can fit its GPU, or all parts of this machine's its main memory."""
+
+    def allowed(option: str) -> bool:
+        name, value = option.removeprefix("--").split()
+        quantize: Any = value if name == "quantize" else config.model.quantize
+        try:
+            changed = replace(config, model=replace(config.model, quantize=quantize))
+            check_carried(changed, value if name == "sharding" else sharding)
+        except ValueError:
+            return False
+        return True
+
+    copies = {"fsdp2": 1, "zero3": 1, "hsdp": ranks.world_size / (config.run.shard_size or ranks.local_world_size)}
+    share = copies.get(sharding, ranks.world_size) / ranks.world_size
+    kind = dtype if config.model.quantize == "none" else config.model.quantize
+    offloaded = config.run.cpu_offload and sharding != "zero2"  # which moves the optimizer's state alone
+    if torch.cuda.is_available() and not offloaded:
+        device = torch.cuda.get_device_properties(ranks.local_rank)
+        check_size(base, kind, share=share, memory=device.total_memory, where=device.name, allowed=allowed)
+        return
+    # A frozen base in the dtype of its files is a map of them, whose pages the processes of a machine share.
+    frozen = sharding in ("none", "ddp") and config.adapter.method != "full"
+    mapped = frozen and {info.dtype for info in list_tensors(base).values()} == {STORED.get(kind)}
+    here = share if mapped else share * ranks.local_world_size
+    memory, limited = main_memory()
+    host = socket.gethostname()
+    check_size(base, kind, share=here, memory=memory, where=host, limited=limited, allowed=allowed)
+
+
+def check_size(
+    folder: Path,
+    kind: str,
+    *,
+    share: float,
+    memory: int,
+    where: str,
+    limited: bool = False,
+    allowed: Callable[[str], bool] = lambda option: True,
+) -> None:
+    """Raises ValueError where the base's weights alone do not fit: a machine out of memory kills without a word.
+
+    kind is the base's dtype, or how it is quantised; share, how much of the base lies in these memory bytes, which
+    limited says are those of a job. Only what is certain counts: of a quantised base all as if it were packed, in
+    endless rows. allowed(option) is whether this run could be given that instead.
+    """
+    numbers = sum(math.prod(tensor.shape) for tensor in list_tensors(folder).values())
+    needs = {
+        each: numbers * bytes_per_number(each, getattr(torch, each, torch.float32), math.inf) * share
+        for each in ("float32", "bfloat16", "int8", "nf4", "fp4")
+    }
+    if needs[kind] <= memory:
+        return
+    options = {"--dtype bfloat16": "bfloat16", "--quantize int8": "int8", "--quantize nf4": "nf4"}
+    give = [
+        f"{option} ({needs[each] / 1e9:.3g} GB)"
+        for option, each in options.items()
+        if needs[each] <= memory and allowed(option)
+    ]
+    if allowed("--sharding fsdp2"):
+        give.append("--sharding fsdp2 on enough GPUs or machines")
+    give.append("the job or container more memory (Slurm: --mem)" if limited else "a machine that has more")
+    copies = f", {share:.3g} times," if share > 1 else ""
+    has = "where this job or container may fill" if limited else "which has"
+    raise ValueError(
+        f"the weights of {folder} take {needs[kind] / 1e9:.3g} GB in {kind}{copies} on {where}, {has} "
+        f"{memory / 1e9:.3g} GB: give {', or '.join(give)}"
+    )
+
+
+def main_memory(proc: Path = Path("/proc/self/cgroup"), root: Path = Path("/sys/fs/cgroup")) -> tuple[int, bool]:
+    """Bytes of main memory that this process may fill, and whether its container or job is what limits it."""
+    machine = limit = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    for line in proc.read_text().splitlines() if proc.exists() else ():
+        _, controllers, group = line.split(":", 2)
+        if not controllers:  # version 2
+            top, name = root, "memory.max"
+        elif "memory" in controllers.split(","):
+            top, name = root / "memory", "memory.limit_in_bytes"
+        else:
+            continue
+        inside = PurePosixPath(group.lstrip("/"))
+        for folder in (inside, *inside.parents):  # the least limit of all levels holds
+            with suppress(OSError, ValueError):  # none at this level, not ours to read, or "max"
+                limit = min(limit, int((top / folder / name).read_text()))
+    return limit, limit < machine

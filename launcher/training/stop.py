@@ -1,0 +1,93 @@
+"""Being asked to stop: signals, the run folder's control file, the time limit. Asking sets a flag and nothing else.
+
+A second signal of a kind ends the process at once, whatever it is doing: a second Ctrl-C, or a TERM or USR2 that comes
+after QUIET_S without one. Schedulers repeat theirs every few seconds, and that is one request: a save in progress ends
+well. A TERM after a USR2 (a warning, then the time limit) is no second signal either.
+"""
+
+from __future__ import annotations
+
+import os
+import signal
+import time
+from contextlib import suppress
+from pathlib import Path
+from types import FrameType
+from typing import Any
+
+from launcher.processes import Stopped
+
+SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR2)
+LISTEN_S = 0.5  # how often a rank hears whether another was asked
+ECHO_S = 0.5  # a terminal's Ctrl-C reaches a rank once more through its launcher
+QUIET_S = 5.0
+
+
+class StopRequest:
+    """Whether this run was asked to stop, and by what. Use as a context manager around the whole run."""
+
+    def __init__(self, max_seconds: float = 0.0):
+        self.reason: str | None = None
+        self.control: Path | None = None  # watched by rank 0 once the run folder is known
+        self.store: Any = None  # set once there are other ranks: what one is asked, all hear
+        self._heard = 0.0
+        self._deadline = time.monotonic() + max_seconds if max_seconds else None
+        self._first: dict[int, float] = {}
+        self._last: dict[int, float] = {}
+        self._before: dict[int, Any] = {}
+
+    def __enter__(self) -> StopRequest:
+        for number in SIGNALS:
+            self._before[number] = signal.signal(number, self._on_signal)
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        for number, handler in self._before.items():
+            signal.signal(number, handler)
+        if self.control is not None and _read(self.control) == "stop":
+            with suppress(OSError):  # where this fails the next start stops once more, and says so
+                self.control.write_text("run\n")
+
+    def watch(self, control: Path) -> None:
+        """Look at this file from now on. A stop that is in it already was meant for this start: once honoured it goes.
+
+        So none is lost that comes while Python starts, and who clears it for a new start is who started it.
+        """
+        if _read(control) != "stop":
+            control.write_text("run\n")
+        self.control = control
+
+    def asked(self) -> bool:
+        """Looks at the clock and the control file as well, and listens to the other ranks."""
+        if self.reason is None and self._deadline is not None and time.monotonic() > self._deadline:
+            self.reason = "its time limit"
+        if self.reason is None and self.control is not None and _read(self.control) == "stop":
+            self.reason = "the control file"
+        if self.store is not None and time.monotonic() - self._heard > LISTEN_S:
+            self._heard = time.monotonic()
+            if self.reason is not None:
+                self.store.set("loldu/stop", self.reason)
+            elif self.store.check(["loldu/stop"]):
+                self.reason = self.store.get("loldu/stop").decode()
+        return self.reason is not None
+
+    def before_training(self) -> None:
+        """Raises Stopped where the run was asked to stop; for phases that have nothing to save."""
+        if self.asked():
+            raise Stopped(self.reason)
+
+    def _on_signal(self, number: int, frame: FrameType | None) -> None:
+        now = time.monotonic()
+        first, last = self._first.setdefault(number, now), self._last.get(number, now)
+        self._last[number] = now
+        if now - first > ECHO_S if number == signal.SIGINT else now - last > QUIET_S:
+            signal.signal(number, signal.SIG_DFL)
+            os.kill(os.getpid(), number)
+        self.reason = self.reason or signal.Signals(number).name
+
+
+def _read(path: Path) -> str:
+    try:
+        return path.read_text(errors="replace").strip()
+    except OSError:
+        return ""

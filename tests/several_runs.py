@@ -1,0 +1,71 @@
+"""Several runs in one start of N processes, since importing takes longer than training: torchrun several_runs.py PLAN.
+
+PLAN is a JSON list of runs, each a whole run of its own in the processes that are there:
+
+    config      of the run
+    copy_of     {folder, step}: go on from that run, as if it had been interrupted after that step
+    code        the exit code that every process must end with (0)
+    nodes       whether each process counts as a node, with its rank added to the name of the cache folder
+    offload     whether --cpu-offload is to be carried out although there is no GPU
+    blocks      whether frozen triangles are multiplied in blocks of four rows, as large ones are in larger blocks
+"""
+
+import json
+import os
+import shutil
+import sys
+from dataclasses import replace
+from pathlib import Path
+
+import torch
+
+from adapters import functions
+from launcher import processes as ranks_module
+from launcher.config import Config, from_dict
+from launcher.training import resolve
+from launcher.training import run as run_module
+
+SMALL = {"SMALLEST": 4, "FROM": 4, "TOKENS": 1}
+LARGE = {name: getattr(functions, name) for name in SMALL}
+
+
+def main(plan: list[dict]) -> int:
+    torch.set_num_threads(1)
+    ranks = ranks_module.Ranks.from_environment()
+    comm = ranks_module.connect(ranks)
+    run_module.connect = lambda *_, **__: comm
+    run_module._disconnect = lambda _: None
+    local, check_offload = (os.environ["LOCAL_RANK"], os.environ["LOCAL_WORLD_SIZE"]), resolve.check_offload
+    for number, entry in enumerate(plan):
+        config, nodes = from_dict(Config, entry["config"]), entry.get("nodes")
+        if nodes:
+            config = replace(config, run=replace(config.run, cache=f"{config.run.cache}-{ranks.rank}"))
+        os.environ["LOCAL_RANK"], os.environ["LOCAL_WORLD_SIZE"] = ("0", "1") if nodes else local
+        comm.ranks = ranks_module.Ranks.from_environment()
+        vars(functions).update(SMALL if entry.get("blocks") else LARGE)
+        resolve.check_offload = (lambda *_, **__: None) if entry.get("offload") else check_offload
+        if source := entry.get("copy_of"):
+            comm.from_main("copy", lambda source=source, config=config: copy(source, config))
+        code = run_module.run(config, "several")
+        if code != entry.get("code", 0):
+            print(f"run {number} of the plan, {config.run}, ended with {code}", file=sys.stderr)
+            return 1
+    torch.distributed.barrier()
+    torch.distributed.destroy_process_group()
+    return 0
+
+
+def copy(source: dict, config: Config) -> None:
+    """The run in source["folder"] as if it had been interrupted after source["step"]."""
+    target = Path(config.run.output)
+    shutil.copytree(source["folder"], target)
+    for folder in (target / "checkpoints").iterdir():
+        if int(folder.name.removeprefix("step-")) > source["step"]:
+            shutil.rmtree(folder)
+    for result in ("adapter", "model"):
+        shutil.rmtree(target / result, ignore_errors=True)
+    (target / "state").write_text("stopped\n")
+
+
+if __name__ == "__main__":
+    raise SystemExit(main(json.loads(Path(sys.argv[1]).read_text())))

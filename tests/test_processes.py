@@ -1,0 +1,78 @@
+"""What ranks say to each other outside collectives: a stop is a stop on all, and past words do not pile up."""
+
+import pytest
+import torch.distributed as dist
+from communicators import together
+
+from launcher import processes
+from launcher.processes import Ranks, Stopped, say_mistake
+
+
+def test_where_one_rank_is_stopped_all_are():
+    def work(comm):
+        def do():
+            if comm.ranks.rank == 1:
+                raise Stopped("SIGUSR2")
+
+        comm.together("loading", do)
+
+    results = together(3, work)
+
+    assert [type(result) for result in results] == [Stopped] * 3
+    assert str(results[1]) == "SIGUSR2"
+
+
+@pytest.mark.parametrize(("kind", "heard"), [(ValueError, ValueError), (OSError, ValueError), (KeyError, RuntimeError)])
+def test_a_mistake_of_one_rank_is_a_mistake_on_all_and_names_it(kind, heard):
+    def work(comm):
+        def do():
+            if comm.ranks.rank == 1:
+                raise kind("no such file")
+
+        comm.together("data", do)
+
+    results = together(2, work)
+
+    assert isinstance(results[1], kind)
+    assert isinstance(results[0], heard)
+    assert "rank 1: " in str(results[0])
+
+
+def test_words_of_past_rounds_are_forgotten():
+    """A run that saves at every step would fill the memory of the process that keeps the store."""
+
+    store = dist.HashStore()
+
+    def work(comm):
+        return [comm.gather("rows", [comm.ranks.rank, number]) for number in range(20)]
+
+    results = together(2, work, store=store)
+
+    assert results[0] == results[1] == [[[0, number], [1, number]] for number in range(20)]
+    assert store.num_keys() == 2  # each rank's last word
+
+
+@pytest.mark.parametrize(("rank", "shared", "said"), [(0, True, 1), (0, False, 1), (1, True, 0), (1, False, 1)])
+def test_a_mistake_is_said_once_unless_a_rank_may_have_met_it_alone(rank, shared, said, monkeypatch, capsys):
+    monkeypatch.setattr(processes, "PATIENCE_S", 0.01)
+
+    say_mistake(ValueError("no such file"), rank == 0, shared=shared)
+
+    assert capsys.readouterr().err == "error: no such file\n" * said
+
+
+def test_a_rank_whose_launcher_ends_it_meanwhile_adds_nothing(capsys):
+    """torchrun ends the others as soon as rank 0 has spoken and left."""
+    say_mistake(ValueError("no such file"), False, shared=False, ended=lambda: True)
+
+    assert capsys.readouterr().err == ""
+
+
+def test_an_accelerate_launch_that_started_fewer_processes_than_asked_is_refused():
+    """What accelerate leaves in the environment for `--cpu --num_processes 2`: one process, and no error of its own."""
+    environ = {"ACCELERATE_USE_CPU": "True", "ACCELERATE_MIXED_PRECISION": "no", "MASTER_ADDR": "127.0.0.1"}
+
+    with pytest.raises(ValueError, match="asked for several processes but started one"):
+        Ranks.from_environment(environ)
+
+    assert Ranks.from_environment({"ACCELERATE_USE_CPU": "True", "MASTER_ADDR": "here"}) == Ranks()
