@@ -52,6 +52,7 @@ COMMANDS: Mapping[str, Command] = {
     "chat": Command("launcher.inference.chat:chat", "talk with a model, adapter or run"),
     "merge": Command("launcher.inference.merge:merge", "write base and adapter as one plain model"),
     "export-lora": Command("launcher.inference.export:export_lora", "write an adapter as a LoRA for stock PEFT"),
+    "report": Command("launcher.reports.commands:report", "write the HTML report of a run, or compare several"),
     "submit": Command("launcher.cluster.commands:submit", "run a recipe on Slurm"),
     "launch": Command("launcher.cluster.commands:launch", "run a recipe on the hosts of a file, over ssh"),
     "status": Command("launcher.cluster.commands:status", "how runs stand"),

@@ -22,6 +22,7 @@ MAY_IMPORT = {  # beside itself; in the order in which data flows
     "launcher.engines": {"launcher.config", "launcher.processes", "launcher.models", "launcher.training.checkpoint"},
     "launcher.training": BELOW_TRAINING | {"launcher.training.checkpoint"},
     "launcher.inference": {"adapters", *SMALL, *ROOMS},
+    "launcher.reports": {"launcher.exit_codes"},  # reads what runs wrote, without torch
     "launcher.cluster": {"launcher.exit_codes"},  # starts commands, and knows of what they do how they end
     "launcher.cli": BELOW_TRAINING | {"launcher.training", "launcher.inference", "launcher.cluster"},
     "launcher.__main__": {"loldu"},

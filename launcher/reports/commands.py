@@ -1,0 +1,116 @@
+"""`loldu report`: write the report of one run or of several, or serve it while a run goes on."""
+
+from __future__ import annotations
+
+import os
+import sys
+from collections.abc import Sequence
+from functools import partial
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
+
+import tyro
+
+from launcher.exit_codes import DONE
+
+REFRESH_S = 5
+
+
+def report(
+    runs: tyro.conf.Positional[tuple[str, ...]], *, out: str | None = None, watch: bool = False, port: int = 8765
+) -> int:
+    """Write a self-contained HTML report of a run, also while it trains. Several runs are compared.
+
+    Args:
+        runs: Run folders (runs/NAME).
+        out: The HTML file. By default report.html in the run folder; for several runs in the folder above the first.
+        watch: Serve the report on localhost, made anew at every load, in place of writing it.
+        port: Port of --watch.
+    """
+    if not runs:
+        raise ValueError("no run was given: loldu report runs/NAME [runs/OTHER ...]")
+    folders = [Path(run).expanduser() for run in runs]
+    if watch:
+        serve(folders, port)
+        return DONE
+    file = write_report(folders, Path(out) if out else None)
+    print(file)
+    return DONE
+
+
+def write_report(folders: Sequence[Path], out: Path | None = None) -> Path:
+    """Write the page, and its pictures as PNG files into the folder report/ beside it; returns the page's path."""
+    from launcher.reports.page import report as make
+    from launcher.reports.read import read_run
+
+    made = make([read_run(folder) for folder in folders])
+    file = out or (folders[0] if len(folders) == 1 else folders[0].resolve().parent) / "report.html"
+    pictures = file.with_suffix("")
+    try:
+        pictures.mkdir(parents=True, exist_ok=True)
+        for name, content in made.pictures.items():
+            _replace(pictures / name, content)
+        _replace(file, made.html.encode())
+    except OSError as error:
+        raise ValueError(
+            f"cannot write the report to {file}: {error.strerror}; give another file with --out"
+        ) from error
+    return file
+
+
+def serve(folders: Sequence[Path], port: int) -> None:
+    """Serve the page on 127.0.0.1 until Ctrl-C."""
+    from launcher.reports.read import read_run
+
+    for folder in folders:
+        read_run(folder)  # a wrong folder is an error now, not in the browser
+    try:
+        server = ThreadingHTTPServer(("127.0.0.1", port), partial(_Page, list(folders)))
+    except OSError as error:
+        raise ValueError(f"cannot listen on port {port}: {error.strerror}; give another one with --port") from error
+    print(f"http://127.0.0.1:{server.server_address[1]}/ shows the report; Ctrl-C ends this", file=sys.stderr)
+    with server:
+        try:
+            server.serve_forever()
+        except KeyboardInterrupt:
+            return
+
+
+class _Page(BaseHTTPRequestHandler):
+    """The report at /, made from the run folders at each request."""
+
+    def __init__(self, folders: Sequence[Path], *args: object):
+        self.folders = folders
+        super().__init__(*args)  # type: ignore[arg-type]
+
+    def do_GET(self) -> None:
+        from launcher.reports.page import report as make
+        from launcher.reports.read import read_run
+
+        host = self.headers.get("Host", "").rpartition(":")[0]
+        if host not in ("127.0.0.1", "localhost"):  # a foreign name that resolves to this address: DNS rebinding
+            self.send_error(403, "only for localhost")
+            return
+        if self.path != "/":
+            self.send_error(404)
+            return
+        try:
+            content = make([read_run(folder) for folder in self.folders], refresh_s=REFRESH_S).html.encode()
+        except ValueError as error:
+            self.send_error(500, explain=str(error))
+            return
+        self.send_response(200)
+        self.send_header("Content-Type", "text/html; charset=utf-8")
+        self.send_header("Content-Length", str(len(content)))
+        self.send_header("Cache-Control", "no-store")
+        self.end_headers()
+        self.wfile.write(content)
+
+    def log_message(self, *_: object) -> None:
+        """One line for each load would drown everything else."""
+
+
+def _replace(file: Path, content: bytes) -> None:
+    partial_file = file.with_name(f".{file.name}.{os.getpid()}.tmp")
+    partial_file.write_bytes(content)
+    os.replace(partial_file, file)

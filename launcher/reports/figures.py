@@ -1,0 +1,153 @@
+"""Pictures of runs with matplotlib: curves, and every trained number of a run in one map.
+
+Text and axes are drawn in one colour, INK, which the page replaces by its own text colour, so that one picture suits
+light and dark pages.
+"""
+
+from __future__ import annotations
+
+import io
+import re
+from collections.abc import Sequence
+from typing import Any
+
+import matplotlib
+import numpy as np
+from matplotlib.figure import Figure
+
+from launcher.reports.read import Change, Line, Run
+
+INK = "#010203"  # a colour that nothing else has
+COLOURS = ("#3b82d6", "#e0693e", "#2f9e62", "#a463c9", "#c79a1b", "#d64f84", "#4aa3a2", "#8a7a6a")
+STYLE = {
+    "svg.fonttype": "none",  # text stays text: it can be selected, and takes the page's font
+    "svg.hashsalt": "loldu",  # the same run gives the same bytes
+    "font.size": 10,
+    "axes.edgecolor": INK,
+    "axes.labelcolor": INK,
+    "text.color": INK,
+    "xtick.color": INK,
+    "ytick.color": INK,
+    "axes.spines.top": False,
+    "axes.spines.right": False,
+    "figure.facecolor": "none",
+    "axes.facecolor": "none",
+    "legend.frameon": False,
+}
+MAP_COLUMNS = 96  # cells of a module in the map; more numbers share cells, each cell shows the largest
+
+
+def curves(runs: Sequence[Run]) -> dict[str, Figure]:
+    """One figure for each quantity that any of the runs has, by title."""
+    per_step = {"Loss": "loss", "Learning rate": "lr", "Gradient norm": "grad_norm"}
+    measured = {
+        "Tokens per second": "tokens_per_s",
+        "Memory (GiB)": "memory_gib",
+        "Padding (share of positions)": "padding",
+    }
+    found: dict[str, Figure] = {}
+    for title, name in per_step.items():
+        _add(found, title, name, [(run, run.steps) for run in runs], smooth=name == "loss")
+    names = dict.fromkeys(name for run in runs for line in run.evaluations for name in line if name != "step")
+    for name in names:
+        title = {"eval_loss": "Held-out loss"}.get(name, f"Held-out {name.replace('_', ' ')}")
+        _add(found, title, name, [(run, run.evaluations) for run in runs], marker="o")
+    for title, name in measured.items():
+        _add(found, title, name, [(run, run.metrics) for run in runs])
+    return found
+
+
+def change_map(changes: Sequence[Change]) -> Figure:
+    """Every trained number: a row for each layer, a block of columns for each module, colour for its change."""
+    layers = sorted({change.layer for change in changes})
+    parts = list(dict.fromkeys(change.part for change in sorted(changes, key=lambda change: change.layer)))
+    cells = {part: min(MAP_COLUMNS, max(len(c.change) for c in changes if c.part == part)) for part in parts}
+    width = sum(cells.values()) + len(parts) - 1
+    image = np.full((len(layers), width), np.nan)
+    at, centres = 0, []
+    for part in parts:
+        for change in changes:
+            if change.part == part:
+                image[layers.index(change.layer), at : at + cells[part]] = binned(change.change, cells[part])
+        centres.append(at + (cells[part] - 1) / 2)
+        at += cells[part] + 1
+    bound = float(np.nanquantile(np.abs(image), 0.995)) or 1.0
+    with matplotlib.rc_context(STYLE):
+        figure = Figure(figsize=(10, 1.6 + 0.22 * max(len(layers), 4)), layout="constrained")
+        axes = figure.subplots()
+        shown = axes.imshow(image, aspect="auto", cmap="coolwarm", vmin=-bound, vmax=bound, interpolation="nearest")
+        axes.set_xticks(centres, [part.rpartition(".")[2] for part in parts], rotation=20 if len(parts) > 4 else 0)
+        every = max(1, len(layers) // 16)
+        labels = [str(layer) if layer >= 0 else "" for layer in layers]
+        axes.set_yticks(range(0, len(layers), every), labels[::every])
+        axes.set_ylabel("layer")
+        axes.spines[:].set_visible(False)
+        axes.tick_params(length=0)
+        figure.colorbar(shown, ax=axes, label="change", pad=0.01)
+    return figure
+
+
+def binned(values: np.ndarray, cells: int) -> np.ndarray:
+    """(cells,): of the numbers that share a cell the one with the largest size; NaN where there are fewer numbers."""
+    if len(values) <= cells:
+        return np.concatenate([values, np.full(cells - len(values), np.nan)])
+    return np.array([part[np.abs(part).argmax()] for part in np.array_split(values, cells)])
+
+
+def svg(figure: Figure) -> str:
+    """The figure as an SVG element that takes the page's text colour and width."""
+    with matplotlib.rc_context(STYLE):
+        file = io.StringIO()
+        figure.savefig(file, format="svg", metadata={"Date": None})
+    text = file.getvalue()[file.getvalue().index("<svg") :].replace(INK, "currentColor")
+    return re.sub(r'width="[\d.]+pt" height="[\d.]+pt"', 'width="100%"', text, count=1)
+
+
+def png(figure: Figure) -> bytes:
+    """The figure on white, for a document or a message."""
+    with matplotlib.rc_context(STYLE):
+        file = io.BytesIO()
+        figure.savefig(file, format="png", dpi=144, facecolor="white", metadata={"Software": None})
+    return file.getvalue()
+
+
+def _add(
+    found: dict[str, Figure],
+    title: str,
+    name: str,
+    sources: Sequence[tuple[Run, Sequence[Line]]],
+    *,
+    marker: str = "",
+    smooth: bool = False,
+) -> None:
+    drawn = [(run, points) for run, lines in sources if (points := _points(lines, name))]
+    if not drawn:
+        return
+    with matplotlib.rc_context(STYLE):
+        figure = Figure(figsize=(6, 3), layout="constrained")
+        axes = figure.subplots()
+        for number, (run, points) in enumerate(drawn):
+            colour = COLOURS[number % len(COLOURS)]
+            steps, values = zip(*points, strict=True)
+            line: dict[str, Any] = {"color": colour, "label": run.name, "marker": marker, "markersize": 4}
+            if smooth and len(values) > 20:
+                axes.plot(steps, values, color=colour, alpha=0.3, linewidth=0.8)
+                axes.plot(steps, moving_mean(values, max(2, len(values) // 40)), linewidth=1.6, **line)
+            else:
+                axes.plot(steps, values, linewidth=1.4, **line)
+        axes.set_xlabel("step")
+        axes.grid(alpha=0.15, color=INK)
+        if len(drawn) > 1:
+            axes.legend(fontsize=8)
+    found[title] = figure
+
+
+def _points(lines: Sequence[Line], name: str) -> list[tuple[float, float]]:
+    return [(line["step"], float(line[name])) for line in lines if isinstance(line.get(name), (int, float))]
+
+
+def moving_mean(values: Sequence[float], width: int) -> np.ndarray:
+    """The mean over the last width values, fewer at the start."""
+    sums = np.cumsum(np.asarray(values, dtype=np.float64))
+    counts = np.minimum(np.arange(1, len(sums) + 1), width)
+    return (sums - np.concatenate([np.zeros(width), sums])[: len(sums)]) / counts

@@ -1,0 +1,111 @@
+"""One self-contained HTML page about one run, or about several side by side. Pure: runs in, text out."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from functools import cache
+from typing import Any, NamedTuple
+
+import jinja2
+import numpy as np
+from markupsafe import Markup
+
+from launcher.reports.figures import MAP_COLUMNS, change_map, curves, png, svg
+from launcher.reports.read import Run, differing_settings, flat, shown
+
+MOVERS = 10
+ANSWERS_SHOWN = 20
+
+
+class Report(NamedTuple):
+    """The page, and its pictures as PNG files by name."""
+
+    html: str
+    pictures: dict[str, bytes]
+
+
+def report(runs: Sequence[Run], *, refresh_s: int = 0) -> Report:
+    """The page about these runs; with refresh_s the browser loads it again after so many seconds."""
+    drawn = curves(runs)
+    maps, pictures = [], {file_name(title): png(figure) for title, figure in drawn.items()}
+    for run in runs:
+        if run.changes:
+            figure = change_map(run.changes)
+            pictures[file_name("trained numbers" if len(runs) == 1 else f"trained numbers {run.name}")] = png(figure)
+            maps.append(
+                {
+                    "name": run.name,
+                    "count": f"{sum(len(change.change) for change in run.changes):,}",
+                    "modules": len(run.changes),
+                    "unit": run.unit,
+                    "binned": any(len(change.change) > MAP_COLUMNS for change in run.changes),
+                    "picture": Markup(svg(figure)),
+                    "movers": largest_movers(run),
+                }
+            )
+    html = _template().render(
+        title=runs[0].name if len(runs) == 1 else f"{len(runs)} runs",
+        refresh_s=refresh_s,
+        runs=[{"name": run.name, "summary": summary(run)} for run in runs],
+        curves=[(title, Markup(svg(figure))) for title, figure in drawn.items()],
+        maps=maps,
+        answers=answers_over_time(runs[0]) if len(runs) == 1 else None,
+        differences=differing_settings(list(runs)) if len(runs) > 1 else [],
+        settings=[(name, shown(value)) for name, value in flat(runs[0].config).items()] if len(runs) == 1 else [],
+    )
+    return Report(html, pictures)
+
+
+def summary(run: Run) -> str:
+    """One line: state, method, model, data, steps and the last losses."""
+    config, resolved = run.config, run.resolved
+    method, model = config["adapter"].get("method", "?"), config.get("model", {}).get("model", "?")
+    said = [run.state, f"{method} on {model}", f"data {config.get('data', {}).get('data', '?')}"]
+    if isinstance(resolved.get("trained"), int):
+        said.append(f"{resolved['trained']:,} trained numbers")
+    if run.steps:
+        said.append(f"step {run.steps[-1]['step']} of {resolved.get('steps', '?')}, loss {run.steps[-1]['loss']:.4f}")
+    if run.evaluations:
+        first, last = run.evaluations[0]["eval_loss"], run.evaluations[-1]["eval_loss"]
+        said.append(f"held-out loss {first:.4f} at the start, {last:.4f} at step {run.evaluations[-1]['step']}")
+    return "; ".join(said)
+
+
+def largest_movers(run: Run) -> list[tuple[str, int, float]]:
+    """(module, place of the number in it, change) of the numbers that moved most."""
+    owners = np.concatenate([np.full(len(change.change), i) for i, change in enumerate(run.changes)])
+    places = np.concatenate([np.arange(len(change.change)) for change in run.changes])
+    values = np.concatenate([change.change for change in run.changes])
+    order = np.argsort(-np.abs(values), kind="stable")[:MOVERS]
+    return [(run.changes[int(owners[i])].module, int(places[i]), float(values[i])) for i in order]
+
+
+def answers_over_time(run: Run) -> dict[str, Any] | None:
+    """A row for each question: its text, the expected answer, and the answer at each recorded step."""
+    if not run.answers:
+        return None
+    steps = sorted({line["step"] for line in run.answers})
+    questions = list(dict.fromkeys((str(a.get("question", "")), str(a.get("expected", ""))) for a in run.answers))
+    said = {
+        (str(line.get("question", "")), str(line.get("expected", "")), line["step"]): str(line.get("answer", ""))
+        for line in run.answers
+    }
+    rows = [
+        [question, expected, *(said.get((question, expected, step), "") for step in steps)]
+        for question, expected in questions[:ANSWERS_SHOWN]
+    ]
+    return {"steps": steps, "rows": rows}
+
+
+def file_name(title: str) -> str:
+    """A picture's file name from its title."""
+    kept = "".join(letter if letter.isalnum() else "_" for letter in title.partition("(")[0].strip().lower())
+    return f"{kept}.png"
+
+
+@cache
+def _template() -> jinja2.Template:
+    loader = jinja2.PackageLoader("launcher.reports", "")
+    return jinja2.Environment(loader=loader, autoescape=True, undefined=jinja2.StrictUndefined).get_template(
+        "page.html.jinja"
+    )

@@ -1,0 +1,189 @@
+"""A run folder as plain data: settings, curves, measurements, answers and trained numbers.
+
+Reads files that a run wrote, also while it writes them: a line that is cut short is left out. Needs no torch.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import re
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+from safetensors import SafetensorError, safe_open
+
+Line = dict[str, Any]
+LAYER = re.compile(r"(?:^|\.)(\d+)\.")  # the first number in a module's name is that of its layer
+PEFT_PREFIX = "base_model.model."
+CORE, VALUES = ".core", ".values"
+STARTS_AT_ZERO = ".lora_B.weight"  # of LoRA's two matrices; A starts from random values that are not stored
+
+
+class Change(NamedTuple):
+    """The trained numbers of one module, as changes since step 0."""
+
+    module: str  # as in the base model
+    layer: int  # -1 where the name has no number
+    part: str  # the module's name inside its layer
+    change: np.ndarray  # (count,) float64
+
+
+@dataclass(frozen=True, kw_only=True)
+class Run:
+    """One run folder."""
+
+    folder: Path
+    state: str
+    config: dict[str, Any]  # its settings, nested
+    resolved: dict[str, Any]  # what followed from them
+    steps: list[Line]  # events with a loss
+    evaluations: list[Line]  # events with an eval_loss
+    metrics: list[Line]  # measured: seconds, tokens_per_s, memory_gib, padding
+    answers: list[Line]  # step, question, expected, answer
+    changes: list[Change] = field(default_factory=list)
+    unit: str = ""  # what a change is relative to
+
+    @property
+    def name(self) -> str:
+        return self.folder.resolve().name
+
+
+def read_run(folder: Path) -> Run:
+    """Read a run folder. Raises ValueError where the folder is none, or its config.json is damaged."""
+    file = folder / "config.json"
+    try:
+        recorded = json.loads(file.read_text(encoding="utf-8"))
+        config, resolved = recorded["config"], recorded.get("resolved", {})
+        if not (isinstance(config, dict) and isinstance(config["adapter"], dict) and isinstance(resolved, dict)):
+            raise TypeError
+    except OSError as error:
+        reason = error.strerror or error
+        raise ValueError(f"{folder} is not a run folder ({file.name}: {reason}): give runs/NAME") from None
+    except (ValueError, KeyError, TypeError, RecursionError):
+        raise ValueError(f"{file} is damaged: it is not the config.json of a run") from None
+    events = read_lines(folder / "events.jsonl")
+    changes, unit = read_changes(folder)
+    return Run(
+        folder=folder,
+        state=read_state(folder),
+        config=config,
+        resolved=resolved,
+        steps=[event for event in events if _numbers(event, "step", "loss")],
+        evaluations=[event for event in events if _numbers(event, "step", "eval_loss")],
+        metrics=[line for line in read_lines(folder / "metrics.jsonl") if _numbers(line, "step")],
+        answers=[line for line in read_lines(folder / "answers.jsonl") if _numbers(line, "step")],
+        changes=changes,
+        unit=unit,
+    )
+
+
+def read_lines(file: Path) -> list[Line]:
+    """The objects of a JSONL file; lines that are damaged or no objects are left out."""
+    try:
+        text = file.read_text(encoding="utf-8", errors="replace")
+    except OSError:
+        return []
+    found = []
+    for line in text.splitlines():
+        try:
+            value = json.loads(line)
+        except (ValueError, RecursionError):
+            continue
+        if isinstance(value, dict):
+            found.append(value)
+    return found
+
+
+def read_state(folder: Path) -> str:
+    """running, stopped, finished or failed; unknown where the file is missing or holds something else."""
+    try:
+        state = (folder / "state").read_text(encoding="utf-8", errors="replace").strip()
+    except OSError:
+        return "unknown"
+    return state if state in ("running", "stopped", "finished", "failed") else "unknown"
+
+
+def read_changes(folder: Path) -> tuple[list[Change], str]:
+    """How far each trained number has moved, by module, and what that is relative to.
+
+    A core (r,) in the unit of its factorisation's values (r,), d of LU or s of SVD, is divided by the largest of these
+    in its module. Other cores, and LoRA's B, which all start at zero, are divided by the largest of them in the
+    adapter. Empty where nothing is saved yet, or the start of what is trained is not known.
+    """
+    adapter = folder / "adapter"
+    try:
+        config = json.loads((adapter / "adapter_config.json").read_text(encoding="utf-8"))
+        with safe_open(adapter / "adapter_model.safetensors", framework="np") as opened:
+            names = set(opened.keys())
+            trained = {
+                name: np.asarray(opened.get_tensor(name), dtype=np.float64)
+                for name in sorted(names)
+                if name.endswith((CORE, STARTS_AT_ZERO))
+            }
+            values = {
+                name: np.asarray(opened.get_tensor(name.removesuffix(CORE) + VALUES), dtype=np.float64)
+                for name in trained
+                if name.endswith(CORE) and name.removesuffix(CORE) + VALUES in names
+            }
+    except (OSError, ValueError, TypeError, SafetensorError):
+        return [], ""
+    divides = _is_relative(config) and all(
+        name in values and values[name].shape == core.shape and np.any(values[name] != 0)
+        for name, core in trained.items()
+    )
+    if not trained or config.get("init_weights", True) is False:
+        return [], ""
+    scale = float(config.get("scale", 1.0)) if divides else 1.0
+    largest = max(float(np.abs(core).max(initial=0.0)) for core in trained.values()) or 1.0
+    changes = []
+    for name, core in trained.items():
+        module = module_of(name)
+        found = LAYER.search(module)
+        part = module[found.end() :] if found else module
+        relative = core * (scale / np.abs(values[name]).max() if divides else 1 / largest)
+        changes.append(Change(module, int(found[1]) if found else -1, part, relative.ravel()))
+    unit = "relative to the module's largest frozen value" if divides else f"relative to the largest, {largest:.3g}"
+    return changes, unit
+
+
+def module_of(name: str) -> str:
+    """The base model's module that a tensor of an adapter file belongs to."""
+    module = name.removeprefix(PEFT_PREFIX)
+    module = module.removesuffix(STARTS_AT_ZERO).removesuffix(CORE)
+    return re.sub(r"\.[a-z]+_map$", "", module)
+
+
+def differing_settings(runs: list[Run]) -> list[tuple[str, list[str]]]:
+    """Settings in which the runs differ: (name, a value for each run)."""
+    each = [flat(run.config) | flat(run.resolved) for run in runs]
+    names = sorted({name for settings in each for name in settings})
+    rows = [(name, [shown(settings.get(name)) for settings in each]) for name in names]
+    own = {"run.output", "base_folder"}  # every run has its own
+    return [(name, values) for name, values in rows if len(set(values)) > 1 and name not in own]
+
+
+def _is_relative(config: dict[str, Any]) -> bool:
+    """Whether the core is in the unit of the stored values: LU without normalised directions, SVD with them."""
+    through_svd = "svd" in config
+    return bool(config.get("normalize_directions", False)) == through_svd
+
+
+def _numbers(line: Line, *names: str) -> bool:
+    return all(
+        isinstance(line.get(name), (int, float)) and not isinstance(line[name], bool) and math.isfinite(line[name])
+        for name in names
+    )
+
+
+def flat(values: dict[str, Any], prefix: str = "") -> dict[str, Any]:
+    found: dict[str, Any] = {}
+    for name, value in values.items():
+        found |= flat(value, f"{prefix}{name}.") if isinstance(value, dict) else {f"{prefix}{name}": value}
+    return found
+
+
+def shown(value: Any) -> str:
+    return " ".join(map(str, value)) if isinstance(value, list) else "" if value is None else str(value)

@@ -1,0 +1,237 @@
+"""The report of a run: what it shows, of one run and of several, of damaged files, and in a browser."""
+
+import json
+import shutil
+import subprocess
+import threading
+import urllib.error
+import urllib.request
+from functools import partial
+from http.server import ThreadingHTTPServer
+
+import numpy as np
+import pytest
+from safetensors.numpy import save_file
+
+from launcher import cli
+from launcher.reports.commands import _Page, write_report
+from launcher.reports.figures import binned, moving_mean
+from launcher.reports.page import largest_movers, report
+from launcher.reports.read import module_of, read_run
+
+MODULES = ("self_attn.q_proj", "mlp.up_proj")
+
+
+def write_run(folder, method="loldu", rank=6, steps=30, **adapter_config):
+    """A run folder as training leaves it, with cores 0.01 x their place and values of 2."""
+    (folder / "adapter").mkdir(parents=True)
+    config = {
+        "model": {"model": "base"},
+        "data": {"data": "records.json"},
+        "adapter": {"method": method, "rank": rank},
+        "run": {"output": str(folder)},
+    }
+    (folder / "config.json").write_text(
+        json.dumps({"config": config, "resolved": {"steps": steps, "trained": 4 * rank}, "identity": {}})
+    )
+    (folder / "state").write_text("finished\n")
+    events = [{"step": 0, "eval_loss": 2.0}]
+    for step in range(1, steps + 1):
+        events.append({"step": step, "loss": 2.0 - step / 40, "lr": 0.1, "grad_norm": 0.5, "tokens": 64})
+    events.append({"step": steps, "eval_loss": 1.25})
+    (folder / "events.jsonl").write_text("".join(json.dumps(event) + "\n" for event in events))
+    tensors = {}
+    for layer in range(2):
+        for module in MODULES:
+            name = f"base_model.model.model.layers.{layer}.{module}.{method}_map"
+            tensors[f"{name}.core"] = (np.arange(rank) * 0.01 * (1 + layer)).astype(np.float32)
+            tensors[f"{name}.values"] = np.full(rank, 2.0, np.float32)
+    save_file(tensors, folder / "adapter" / "adapter_model.safetensors")
+    (folder / "adapter" / "adapter_config.json").write_text(json.dumps({"scale": 1.0, **adapter_config}))
+    return folder
+
+
+def test_a_report_is_one_file_with_curves_trained_numbers_and_settings(tmp_path):
+    file = write_report([write_run(tmp_path / "run")])
+
+    html = file.read_text()
+    assert file == tmp_path / "run" / "report.html"
+    assert html.count("<svg") == 5  # loss, learning rate, gradient norm, held-out loss, trained numbers
+    assert "held-out loss 2.0000 at the start, 1.2500 at step 30" in html
+    assert "24 numbers in 4 modules" in html
+    assert "records.json" in html
+    assert "http" not in html.replace("http://www.w3.org", "").replace("https://matplotlib.org", "").replace(
+        "http-equiv", ""
+    ).replace("http://purl.org", "").replace("http://creativecommons.org", "")  # nothing is loaded from elsewhere
+    pictures = sorted(path.name for path in (tmp_path / "run" / "report").iterdir())
+    assert pictures == [
+        "gradient_norm.png", "held_out_loss.png", "learning_rate.png", "loss.png", "trained_numbers.png"
+    ]  # fmt: skip
+
+
+def test_changes_are_relative_to_the_modules_largest_frozen_value(tmp_path):
+    run = read_run(write_run(tmp_path / "run", scale=3.0))
+
+    [first, *_] = [change for change in run.changes if change.layer == 1]
+    assert np.allclose(first.change, 3.0 * np.arange(6) * 0.02 / 2.0)
+    assert run.unit == "relative to the module's largest frozen value"
+
+
+def test_changes_of_normalised_directions_are_relative_to_the_largest(tmp_path):
+    run = read_run(write_run(tmp_path / "run", normalize_directions=True))
+
+    assert max(change.change.max() for change in run.changes) == 1.0
+    assert run.unit.startswith("relative to the largest, 0.1")
+
+
+def test_the_largest_movers_are_named_with_their_module_and_place(tmp_path):
+    movers = largest_movers(read_run(write_run(tmp_path / "run")))
+
+    assert [(module, place) for module, place, _ in movers[:2]] == [
+        ("model.layers.1.mlp.up_proj", 5),
+        ("model.layers.1.self_attn.q_proj", 5),
+    ]
+    assert len(movers) == 10
+
+
+def test_several_runs_are_compared_and_only_settings_that_differ_are_listed(tmp_path):
+    runs = [write_run(tmp_path / "a"), write_run(tmp_path / "b", rank=8)]
+
+    file = write_report(runs)
+
+    html = file.read_text()
+    assert file == tmp_path / "report.html"
+    table = html[html.index("Settings that differ") :]
+    assert "adapter.rank" in table
+    assert "data.data" not in table
+    assert "run.output" not in table
+
+
+def test_text_of_a_run_is_never_markup(tmp_path):
+    folder = write_run(tmp_path / "run")
+    config = json.loads((folder / "config.json").read_text())
+    config["config"]["data"]["data"] = "<script>alert(1)</script>"
+    (folder / "config.json").write_text(json.dumps(config))
+    answers = [{"step": step, "question": "<b>q</b>", "expected": "x", "answer": "</table>"} for step in (0, 30)]
+    (folder / "answers.jsonl").write_text("".join(json.dumps(line) + "\n" for line in answers))
+
+    html = report([read_run(folder)]).html
+
+    assert "<script" not in html
+    assert "<b>q" not in html
+    assert "&lt;b&gt;q&lt;/b&gt;" in html
+    assert "<th>step 30</th>" in html
+
+
+@pytest.mark.parametrize(
+    "damage",
+    [
+        '{"step": 31, "lo',
+        "[1, 2]",
+        '{"step": "x", "loss": 1}',
+        '{"step": 31, "loss": NaN}',
+        '{"step": true, "loss": 1}',
+        "\x00",
+        "[" * 100_000,
+    ],
+)
+def test_a_damaged_line_is_left_out(tmp_path, damage):
+    folder = write_run(tmp_path / "run")
+    with open(folder / "events.jsonl", "a") as file:
+        file.write(damage + "\n")
+
+    assert [step["step"] for step in read_run(folder).steps] == list(range(1, 31))
+
+
+def test_a_run_that_has_just_begun_has_a_report(tmp_path):
+    folder = write_run(tmp_path / "run")
+    shutil.rmtree(folder / "adapter")
+    (folder / "events.jsonl").unlink()
+
+    assert "No step is recorded yet" in write_report([folder]).read_text()
+
+
+@pytest.mark.parametrize("content", [None, "{", "[]", '{"config": []}', '{"config": {"adapter": 1}}', "[" * 100_000])
+def test_a_folder_that_is_no_run_is_one_clear_error(tmp_path, content, capsys):
+    if content is not None:
+        (tmp_path / "config.json").write_text(content)
+
+    code = cli.main(["report", str(tmp_path)])
+
+    error = capsys.readouterr().err
+    assert code == 2
+    assert error.startswith("error: ")
+    assert error.count("\n") == 1
+
+
+def test_the_command_prints_where_the_report_is(tmp_path, capsys):
+    code = cli.main(["report", str(write_run(tmp_path / "run")), "--out", str(tmp_path / "other.html")])
+
+    assert code == 0
+    assert capsys.readouterr().out.strip() == str(tmp_path / "other.html")
+    assert (tmp_path / "other.html").exists()
+
+
+def test_a_served_report_follows_the_run_and_answers_local_names_alone(tmp_path):
+    folder = write_run(tmp_path / "run", steps=5)
+    server = ThreadingHTTPServer(("127.0.0.1", 0), partial(_Page, [folder]))
+    threading.Thread(target=server.serve_forever, daemon=True).start()
+    address = f"http://127.0.0.1:{server.server_address[1]}/"
+    try:
+        before = urllib.request.urlopen(address, timeout=20).read().decode()
+        with open(folder / "events.jsonl", "a") as file:
+            file.write('{"step": 6, "loss": 0.75}\n')
+        after = urllib.request.urlopen(address, timeout=20).read().decode()
+        foreign = urllib.request.Request(address, headers={"Host": "evil.example:80"})
+        with pytest.raises(urllib.error.HTTPError, match="403"):
+            urllib.request.urlopen(foreign, timeout=20)
+    finally:
+        server.shutdown()
+        server.server_close()
+
+    assert "step 5 of 5" in before
+    assert 'http-equiv="refresh"' in before
+    assert "step 6 of 5, loss 0.7500" in after
+
+
+def test_a_cell_of_the_map_shows_the_largest_of_its_numbers():
+    assert binned(np.array([0.1, -0.9, 0.3, 0.2]), 2).tolist() == [-0.9, 0.3]
+    assert np.isnan(binned(np.array([1.0]), 2)).tolist() == [False, True]
+
+
+def test_the_moving_mean_is_the_mean_of_the_last_values():
+    assert moving_mean([1.0, 2.0, 6.0, 4.0], 2).tolist() == [1.0, 1.5, 4.0, 5.0]
+
+
+def test_a_tensor_belongs_to_the_base_models_module():
+    assert module_of("base_model.model.model.layers.3.mlp.up_proj.loldu_map.core") == "model.layers.3.mlp.up_proj"
+    assert module_of("base_model.model.lm_head.lora_B.weight") == "lm_head"
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("size", "dark"), [((1200, 1400), False), ((1200, 1400), True), ((400, 1400), False)])
+def test_the_page_fits_a_browser_light_and_dark_wide_and_narrow(tmp_path, size, dark):
+    """Headless Chromium: nothing is wider than the window, and text and background differ."""
+    browser = next((found for name in ("chromium", "google-chrome") if (found := shutil.which(name))), None)
+    if browser is None:
+        pytest.skip("needs Chromium: apt-get install chromium")
+    file = write_report([write_run(tmp_path / "run")])
+    # the page forbids scripts: what is asked about stands in a page around it
+    html = file.read_text().replace("default-src 'none';", "default-src 'none'; script-src 'unsafe-inline';")
+    probe = (
+        "<script>document.title = JSON.stringify([document.documentElement.scrollWidth, innerWidth,"
+        " getComputedStyle(document.querySelector('figure svg')).color])</script></body>"
+    )
+    (tmp_path / "probed.html").write_text(html.replace("</body>", probe))
+    scheme = ["--force-dark-mode", "--blink-settings=preferredColorScheme=0"] if dark else []
+
+    done = subprocess.run(
+        [browser, "--headless", "--no-sandbox", "--disable-gpu", *scheme, f"--window-size={size[0]},{size[1]}",
+         f"--user-data-dir={tmp_path / 'profile'}", "--dump-dom", f"file://{tmp_path / 'probed.html'}"],
+        capture_output=True, text=True, timeout=120,
+    )  # fmt: skip
+
+    title = done.stdout[done.stdout.index("<title>") + 7 : done.stdout.index("</title>")]
+    needed, there, colour = json.loads(title)
+    assert needed <= there
+    assert (colour == "rgb(255, 255, 255)") == dark
