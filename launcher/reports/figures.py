@@ -19,7 +19,7 @@ from launcher.reports.read import Change, Line, Run
 
 INK = "#010203"  # a colour that nothing else has
 COLOURS = ("#3b82d6", "#e0693e", "#2f9e62", "#a463c9", "#c79a1b", "#d64f84", "#4aa3a2", "#8a7a6a")
-STYLE = {
+STYLE: dict[Any, Any] = {
     "svg.fonttype": "none",  # text stays text: it can be selected, and takes the page's font
     "svg.hashsalt": "loldu",  # the same run gives the same bytes
     "font.size": 10,
