@@ -214,6 +214,7 @@ def build(method: str, ranks: Any) -> tuple[Any, int]:
     from adapters import LoLDUConfig
     from launcher.config import OptimizerConfig
     from launcher.engines.fsdp2 import FullyShard, decoder_layers, shard, shard_mesh
+    from launcher.engines.registry import ENGINES
     from launcher.engines.replicated import Replicated
 
     torch.manual_seed(0)
@@ -230,9 +231,8 @@ def build(method: str, ranks: Any) -> tuple[Any, int]:
         return Replicated(model, OptimizerConfig(), ranks), 0
     layers = 4 * sum(p.numel() for layer in decoder_layers(model) for p in layer.parameters())
     whole = 4 * sum(p.numel() for p in model.parameters())
-    mesh = shard_mesh("fsdp2", ranks, torch.device("cpu"))
-    shard(model, mesh)
-    return FullyShard(model, OptimizerConfig(), ranks, mesh), layers + whole  # layers twice, the rest once
+    shard(model, shard_mesh(ranks, torch.device("cpu"), ranks.world_size))
+    return FullyShard(model, OptimizerConfig(), ranks, ENGINES["fsdp2"]), layers + whole  # layers twice, the rest once
 
 
 def one_step(engine: Any, ids: Any, *, meet: bool = True) -> float:

@@ -35,6 +35,7 @@ import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from launcher.config import AdapterConfig, Config, DataConfig, ModelConfig, OptimizerConfig, RunConfig
+from launcher.engines import fsdp2
 from launcher.engines.fsdp2 import decoder_layers
 from launcher.models.quantize import size
 from launcher.training import run as run_module
@@ -100,7 +101,7 @@ def worker(folder: Path, data: Path) -> None:
     if processes > 1:
         config = replace(config, run=replace(config.run, sharding="fsdp2"))
     watch, found = Watch(), {}
-    skeleton, wrap, train = run_module.skeleton, run_module.FullyShard, run_module.train
+    skeleton, wrap, train = fsdp2.skeleton, run_module._engine, run_module.train
 
     def watched_skeleton(*args: Any, **values: Any) -> Any:
         watch.begin()
@@ -123,7 +124,7 @@ def worker(folder: Path, data: Path) -> None:
         found["added_mib"] = found["train_mib"] - before
         return status
 
-    run_module.skeleton, run_module.FullyShard, run_module.train = watched_skeleton, watched_engine, watched_train
+    fsdp2.skeleton, run_module._engine, run_module.train = watched_skeleton, watched_engine, watched_train
     assert run_module.run(config, "sharded-memory") == 0
     found |= {"processes": processes, "rank": rank}
     (folder / f"rank-{rank}-of-{processes}.json").write_text(json.dumps(found))

@@ -10,7 +10,14 @@ import dataclasses
 import difflib
 import math
 from dataclasses import dataclass, field
-from typing import Any, Literal, get_type_hints
+from typing import TYPE_CHECKING, Any, Literal, get_type_hints
+
+from launcher.engines.registry import ENGINES
+
+if TYPE_CHECKING:
+    Sharding = str
+else:
+    Sharding = Literal[tuple(ENGINES)]  # so that --help and a mistyped name list what the registry has
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -153,7 +160,7 @@ class RunConfig:
 
     output: str | None = None
     """Run folder; without it runs/<recipe>-<time>."""
-    sharding: Literal["none", "ddp", "fsdp2", "hsdp", "zero2", "zero3"] | None = None
+    sharding: Sharding | None = None
     """How base and factors lie over the processes; without it none for one process, ddp for several."""
     shard_size: int = 0
     """With hsdp: processes that share one copy of the model; 0: those of a node."""

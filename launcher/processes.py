@@ -18,6 +18,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from launcher.engines.registry import fitting
+
 POLL_S = 0.1
 PATIENCE_S = 3.0
 FOLDER_S = 5.0  # within which a network file system shows on one node what another has made
@@ -47,9 +49,10 @@ class Ranks:
         values = {name: environ[name] for name in names if name in environ}
         if "WORLD_SIZE" not in values:
             if {"ACCELERATE_MIXED_PRECISION", "MASTER_ADDR"} <= environ.keys():
+                several = next(fitting(lambda info: True)).accelerate
                 raise ValueError(
                     "accelerate launch was asked for several processes but started one, as with --cpu or MULTI_CPU: "
-                    "use ACCELERATE_USE_CPU=true accelerate launch --config_file recipes/accelerate/ddp.yaml "
+                    f"use ACCELERATE_USE_CPU=true accelerate launch --config_file recipes/accelerate/{several}.yaml "
                     "--num_processes N"
                 )
             return Ranks()
@@ -228,3 +231,12 @@ def connect(ranks: Ranks, *, cpu_offload: bool = False) -> Communicator:
             "alone. On CPU start with torchrun, or with ACCELERATE_USE_CPU=true accelerate launch --multi_gpu"
         )
     return Communicator(ranks, _get_default_store())
+
+
+def open_alone(device: Any) -> None:
+    """Open a process group of this process alone, which sharding engines need, unless a launcher opened one."""
+    import torch.distributed as dist
+
+    if not dist.is_initialized():
+        backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
+        dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1)

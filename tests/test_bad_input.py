@@ -79,7 +79,7 @@ def test_bad_data_is_named_with_the_place(train, tmp_path, text, message):
         ("--resume", "/no/such/checkpoint", "not complete"),
         ("--sharding", "hsdp --shard-size 3", "1 processes / 3 that share one copy = 0.33 copies"),
         ("--sharding", "fsdp2 --cpu-offload ", "torch finds no GPU here: leave it out"),
-        ("--sharding", "none --cpu-offload ", "--cpu-offload goes with --sharding fsdp2, hsdp, zero2 or zero3"),
+        ("--sharding", "none --cpu-offload ", "--cpu-offload works with --sharding fsdp2, hsdp, zero2 or zero3"),
         ("--cache", "/dev/null/cache", "cannot write to the factor cache /dev/null/cache: "),
         ("--output", "/dev/null/run", "cannot make the run folder /dev/null/run: Not a directory"),
     ],

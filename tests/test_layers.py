@@ -1,35 +1,45 @@
 """Imports go down only: a room knows those below it, and none above."""
 
 import ast
+import re
+import subprocess
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 
+from launcher.engines.registry import ENGINES
+
 PROJECT = Path(__file__).resolve().parents[1]
-SMALL = {"launcher.config", "launcher.exit_codes", "launcher.processes"}
+SMALL = {"launcher.config", "launcher.engines.registry", "launcher.exit_codes", "launcher.processes"}
 ROOMS = {"launcher.factorization", "launcher.data", "launcher.models", "launcher.tasks", "launcher.engines"}
 BELOW_TRAINING = {"adapters", "launcher.availability", *SMALL, *ROOMS}
 MAY_IMPORT = {  # beside itself; in the order in which data flows
     "adapters": set(),  # they run on a laptop with no launcher in sight
-    "launcher.config": set(),
+    "launcher.engines.registry": set(),  # plain data: what each engine can do
+    "launcher.config": {"launcher.engines.registry"},
     "launcher.exit_codes": set(),
-    "launcher.processes": set(),
+    "launcher.processes": {"launcher.engines.registry"},
     "launcher.availability": {"adapters"},
     "launcher.factorization": {"adapters", "launcher.processes"},
     "launcher.data": {"launcher.config", "launcher.factorization"},
-    "launcher.models": {"adapters", "launcher.config"},
+    "launcher.models": {"adapters", "launcher.config", "launcher.engines.registry"},
     "launcher.tasks": {"launcher.config", "launcher.data"},
     "launcher.training.checkpoint": {"launcher.processes"},
-    "launcher.engines": {"launcher.config", "launcher.processes", "launcher.models", "launcher.training.checkpoint"},
+    "launcher.engines": {
+        "launcher.engines.registry", "launcher.config", "launcher.processes", "launcher.models",
+        "launcher.training.checkpoint",
+    },
     "launcher.training": BELOW_TRAINING | {"launcher.training.checkpoint"},
     "launcher.inference": {"adapters", *SMALL, *ROOMS},
     "launcher.reports": {"launcher.exit_codes"},  # reads what runs wrote, without torch
-    "launcher.cluster": {"launcher.exit_codes"},  # starts commands, and knows of what they do how they end
+    # starts commands; of what they do it knows how they end and which packages they need
+    "launcher.cluster": {"launcher.exit_codes", "launcher.engines.registry"},
     "launcher.cli": BELOW_TRAINING | {"launcher.training", "launcher.inference", "launcher.cluster"},
     "launcher.__main__": {"loldu"},
     "launcher": set(),
     "loldu": {"launcher.cli"},
     "recipes": {"loldu", "launcher.config"},
-}
+}  # fmt: skip
 
 
 def imported(file: Path) -> Iterator[str]:
@@ -66,3 +76,35 @@ def test_every_import_goes_down():
 
     assert not upward
     assert used["launcher.training"] == MAY_IMPORT["launcher.training"]  # the files were found, and read
+
+
+ENGINE_NAMES = re.compile(rf"\b({'|'.join(ENGINES.keys() - {'none'})})\b|sharding none")
+
+
+def engine_names(file: Path) -> Iterator[str]:
+    """Where a file writes an engine's name in a string that is no docstring, or compares one with "none"."""
+    tree = ast.parse(file.read_text())
+    documented = [n for n in ast.walk(tree) if isinstance(n, ast.Expr) and isinstance(n.value, ast.Constant)]
+    docstrings = {id(statement.value) for statement in documented}
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Constant) and isinstance(node.value, str) and id(node) not in docstrings:
+            if found := ENGINE_NAMES.search(node.value):
+                yield f"{file.relative_to(PROJECT)}:{node.lineno} names the engine {found[0]}"
+        elif isinstance(node, ast.Compare) and re.search(r"(sharding|engine).*'none'", ast.unparse(node)):
+            yield f"{file.relative_to(PROJECT)}:{node.lineno} compares an engine: {ast.unparse(node)}"
+
+
+def test_only_the_engines_room_names_an_engine():
+    """Everything else asks the registry what an engine can do."""
+    files = [file for file in (PROJECT / "launcher").rglob("*.py") if file.parent.name != "engines"]
+
+    found = [place for file in [*files, PROJECT / "loldu.py"] for place in engine_names(file)]
+
+    assert not found
+    assert list(engine_names(PROJECT / "launcher" / "engines" / "registry.py"))  # the rule sees names
+
+
+def test_the_registry_is_read_without_torch():
+    code = "import sys, launcher.engines.registry, launcher.config; assert 'torch' not in sys.modules"
+
+    subprocess.run([sys.executable, "-c", code], cwd=PROJECT, check=True)

@@ -18,6 +18,7 @@ from launcher.cluster.agent import together
 from launcher.cluster.environment import differences
 from launcher.cluster.fleet import AGENT, Fleet, by_srun, over_ssh
 from launcher.cluster.slurm import ask
+from launcher.engines.registry import names
 
 GREET_S = 60.0
 SHARED_S = 5.0  # a network file system may take so long to show what another node wrote
@@ -25,10 +26,11 @@ CONNECT_S = 5.0
 SKEW_S = 2.0  # more, and file times and logs mislead
 FREE_GB = 5.0
 SLOW = 3.0  # a pair this many times slower than the middle one is named
+DEEPSPEED = names(lambda info: "deepspeed" in info.packages, word="and")
 OPTIONAL = {
     "flash-attn": ("flash_attn", "pip install flash-attn; without it attention is SDPA"),
     "bitsandbytes": ("bitsandbytes", "pip install bitsandbytes; needed for --quantize"),
-    "deepspeed": ("deepspeed", "pip install deepspeed; needed for --sharding zero2 and zero3"),
+    "deepspeed": ("deepspeed", f"pip install deepspeed; needed for --sharding {DEEPSPEED}"),
 }
 OK, NOTE, BAD = "ok", "note", "BAD"
 

@@ -1,69 +1,104 @@
-"""Which engine a run uses: what was asked for, what the launcher was configured for, the number of processes."""
+"""Which engine a run uses, and whether it can carry what the run asks for. Pure functions over the registry."""
 
 from __future__ import annotations
 
-import importlib.util
 import os
 from collections.abc import Mapping
+from dataclasses import dataclass
 
+from launcher.engines.registry import ENGINES, EngineInfo, configured_by_accelerate, fitting, give, names
 from launcher.processes import Ranks
 
 
 def check_sharding(
     wanted: str | None, ranks: Ranks, shard_size: int = 0, environ: Mapping[str, str] = os.environ
 ) -> str:
-    """The sharding to use: what is wanted, else what accelerate launch was configured for, else by the world size.
+    """The engine to use: the one that is asked for, else the one accelerate launch was configured for, else the first
+    of the registry for this number of processes.
 
     Raises ValueError, with the arithmetic, where it does not fit the number of processes or the launcher.
     """
-    world, launched = ranks.world_size, launched_for(environ)
-    if launched and wanted not in (None, launched) and (launched, wanted) != ("fsdp2", "hsdp"):
+    world, configured = ranks.world_size, configured_by_accelerate(environ)
+    if configured and wanted and ENGINES[wanted].accelerate != configured:
         raise ValueError(
-            f"accelerate launch was configured for {launched}, but --sharding is {wanted}: leave --sharding out, or "
-            f"give --config_file recipes/accelerate/{'ddp' if wanted == 'none' else wanted}.yaml"
+            f"accelerate launch was configured for {configured}, but --sharding is {wanted}: leave --sharding out, or "
+            f"give --config_file recipes/accelerate/{ENGINES[wanted].accelerate}.yaml"
         )
-    wanted = wanted or launched or ("ddp" if world > 1 else "none")
-    if wanted == "none" and world > 1:
-        raise ValueError(f"--sharding none is for one process, but WORLD_SIZE is {world}: give --sharding ddp")
-    if wanted in ("zero2", "zero3"):
-        missing = [name for name in ("deepspeed", "ninja") if importlib.util.find_spec(name) is None]
-        if missing:
-            raise ValueError(f"--sharding {wanted} needs {' and '.join(missing)}: pip install {' '.join(missing)}")
-    if wanted == "hsdp" and world % (size := shard_size or ranks.local_world_size):
+    several = next(fitting(lambda info: True))
+    info = ENGINES[wanted or configured or (several.name if world > 1 else next(iter(ENGINES)))]
+    if info.one_process_only and world > 1:
+        raise ValueError(f"--sharding {info.name} is for one process, but WORLD_SIZE is {world}: give {give(several)}")
+    if info.missing:
         raise ValueError(
-            f"--sharding hsdp: {world} processes / {size} that share one copy = {world / size:.2f} copies, not a whole "
-            "number: give --shard-size a divisor, or --sharding fsdp2"
+            f"--sharding {info.name} needs {' and '.join(info.missing)}: pip install {' '.join(info.missing)}"
         )
-    if shard_size and wanted != "hsdp":
-        raise ValueError(f"--shard-size {shard_size} goes with --sharding hsdp, not {wanted}")
-    return wanted
+    if info.grouped and world % (size := shard_size or ranks.local_world_size):
+        other = next(fitting(lambda other: not other.holds_base and not other.grouped))
+        raise ValueError(
+            f"--sharding {info.name}: {world} processes / {size} that share one copy = {world / size:.2f} copies, not "
+            f"a whole number: give --shard-size a divisor of {world}, or {give(other)}"
+        )
+    if shard_size and not info.grouped:
+        grouped = names(lambda other: other.grouped)
+        raise ValueError(f"--shard-size {shard_size} works with --sharding {grouped} only, not with {info.name}")
+    return info.name
 
 
 def check_offload(wanted: bool, sharding: str, *, on_gpu: bool) -> None:
     """Raises ValueError where --cpu-offload would do nothing."""
-    if wanted and sharding not in ("fsdp2", "hsdp", "zero2", "zero3"):
+    if wanted and not ENGINES[sharding].offloads:
         raise ValueError(
-            f"--cpu-offload goes with --sharding fsdp2, hsdp, zero2 or zero3, {sharding} keeps all on the GPU: leave "
-            "it out, or change --sharding"
+            f"--cpu-offload works with --sharding {names(lambda info: bool(info.offloads))}; {sharding} keeps "
+            "everything on the GPU: leave --cpu-offload out, or change --sharding"
         )
     if wanted and not on_gpu:
         raise ValueError(
-            "--cpu-offload keeps in main memory what would lie on the GPU, and torch finds no GPU here: leave it out"
+            "--cpu-offload moves tensors from the GPU to main memory, but torch finds no GPU here: leave it out"
         )
 
 
-def launched_for(environ: Mapping[str, str]) -> str | None:
-    """The sharding in the configuration of accelerate launch, None where it names none (or did not start this)."""
-    if environ.get("ACCELERATE_USE_FSDP", "").lower() == "true":
-        if (version := environ.get("FSDP_VERSION", "1")) != "2":
-            raise ValueError(f"accelerate's configuration has fsdp_version: {version}, only 2 is built: write 2 there")
-        return "fsdp2"
-    if environ.get("ACCELERATE_USE_DEEPSPEED", "").lower() == "true":
-        stage = environ.get("ACCELERATE_DEEPSPEED_ZERO_STAGE", "none")
-        if "ACCELERATE_DEEPSPEED_CONFIG_FILE" in environ or stage not in ("2", "3"):
-            raise ValueError(
-                f"accelerate's configuration asks for DeepSpeed with zero_stage {stage}: write zero_stage: 2 or 3 "
-                "there and no deepspeed_config_file, whose settings would not count (see recipes/accelerate)"
-            )
-        return f"zero{stage}"
+@dataclass(frozen=True, kw_only=True)
+class Demands:
+    """What a run asks of its engine."""
+
+    method: str
+    quantize: str = "none"
+    from_gradients: bool = False  # the method's factors come from gradients of the whole base
+    reads_4bit_class: bool = False  # the method reads the scales of a packed weight from its Params4bit
+
+
+def refusal(info: EngineInfo, demands: Demands) -> tuple[str, str] | None:
+    """Why this engine cannot carry the run, and what to change beside the engine; None where it can."""
+    method, quantize, name = demands.method, demands.quantize, info.name
+    if quantize != "none" and not info.carries_quantised:
+        return (
+            f"--quantize {quantize} is not supported under --sharding {name}: bitsandbytes copies what {name} gathers "
+            "into whole tensors of its own, so nothing would be saved",
+            "--quantize none",
+        )
+    if demands.from_gradients and not info.holds_base:
+        return (
+            f"--method {method} cannot be trained under --sharding {name}: its factors come from gradients, for which "
+            "each process runs the whole base",
+            "a method whose factors come from the weights alone",
+        )
+    if demands.reads_4bit_class and quantize not in ("none", "int8") and not info.keeps_4bit_class:
+        return (
+            f"--method {method} cannot be trained with --quantize {quantize} under --sharding {name}, where PEFT's "
+            "layer does not find the scales",
+            "--quantize int8",
+        )
     return None
+
+
+def check_carries(sharding: str, demands: Demands) -> None:
+    """Raises ValueError where the engine cannot carry the run, with the first engine that can."""
+    if (refused := refusal(ENGINES[sharding], demands)) is None:
+        return
+    reason, other = refused
+    # alike first: a base that is sharded since no process can hold it stays sharded where that is possible
+    able = sorted(
+        fitting(lambda info: refusal(info, demands) is None and not info.grouped),
+        key=lambda info: info.holds_base != ENGINES[sharding].holds_base,
+    )
+    raise ValueError(f"{reason}: give {give(able[0])}, or {other}")

@@ -5,16 +5,18 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.fsdp import CPUOffloadPolicy, OffloadPolicy, fully_shard
 from torch.distributed.tensor import DTensor
 from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
 
-from launcher.config import OptimizerConfig
+from launcher.engines.engine import ModelSource
+from launcher.engines.registry import EngineInfo, give_first
 from launcher.engines.replicated import Replicated
-from launcher.processes import Ranks
+from launcher.models.fill import fill
+from launcher.models.skeleton import skeleton
+from launcher.processes import Ranks, open_alone
 from launcher.training.checkpoint import Checkpoint, Piece
 
 
@@ -24,16 +26,21 @@ class FullyShard(Replicated):
     The unit of a layer mixes dtypes: that is fine for frozen parameters, which are gathered as bytes.
     """
 
-    averages = gathers = True
-
-    def __init__(self, model: nn.Module, config: OptimizerConfig, ranks: Ranks, mesh: DeviceMesh):
-        super().__init__(model, config, ranks)
-        self.mesh = mesh
+    @classmethod
+    def load(cls, source: ModelSource, info: EngineInfo) -> nn.Module:
+        """The model on meta, cut into units, then filled with this rank's rows from the checkpoint."""
+        config, run = source.config, source.config.run
+        open_alone(source.device)
+        model = skeleton(config.model, source.folder, source.adapter, **source.how)
+        group = (run.shard_size or source.ranks.local_world_size) if info.grouped else source.ranks.world_size
+        shard(model, shard_mesh(source.ranks, source.device, group), cpu_offload=run.cpu_offload)
+        fill(model, source.folder, source.factors, Rows(), source.device, source.progress, cpu_offload=run.cpu_offload)
+        return model
 
     def _piece(self, tensor: Tensor) -> Piece | None:
         assert isinstance(tensor, DTensor)
-        if self.mesh.ndim == 2 and self.mesh.get_local_rank(0) != 0:
-            return None  # another copy's row stands for it
+        if tensor.device_mesh.ndim == 2 and tensor.device_mesh.get_local_rank(0) != 0:
+            return None  # rank 0 of this dimension writes the rows for all copies
         count, start = _local_rows(tensor)
         return Piece(tensor.to_local(), tuple(tensor.shape), start) if count else None
 
@@ -45,19 +52,11 @@ class FullyShard(Replicated):
             rows.to_local().copy_(found.read(name, start, count))
 
 
-def open_alone(device: torch.device) -> None:
-    """A process group of one, for the sharding engines, where no launcher opened one."""
-    if not dist.is_initialized():
-        backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
-        dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1)
-
-
-def shard_mesh(sharding: str, ranks: Ranks, device: torch.device, shard_size: int = 0) -> DeviceMesh:
-    """(world,) for fsdp2; (copies, processes that share one) for hsdp."""
-    if sharding == "fsdp2":
-        return init_device_mesh(device.type, (ranks.world_size,), mesh_dim_names=("shard",))
-    size = shard_size or ranks.local_world_size
-    return init_device_mesh(device.type, (ranks.world_size // size, size), mesh_dim_names=("replicate", "shard"))
+def shard_mesh(ranks: Ranks, device: torch.device, group: int) -> DeviceMesh:
+    """The mesh of groups of processes that share one copy: (world,) for one group, else (copies, group)."""
+    if group == ranks.world_size:
+        return init_device_mesh(device.type, (group,), mesh_dim_names=("shard",))
+    return init_device_mesh(device.type, (ranks.world_size // group, group), mesh_dim_names=("replicate", "shard"))
 
 
 def shard(model: nn.Module, mesh: DeviceMesh, *, cpu_offload: bool = False) -> None:
@@ -75,8 +74,8 @@ def shard(model: nn.Module, mesh: DeviceMesh, *, cpu_offload: bool = False) -> N
         kinds = {str(parameter.dtype).removeprefix("torch.") for parameter in own if parameter.requires_grad}
         if len(kinds) > 1:
             raise ValueError(
-                f"fully_shard wants the trained numbers of a {type(unit).__name__} in one dtype, here they are "
-                f"{' and '.join(sorted(kinds))}: give --dtype float32, or --sharding ddp"
+                f"fully_shard needs one dtype for the trained parameters of a {type(unit).__name__}, here they are "
+                f"{' and '.join(sorted(kinds))}: give --dtype float32, or {give_first(lambda info: info.holds_base)}"
             )
     for unit in units:
         fully_shard(unit, mesh=mesh, offload_policy=policy)
@@ -97,7 +96,8 @@ def decoder_layers(base: Any) -> list[nn.Module]:
         candidates = sorted({type(child).__name__ for children in lists for child in children})
         raise ValueError(
             f"{type(base).__name__} does not name its decoder-layer class (_no_split_modules is {sorted(classes)}); "
-            f"candidates in this model: {', '.join(candidates) or 'none'}. Use --sharding ddp"
+            f"candidates in this model: {', '.join(candidates) or 'none'}. "
+            f"Give {give_first(lambda info: info.holds_base)}"
         )
     return layers
 

@@ -1,8 +1,8 @@
 """Every process holds the whole model (none, ddp); one flat all-reduce per step.
 
 Trained cores are a few hundred kilobytes in all, so data-parallel training needs no buckets and no overlap: one float32
-tensor per step, 4 bytes per trained number and 4 per number that travels along. Nothing is ever broadcast: all ranks
-load the same files and compute the same step. An engine is what the loop sees of this; it knows nothing of data.
+tensor per step, 4 bytes per trained number and 4 per extra number. Nothing is broadcast: all ranks load the same files
+and compute the same step.
 """
 
 from __future__ import annotations
@@ -17,26 +17,42 @@ from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
 from launcher.config import OptimizerConfig
+from launcher.engines.engine import ModelSource
+from launcher.engines.registry import ENGINES, EngineInfo
+from launcher.models.build import build
 from launcher.processes import Ranks
 from launcher.training.checkpoint import Checkpoint, Piece
 
-MOMENTS = ("exp_avg", "exp_avg_sq")
+ADAM_STATE = ("exp_avg", "exp_avg_sq")  # torch.optim.AdamW's names
 
 
 class Replicated:
     """Every process holds the whole model; gradients and extra numbers meet in one all-reduce."""
 
-    averages = False  # whether gradients come out of backward averaged over ranks already
-    gathers = False  # whether a forward pass is a collective, which all ranks must make the same number of
+    @classmethod
+    def load(cls, source: ModelSource, info: EngineInfo) -> nn.Module:
+        """The whole model with its adapter."""
+        return build(
+            source.config.model, source.folder, source.adapter, factors=source.factors, device=source.device,
+            progress=source.progress, **source.how,
+        )  # fmt: skip
 
-    def __init__(self, model: nn.Module, config: OptimizerConfig, ranks: Ranks):
-        self.model, self.ranks, self.clip_norm = model, ranks, config.clip_norm or math.inf
+    def __init__(
+        self,
+        model: nn.Module,
+        config: OptimizerConfig,
+        ranks: Ranks,
+        info: EngineInfo = ENGINES["ddp"],
+        *,
+        cpu_offload: bool = False,
+    ):
+        self.info, self.model, self.ranks, self.clip_norm = info, model, ranks, config.clip_norm or math.inf
         self.forward: Any = model
-        # a rank's share of the global mean loss is multiplied by this
-        self.loss_scale = float(ranks.world_size) if self.averages else 1.0
+        # A rank's share of the global mean loss is multiplied by this: averaging divides it again.
+        self.loss_scale = float(ranks.world_size) if info.averages else 1.0
         self.parameters = {name: p for name, p in model.named_parameters() if p.requires_grad}
-        # What layers share stands under each of its names. Noted here: while units are gathered, fully_shard has other
-        # parameters in their places.
+        # A shared parameter has several names. They are collected here: while units are gathered, fully_shard puts
+        # other parameters in their places.
         first = {id(p): name for name, p in self.parameters.items()}
         every = model.named_parameters(remove_duplicate=False)
         self.names = {name: first[id(p)] for name, p in every if id(p) in first}
@@ -47,13 +63,17 @@ class Replicated:
             weight_decay=config.weight_decay,
         )
 
+    @property
+    def gathers(self) -> bool:
+        return self.info.gathers
+
     def backward(self, loss: Tensor) -> None:
         """Add the gradients of a part of the step's loss."""
         (loss * self.loss_scale).backward()
 
     def reduce(self, extra: Sequence[Tensor]) -> list[Tensor]:
         """After the last backward of a step: sum gradients and the extra numbers over all ranks."""
-        mine = [] if self.averages else list(self.parameters.values())
+        mine = [] if self.info.averages else list(self.parameters.values())
         return sum_over_ranks(mine, extra, self.ranks.world_size)
 
     def update(self, learning_rate: float) -> float:
@@ -70,7 +90,9 @@ class Replicated:
         pieces: dict[str, Piece] = {}
         for name, parameter in self.parameters.items():
             state = self.optimizer.state.get(parameter, {})
-            tensors = {f"model/{name}": parameter} | {f"optimizer/{name}/{m}": state[m] for m in MOMENTS if m in state}
+            tensors = {f"model/{name}": parameter} | {
+                f"optimizer/{name}/{m}": state[m] for m in ADAM_STATE if m in state
+            }
             pieces |= {key: piece for key, tensor in tensors.items() if (piece := self._piece(tensor.detach()))}
         return pieces
 
@@ -79,7 +101,7 @@ class Replicated:
         for name, parameter in self.parameters.items():
             self._copy(parameter, found, f"model/{name}")
             if found.step:
-                moments = {moment: torch.zeros_like(parameter) for moment in MOMENTS}
+                moments = {moment: torch.zeros_like(parameter) for moment in ADAM_STATE}
                 for moment, tensor in moments.items():
                     self._copy(tensor, found, f"optimizer/{name}/{moment}")
                 self.optimizer.state[parameter] = {"step": torch.tensor(float(found.step)), **moments}

@@ -21,7 +21,11 @@ import torch
 from torch import Tensor, nn
 
 from launcher.config import OptimizerConfig
-from launcher.processes import Ranks
+from launcher.engines.engine import ModelSource
+from launcher.engines.registry import EngineInfo, give_first
+from launcher.models.fill import fill
+from launcher.models.skeleton import skeleton
+from launcher.processes import Ranks, open_alone
 
 if not torch.cuda.is_available():
     os.environ.setdefault("DS_ACCELERATOR", "cpu")
@@ -38,7 +42,7 @@ from deepspeed.utils import (  # noqa: E402
     safe_set_local_optimizer_state,
 )
 
-from launcher.engines.replicated import MOMENTS, Replicated  # noqa: E402
+from launcher.engines.replicated import ADAM_STATE, Replicated  # noqa: E402
 from launcher.training.checkpoint import Checkpoint, Piece  # noqa: E402
 
 
@@ -63,21 +67,23 @@ def settings(config: OptimizerConfig, ranks: Ranks, stage: int, *, cpu_offload: 
     }
 
 
-class Zero(Replicated):
+class Zero2(Replicated):
     """DeepSpeed's engine behind our loop."""
 
-    averages = True
+    stage = 2
 
-    def __init__(self, model: nn.Module, config: OptimizerConfig, ranks: Ranks, stage: int, *, cpu_offload: bool):
-        super().__init__(model, config, ranks)
+    def __init__(
+        self, model: nn.Module, config: OptimizerConfig, ranks: Ranks, info: EngineInfo, *, cpu_offload: bool = False
+    ):
+        super().__init__(model, config, ranks, info)
         dtypes = {str(parameter.dtype).removeprefix("torch.") for parameter in self.parameters.values()}
         if dtypes != {"float32"}:
             raise ValueError(
-                f"--sharding zero{stage} trains float32 numbers, these are {', '.join(sorted(dtypes))}: give --dtype "
-                "float32, or --sharding fsdp2"
+                f"--sharding {info.name} trains float32 parameters, these are {', '.join(sorted(dtypes))}: give "
+                f"--dtype float32, or {give_first(lambda other: other.holds_base == info.holds_base)}"
             )
-        self.gathers = stage == 3
-        how = settings(config, ranks, stage, cpu_offload=cpu_offload)
+        open_alone(next(model.parameters()).device)
+        how = settings(config, ranks, self.stage, cpu_offload=cpu_offload)
         self.forward: Any = deepspeed.initialize(
             model=model, optimizer=self.optimizer, config=how, dist_init_required=False
         )[0]
@@ -96,7 +102,7 @@ class Zero(Replicated):
         whole: dict[str, Piece] = {}
         for name, parameter in self.parameters.items():
             parts = {f"model/{name}": safe_get_full_fp32_param(parameter)}
-            parts |= {f"optimizer/{name}/{m}": safe_get_full_optimizer_state(parameter, m) for m in MOMENTS}
+            parts |= {f"optimizer/{name}/{m}": safe_get_full_optimizer_state(parameter, m) for m in ADAM_STATE}
             if self.ranks.is_main:
                 whole |= {key: Piece.whole(tensor) for key, tensor in parts.items()}
         return whole
@@ -104,7 +110,7 @@ class Zero(Replicated):
     def restore(self, found: Checkpoint) -> None:
         for name, parameter in self.parameters.items():
             value = found.read(f"model/{name}").to(parameter.device)
-            if self.gathers:
+            if self.stage == 3:
                 part = _part(parameter, value)
                 parameter.ds_tensor.data.copy_(part)  # type: ignore[attr-defined]
                 safe_set_local_fp32_param(parameter, part)
@@ -115,22 +121,38 @@ class Zero(Replicated):
             return
         # The moments are made by the first step, which this engine has not taken yet.
         zero = self.forward.optimizer
-        flat_parts = zero.fp32_partitioned_groups_flat if self.gathers else zero.single_partition_of_fp32_groups
+        flat_parts = zero.fp32_partitioned_groups_flat if self.stage == 3 else zero.single_partition_of_fp32_groups
         for flat in flat_parts:
-            moments = {moment: torch.zeros_like(flat) for moment in MOMENTS}
+            moments = {moment: torch.zeros_like(flat) for moment in ADAM_STATE}
             zero.optimizer.state[flat] = {"step": torch.tensor(float(found.step)), **moments}
-        if not self.gathers:
+        if self.stage == 2:
             zero._lazy_init_hp_params_optimizer_state()
         for name, parameter in self.parameters.items():
-            for moment in MOMENTS:
+            for moment in ADAM_STATE:
                 value = found.read(f"optimizer/{name}/{moment}").to(parameter.device)
-                if self.gathers:
+                if self.stage == 3:
                     safe_set_local_optimizer_state(parameter, _part(parameter, value), moment)
                 else:
                     safe_set_full_optimizer_state(parameter, value, moment)
 
     def _whole(self, parameter: nn.Parameter) -> Tensor:
         return safe_get_full_fp32_param(parameter)
+
+
+class Zero3(Zero2):
+    """The base and the frozen factors are spread too."""
+
+    stage = 3
+
+    @classmethod
+    def load(cls, source: ModelSource, info: EngineInfo) -> nn.Module:
+        """The model on meta, then filled with this rank's part of every parameter from the checkpoint."""
+        config, offload = source.config, source.config.run.cpu_offload
+        open_alone(source.device)
+        model = skeleton(config.model, source.folder, source.adapter, **source.how)
+        parts = FlatParts(config.optimizer, source.ranks, source.device, cpu_offload=offload)
+        fill(model, source.folder, source.factors, parts, source.device, source.progress, cpu_offload=offload)
+        return model
 
 
 class FlatParts:

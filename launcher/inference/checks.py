@@ -89,7 +89,7 @@ def quantised_gap(source: Source, wanted: Tensor, device: str) -> str:
     if source.quantize == "none" or source.adapter is None:
         return ""
     try:
-        check_quantize(source.quantize, "none")
+        check_quantize(source.quantize)
     except ValueError as missing:
         return f"; not compared with the base it was trained on: {missing}"
     quantised = load_quantised(source, source.quantize, dtype="float32", device=device)

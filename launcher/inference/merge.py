@@ -100,7 +100,7 @@ def merge(
         check: Load the result and base with adapter one after the other and compare their logits.
         device: Where the check runs: auto (a GPU where there is one), cpu, cuda, ...
     """
-    check_quantize(quantize, "none")
+    check_quantize(quantize)
     if quantize != "none" and not check:
         raise ValueError("--quantize loses accuracy, and how much is always measured: leave --no-check out")
     if quantize == "none" and data is not None:

@@ -119,7 +119,7 @@ def load(source: Source, *, dtype: str = "auto", device: str = "auto", quantize:
         already = "quantization_config" in json.loads((source.base / "config.json").read_text(encoding="utf-8"))
         quantize = "none" if already else source.quantize
         try:
-            check_quantize(quantize, "none")
+            check_quantize(quantize)
         except ValueError as error:
             raise ValueError(
                 f"this run trained on its base in {quantize}. {error}; or give --quantize none, for answers on the "
@@ -171,7 +171,7 @@ def load_quantised(source: Source, kind: Kind, *, dtype: str = "auto", device: s
     from launcher.models.fill import Whole, fill
     from launcher.models.skeleton import bare_skeleton
 
-    check_quantize(kind, "none")
+    check_quantize(kind)
     check_base(source.base, kind)
     dtype, place = _dtype(source, dtype), torch.device(choose_device(device))
     if source.dtype is None and dtype == "auto":  # a model's own, as transformers takes it

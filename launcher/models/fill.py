@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from adapters import Factors
 from adapters.checkpoint_files import list_tensors, open_tensor, weight_of
 from adapters.layer import FactorLayer
+from launcher.engines.registry import give_first
 from launcher.models.quantize import Quantised
 from launcher.models.skeleton import PEFT_PARTS, dora_layer, exchange
 
@@ -115,7 +116,8 @@ def _fill_base(
         if info is None or info.shape != expected:
             here = f"has it as {info.shape}" if info else "has no such tensor"
             quantised = any(isinstance(module, Quantised) for module in model.modules())
-            asked = [*["--sharding ddp"] * (not isinstance(parts, Whole)), *["--quantize none"] * quantised]
+            sharded = not isinstance(parts, Whole)
+            asked = [give_first(lambda info: info.holds_base)] * sharded + ["--quantize none"] * quantised
             raise ValueError(
                 f"the model's {modules[0]}.{name} {expected} cannot be filled from {folder}, which {here}: "
                 f"this architecture's files are laid out differently; give {' and '.join(asked)}"

@@ -17,6 +17,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSequenceC
 from adapters.checkpoint_files import TensorInfo, list_tensors, weight_of
 from adapters.config import FactorConfig
 from launcher.config import ModelConfig
+from launcher.engines.registry import give_first
 from launcher.models.quantize import Quantised, linear_layers, quantize_skeleton
 
 log = logging.getLogger(__name__)
@@ -54,7 +55,7 @@ def _draw_adapter(base: Any, adapter: PeftConfig) -> nn.Module:
     method = PeftType(adapter.peft_type).value.lower()
     refusal = (
         f"--method {method} starts from the base's weights, which no process has whole under this sharding: give "
-        "--sharding ddp or zero2, or a start that is drawn"
+        f"{give_first(lambda info: info.holds_base)}, or a start that is drawn"
     )
     torch.manual_seed(torch.initial_seed())
     try:
@@ -115,7 +116,7 @@ def dora_layer(model: nn.Module, vector: str) -> nn.Linear | None:
     if type(base) is not nn.Linear:
         raise ValueError(
             f"DoRA's magnitudes of {layer}, a {type(base).__name__}, are not the norms of a checkpoint's rows, and "
-            "nothing else can be read under this sharding: give --sharding ddp"
+            f"nothing else can be read under this sharding: give {give_first(lambda info: info.holds_base)}"
         )
     return base
 

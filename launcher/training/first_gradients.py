@@ -25,16 +25,6 @@ from launcher.training.checkpoint import Checkpoint
 MICRO_BATCH = 8  # where the run has none
 
 
-def check_first_step(adapter: Any, sharding: str) -> None:
-    """Raises ValueError where an engine cannot carry an adapter whose factors come from gradients."""
-    if isinstance(adapter, LoRASBConfig) and sharding not in ("none", "ddp", "zero2"):
-        raise ValueError(
-            f"--method lorasb cannot be trained under --sharding {sharding}: its factors come from gradients, for "
-            "which each process runs the whole base: give --sharding ddp or zero2, or a method whose factors come from "
-            "the weights (svfit, loraxs)"
-        )
-
-
 def check_frozen(model: nn.Module, identity: dict[str, Any], resume: Checkpoint | None) -> None:
     """Put the digest of what LoRA-SB freezes into identity, for the checkpoints, which hold the cores alone.
 

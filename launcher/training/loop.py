@@ -21,7 +21,8 @@ from torch import Tensor
 from launcher.config import Config, OptimizerConfig
 from launcher.data.batches import batch_indices, collate, share, target_tokens
 from launcher.data.encode import Encoded
-from launcher.engines.replicated import Replicated, sum_over_ranks
+from launcher.engines.engine import Engine
+from launcher.engines.replicated import sum_over_ranks
 from launcher.models.generation import answer
 from launcher.processes import Communicator
 from launcher.tasks import label
@@ -47,7 +48,7 @@ class Job:
     """Everything a run needs, loaded and checked."""
 
     config: Config
-    engine: Replicated
+    engine: Engine
     tokenizer: Any
     train: Encoded
     rows: Sequence[Any]  # what batch_size counts: sample numbers, or lists of them when packing

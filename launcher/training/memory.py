@@ -15,6 +15,8 @@ import torch
 
 from adapters.checkpoint_files import list_tensors
 from launcher.config import Config
+from launcher.engines.registry import ENGINES, fitting
+from launcher.engines.registry import give as how_to_get
 from launcher.models.quantize import bytes_per_number
 from launcher.processes import Ranks
 from launcher.training.resolve import check_carried
@@ -35,17 +37,17 @@ def check_memory(config: Config, base: Path, dtype: str, sharding: str, ranks: R
             return False
         return True
 
-    copies = {"fsdp2": 1, "zero3": 1, "hsdp": ranks.world_size / (config.run.shard_size or ranks.local_world_size)}
-    share = copies.get(sharding, ranks.world_size) / ranks.world_size
+    engine = ENGINES[sharding]
+    group = (config.run.shard_size or ranks.local_world_size) if engine.grouped else ranks.world_size
+    share = 1.0 if engine.holds_base else 1 / group
     kind = dtype if config.model.quantize == "none" else config.model.quantize
-    offloaded = config.run.cpu_offload and sharding != "zero2"  # which moves the optimizer's state alone
+    offloaded = config.run.cpu_offload and "parameters" in engine.offloads
     if torch.cuda.is_available() and not offloaded:
         device = torch.cuda.get_device_properties(ranks.local_rank)
         check_size(base, kind, share=share, memory=device.total_memory, where=device.name, allowed=allowed)
         return
-    # A frozen base in the dtype of its files is a map of them, whose pages the processes of a machine share.
-    frozen = sharding in ("none", "ddp") and config.adapter.method != "full"
-    mapped = frozen and {info.dtype for info in list_tensors(base).values()} == {STORED.get(kind)}
+    frozen = config.adapter.method != "full"
+    mapped = engine.maps_files and frozen and {info.dtype for info in list_tensors(base).values()} == {STORED.get(kind)}
     here = share if mapped else share * ranks.local_world_size
     memory, limited = main_memory()
     host = socket.gethostname()
@@ -81,8 +83,10 @@ def check_size(
         for option, each in options.items()
         if needs[each] <= memory and allowed(option)
     ]
-    if allowed("--sharding fsdp2"):
-        give.append("--sharding fsdp2 on enough GPUs or machines")
+    for info in fitting(lambda info: not info.holds_base and not info.grouped):
+        if allowed(f"--sharding {info.name}"):
+            give.append(f"{how_to_get(info)} on enough GPUs or machines")
+            break
     give.append("the job or container more memory (Slurm: --mem)" if limited else "a machine that has more")
     copies = f", {share:.3g} times," if share > 1 else ""
     has = "where this job or container may fill" if limited else "which has"

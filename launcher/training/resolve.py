@@ -7,14 +7,14 @@ from typing import Any
 
 import torch
 
+from adapters.config import LoRASBConfig
 from launcher.config import Config
 from launcher.data import batches
-from launcher.engines.choose import check_offload, check_sharding
+from launcher.engines.choose import Demands, check_carries, check_offload, check_sharding
 from launcher.models.build import choose_attention, choose_dtype
-from launcher.models.quantize import check_method, check_quantize
+from launcher.models.quantize import READ_4BIT_CLASS, check_method, check_quantize
 from launcher.processes import Ranks
 from launcher.tasks import label
-from launcher.training.first_gradients import check_first_step
 from launcher.training.methods import peft_config
 from launcher.training.report import check_trackers
 
@@ -34,10 +34,17 @@ def check(config: Config, ranks: Ranks) -> None:
 
 def check_carried(config: Config, sharding: str) -> None:
     """Whether the engine can carry this method on a base in this precision."""
-    check_quantize(config.model.quantize, sharding, cpu_offload=config.run.cpu_offload)
+    quantize = config.model.quantize
+    check_quantize(quantize, cpu_offload=config.run.cpu_offload)
     adapter = peft_config(config.adapter)
-    check_first_step(adapter, sharding)
-    check_method(adapter, config.model.quantize, sharding)
+    check_method(adapter, quantize)
+    demands = Demands(
+        method=config.adapter.method,
+        quantize=quantize,
+        from_gradients=isinstance(adapter, LoRASBConfig),
+        reads_4bit_class=getattr(adapter, "peft_type", "").lower() in READ_4BIT_CLASS,
+    )
+    check_carries(sharding, demands)
 
 
 def check_context(config: Config, settings: Any, room: int | None = None) -> None:

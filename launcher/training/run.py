@@ -28,8 +28,8 @@ from launcher.config import Config, as_dict
 from launcher.data import batches, encode, records, templates
 from launcher.data.tokenised import encode_once
 from launcher.engines.choose import check_sharding
-from launcher.engines.fsdp2 import FullyShard, Rows, open_alone, shard, shard_mesh
-from launcher.engines.replicated import Replicated
+from launcher.engines.engine import Engine, ModelSource, engine_class
+from launcher.engines.registry import ENGINES
 from launcher.exit_codes import DONE, FAILED, MISTAKE, STOPPED
 from launcher.factorization import cache
 from launcher.factorization.make import FactorRequest, factors_of, fingerprint
@@ -37,9 +37,8 @@ from launcher.factorization.share import factorize
 from launcher.factorization.targets import targets_of
 from launcher.models.build import build, choose_attention, choose_dtype
 from launcher.models.files import base_folder, context_length, load_tokenizer
-from launcher.models.fill import Parts, fill
 from launcher.models.quantize import base_size, check_base, size
-from launcher.models.skeleton import bare_skeleton, skeleton, stored_base
+from launcher.models.skeleton import bare_skeleton, stored_base
 from launcher.processes import Communicator, Ranks, Stopped, connect, same_everywhere, say_mistake
 from launcher.tasks import label
 from launcher.tasks.label import Labelled
@@ -136,8 +135,8 @@ def _run(config: Config, name: str, comm: Communicator, stop: StopRequest, scree
     # 3. The factors of our own methods, by all ranks together, and the model.
     if plan.requests:
         _factor(start, plan)
-    model, mesh = comm.each("model", lambda: _load(start, plan))
-    engine = comm.each("engine", lambda: _engine(start, model, mesh))
+    model = comm.each("model", lambda: _load(start, plan))
+    engine = comm.each("engine", lambda: _engine(start, model))
     comm.together("the factors", lambda: check_frozen(model, plan.identity, resume))
     check_context(config, model.config, context_length(model))
     _introduce(start, plan, samples, engine, steps)
@@ -334,55 +333,36 @@ def _factor(start: _Start, plan: _Plan) -> None:
         screen.say(f"their ranks: {ranks_made[0]} to {ranks_made[-1]}")
 
 
-def _load(start: _Start, plan: _Plan) -> tuple[Any, Any]:
-    """The model with its adapter, whole or this rank's part of it, and the mesh of fully_shard or None."""
-    config, device, offload = start.config, start.device, start.config.run.cpu_offload
+def _load(start: _Start, plan: _Plan) -> Any:
+    """The model with its adapter: whole, or this rank's part of it, as the engine has it."""
     by_module = {request.module: request for request in plan.requests}
 
     def factors(module: str, rows: slice = slice(None)) -> Any:
         return factors_of(by_module[module], start.cache, rows) if module in by_module else None
 
     start.stop.before_training()
-    torch.manual_seed(config.optimizer.seed)
-    how = {**start.how, "head": plan.head}
+    torch.manual_seed(start.config.optimizer.seed)
     with start.screen.bar("loading", 0) as bar:
 
         def progress(done: int, total: int) -> None:
             start.stop.before_training()
             bar(done, of=total)
 
-        if start.sharding in ("none", "ddp", "zero2"):
-            whole = build(
-                config.model, start.base, plan.adapter, factors=factors, device=device, progress=progress, **how
-            )
-            return whole, None
-        open_alone(device)
-        model, mesh = skeleton(config.model, start.base, plan.adapter, **how), None
-        parts: Parts = Rows()
-        if start.sharding == "zero3":
-            from launcher.engines.zero import FlatParts
-
-            parts = FlatParts(config.optimizer, start.comm.ranks, device, cpu_offload=offload)
-        else:
-            mesh = shard_mesh(start.sharding, start.comm.ranks, device, config.run.shard_size)
-            shard(model, mesh, cpu_offload=offload)
-        fill(model, start.base, factors, parts, device, progress, cpu_offload=offload)
-        return model, mesh
+        source = ModelSource(
+            config=start.config, folder=start.base, adapter=plan.adapter, how={**start.how, "head": plan.head},
+            factors=factors, device=start.device, ranks=start.comm.ranks, progress=progress,
+        )  # fmt: skip
+        return engine_class(start.sharding).load(source, ENGINES[start.sharding])
 
 
-def _engine(start: _Start, model: Any, mesh: Any) -> Replicated:
-    config, ranks, sharding = start.config, start.comm.ranks, start.sharding
-    if mesh is not None:
-        return FullyShard(model, config.optimizer, ranks, mesh)
-    if sharding in ("zero2", "zero3"):
-        from launcher.engines.zero import Zero
-
-        open_alone(start.device)
-        return Zero(model, config.optimizer, ranks, int(sharding[-1]), cpu_offload=config.run.cpu_offload)
-    return Replicated(model, config.optimizer, ranks)
+def _engine(start: _Start, model: Any) -> Engine:
+    config, info = start.config, ENGINES[start.sharding]
+    return engine_class(start.sharding)(
+        model, config.optimizer, start.comm.ranks, info, cpu_offload=config.run.cpu_offload
+    )
 
 
-def _introduce(start: _Start, plan: _Plan, samples: _Samples, engine: Replicated, steps: int) -> None:
+def _introduce(start: _Start, plan: _Plan, samples: _Samples, engine: Engine, steps: int) -> None:
     """Write config.json, complete, and say what is about to run."""
     config, ranks, say = start.config, start.comm.ranks, start.screen.say
     trained, total = sum(size(parameter) for parameter in engine.parameters.values()), base_size(engine.model)

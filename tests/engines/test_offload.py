@@ -14,8 +14,8 @@ from launcher.engines.fsdp2 import Rows
 @pytest.mark.parametrize(
     ("sharding", "on_gpu", "message"),
     [
-        ("none", True, "goes with --sharding fsdp2, hsdp, zero2 or zero3, none keeps all on the GPU"),
-        ("ddp", True, "goes with --sharding fsdp2, hsdp, zero2 or zero3, ddp keeps all on the GPU"),
+        ("none", True, "works with --sharding fsdp2, hsdp, zero2 or zero3; none keeps everything on the GPU"),
+        ("ddp", True, "works with --sharding fsdp2, hsdp, zero2 or zero3; ddp keeps everything on the GPU"),
         ("fsdp2", False, "torch finds no GPU here: leave it out"),
         ("zero3", False, "torch finds no GPU here: leave it out"),
     ],

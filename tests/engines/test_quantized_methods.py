@@ -10,13 +10,13 @@ from peft.utils.integrations import dequantize_bnb_weight
 from transformers import AutoModelForCausalLM
 
 from launcher.config import AdapterConfig, Config, ModelConfig
-from launcher.engines.fsdp2 import Rows, open_alone, shard, shard_mesh
+from launcher.engines.fsdp2 import Rows, shard, shard_mesh
 from launcher.models import build as model_module
 from launcher.models.build import build
 from launcher.models.fill import fill
 from launcher.models.quantize import ON_INT8, ON_PACKED, Quantised
 from launcher.models.skeleton import skeleton
-from launcher.processes import Ranks
+from launcher.processes import Ranks, open_alone
 from launcher.training.methods import peft_config
 from launcher.training.resolve import check
 
@@ -126,7 +126,7 @@ def test_a_method_of_peft_learns_the_same_under_fully_shard(stories, method, kin
     try:
         torch.manual_seed(0)
         model = skeleton(config, stories, adapter, dtype="float32", attention="sdpa")
-        shard(model, shard_mesh("fsdp2", Ranks(), CPU))
+        shard(model, shard_mesh(Ranks(), CPU, 1))
         fill(model, stories, HOW["factors"], Rows(), CPU, lambda *_: None)
         sharded = losses(model)
     finally:

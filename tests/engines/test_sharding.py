@@ -19,6 +19,7 @@ import adapters  # noqa: F401 (registers LoLDU)
 from launcher.config import AdapterConfig, OptimizerConfig
 from launcher.engines.choose import check_sharding
 from launcher.engines.fsdp2 import decoder_layers
+from launcher.engines.registry import ENGINES
 from launcher.engines.replicated import Replicated
 from launcher.processes import Ranks
 
@@ -292,10 +293,10 @@ def test_the_launchers_configuration_is_the_default_of_the_sharding(wanted, envi
     [
         ("none", 0, {}, "--sharding none is for one process, but WORLD_SIZE is 6: give --sharding ddp"),
         ("hsdp", 4, {}, "6 processes / 4 that share one copy = 1.50 copies"),
-        ("fsdp2", 2, {}, "--shard-size 2 goes with --sharding hsdp, not fsdp2"),
+        ("fsdp2", 2, {}, "--shard-size 2 works with --sharding hsdp only, not with fsdp2"),
         ("ddp", 0, {"ACCELERATE_USE_FSDP": "true", "FSDP_VERSION": "2"}, "configured for fsdp2, but --sharding is ddp"),
-        (None, 0, {"ACCELERATE_USE_FSDP": "true", "FSDP_VERSION": "1"}, "has fsdp_version: 1, only 2 is built"),
-        (None, 0, {"ACCELERATE_USE_DEEPSPEED": "true"}, "zero_stage none: write zero_stage: 2 or 3"),
+        (None, 0, {"ACCELERATE_USE_FSDP": "true", "FSDP_VERSION": "1"}, "has fsdp_version: 1; only 2 is supported"),
+        (None, 0, {"ACCELERATE_USE_DEEPSPEED": "true"}, "zero_stage none: set zero_stage to 2 or 3"),
         (
             "zero2",
             0,
@@ -324,8 +325,7 @@ def test_averaging_engines_scale_the_loss_by_the_number_of_processes():
     """Their backward divides the sum over ranks by it."""
     config, model = OptimizerConfig(), torch.nn.Linear(2, 2)
 
-    class Averaging(Replicated):
-        averages = True
+    averaging = replace(ENGINES["ddp"], averages=True)
 
     assert Replicated(model, config, Ranks(0, 4, 0, 4)).loss_scale == 1
-    assert Averaging(model, config, Ranks(0, 4, 0, 4)).loss_scale == 4
+    assert Replicated(model, config, Ranks(0, 4, 0, 4), averaging).loss_scale == 4

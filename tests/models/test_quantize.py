@@ -30,7 +30,7 @@ from transformers import (
 from adapters import BasePrecisionWarning, LoLDUConfig, LoLDUXSConfig, LoRAXSConfig, SVFitConfig, SVFTConfig
 from adapters.layer import FactorLayer
 from launcher.config import Config, ModelConfig
-from launcher.engines.fsdp2 import Rows, open_alone, shard, shard_mesh
+from launcher.engines.fsdp2 import Rows, shard, shard_mesh
 from launcher.inference.export import export_lora
 from launcher.inference.merge import merge
 from launcher.models import layers
@@ -38,7 +38,7 @@ from launcher.models.build import build
 from launcher.models.fill import fill
 from launcher.models.quantize import Quantised, base_size, bytes_per_number, check_base, check_quantize, keep_packing
 from launcher.models.skeleton import skeleton
-from launcher.processes import Ranks
+from launcher.processes import Ranks, open_alone
 from launcher.training.resolve import check
 from launcher.training.run import run
 
@@ -231,7 +231,7 @@ def test_the_bytes_that_fully_shard_gathers_are_those_that_were_packed(babyllama
     open_alone(place)
     try:
         model = skeleton(config, babyllama, adapter, **how)
-        shard(model, shard_mesh("fsdp2", Ranks(), place))
+        shard(model, shard_mesh(Ranks(), place, 1))
         fill(model, babyllama, lambda name, rows: maps[name], Rows(), place)
         packed = [layer for layer in model.modules() if isinstance(layer, layers.FourBit)]
         gathered = {layer: [] for layer in packed}
@@ -409,14 +409,14 @@ def test_a_missing_or_old_bitsandbytes_is_named(found, message, monkeypatch):
     monkeypatch.setattr(importlib.metadata, "version", version)
 
     with pytest.raises(ValueError, match=message):
-        check_quantize("nf4", "none")
+        check_quantize("nf4")
 
 
 @pytest.mark.parametrize(
     ("kind", "sharding", "offload", "message"),
     [
-        ("nf4", "zero3", False, "--quantize nf4 cannot be sharded by ZeRO-3.*--sharding fsdp2"),
-        ("int8", "zero3", False, "--quantize int8 cannot be sharded by ZeRO-3.*--sharding fsdp2"),
+        ("nf4", "zero3", False, "--quantize nf4 is not supported under --sharding zero3.*--sharding fsdp2"),
+        ("int8", "zero3", False, "--quantize int8 is not supported under --sharding zero3.*--sharding fsdp2"),
         ("nf4", "fsdp2", True, "--cpu-offload moves weights.*leave one of the two out"),
     ],
 )

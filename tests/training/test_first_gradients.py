@@ -9,10 +9,10 @@ import torch
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from adapters import LoRASBConfig, LoRAXSConfig
+from adapters import LoRASBConfig
 from launcher.config import AdapterConfig, Config, DataConfig, ModelConfig, OptimizerConfig, RunConfig
 from launcher.data import batches, encode, records
-from launcher.training.first_gradients import FirstStep, check_first_step
+from launcher.training.first_gradients import FirstStep
 from launcher.training.run import run
 
 MODULES = [f"model.layers.{i}.self_attn.{part}_proj" for i in range(2) for part in "qv"]
@@ -126,12 +126,3 @@ def test_a_run_whose_factors_were_lost_and_differ_when_made_again_does_not_go_on
 
     assert (lost, again) == (2, 0)
     assert "gone from the cache, and made again they differ" in said
-
-
-@pytest.mark.parametrize("sharding", ["fsdp2", "hsdp", "zero3"])
-def test_an_engine_that_cannot_carry_it_is_refused_with_the_reason(sharding):
-    with pytest.raises(ValueError, match=f"lorasb cannot be trained under --sharding {sharding}: .* the whole base"):
-        check_first_step(LoRASBConfig(), sharding)
-
-    check_first_step(LoRASBConfig(), "ddp")
-    check_first_step(LoRAXSConfig(), sharding)
