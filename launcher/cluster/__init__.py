@@ -1,1 +1,1 @@
-"""Where a run is started: Slurm, hosts over ssh. Starts commands and reads a run folder's files; no training here."""
+"""Starts and watches runs on clusters: Slurm, or hosts over ssh. Runs commands and reads run folders; no training."""

@@ -1,7 +1,7 @@
-"""What runs on each host: `python launcher/cluster/agent.py`. Takes JSON lines, does what they say, answers in kind.
+"""The agent on each host, `python launcher/cluster/agent.py`: reads requests and writes replies as JSON lines.
 
-It lives exactly as long as its line to the one who started it: when that ends, or is silent for too long, every process
-it started ends too. The standard library alone, but for the all-reduce of `doctor`.
+The agent ends when its standard input closes or stays silent too long, and ends every process that it started. It uses
+only the standard library, except for the all-reduce of `loldu doctor`.
 """
 
 from __future__ import annotations
@@ -21,11 +21,11 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
-SAY = "@loldu "  # before each of our lines: a login shell may print words of its own
-BEAT_S = 2.0
-SILENT_S = 12.0  # without a word for so long the other side is gone
-GRACE_S = 2.0  # between TERM and KILL, when all is to end
-speaking = threading.Lock()
+PREFIX = "@loldu "  # marks our lines: a login shell may print lines of its own
+HEARTBEAT_S = 2.0
+SILENT_S = 12.0  # after this long without a message the other side counts as gone
+GRACE_S = 2.0  # between TERM and KILL
+output_lock = threading.Lock()
 
 
 def main() -> int:
@@ -34,67 +34,68 @@ def main() -> int:
     sys.path.insert(0, str(here.parents[2]))
     if threading.current_thread() is threading.main_thread():
         for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
-            signal.signal(number, lambda *_: os.close(0))  # as if the line had ended
+            signal.signal(number, lambda *_: os.close(0))  # as if standard input had been closed
     started: dict[int, subprocess.Popen[bytes]] = {}
-    threading.Thread(target=beat, daemon=True).start()
-    say(hello=socket.gethostname())
-    heard, waiting = time.monotonic(), b""
+    threading.Thread(target=heartbeat, daemon=True).start()
+    send(hello=socket.gethostname())
+    last_message, waiting = time.monotonic(), b""
     try:
-        while time.monotonic() - heard < SILENT_S:
+        while time.monotonic() - last_message < SILENT_S:
             if not select.select([0], [], [], 1.0)[0]:
                 continue
             new = os.read(0, 1 << 16)
             if not new:
                 break
-            heard, waiting = time.monotonic(), waiting + new
+            last_message, waiting = time.monotonic(), waiting + new
             *lines, waiting = waiting.split(b"\n")
             for line in lines:
                 if line.strip():
-                    obey(json.loads(line), started)
+                    handle(json.loads(line), started)
     except (OSError, ValueError):
         pass
-    end(started)
+    terminate(started)
     return 0
 
 
-def obey(order: dict[str, Any], started: dict[int, subprocess.Popen[bytes]]) -> None:
-    """Processes are started by this thread, which stays: they die with it. All else takes time, and a thread."""
-    number, do = order.pop("id", None), order.pop("do", "")
-    if do == "start":
-        say(id=number, ok=start(started, **order))
-    elif do == "signal":
+def handle(message: dict[str, Any], started: dict[int, subprocess.Popen[bytes]]) -> None:
+    """Act on one request. Ranks are started by this thread, since they die with the thread that started them; every
+    other request runs in a thread of its own."""
+    number, request = message.pop("id", None), message.pop("request", "")
+    if request == "start":
+        send(id=number, ok=start(started, **message))
+    elif request == "signal":
         for process in started.values():
             if process.poll() is None:
-                process.send_signal(order["number"])
-    elif do:
-        threading.Thread(target=answer, args=(number, ORDERS[do], order), daemon=True).start()
+                process.send_signal(message["number"])
+    elif request:
+        threading.Thread(target=reply, args=(number, REQUESTS[request], message), daemon=True).start()
 
 
-def answer(number: int, do: Callable[..., Any], order: dict[str, Any]) -> None:
+def reply(number: int, function: Callable[..., Any], arguments: dict[str, Any]) -> None:
     try:
-        say(id=number, ok=do(**order))
+        send(id=number, ok=function(**arguments))
     except Exception as error:
-        say(id=number, error=f"{type(error).__name__}: {error}")
+        send(id=number, error=f"{type(error).__name__}: {error}")
 
 
-def say(**words: Any) -> None:
-    with speaking:
+def send(**message: Any) -> None:
+    with output_lock:
         try:
-            os.write(1, (SAY + json.dumps(words) + "\n").encode())
+            os.write(1, (PREFIX + json.dumps(message) + "\n").encode())
         except OSError:
-            os._exit(1)  # nobody listens; the main thread's processes die with it
+            os._exit(1)  # the other side is gone; the ranks die with the main thread
 
 
-def beat() -> None:
+def heartbeat() -> None:
     while True:
-        time.sleep(BEAT_S)
-        say(alive=True)
+        time.sleep(HEARTBEAT_S)
+        send(alive=True)
 
 
 def start(
     started: dict[int, subprocess.Popen[bytes]], *, command: list[str], environ: dict[str, str], ranks: list[list[int]]
 ) -> int:
-    """One process for each (rank, local rank); their lines and ends are told as they come."""
+    """Start one process for each (rank, local rank); forward its output and its exit code."""
     for rank, local in ranks:
         mine = {"RANK": str(rank), "LOCAL_RANK": str(local), "LOLDU_PARENT": str(os.getpid())}
         process = subprocess.Popen(
@@ -102,19 +103,19 @@ def start(
             stderr=subprocess.STDOUT, start_new_session=True,
         )  # fmt: skip
         started[rank] = process
-        threading.Thread(target=tell, args=(rank, process), daemon=True).start()
+        threading.Thread(target=forward_output, args=(rank, process), daemon=True).start()
     return len(ranks)
 
 
-def tell(rank: int, process: subprocess.Popen[bytes]) -> None:
+def forward_output(rank: int, process: subprocess.Popen[bytes]) -> None:
     assert process.stdout is not None
     for line in process.stdout:
-        say(rank=rank, line=line.decode(errors="replace").rstrip("\r\n"))
-    say(rank=rank, exit=process.wait())
+        send(rank=rank, line=line.decode(errors="replace").rstrip("\r\n"))
+    send(rank=rank, exit=process.wait())
 
 
-def end(started: dict[int, subprocess.Popen[bytes]]) -> None:
-    """TERM, then KILL, for each process and what it started."""
+def terminate(started: dict[int, subprocess.Popen[bytes]]) -> None:
+    """Send TERM, then KILL, to each process and its children."""
     for number, seconds in ((signal.SIGTERM, GRACE_S), (signal.SIGKILL, GRACE_S)):
         deadline = time.monotonic() + seconds
         for process in started.values():
@@ -128,7 +129,7 @@ def end(started: dict[int, subprocess.Popen[bytes]]) -> None:
 
 
 def facts(recipe: str = "", folder: str = ".") -> dict[str, Any]:
-    """Who this host is and what it has."""
+    """Describe this host: names and addresses, software, GPUs, clock, free disk."""
     from launcher.cluster.environment import environment
 
     gpus, driver = nvidia()
@@ -147,7 +148,7 @@ def facts(recipe: str = "", folder: str = ".") -> dict[str, Any]:
 
 
 def nvidia() -> tuple[list[str], str]:
-    """Names of the GPUs, and the driver's version; nothing without nvidia-smi."""
+    """The names of the GPUs and the driver version; both empty without nvidia-smi."""
     if shutil.which("nvidia-smi") is None:
         return [], ""
     words = ["nvidia-smi", "--query-gpu=name,memory.total,driver_version", "--format=csv,noheader"]
@@ -162,7 +163,7 @@ def own_addresses() -> list[str]:
 
 
 def places(folder: str) -> dict[str, Path]:
-    """Where runs, factors and temporary files go; the nearest folder that exists."""
+    """The folders of runs, factors and temporary files, or their nearest existing parents."""
     cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
     found = {}
     for name, path in (("folder", Path(folder)), ("cache", cache), ("/tmp", Path("/tmp"))):
@@ -180,7 +181,7 @@ def write_file(file: str, text: str) -> bool:
 
 
 def unseen(files: dict[str, str], limit_s: float = 10.0) -> list[str]:
-    """Those of the files that do not hold their text, also not after limit_s."""
+    """The files that do not hold the expected text within limit_s."""
     deadline = time.monotonic() + limit_s
     while True:
         left = [file for file, text in files.items() if text_of(file) != text]
@@ -202,7 +203,7 @@ def remove_folder(folder: str) -> bool:
 
 
 def listen(port: int, seconds: float) -> bool:
-    """Open a port and take every visitor for so long. Raises OSError where another program holds it."""
+    """Accept connections on a port for some seconds. Raises OSError if another program uses it."""
     server = socket.create_server(("", port), backlog=64)
     server.settimeout(0.2)
 
@@ -220,7 +221,7 @@ def listen(port: int, seconds: float) -> bool:
 
 
 def connect(addresses: dict[str, str], port: int, limit_s: float) -> dict[str, float | str]:
-    """By name the milliseconds until a connection stands, or why there is none. All at once."""
+    """Connect to all addresses at once; for each name the milliseconds it took, or the error."""
     return together(lambda name: connect_one(addresses[name], port, limit_s), addresses)
 
 
@@ -234,7 +235,7 @@ def connect_one(address: str, port: int, limit_s: float) -> float | str:
 
 
 def import_packages(names: list[str], limit_s: float = 120.0) -> dict[str, str]:
-    """By name nothing where `import name` works, else why not. Each in a process of its own: some crash."""
+    """For each name the error of `import name`, empty if it works. Each in its own process, since some crash."""
     return together(lambda name: import_one(name, limit_s), names)
 
 
@@ -243,13 +244,13 @@ def import_one(name: str, limit_s: float) -> str:
     try:
         done = subprocess.run(words, capture_output=True, text=True, timeout=limit_s)
     except subprocess.TimeoutExpired:
-        return f"no end of `import {name}` in {limit_s:.0f} s"
+        return f"`import {name}` did not end within {limit_s:.0f} s"
     lines = done.stderr.strip().splitlines()
-    return "" if done.returncode == 0 else (lines[-1] if lines else f"it ended with {done.returncode}")
+    return "" if done.returncode == 0 else (lines[-1] if lines else f"it ended with exit code {done.returncode}")
 
 
 def together(do: Callable[[str], Any], names: Iterable[str]) -> dict[str, Any]:
-    """do(name) for all names at once, by name."""
+    """Call do(name) for all names at once; the results by name."""
     names = list(names)
     with ThreadPoolExecutor(max(1, len(names))) as pool:
         return dict(zip(names, pool.map(do, names), strict=True))
@@ -258,7 +259,7 @@ def together(do: Callable[[str], Any], names: Iterable[str]) -> dict[str, Any]:
 def all_reduce(
     rank: int, address: str, port: int, device: int = 0, megabytes: float = 4.0, limit_s: float = 60.0
 ) -> dict[str, Any]:
-    """Sum a tensor with one other process; whether each number is right, and the seconds of one round (best of 5)."""
+    """Sum a tensor with one other process: is every element correct, and the seconds of one round (best of 5)."""
     import datetime
 
     import torch
@@ -289,7 +290,7 @@ def all_reduce(
     return {"right": right, "seconds": best, "megabytes": megabytes, "backend": "nccl" if on_gpu else "gloo"}
 
 
-ORDERS: dict[str, Callable[..., Any]] = {
+REQUESTS: dict[str, Callable[..., Any]] = {
     "facts": facts,
     "write": write_file,
     "unseen": unseen,

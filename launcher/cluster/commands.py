@@ -1,5 +1,7 @@
-"""The command line of the clusters: submit, status, logs, cancel, launch, doctor, simulate-preempt. Parses, calls one
-function each; what starts a recipe hands on the recipe's own options unread."""
+"""The cluster commands: submit, launch, status, logs, cancel, doctor, simulate-preempt. Each calls one function.
+
+submit and launch pass the recipe's own options to the recipe without parsing them.
+"""
 
 from __future__ import annotations
 
@@ -30,11 +32,11 @@ def submit(
     """Run a recipe on Slurm: loldu submit RECIPE --nodes 2 --gpus-per-node 8 -- RECIPE OPTIONS
 
     Args:
-        recipe: The recipe's file, or the name of one in recipes/. Its own options stand behind --
-        resources: What the job needs.
+        recipe: File of the recipe, or its name in recipes/. Put the options of the recipe after --
+        resources: The resources of the job.
         name: Name of the run; its folder is runs/NAME.
-        dry_run: Print the script, and do nothing.
-        recipe_options: What stands behind --
+        dry_run: Print the job script and submit nothing.
+        recipe_options: Everything after --
     """
     from launcher.cluster import slurm
 
@@ -42,11 +44,11 @@ def submit(
 
 
 def status(runs: tyro.conf.Positional[tuple[str, ...]] = (), *, json: bool = False) -> int:
-    """How runs stand: what they saved, and what Slurm says.
+    """Show the state of runs: steps, loss, last checkpoint, and the state of the Slurm job.
 
     Args:
-        runs: Names, folders or job ids; without any, all of runs/.
-        json: As JSON.
+        runs: Names, folders or job ids; default: all runs in runs/.
+        json: Print JSON.
     """
     from launcher.cluster import slurm
 
@@ -60,13 +62,13 @@ def logs(
     rank: int | None = None,
     lines: int = 20,
 ) -> int:
-    """The ends of a run's logs, each line behind its rank and node.
+    """Print the last lines of a run's logs, each with its rank and node.
 
     Args:
         run: Name, folder or job id.
-        follow: Go on until the run ends.
-        rank: Only this rank's log.
-        lines: How many lines of each log to begin with.
+        follow: Keep printing new lines until the run ends.
+        rank: Print only the log of this rank.
+        lines: Number of last lines of each log.
     """
     from launcher.cluster.follow import logs as show
 
@@ -74,7 +76,7 @@ def logs(
 
 
 def cancel(run: Run) -> int:
-    """Ask a run to save and stop; a Slurm job does not come back.
+    """Ask a run to save a checkpoint and stop. A Slurm job is cancelled and not requeued.
 
     Args:
         run: Name, folder or job id.
@@ -91,16 +93,16 @@ def launch(
     name: str | None = None,
     recipe_options: tuple[str, ...] = (),
 ) -> int:
-    """Run a recipe on the hosts of a file, over ssh: loldu launch --hostfile FILE RECIPE RECIPE OPTIONS
+    """Run a recipe on several hosts over ssh: loldu launch --hostfile FILE RECIPE RECIPE OPTIONS
 
-    Ctrl-C saves and stops everywhere, a second one ends all at once. Exit codes: 0 finished, 75 stopped and saved (run
-    me again), 1 failed, 2 a mistake in what was asked.
+    Ctrl-C saves a checkpoint and stops on all hosts; a second Ctrl-C ends all processes at once. Exit codes: 0
+    finished, 75 stopped and saved (the same command resumes), 1 failed, 2 invalid options or hosts.
 
     Args:
-        recipe: The recipe's file, or the name of one in recipes/. All that follows are its own options.
-        hosts: Where.
+        recipe: File of the recipe, or its name in recipes/. Everything after it are options of the recipe.
+        hosts: The hosts and how to reach them.
         name: Name of the run; its folder is runs/NAME.
-        recipe_options: What stands behind the recipe.
+        recipe_options: Everything after the recipe.
     """
     from launcher.cluster.launch import launch as start
 
@@ -117,16 +119,16 @@ def doctor(
     quick: bool = False,
     json: bool = False,
 ) -> int:
-    """Check this machine, the hosts of a file, or the nodes of the Slurm job it is typed in. Exit code 1: a problem.
+    """Check this machine, the hosts of a hostfile, or the nodes of the current Slurm job. Exit code 1: a problem.
 
     Args:
-        hostfile: Hosts to check over ssh; without it this machine, or inside a Slurm job its nodes.
-        ssh_port: Port of the hosts' ssh servers.
-        ssh_config: ssh's configuration file, instead of the user's.
-        folder: Folder that should be shared by all nodes, for runs and the factor cache.
-        port: Port on which nodes must reach each other.
-        quick: Leave out importing flash-attn, bitsandbytes and deepspeed, which takes longest.
-        json: As JSON.
+        hostfile: Hosts to check over ssh; default: this machine, or inside a Slurm job the nodes of that job.
+        ssh_port: Port of the ssh servers.
+        ssh_config: Configuration file for ssh, in place of ~/.ssh/config.
+        folder: Folder for runs and the factor cache, which all nodes should share.
+        port: Port on which the nodes must reach each other.
+        quick: Skip importing flash-attn, bitsandbytes and deepspeed, the slowest check.
+        json: Print JSON.
     """
     from launcher.cluster.doctor import doctor as examine
 
@@ -136,12 +138,12 @@ def doctor(
 
 
 def simulate_preempt(run: Run, *, how: Literal["warning", "requeue"] = "warning", timeout: float = 900.0) -> int:
-    """Interrupt a live run as a cluster would, and report whether it saved, came back and went on.
+    """Interrupt a running job as a cluster would, and report whether it saved, restarted and resumed.
 
     Args:
         run: Name, folder or job id.
-        how: warning (the signal Slurm sends before the time limit or a preemption), or requeue (no warning at all).
-        timeout: Seconds to wait for it to come back and gain a step.
+        how: warning (the signal that Slurm sends before the time limit or a preemption), or requeue (without warning).
+        timeout: Seconds to wait until the run has restarted and trained a step.
     """
     from launcher.cluster.simulate_preempt import simulate
 
@@ -152,9 +154,10 @@ NO_VALUE = ("--dry-run", "--no-dry-run", "--help", "-h")
 
 
 def split_recipe_options(name: str, arguments: Sequence[str]) -> tuple[list[str], tuple[str, ...]]:
-    """The own words of submit or launch, and the recipe's: behind the first --, for launch all behind RECIPE.
+    """Split arguments into those of submit or launch, and those of the recipe.
 
-    Raises ValueError, with the line to type, for an option on the wrong side.
+    The recipe's options follow the first -- (submit), or RECIPE (launch). Raises ValueError with the line to type for
+    an option on the wrong side.
     """
     words = list(arguments)
     if name == "launch":
@@ -172,32 +175,32 @@ def split_recipe_options(name: str, arguments: Sequence[str]) -> tuple[list[str]
 
 
 def _check_sides(name: str, own: Sequence[str], options: Sequence[str]) -> None:
-    """Raises ValueError where an own word is no option of the command, and for launch's hostfile among the recipe's."""
+    """Raises ValueError for an unknown option among own, and for --hostfile among the options of the recipe."""
     kind: Any = Resources if name == "submit" else Hosts
     known = {f"--{field.name.replace('_', '-')}" for field in fields(kind)} | {"--name", *NO_VALUE}
     recipe: list[str] = []
     mine: list[str] = []
-    strange: list[str] = []
+    unknown: list[str] = []
     at = 0
     while at < len(own):
         flag, into, end = own[at].partition("=")[0].replace("_", "-"), recipe, at + 1
         if flag in known:
             into, end = mine, end + ("=" not in own[at] and flag not in NO_VALUE)
         elif flag.startswith("-"):
-            into = strange
+            into = unknown
             while end < len(own) and not own[end].startswith("-"):
                 end += 1
         into += own[at:end]
         at = end
-    if name == "launch" and not strange and "--hostfile" in {word.partition("=")[0] for word in options}:
-        raise ValueError("--hostfile stands before RECIPE: loldu launch --hostfile FILE RECIPE RECIPE OPTIONS")
-    if not strange:
+    if name == "launch" and not unknown and "--hostfile" in {word.partition("=")[0] for word in options}:
+        raise ValueError("--hostfile must come before RECIPE: loldu launch --hostfile FILE RECIPE RECIPE OPTIONS")
+    if not unknown:
         return
-    flag = strange[0].partition("=")[0]
+    flag = unknown[0].partition("=")[0]
     if near := difflib.get_close_matches(flag, known, n=1, cutoff=0.75):
         raise ValueError(f"loldu {name} has no option {flag}: did you mean {near[0]}? (loldu {name} --help)")
-    if not recipe and len(strange) > 1 and not strange[-1].startswith("-"):
-        recipe = [strange.pop()]  # it stood behind the strange option
-    where, between = ("behind --", ["--"]) if name == "submit" else ("behind RECIPE", [])
-    line = shlex.join(["loldu", name, *mine, *recipe, *between, *strange, *options])
-    raise ValueError(f"loldu {name} has no option {flag}. A recipe's own options stand {where}; type:\n  {line}")
+    if not recipe and len(unknown) > 1 and not unknown[-1].startswith("-"):
+        recipe = [unknown.pop()]  # it followed the unknown option
+    where, between = ("after --", ["--"]) if name == "submit" else ("after RECIPE", [])
+    line = shlex.join(["loldu", name, *mine, *recipe, *between, *unknown, *options])
+    raise ValueError(f"loldu {name} has no option {flag}. Options of the recipe go {where}; type:\n  {line}")

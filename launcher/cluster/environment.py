@@ -1,4 +1,4 @@
-"""What must be equal on all nodes of a run: interpreter, packages, code. Standard library alone."""
+"""What must be equal on all nodes of a run: interpreter, packages, code. Uses only the standard library."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ def environment(recipe: str = "") -> dict[str, Any]:
 
 
 def differences(here: dict[str, Any], there: dict[str, Any]) -> list[str]:
-    """What differs, as `torch 2.13.0 instead of 2.12.1`, here first."""
+    """The differences, each as `torch 2.13.0 instead of 2.12.1`, with the value of `here` first."""
     return [
         f"{name} {here.get(name, 'unknown')} instead of {there.get(name, 'unknown')}"
         for name in sorted({*here, *there})

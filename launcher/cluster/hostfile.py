@@ -1,10 +1,10 @@
-"""Hostfiles in DeepSpeed's format, read strictly: every problem of the file is listed with its line.
+"""Reads hostfiles in DeepSpeed's format, strictly: every mistake in the file is listed with its line.
 
-    # two machines of eight GPUs
+    # two machines with eight GPUs each
     node1 slots=8
     node2 slots=8
 
-Filters as DeepSpeed writes them: --include node1@node2:0,2 (all of node1, two slots of node2), --exclude node2:1.
+Filters have DeepSpeed's syntax: --include node1@node2:0,2 (all of node1, two slots of node2), --exclude node2:1.
 """
 
 from __future__ import annotations
@@ -19,36 +19,36 @@ NAME = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_.-]*")
 
 @dataclass(frozen=True, kw_only=True)
 class Hosts:
-    """Where a run goes, and how it is reached."""
+    """The hosts of a run, and how to reach them."""
 
     hostfile: str
     """File with a line `name slots=n` for each host; hostfiles/ has examples."""
     include: str | None = None
-    """Only these hosts or slots: node1@node2:0,2"""
+    """Use only these hosts or slots: node1@node2:0,2"""
     exclude: str | None = None
-    """Not these hosts or slots: node2@node3:1"""
+    """Leave out these hosts or slots: node2@node3:1"""
     ssh_port: int | None = None
-    """Port of the hosts' ssh servers; without it ssh's own configuration."""
+    """Port of the ssh servers; default: as ssh is configured."""
     ssh_config: str | None = None
-    """ssh's configuration file, instead of the user's."""
+    """Configuration file for ssh, in place of ~/.ssh/config."""
     python: str = sys.executable
-    """Interpreter on the hosts; the one you type this with."""
+    """Python interpreter on the hosts; default: the one that runs this command."""
     master_addr: str | None = None
-    """Address of the first host as the others reach it; without it the one ssh reached it at."""
+    """Address of the first host for the other hosts; default: the address at which ssh reached it."""
     port: int = 29500
-    """Port on the first host for the processes to meet."""
+    """Port on the first host where the processes meet (MASTER_PORT)."""
     env: tuple[str, ...] = ()
-    """NAME=VALUE for every process, besides the variables of NCCL, HF, OMP and the like that are set here."""
+    """NAME=VALUE, set for every process in addition to the forwarded variables (NCCL_*, HF_*, OMP_* and others)."""
 
     def __post_init__(self) -> None:
         for word in self.env:
             if not re.fullmatch(r"[A-Za-z_][A-Za-z0-9_]*=.*", word, re.DOTALL):
-                raise ValueError(f"--env is written NAME=VALUE, got {word!r}")
+                raise ValueError(f"--env expects NAME=VALUE, got {word!r}")
         for name, value in (("port", self.port), ("ssh-port", self.ssh_port)):
             if value is not None and not 1 <= value <= 65535:
-                raise ValueError(f"--{name} lies in 1 .. 65535, got {value}")
+                raise ValueError(f"--{name} expects a number from 1 to 65535, got {value}")
         if self.include is not None and self.exclude is not None:
-            raise ValueError("--include and --exclude together: give the one that is shorter to write")
+            raise ValueError("--include and --exclude cannot be used together: give one of them")
 
 
 @dataclass(frozen=True)
@@ -56,12 +56,12 @@ class Host:
     """One line of a hostfile."""
 
     name: str
-    slots: tuple[int, ...]  # which GPUs; their number is that of the processes
-    chosen: bool = False  # by a filter: then the processes are shown these GPUs alone
+    slots: tuple[int, ...]  # indices of GPUs, one process for each
+    chosen: bool = False  # a filter picked these slots: the processes then see only these GPUs
 
 
 def read(file: str) -> list[Host]:
-    """The hosts in the file's order, the first of them the head."""
+    """The hosts in the order of the file; the first one is the head node. Raises ValueError listing every mistake."""
     try:
         text = Path(file).read_text()
     except (OSError, UnicodeDecodeError) as error:
@@ -73,7 +73,7 @@ def read(file: str) -> list[Host]:
 
 
 def parse(text: str, file: str = "hostfile") -> list[Host]:
-    """Raises ValueError that lists every problem with its line."""
+    """The hosts in the text of a hostfile. Raises ValueError listing every mistake with its line."""
     hosts: dict[str, Host] = {}
     lines: dict[str, int] = {}
     problems = []
@@ -84,13 +84,13 @@ def parse(text: str, file: str = "hostfile") -> list[Host]:
         name, given = words[0], words[1:]
         wrong = ""
         if not NAME.fullmatch(name):
-            wrong = f"{name!r} is no host name (a user or an IPv6 address belongs in ~/.ssh/config, under a short name)"
+            wrong = f"{name!r} is not a host name (put users and IPv6 addresses into ~/.ssh/config under a short name)"
         elif name in lines:
-            wrong = f"{name} stands on line {lines[name]} already"
+            wrong = f"{name} is already on line {lines[name]}"
         elif len(given) != 1 or not re.fullmatch(r"slots=\d+", given[0]):
             wrong = f"expected `{name} slots=N`, got `{' '.join(words)}`"
         elif not 1 <= int(given[0][6:]) <= 1024:
-            wrong = f"{name} has {given[0]}; a host has 1 to 1024 slots, one for each process (leave it out otherwise)"
+            wrong = f"{name} has {given[0]}; expected 1 to 1024 slots, one for each process (or remove the line)"
         if wrong:
             problems.append(f"  line {at}: {wrong}")
         else:
@@ -98,16 +98,18 @@ def parse(text: str, file: str = "hostfile") -> list[Host]:
         lines.setdefault(name, at)
     local = [name for name in hosts if name == "localhost" or name.startswith("127.")]
     if local and len(hosts) > 1:
-        problems.append(f"  line {lines[local[0]]}: {local[0]} is another machine on each host: give its network name")
+        problems.append(
+            f"  line {lines[local[0]]}: {local[0]} means a different machine on each host: give its network name"
+        )
     if not hosts and not problems:
-        problems.append("  it names no host; expected lines such as: node1 slots=8")
+        problems.append("  no host is listed; expected lines such as: node1 slots=8")
     if problems:
         raise ValueError("\n".join([f"{file} has {len(problems)} problem{'s'[: len(problems) > 1]}:", *problems]))
     return list(hosts.values())
 
 
 def choose(hosts: list[Host], include: str | None = None, exclude: str | None = None) -> list[Host]:
-    """The hosts and slots that a filter leaves. Raises ValueError for names and slots that are not there."""
+    """The hosts and slots that a filter leaves. Raises ValueError for hosts and slots that the file does not have."""
     text, flag = (include, "--include") if include is not None else (exclude, "--exclude")
     if text is None:
         return hosts
@@ -121,12 +123,12 @@ def choose(hosts: list[Host], include: str | None = None, exclude: str | None = 
         elif name in named:
             problems.append(f"  {name} is named twice")
         elif slots and not re.fullmatch(r"\d+(,\d+)*", slots):
-            problems.append(f"  {part!r}: slots are written {name}:0,2")
+            problems.append(f"  {part!r}: expected slots as in {name}:0,2")
         else:
             wanted = tuple(sorted({int(slot) for slot in slots.split(",")})) if slots else known[name].slots
             missing = [str(slot) for slot in wanted if slot not in known[name].slots]
             if missing:
-                problems.append(f"  {name} has slots 0 .. {len(known[name].slots) - 1}, not {', '.join(missing)}")
+                problems.append(f"  {name} has slots 0 to {len(known[name].slots) - 1}, not {', '.join(missing)}")
             named[name] = wanted
     if problems:
         raise ValueError("\n".join([f"{flag} {text}:", *problems]))

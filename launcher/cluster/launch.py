@@ -1,4 +1,5 @@
-"""A recipe on the hosts of a file: check them all, start every rank, merge what they say, end together."""
+"""`loldu launch`: run a recipe on several hosts over ssh. Checks all hosts, starts every rank, merges their output, and
+ends all ranks together."""
 
 from __future__ import annotations
 
@@ -22,7 +23,7 @@ from launcher.exit_codes import DONE, FAILED, INTERRUPTED, MISTAKE, STOPPED
 
 GREET_S = 60.0
 FACTS_S = 120.0
-LAST_WORDS_S = 5.0  # for the other ranks to say what they saw, once one has failed
+LAST_WORDS_S = 5.0  # after one rank has failed, for the other ranks to print their errors
 FORWARDED = (
     "NCCL_", "GLOO_", "HF_", "OMP_", "MKL_", "TOKENIZERS_", "TORCH_", "PYTORCH_", "CUDA_", "XDG_CACHE_HOME",
     "ACCELERATE_USE_CPU", "LOLDU_MEET_S", "WANDB_",
@@ -30,7 +31,7 @@ FORWARDED = (
 
 
 def launch(recipe: str, hosts: Hosts, recipe_options: Sequence[str] = (), *, name: str | None = None) -> int:
-    """Run a recipe on all hosts; returns the exit code. Nothing is started unless every host passed every check."""
+    """Run a recipe on all hosts; returns the exit code. Nothing is started unless every host passes every check."""
     chosen = hostfile.choose(hostfile.read(hosts.hostfile), hosts.include, hosts.exclude)
     file = runs.find_recipe(recipe)
     run = runs.run_folder(name, file, recipe_options)
@@ -44,7 +45,7 @@ def launch(recipe: str, hosts: Hosts, recipe_options: Sequence[str] = (), *, nam
         )
         for host in chosen
     }
-    with Asked() as asked, Fleet(lines) as fleet:
+    with StopSignals() as signals, Fleet(lines) as fleet:
         attempt = uuid.uuid4().hex
         runs.write(run / "logs" / "attempt", attempt)
         head = check(fleet, chosen, file, run, attempt)
@@ -55,16 +56,16 @@ def launch(recipe: str, hosts: Hosts, recipe_options: Sequence[str] = (), *, nam
         counted = f"{total} process{'es'[: 2 * (total > 1)]} on {len(chosen)} host{'s'[: len(chosen) > 1]}"
         print(f"{counted}, meeting on {first}; run folder {run}", flush=True)
         start(fleet, chosen, hosts, command, run, attempt, address)
-        return follow(fleet, chosen, run, asked)
+        return follow(fleet, chosen, run, signals)
 
 
-class Asked:
-    """Ctrl-C, TERM and USR2: once is asking to save and stop, twice is ending."""
+class StopSignals:
+    """Counts Ctrl-C, TERM and USR2: the first asks to save and stop, the second ends the run at once."""
 
     def __init__(self) -> None:
-        self.times, self._before = 0, {}  # type: ignore[var-annotated]
+        self.count, self._before = 0, {}  # type: ignore[var-annotated]
 
-    def __enter__(self) -> Asked:
+    def __enter__(self) -> StopSignals:
         for number in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR2):
             self._before[number] = signal.signal(number, self._on_signal)
         return self
@@ -74,12 +75,14 @@ class Asked:
             signal.signal(number, handler)
 
     def _on_signal(self, number: int, frame: FrameType | None) -> None:
-        self.times += 1
+        self.count += 1
 
 
 def check(fleet: Fleet, hosts: Sequence[Host], recipe: Path, run: Path, attempt: str) -> str:
-    """Every host: reachable, same environment and code, GPUs for its slots, sees the run folder. Returns the first
-    host's address. Raises ValueError listing all problems."""
+    """Check that every host is reachable, has the same environment and code, a GPU per slot, and sees the run folder.
+
+    Returns the address of the first host. Raises ValueError listing all problems.
+    """
     problems = fleet.greet(GREET_S)
     _refuse(problems)
     facts, problems = fleet.ask_all("facts", FACTS_S, recipe=str(recipe), folder=str(run))
@@ -91,7 +94,7 @@ def check(fleet: Fleet, hosts: Sequence[Host], recipe: Path, run: Path, attempt:
         fact, wrong = facts[host.name], []
         differ = differences(fact["environment"], head["environment"])
         if differ:
-            wrong.append(f"differs from {hosts[0].name}: {'; '.join(differ)}: install the same on all hosts")
+            wrong.append(f"differs from {hosts[0].name}: {'; '.join(differ)}: install the same versions on all hosts")
         if gpus and len(fact["gpus"]) <= max(host.slots):
             wrong.append(f"slots={max(host.slots) + 1}, but it has {len(fact['gpus'])} GPUs: correct the hostfile")
         if unseen.get(host.name) != []:
@@ -102,7 +105,7 @@ def check(fleet: Fleet, hosts: Sequence[Host], recipe: Path, run: Path, attempt:
     twice: dict[str, str] = {}
     for host in hosts:
         if (other := twice.setdefault(_machine(facts[host.name]), host.name)) != host.name:
-            problems[host.name] = f"is the same machine as {other}: name each machine once"
+            problems[host.name] = f"is the same machine as {other}: list each machine once"
     _refuse(problems)
     reached = head["reached_at"]
     if (not reached or reached.startswith("127.") or reached == "::1") and len(hosts) > 1:
@@ -117,17 +120,17 @@ def _machine(fact: Mapping[str, Any]) -> str:
 def _refuse(problems: Mapping[str, str]) -> None:
     if problems:
         lines = [f"  {name}: {text}" for name, text in problems.items()]
-        raise ValueError("\n".join(["nothing was started:", *lines, "loldu doctor --hostfile FILE tells more"]))
+        raise ValueError("\n".join(["nothing was started:", *lines, "loldu doctor --hostfile FILE shows more"]))
 
 
 def start(
     fleet: Fleet, hosts: Sequence[Host], options: Hosts, command: Sequence[str], run: Path, attempt: str, address: str
 ) -> None:
-    """All ranks of all hosts, in the file's order."""
+    """Start all ranks on all hosts, numbered in the order of the hostfile."""
     entry = str(Path(__file__).resolve().with_name("rank.py"))
-    total, first, orders = sum(len(host.slots) for host in hosts), 0, {}
+    total, first, each = sum(len(host.slots) for host in hosts), 0, {}
     shared = {name: value for name, value in os.environ.items() if name.startswith(FORWARDED)}
-    shared.pop("CUDA_VISIBLE_DEVICES", None)  # ours, not theirs
+    shared.pop("CUDA_VISIBLE_DEVICES", None)  # applies to this machine only
     shared |= dict(word.split("=", 1) for word in options.env)
     for host in hosts:
         environ = shared | {
@@ -138,48 +141,48 @@ def start(
             environ["CUDA_VISIBLE_DEVICES"] = ",".join(map(str, host.slots))
         words = [options.python, entry, "--run", str(run), "--", *command]
         ranks = [[first + local, local] for local in range(len(host.slots))]
-        orders[host.name] = {"command": words, "environ": environ, "ranks": ranks}
+        each[host.name] = {"command": words, "environ": environ, "ranks": ranks}
         first += len(host.slots)
-    _, problems = fleet.ask_all("start", 60.0, orders)
+    _, problems = fleet.ask_all("start", 60.0, each)
     _refuse(problems)
 
 
-def follow(fleet: Fleet, hosts: Sequence[Host], run: Path, asked: Asked) -> int:
-    """Print what the ranks say until all have ended; the exit code. A host or rank that fails ends all."""
+def follow(fleet: Fleet, hosts: Sequence[Host], run: Path, signals: StopSignals) -> int:
+    """Print the output of all ranks until they have ended; returns the exit code. A failing host or rank ends all."""
     width = max(len(host.name) for host in hosts)
     left = set(range(sum(len(host.slots) for host in hosts)))
-    failure, give_up, told = 0, float("inf"), 0
+    failure, give_up, handled = 0, float("inf"), 0
     while left:
-        if asked.times > told:
-            told += 1
-            if told > 1:
+        if signals.count > handled:
+            handled += 1
+            if handled > 1:
                 print("ending all processes at once", flush=True)
                 return INTERRUPTED
-            print("asked to stop: saving on all hosts (once more ends them at once)", flush=True)
+            print("stopping: saving on all hosts (a second signal ends all processes at once)", flush=True)
             for agent in fleet.agents.values():
-                agent.send(do="signal", number=int(signal.SIGTERM))
+                agent.send(request="signal", number=int(signal.SIGTERM))
         try:
-            agent, words = fleet.said.get(timeout=0.2)
+            agent, message = fleet.messages.get(timeout=0.2)
         except queue.Empty:
-            words = {}
+            message = {}
             for agent in fleet.agents.values():
                 if (reason := agent.dead()) and not failure:
-                    words = {"gone": reason}
+                    message = {"gone": reason}
                     break
-        if "line" in words:
-            print(f"{agent.name:<{width}} rank {words['rank']}: {words['line']}", flush=True)
-        elif "exit" in words:
-            left.discard(words["rank"])
-            if words["exit"] != 0 and not failure:
-                failure, give_up = (MISTAKE if words["exit"] == MISTAKE else FAILED), time.monotonic() + LAST_WORDS_S
+        if "line" in message:
+            print(f"{agent.name:<{width}} rank {message['rank']}: {message['line']}", flush=True)
+        elif "exit" in message:
+            left.discard(message["rank"])
+            if message["exit"] != 0 and not failure:
+                failure, give_up = (MISTAKE if message["exit"] == MISTAKE else FAILED), time.monotonic() + LAST_WORDS_S
                 how = (
-                    f"signal {signal.Signals(-words['exit']).name}"
-                    if words["exit"] < 0
-                    else f"exit code {words['exit']}"
+                    f"signal {signal.Signals(-message['exit']).name}"
+                    if message["exit"] < 0
+                    else f"exit code {message['exit']}"
                 )
-                _complain(f"rank {words['rank']} on {agent.name} ended with {how}; ending the others")
-        elif "gone" in words and not failure:
-            _complain(f"{agent.name} is lost ({agent.dead() or words['gone']}); ending all hosts")
+                _print_error(f"rank {message['rank']} on {agent.name} ended with {how}; ending the others")
+        elif "gone" in message and not failure:
+            _print_error(f"{agent.name} is lost ({agent.dead() or message['gone']}); ending all hosts")
             failure = FAILED
             break
         if time.monotonic() > give_up:
@@ -188,9 +191,9 @@ def follow(fleet: Fleet, hosts: Sequence[Host], run: Path, asked: Asked) -> int:
         return failure
     state = runs.read(run / "state")
     if state == "stopped":
-        print(f"stopped and saved; the same command goes on (run folder {run})")
+        print(f"stopped and saved; the same command resumes (run folder {run})")
     return STOPPED if state == "stopped" else FAILED if state == "failed" else DONE
 
 
-def _complain(text: str) -> None:
+def _print_error(text: str) -> None:
     print(f"error: {text}", file=sys.stderr, flush=True)

@@ -1,9 +1,9 @@
-"""One rank of a run: `python launcher/cluster/rank.py --run RUN [--log] [--starter …] -- RECIPE OPTIONS`.
+"""Entry of one rank: `python launcher/cluster/rank.py --run RUN [--log] [--starter …] -- RECIPE OPTIONS`.
 
-Slurm's srun and `loldu launch` start it once per process (or per node, with a starter). Nothing but the standard
-library is imported before the signals are caught: imports take seconds, and a warning may come at any time. It numbers
-itself, checks that this node sees the same folder and the same environment as the first one, meets the other ranks,
-runs the recipe in this process, and notes how that ended.
+srun and `loldu launch` start it once per process, or once per node with a starter. It installs signal handlers before
+importing more than the standard library, since imports take seconds and a warning may arrive at any time. It sets RANK
+and its family, checks that this node has the run folder and the environment of the first node, waits for the other
+ranks, runs the recipe in this process, and records a failure.
 """
 
 from __future__ import annotations
@@ -24,19 +24,19 @@ from pathlib import Path
 from types import FrameType
 
 SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR2)
-STOPPED = 75  # of exit_codes.py, which is not to be imported yet; for a rank an agreed stop is no failure
-SHARED_S = 60.0  # a network file system may take so long to show a new file
+STOPPED = 75  # as in exit_codes.py, which cannot be imported yet; for a rank an agreed stop is a success
+SHARED_S = 60.0  # how long a network file system may take to show a new file
 MEET_S = 300.0
 
 
-class Trouble(Exception):
-    """Something about the cluster that a person must put right; shown without a traceback."""
+class ClusterError(Exception):
+    """A problem of the cluster that a person must fix; printed without a traceback."""
 
 
 def main(arguments: list[str]) -> int:
     signals = EarlySignals()
     die_with_parent(os.environ.pop("LOLDU_PARENT", None))
-    if arguments[:1] == ["environment"]:  # what the batch script compares the nodes with
+    if arguments[:1] == ["environment"]:  # printed for the batch script, which passes it to every rank
         use_project()
         from launcher.cluster.environment import environment
 
@@ -55,13 +55,13 @@ def main(arguments: list[str]) -> int:
         if starter is not None:
             words = starter_command(starter, os.environ, command)
             print(f"{socket.gethostname()}: {' '.join(words)}", flush=True)
-            signals.give_back()
+            signals.restore_defaults()
             os.execv(words[0], words)
         meet(os.environ)
-        signals.hand_on()
+        signals.redeliver()
         code = run_recipe(command)
-    except Trouble as trouble:
-        print(f"error: {trouble}", file=sys.stderr, flush=True)
+    except ClusterError as error:
+        print(f"error: {error}", file=sys.stderr, flush=True)
         code = 2
     code = 0 if code == STOPPED else code
     if code and "--log" in own:
@@ -70,7 +70,7 @@ def main(arguments: list[str]) -> int:
 
 
 def die_with_parent(parent: str | None) -> None:
-    """An agent that is killed takes its ranks with it; on Linux, where a process can ask for that."""
+    """Ask Linux to kill this rank when the agent that started it dies. Does nothing on other systems."""
     if parent is None or not sys.platform.startswith("linux"):
         return
     import ctypes
@@ -82,7 +82,7 @@ def die_with_parent(parent: str | None) -> None:
 
 
 class EarlySignals:
-    """Signals that come before the recipe has put its own handlers in; they are sent again once it has."""
+    """Remembers signals that arrive before the recipe has installed its handlers, and sends them again afterwards."""
 
     def __init__(self) -> None:
         self.seen: set[int] = set()
@@ -92,11 +92,12 @@ class EarlySignals:
     def _remember(self, signum: int, frame: FrameType | None) -> None:
         self.seen.add(signum)
 
-    def hand_on(self) -> None:
+    def redeliver(self) -> None:
+        """Send the remembered signals as soon as the recipe has installed its handlers."""
         threading.Thread(target=self._watch, daemon=True).start()
 
-    def give_back(self) -> None:
-        """Before exec, which puts the default handlers in: what came until now counts as it would have then."""
+    def restore_defaults(self) -> None:
+        """Restore the default handlers, as exec would, and send the remembered signals."""
         for signum in SIGNALS:
             signal.signal(signum, signal.SIG_DFL)
         for seen in self.seen:
@@ -113,7 +114,7 @@ class EarlySignals:
 
 
 def number(environ: Mapping[str, str], *, per_node: bool) -> dict[str, str]:
-    """RANK and its family from Slurm's variables of a step; nothing where they are set already."""
+    """RANK and its family, computed from the variables of a Slurm step; empty if RANK is already set."""
     if "RANK" in environ or "SLURM_PROCID" not in environ:
         return {}
     if per_node:
@@ -127,13 +128,13 @@ def number(environ: Mapping[str, str], *, per_node: bool) -> dict[str, str]:
 
 
 def log_file(run: Path, environ: Mapping[str, str], *, per_node: bool) -> Path:
-    """logs/rank0@HOST.log, or node0@HOST.log where a starter makes the ranks of a node."""
+    """logs/rank0@HOST.log, or logs/node0@HOST.log if a starter starts the ranks of a node."""
     who = f"node{environ.get('NODE_RANK', '0')}" if per_node else f"rank{environ.get('RANK', '0')}"
     return run / "logs" / f"{who}@{socket.gethostname()}.log"
 
 
 def log_to(file: Path) -> None:
-    """Standard output and error of this process and its children go to the file's end."""
+    """Append standard output and error of this process and its children to a file."""
     file.parent.mkdir(parents=True, exist_ok=True)
     descriptor = os.open(file, os.O_WRONLY | os.O_APPEND | os.O_CREAT, 0o644)
     sys.stdout.flush()
@@ -144,21 +145,21 @@ def log_to(file: Path) -> None:
 
 
 def check_folder(run: Path, attempt: str | None, limit_s: float = SHARED_S) -> None:
-    """Whether this node sees what the first one wrote for this very start."""
+    """Check that this node sees the file that the first node wrote for this start. Raises ClusterError."""
     if attempt is None:
         return
     file, deadline = run / "logs" / "attempt", time.monotonic() + limit_s
     while (found := _read(file)) != attempt:
         if time.monotonic() > deadline:
-            raise Trouble(
-                f"{socket.gethostname()} sees {found or 'nothing'!r} in {file}, the first node wrote {attempt!r}: is "
-                "it one shared folder on all nodes? Start on the shared file system, or give --output there"
+            raise ClusterError(
+                f"{socket.gethostname()} sees {found or 'nothing'!r} in {file}, but the first node wrote {attempt!r}: "
+                "the run folder is not shared. Start on a file system that all nodes share, or give --output there"
             )
         time.sleep(0.5)
 
 
 def check_environment(expected: str | None, recipe: str) -> None:
-    """Interpreter, packages and code as on the first node."""
+    """Check that interpreter, packages and code are those of the first node. Raises ClusterError."""
     if expected is None:
         return
     use_project()
@@ -166,16 +167,16 @@ def check_environment(expected: str | None, recipe: str) -> None:
 
     differ = differences(environment(recipe), json.loads(expected))
     if differ:
-        raise Trouble(
-            f"{socket.gethostname()} differs from the first node: {'; '.join(differ)}. Install the same on all nodes, "
-            "or put the environment on the shared file system"
+        raise ClusterError(
+            f"{socket.gethostname()} differs from the first node: {'; '.join(differ)}. Install the same versions on "
+            "all nodes, or put the environment on a shared file system"
         )
 
 
 def meet(environ: Mapping[str, str], limit_s: float | None = None) -> None:
-    """Wait until all ranks are there, over one TCP port, and say who is missing; then the port is free again.
+    """Wait until all ranks have connected to rank 0, or name the missing ones; afterwards the port is free again.
 
-    torch would wait longer, and end without saying which node cannot reach which.
+    torch would wait longer, and its error would not name the node that cannot be reached.
     """
     world = int(environ.get("WORLD_SIZE", "1"))
     if world == 1:
@@ -196,7 +197,7 @@ def _receive(world: int, address: str, port: int, deadline: float, limit_s: floa
         else:
             server = socket.create_server(("", port), backlog=world)
     except OSError as error:
-        raise Trouble(
+        raise ClusterError(
             f"port {port} on {socket.gethostname()} cannot be opened ({os.strerror(error.errno or 0)}): another "
             "program may hold it; start again with another --port"
         ) from None
@@ -222,7 +223,7 @@ def _receive(world: int, address: str, port: int, deadline: float, limit_s: floa
                 for guest in guests.values():
                     with contextlib.suppress(OSError):
                         guest.sendall(f"{text}\n".encode())
-                raise Trouble(text) from None
+                raise ClusterError(text) from None
             except OSError:
                 continue  # somebody else knocked
     for guest in guests.values():
@@ -239,7 +240,7 @@ def _visit(rank: int, address: str, port: int, deadline: float, limit_s: float) 
     while True:
         left = deadline - time.monotonic()
         if left <= 0:
-            raise Trouble(
+            raise ClusterError(
                 f"rank {rank} on {here} cannot reach rank 0 at {address}:{port} within {limit_s:.0f} s ({refused}): "
                 "is a firewall between the nodes, or does that name mean something else here? loldu doctor tells"
             )
@@ -253,12 +254,12 @@ def _visit(rank: int, address: str, port: int, deadline: float, limit_s: float) 
         if answer == "go":
             return
         if answer:
-            raise Trouble(answer)
+            raise ClusterError(answer)
         time.sleep(0.2)
 
 
 def run_recipe(command: list[str]) -> int:
-    """The recipe as `python RECIPE OPTIONS` would run it, in this process; its exit code."""
+    """Run the recipe in this process as `python RECIPE OPTIONS` would; returns its exit code."""
     use_project()
     sys.path.insert(0, os.path.dirname(os.path.abspath(command[0])))
     sys.argv = list(command)
@@ -276,7 +277,7 @@ def run_recipe(command: list[str]) -> int:
 
 
 def starter_command(starter: str, environ: Mapping[str, str], command: list[str]) -> list[str]:
-    """torchrun or accelerate launch, once per node."""
+    """The torchrun or accelerate launch command of this node."""
     nodes, each = environ["SLURM_NNODES"], environ["LOLDU_PER_NODE"]
     address, port = environ["MASTER_ADDR"], environ["MASTER_PORT"]
     if starter == "torchrun":
@@ -285,7 +286,7 @@ def starter_command(starter: str, environ: Mapping[str, str], command: list[str]
             "--rdzv-backend=c10d", f"--rdzv-endpoint={address}:{port}", f"--rdzv-id={environ['LOLDU_ATTEMPT']}",
             *command,
         ]  # fmt: skip
-    # Not --cpu, which starts one plain process per node: on CPU nodes ACCELERATE_USE_CPU=true says it.
+    # Without --cpu, which would start one process per node outside the group; CPU nodes set ACCELERATE_USE_CPU=true.
     return [
         sys.executable, "-m", "accelerate.commands.launch", "--multi_gpu", f"--num_machines={nodes}",
         f"--num_processes={int(nodes) * int(each)}", f"--machine_rank={environ['NODE_RANK']}",
@@ -294,7 +295,10 @@ def starter_command(starter: str, environ: Mapping[str, str], command: list[str]
 
 
 def record_failure(run: Path, code: int, environ: Mapping[str, str]) -> None:
-    """The end of this rank's log, for the batch script to show: srun itself only knows whom it killed."""
+    """Append the end of this rank's log to logs/failures, which the batch script prints.
+
+    srun reports only the exit codes of ranks that it killed.
+    """
     log = log_file(run, environ, per_node="NODE_RANK" in environ)
     sys.stdout.flush()
     sys.stderr.flush()
@@ -306,7 +310,7 @@ def record_failure(run: Path, code: int, environ: Mapping[str, str]) -> None:
 
 
 def use_project() -> None:
-    """Imports come from this checkout, installed or not, and never from this file's own folder."""
+    """Import from this checkout, whether or not it is installed, and never from this file's own folder."""
     here = Path(__file__).resolve()
     sys.path[:] = [path for path in sys.path if path and Path(path).resolve() != here.parent]
     if str(here.parents[2]) not in sys.path:

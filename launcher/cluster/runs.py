@@ -1,8 +1,8 @@
-"""Run folders and recipes as seen from outside: names, files, what a command line says about them. Acts on nothing.
+"""Finds and reads run folders, and the recipe and run folder that a command line names.
 
-A run folder holds `state` (running, stopped, finished, failed), `control` (run, stop), `events.jsonl`,
-`checkpoints/step-000123/COMPLETE`; a cluster adds `job.sbatch`, `job.json` (which job it is), `slurm-ID.log`, `logs/`
-and `events` (what the batch script saw).
+A run folder holds `state` (running, stopped, finished, failed), `control` (run, stop), `events.jsonl` and
+`checkpoints/step-000123/COMPLETE`. The cluster commands add `job.sbatch`, `job.json` (the job's id), `slurm-ID.log`,
+`logs/` and `events` (the log of the batch script).
 """
 
 from __future__ import annotations
@@ -21,15 +21,15 @@ STEP = re.compile(r"step-(\d{6,})")
 
 
 def safe_name(name: str) -> str:
-    """A name that is one plain word for a folder, a job and a shell: letters, digits, dot, dash and underscore."""
+    """The name reduced to letters, digits, dots, dashes and underscores, safe for folders, jobs and shells."""
     safe = re.sub(r"[^A-Za-z0-9._-]+", "-", name).strip(".-")[:100]
     if not safe:
-        raise ValueError(f"--name {name!r} has no letter or digit: give a name such as --name alpaca-rank-64")
+        raise ValueError(f"--name {name!r} has no letters or digits: give a name such as --name alpaca-rank-64")
     return safe
 
 
 def find_recipe(recipe: str) -> Path:
-    """The recipe's file: a path, or the bare name of one in recipes/. Raises ValueError listing what there is."""
+    """The file of a recipe, given as a path or as its name in recipes/. Raises ValueError listing the recipes."""
     for path in (Path(recipe), PROJECT / "recipes" / f"{recipe}.py"):
         if path.suffix == ".py" and path.is_file():
             return path.resolve()
@@ -38,7 +38,7 @@ def find_recipe(recipe: str) -> Path:
 
 
 def option(name: str, options: Sequence[str]) -> str | None:
-    """The value of --name among a recipe's own options; the last one counts, as for the recipe."""
+    """The value of an option among the recipe's options; the last one counts, as in the recipe itself."""
     value = None
     for at, word in enumerate(options):
         if word.startswith(f"{name}="):
@@ -49,10 +49,10 @@ def option(name: str, options: Sequence[str]) -> str | None:
 
 
 def run_folder(name: str | None, recipe: Path, options: Sequence[str]) -> Path:
-    """Where the run will live, absolute: the recipe's --output, else runs/NAME, else runs/RECIPE-TIME."""
+    """The absolute path of the run folder: the recipe's --output, else runs/NAME, else runs/RECIPE-TIME."""
     output = option("--output", options)
     if output is not None and name is not None:
-        raise ValueError(f"--name {name} and the recipe's --output {output} both name the run folder: give one")
+        raise ValueError(f"--name {name} and the recipe's --output {output} both set the run folder: give one of them")
     folder = Path(output) if output is not None else RUNS / safe_name(default_name(recipe) if name is None else name)
     return Path(os.path.abspath(folder))
 
@@ -62,16 +62,19 @@ def default_name(recipe: Path) -> str:
 
 
 def with_output(options: Sequence[str], folder: Path) -> tuple[str, ...]:
-    """The recipe's options with the run folder among them."""
+    """The recipe's options including --output."""
     if option("--resume", options) == "never":
         raise ValueError(
-            "--resume never would begin afresh after each interruption: leave it out, and give a new --name instead"
+            "--resume never would start over after each interruption: leave it out and give a new --name instead"
         )
     return (*options, *(() if option("--output", options) is not None else (f"--output={folder}",)))
 
 
 def read(file: Path) -> str:
-    """The stripped text, or nothing where there is no such file. Opening it makes a network file system look again."""
+    """The text of a file without surrounding space; empty if it cannot be read.
+
+    Opening the file makes a network file system check for a newer version.
+    """
     try:
         return file.read_text(errors="replace").strip()
     except OSError:
@@ -79,7 +82,7 @@ def read(file: Path) -> str:
 
 
 def write(file: Path, text: str) -> None:
-    """By rename: a reader sees the old text or the new one."""
+    """Write a file by renaming: a reader sees the old text or the new text."""
     file.parent.mkdir(parents=True, exist_ok=True)
     partial = file.with_name(f".{file.name}.{os.getpid()}")
     partial.write_text(text)
@@ -87,19 +90,19 @@ def write(file: Path, text: str) -> None:
 
 
 def job_of(run: Path) -> dict[str, Any]:
-    """What `loldu submit` wrote about the job, or nothing."""
+    """The job.json that `loldu submit` wrote; empty without one."""
     text = read(run / "job.json")
     return json.loads(text) if text else {}
 
 
 def checkpoint_step(run: Path) -> int:
-    """Step of the newest complete checkpoint; 0 without one."""
+    """The step of the newest complete checkpoint; 0 without one."""
     names = (path.parent.name for path in (run / "checkpoints").glob("step-*/COMPLETE"))
     return max((int(match[1]) for name in names if (match := STEP.fullmatch(name))), default=0)
 
 
 def last_step(run: Path) -> dict[str, Any]:
-    """The newest training step in events.jsonl: {"step": 12, "loss": …}, or nothing. Reads the file's end alone."""
+    """The last training step in events.jsonl, {"step": 12, "loss": …}, or {}. Reads only the end of the file."""
     try:
         with open(run / "events.jsonl", "rb") as file:
             file.seek(max(0, file.seek(0, os.SEEK_END) - 65536))
@@ -110,14 +113,14 @@ def last_step(run: Path) -> dict[str, Any]:
         try:
             event = json.loads(line)
         except json.JSONDecodeError:
-            continue  # still being written
+            continue  # a line that is still being written
         if isinstance(event, dict) and "loss" in event:
             return event
     return {}
 
 
 def is_run(folder: Path) -> bool:
-    """Whether a run, or a cluster for it, has begun to write there."""
+    """Whether a run, or a cluster command, has written to this folder."""
     return any((folder / name).exists() for name in ("job.json", "state", "config.json", "control"))
 
 
@@ -128,7 +131,7 @@ def all_runs(root: Path = RUNS) -> list[Path]:
 
 
 def find_run(given: str, root: Path = RUNS) -> Path:
-    """The run folder that a name, a folder or a job id means. Raises ValueError listing the runs there are."""
+    """The run folder for a name, a folder or a job id. Raises ValueError listing the runs in root."""
     for folder in (Path(given), root / given, root / re.sub(r"[^A-Za-z0-9._-]+", "-", given).strip(".-")[:100]):
         if given and folder != root and folder.is_dir() and is_run(folder):
             return Path(os.path.abspath(folder))

@@ -1,4 +1,4 @@
-"""Interrupt a live run as a cluster would, watch it save, come back and go on, and report."""
+"""`loldu simulate-preempt`: interrupt a running job as a cluster would, and watch whether it saves and resumes."""
 
 from __future__ import annotations
 
@@ -11,11 +11,11 @@ from typing import Literal
 
 from launcher.cluster import runs, slurm
 
-LOOK_S = 0.5
+POLL_S = 0.5
 
 
 def simulate(given: str, *, how: Literal["warning", "requeue"] = "warning", timeout_s: float = 900.0) -> int:
-    """Returns 0 where the run saved, came back and gained a step; else 1, saying how far it came."""
+    """Returns 0 if the run saved, restarted and trained a new step; otherwise prints how far it got and returns 1."""
     folder = runs.find_run(given)
     state = slurm.state_of(folder)
     report = Report()
@@ -25,13 +25,15 @@ def simulate(given: str, *, how: Literal["warning", "requeue"] = "warning", time
     if state.state != "RUNNING":
         raise ValueError(f"job {state.job_id} is not running: Slurm says {state.state} {state.reason}".rstrip())
     if runs.read(folder / "state") != "running":
-        raise ValueError(f"{folder} has not begun to train: loldu status {given}; try again when it shows steps")
+        raise ValueError(
+            f"{folder} has not begun to train: try again when loldu status {shlex.quote(given)} shows steps"
+        )
     restarts = state.restarts
     words = ["scancel", "--batch", "--signal=USR2"] if how == "warning" else ["scontrol", "requeue"]
     answer = slurm.ask([*words, state.job_id])
     if answer.returncode:
         raise ValueError(f"{words[0]} refused: {answer.stderr.strip()}")
-    report.say(f"{shlex.join([*words, state.job_id])} at step {before}")
+    report.add(f"{shlex.join([*words, state.job_id])} at step {before}")
     deadline = time.monotonic() + timeout_s
 
     def now() -> slurm.JobState:
@@ -43,16 +45,16 @@ def simulate(given: str, *, how: Literal["warning", "requeue"] = "warning", time
         return runs.read(folder / "state") in ("stopped", "finished") or now().restarts > restarts
 
     if not _until(stopped, deadline):
-        return report.fail(f"it did not stop in {timeout_s:.0f} s: does it look at its control file at every step?")
+        return report.fail(f"it did not stop within {timeout_s:.0f} s: does it read its control file at every step?")
     saved = runs.checkpoint_step(folder)
     if runs.read(folder / "state") == "finished":
-        return report.fail("it finished first: try a longer run")
-    report.say(f"stopped, with step {saved} saved" if saved else "stopped, with nothing saved")
+        return report.fail("the run finished before it was interrupted: try a longer run")
+    report.add(f"stopped, with step {saved} saved" if saved else "stopped, with nothing saved")
     if not _until(lambda: (now().restarts > restarts and now().state == "RUNNING") or not now().alive, deadline):
-        return report.fail(f"it has not come back in {timeout_s:.0f} s: Slurm says {now().state} {now().reason}")
+        return report.fail(f"it did not restart within {timeout_s:.0f} s: Slurm says {now().state} {now().reason}")
     if not now().alive and now().restarts == restarts:
-        return report.fail(f"it did not come back: Slurm says {now().state}; see {folder / 'events'}")
-    report.say(f"running again on {now().nodes}, restart {now().restarts}")
+        return report.fail(f"it did not restart: Slurm says {now().state}; see {folder / 'events'}")
+    report.add(f"running again on {now().nodes}, restart {now().restarts}")
     target = max(before, saved)
 
     def further() -> bool:
@@ -60,26 +62,29 @@ def simulate(given: str, *, how: Literal["warning", "requeue"] = "warning", time
         return (runs.read(folder / "state") in ("running", "finished") and step > target) or not now().alive
 
     if not _until(further, deadline) or int(runs.last_step(folder).get("step", 0)) <= target:
-        return report.fail(f"it came back but gained no step: loldu logs {shlex.quote(given)}")
-    report.say(f"went on from step {saved}; now at step {runs.last_step(folder)['step']}")
+        return report.fail(f"it restarted but trained no new step: loldu logs {shlex.quote(given)}")
+    report.add(f"resumed from step {saved}; now at step {runs.last_step(folder)['step']}")
     lost = max(0, before - saved)
-    print(f"it survived: {lost} step{'s'[: lost != 1]} done again, {report.seconds():.0f} s from signal to new step")
+    print(
+        f"the run survived: {lost} step{'s'[: lost != 1]} trained again, {report.seconds():.0f} s from the signal to a "
+        "new step"
+    )
     return 0
 
 
 def _without_slurm(folder: Path, before: int, timeout_s: float, report: Report) -> int:
-    """A run that nobody restarts: the same request through the control file, and what was saved."""
+    """Interrupt a run outside Slurm through its control file; nothing restarts it."""
     if runs.read(folder / "state") != "running":
         raise ValueError(f"{folder} is not running: its state is {runs.read(folder / 'state') or 'not written'}")
     runs.write(folder / "control", "stop\n")
-    report.say(f"wrote stop into {folder / 'control'} at step {before}")
+    report.add(f"wrote stop into {folder / 'control'} at step {before}")
     if not _until(lambda: runs.read(folder / "state") != "running", time.monotonic() + timeout_s):
-        return report.fail(f"it did not stop in {timeout_s:.0f} s: does it look at its control file at every step?")
+        return report.fail(f"it did not stop within {timeout_s:.0f} s: does it read its control file at every step?")
     state, saved = runs.read(folder / "state"), runs.checkpoint_step(folder)
     if state != "stopped":
         return report.fail(f"its state is {state}, expected stopped")
-    report.say(f"stopped, with step {saved} saved")
-    print("it saved; nothing restarts a run outside Slurm: type the command that started it again to go on")
+    report.add(f"stopped, with step {saved} saved")
+    print("the run saved; nothing restarts a run outside Slurm: the command that started it resumes it")
     return 0
 
 
@@ -87,12 +92,12 @@ def _until(condition: Callable[[], object], deadline: float) -> bool:
     while not condition():
         if time.monotonic() > deadline:
             return False
-        time.sleep(LOOK_S)
+        time.sleep(POLL_S)
     return True
 
 
 class Report:
-    """What happened, with the seconds since the signal."""
+    """Prints events with the seconds since the signal."""
 
     def __init__(self) -> None:
         self._began = time.monotonic()
@@ -100,7 +105,7 @@ class Report:
     def seconds(self) -> float:
         return time.monotonic() - self._began
 
-    def say(self, text: str) -> None:
+    def add(self, text: str) -> None:
         print(f"{self.seconds():7.1f} s  {text}", flush=True)
 
     def fail(self, text: str) -> int:

@@ -1,8 +1,8 @@
-"""Slurm: the script of a job (a pure function), and the few commands that submit, watch and end it.
+"""Slurm: the job script (a pure function), and the commands that submit, watch and cancel jobs.
 
-Who gets which signal decides the script's shape. A warning goes to the batch shell alone, which asks rank 0 through the
-run folder's control file; the job puts itself back in the queue only after a warning, and never after TERM, since
-`scontrol requeue` brings a cancelled job back to life.
+Slurm's signals shape the script. The warning before a time limit or preemption goes only to the batch shell, which asks
+rank 0 to stop through the run folder's control file. The job requeues itself only after a warning and never after TERM,
+because `scontrol requeue` also restarts a cancelled job.
 """
 
 from __future__ import annotations
@@ -24,8 +24,8 @@ from launcher.cluster import runs
 
 RANK_ENTRY = Path(__file__).resolve().with_name("rank.py")
 STARTS_WITHOUT_A_STEP = 3
-PLACE = ("time", "partition", "account", "qos", "constraint")  # settings that are sbatch's own options
-COLUMNS = {  # of the table of runs: heading by what it shows
+PLACE = ("time", "partition", "account", "qos", "constraint")  # settings that are sbatch options of the same name
+COLUMNS = {  # of the status table: field -> heading
     "run": "run", "state": "state", "step": "step", "loss": "loss", "saved_step": "saved", "job": "job",
     "slurm": "Slurm", "nodes": "nodes", "restarts": "restarts",
 }  # fmt: skip
@@ -34,72 +34,72 @@ Run = Callable[..., subprocess.CompletedProcess[str]]
 
 @dataclass(frozen=True, kw_only=True)
 class Resources:
-    """What a job asks of Slurm, and how it comes back."""
+    """The resources of a job, and how it restarts."""
 
     nodes: int = 1
-    """Machines."""
+    """Number of nodes."""
     gpus_per_node: int = 0
-    """GPUs on each node, one process per GPU; 0: no GPUs."""
+    """GPUs on each node, with one process per GPU; 0: no GPUs."""
     processes_per_node: int = 0
-    """Processes on each node where there are no GPUs; 0: one."""
+    """Processes on each node if there are no GPUs; 0: one."""
     cpus_per_task: int = 0
     """CPU cores for each process; 0: the site's default."""
     time: str | None = None
-    """Time limit, as Slurm writes it: 30, 12:00:00 or 2-00:00:00. Without it the partition's default."""
+    """Time limit in Slurm's notation: 30, 12:00:00 or 2-00:00:00; default: the limit of the partition."""
     partition: str | None = None
-    """Queue of the site; sinfo lists them."""
+    """Partition (queue); sinfo lists them."""
     account: str | None = None
-    """Whom the time is charged to."""
+    """Account to which the time is charged."""
     qos: str | None = None
-    """Quality of service, where the site has several."""
+    """Quality of service, on sites that have several."""
     constraint: str | None = None
-    """Features the nodes must have, such as "a100&nvlink"."""
+    """Features that the nodes must have, such as "a100&nvlink"."""
     sbatch: tuple[str, ...] = ()
-    """Further options of sbatch, each written with =: --sbatch=--mem=0 --sbatch=--exclusive"""
+    """Further options for sbatch, each written with =: --sbatch=--mem=0 --sbatch=--exclusive"""
     srun: tuple[str, ...] = ()
-    """Further options of the srun that starts the processes: --srun=--container-image=IMAGE"""
+    """Further options for the srun that starts the processes: --srun=--container-image=IMAGE"""
     setup: tuple[str, ...] = ()
-    """Shell lines run before the start, as they are: --setup "module load cuda" """
+    """Shell lines to run before the processes start, copied unchanged: --setup "module load cuda" """
     container: str | None = None
-    """Command put before python, such as "apptainer exec --nv image.sif"."""
+    """Command to put before python, such as "apptainer exec --nv image.sif"."""
     python: str = sys.executable
-    """Interpreter on the nodes; the one you type this with."""
+    """Python interpreter on the nodes; default: the one that runs this command."""
     starter: Literal["srun", "torchrun", "accelerate"] = "srun"
-    """Who starts the processes of a node: Slurm itself, one task for each; or one torchrun or accelerate launch."""
+    """What starts the processes of a node: srun with one task per process, or one torchrun or accelerate launch."""
     warning: int = 300
-    """Seconds before the time limit (or a preemption, where the site says so) at which the run saves and comes back:
-    one step, one save and a minute."""
+    """Seconds before the time limit (or before a preemption, if the site warns) when the run saves and is requeued.
+    Allow for one step, one save and a minute."""
     max_restarts: int = 20
-    """How often the job may come back."""
+    """How often the job may restart."""
     host_suffix: str = ""
-    """Put behind the first node's name where the fast network has names of its own, such as i in node07i."""
+    """Suffix for the first node's name if the fast network has its own names, such as i in node07i."""
     port: int = 0
-    """Port on the first node for the processes to meet; 0: from the job's id."""
+    """Port on the first node where the processes meet (MASTER_PORT); 0: computed from the job id."""
     array: str | None = None
-    """File with recipe options, one line for each run: an array job of them, each in a folder task-N of its own."""
+    """File with recipe options, one run per line: submits an array job with one folder task-N for each run."""
     array_at_once: int = 0
-    """How many runs of the array may go at the same time; 0: all."""
+    """How many runs of the array may run at the same time; 0: all."""
 
     def __post_init__(self) -> None:
         for name, low in (("nodes", 1), ("gpus_per_node", 0), ("processes_per_node", 0), ("cpus_per_task", 0),
                           ("warning", 1), ("max_restarts", 0), ("array_at_once", 0)):  # fmt: skip
             if getattr(self, name) < low:
-                raise ValueError(f"--{name.replace('_', '-')} is at least {low}, got {getattr(self, name)}")
+                raise ValueError(f"--{name.replace('_', '-')} must be at least {low}, got {getattr(self, name)}")
         if self.gpus_per_node and self.processes_per_node not in (0, self.gpus_per_node):
             raise ValueError(
                 f"--processes-per-node {self.processes_per_node} with --gpus-per-node {self.gpus_per_node}: one "
                 "process uses one GPU; leave --processes-per-node out"
             )
         if self.port and not 1024 <= self.port <= 65535:
-            raise ValueError(f"--port lies in 1024 .. 65535, got {self.port}")
+            raise ValueError(f"--port expects a number from 1024 to 65535, got {self.port}")
         for word in (*self.sbatch, *self.srun):
             if not word.startswith("-"):
-                raise ValueError(f"--sbatch and --srun take options with their dashes, --sbatch=--mem=0, got {word!r}")
+                raise ValueError(f"--sbatch and --srun expect options with dashes, as --sbatch=--mem=0, got {word!r}")
         for name in PLACE:
             if getattr(self, name) == "":
-                raise ValueError(f"--{name} is empty: leave it out for the site's default")
+                raise ValueError(f"--{name} is empty: leave it out to use the site's default")
         if not re.fullmatch(r"[A-Za-z0-9.-]*", self.host_suffix):
-            raise ValueError(f"--host-suffix is part of a host's name, got {self.host_suffix!r}")
+            raise ValueError(f"--host-suffix expects part of a host name, got {self.host_suffix!r}")
 
     @property
     def processes(self) -> int:
@@ -109,22 +109,22 @@ class Resources:
 
 @dataclass(frozen=True, kw_only=True)
 class Job:
-    """Everything job.sbatch is made of."""
+    """Everything that goes into job.sbatch."""
 
-    name: str  # safe already
+    name: str  # as returned by safe_name
     run: str  # the run folder, absolute
-    folder: str  # where the user typed the command: relative paths in the recipe's options start here
+    folder: str  # the user's working directory, to which relative paths in the recipe's options refer
     command: tuple[str, ...]  # the recipe's file and its options
-    tasks: tuple[tuple[str, ...], ...] = ()  # an array's further options for each of its runs
+    tasks: tuple[tuple[str, ...], ...] = ()  # further options for each run of an array
     resources: Resources = Resources()
 
 
 def script(job: Job) -> str:
-    """The text of job.sbatch. Raises ValueError for a value that cannot stand on an #SBATCH line."""
-    if "\\" in job.run:  # it would turn off the % symbols of the log's path: the job then fails unrun, without a log
-        raise ValueError(
-            f"Slurm cannot write a log into {job.run}: a path without a backslash, please (--output, --name)"
-        )
+    """The text of job.sbatch. Raises ValueError for a value that an #SBATCH line cannot hold."""
+    if (
+        "\\" in job.run
+    ):  # it disables the % symbols in the log's path, and the job fails before it starts, without a log
+        raise ValueError(f"Slurm cannot write a log to {job.run}: give a path without a backslash (--output, --name)")
     want, shell = job.resources, shlex.quote
     per_node = 1 if want.starter != "srun" else want.processes
     shape = [f"--nodes={want.nodes}", f"--ntasks-per-node={per_node}"]
@@ -179,16 +179,16 @@ outcome() { [ "$run/state" -nt "$run/logs/attempt" ] && state; }   # what this s
 give_up() { echo "loldu: $*" >&2; note "gave up: $*"; exit 1; }
 note "start job=$SLURM_JOB_ID restart=$restart nodes=$SLURM_JOB_NODELIST"
 
-# Slurm may requeue what was already done, and a run that gains nothing is not started for ever.
+# Slurm may requeue a finished job. A job that makes no progress must not restart forever.
 [ "$restart" = 0 ] || [ "$(state)" != finished ] || { note "already finished"; exit 0; }
-[ "$restart" -le @MAX_RESTARTS@ ] || give_up "came back @MAX_RESTARTS@ times (--max-restarts); submit again to go on"
+[ "$restart" -le @MAX_RESTARTS@ ] || give_up "restarted @MAX_RESTARTS@ times (--max-restarts); submit again to resume"
 newest=$(cd "$run/checkpoints" 2>/dev/null && printf '%s\n' step-*/COMPLETE | sort -V | tail -n 1)
 [ "$restart" != 0 ] || : >"$run/logs/starts"
 echo "from $newest" >>"$run/logs/starts"
 [ "$(grep -cxF "from $newest" "$run/logs/starts")" -le @SAME@ ] ||
-  give_up "@SAME@ starts gained no saved step: read $run/logs, or save more often (--save-every)"
+  give_up "@SAME@ starts saved no new step: read $run/logs, or save more often (--save-every)"
 
-# Time is nearly up, or somebody else's turn: save and come back. TERM (scancel, a requeue, the limit): outlive srun.
+# USR2 (the time limit or a preemption is near): save and requeue. TERM (scancel, requeue, time limit): outlive srun.
 rm -f "$run/logs/failures"
 echo run >"$run/control"
 warned='' ended=''
@@ -196,11 +196,11 @@ trap 'warned=1; echo stop >"$run/control"; note "USR2: asked to stop"' USR2
 trap 'ended=1; note TERM' TERM
 
 @SETUP@@OPTIONS@
-# What the nodes compare themselves with, and where the processes meet.
+# The environment that every node must have, and the address where the processes meet.
 LOLDU_ATTEMPT=$SLURM_JOB_ID.$restart
 echo "$LOLDU_ATTEMPT" >"$run/logs/attempt"
 LOLDU_ENVIRONMENT=$(@PYTHON@ environment @RECIPE@) ||
-  give_up "cannot start Python on $HOSTNAME: see above, and --setup, --python, --container"
+  give_up "cannot start Python on $HOSTNAME: see above, and check --setup, --python and --container"
 MASTER_ADDR=$(scontrol show hostnames "$SLURM_JOB_NODELIST" | head -n 1)@SUFFIX@ || exit 1
 MASTER_PORT=@PORT@
 LOLDU_PER_NODE=@PER_NODE@
@@ -216,22 +216,22 @@ note "srun rc=$rc state=$(outcome) warned=$warned ended=$ended"
 [ ! -s "$run/logs/failures" ] || cat "$run/logs/failures" >&2
 
 [ "$(outcome)" != finished ] || exit 0
-id=$SLURM_JOB_ID                       # of an array's last task this is the whole array
+id=$SLURM_JOB_ID                       # in the last task of an array this is the id of the whole array
 [ -z "${SLURM_ARRAY_JOB_ID:-}" ] || id=${SLURM_ARRAY_JOB_ID}_$SLURM_ARRAY_TASK_ID
-# A preemption may tell the ranks alone, by TERM: Slurm would take a job that then leaves in time for one that is done.
+# A preemption may send TERM to the ranks only. If they stop in time, Slurm takes the job for completed.
 case $(scontrol -o show job "$id") in *" PreemptTime="[0-9]*) warned=1 ;; esac
 if [ -n "$warned" ] && [ -z "$ended" ] && [ "$(outcome)" = stopped ] && [ "$restart" -lt @MAX_RESTARTS@ ]; then
-  trap - USR2 TERM                     # a trapped TERM would sit out Slurm's time to kill
-  scontrol requeue "$id" 2>>"$run/events"   # a harmless error where Slurm was first
+  trap - USR2 TERM                     # with TERM trapped, Slurm would wait its whole KillWait
+  scontrol requeue "$id" 2>>"$run/events"   # fails harmlessly if Slurm has requeued the job already
   exit 0
 fi
-[ "$(outcome)" != stopped ] || exit 75   # stopped early and saved: submit again to go on
+[ "$(outcome)" != stopped ] || exit 75   # stopped early and saved: submit again to resume
 exit $rc
 """
 
 
 def _part(found: re.Match[str], parts: Mapping[str, str]) -> str:
-    """A part of the template; one that brings its own end of line, or is empty, takes the template's away."""
+    """A part of the template, without the template's newline if the part is empty or ends with its own."""
     text = parts[found[1]]
     ends = found[0].endswith("\n") and bool(text) and not text.endswith("\n")
     return text + ("\n" if ends else "")
@@ -245,9 +245,9 @@ def _options_of_tasks(tasks: Sequence[Sequence[str]]) -> str:
 
 
 def directive(word: str) -> str:
-    """One option as sbatch reads it on an #SBATCH line: it knows double quotes and backslashes, and no line's end."""
+    """One option quoted for an #SBATCH line, where sbatch knows double quotes and backslashes but no newlines."""
     if not word.isprintable():
-        raise ValueError(f"{word!r} cannot stand in a Slurm job: it holds a line's end or an unprintable character")
+        raise ValueError(f"a Slurm job cannot hold {word!r}: it contains a line break or an unprintable character")
     if re.fullmatch(r"[A-Za-z0-9_./:=@%,+^~-]+", word):
         return word
     escaped = word.replace("\\", "\\\\").replace('"', '\\"')
@@ -255,9 +255,9 @@ def directive(word: str) -> str:
 
 
 def clean_environment(environ: Mapping[str, str]) -> dict[str, str]:
-    """Without the variables by which Slurm would read another job's settings, or the shell's, as ours.
+    """The environment without the variables that would carry settings of another job or of the shell into this job.
 
-    SBATCH_TIMELIMIT beats `#SBATCH --time`, and a job submitted from a job inherits its number of tasks.
+    SBATCH_TIMELIMIT overrides `#SBATCH --time`, and a job submitted from within a job inherits its number of tasks.
     """
     kept = {"SLURM_CONF"}
     ours = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT", "NODE_RANK")
@@ -269,22 +269,22 @@ def clean_environment(environ: Mapping[str, str]) -> dict[str, str]:
 
 
 def ask(words: Sequence[str], run: Run = subprocess.run, **options: Any) -> subprocess.CompletedProcess[str]:
-    """Run a Slurm command. Raises ValueError where it is not installed."""
+    """Run a Slurm command. Raises ValueError if it is not installed or does not answer."""
     if run is subprocess.run and shutil.which(words[0]) is None:
         raise ValueError(
-            f"{words[0]} is not on PATH: Slurm's commands live on a cluster's login nodes (try: module load slurm). "
-            "loldu submit --dry-run shows the script without Slurm, loldu launch starts hosts over ssh"
+            f"{words[0]} is not on PATH: Slurm's commands are on a cluster's login nodes (try: module load slurm). "
+            "loldu submit --dry-run prints the script without Slurm; loldu launch runs on hosts over ssh"
         )
     try:
         return run(list(words), capture_output=True, text=True, timeout=120, **options)
     except subprocess.TimeoutExpired:
-        raise ValueError(f"{words[0]} gave no answer in 120 s: is Slurm's controller up? Type: scontrol ping") from None
+        raise ValueError(f"{words[0]} gave no answer in 120 s: check Slurm's controller with scontrol ping") from None
 
 
 def read_tasks(file: Path) -> tuple[tuple[str, ...], ...]:
-    """The recipe options of each run of an array: one line each; blank lines and # comments are skipped."""
+    """The recipe options of each run of an array, one line per run; blank lines and # comments are skipped."""
     if not file.is_file():
-        raise ValueError(f"--array {file}: no such file; expected recipe options, one line for each run")
+        raise ValueError(f"--array {file}: no such file; expected a file of recipe options, one line per run")
     tasks = []
     for at, line in enumerate(file.read_text().splitlines(), 1):
         try:
@@ -292,11 +292,11 @@ def read_tasks(file: Path) -> tuple[tuple[str, ...], ...]:
         except ValueError as error:
             raise ValueError(f"{file}, line {at}: {error}: {line.strip()}") from None
         if runs.option("--output", words) is not None:
-            raise ValueError(f"{file}, line {at}: --output is made by the array: one folder task-N for each run")
+            raise ValueError(f"{file}, line {at}: an array sets --output itself, one folder task-N per run: remove it")
         if words:
             tasks.append(tuple(words))
     if not tasks:
-        raise ValueError(f"--array {file} holds no line of recipe options")
+        raise ValueError(f"--array {file} holds no recipe options")
     return tuple(tasks)
 
 
@@ -309,12 +309,12 @@ def submit(
     dry_run: bool = False,
     run: Run = subprocess.run,
 ) -> int:
-    """Write RUN/job.sbatch and hand it to sbatch; with dry_run only print it. Returns an exit code."""
+    """Write RUN/job.sbatch and submit it; with dry_run only print it. Returns an exit code."""
     file = runs.find_recipe(recipe)
     folder = runs.run_folder(name, file, recipe_options)
     tasks = read_tasks(Path(resources.array)) if resources.array else ()
     if tasks and runs.option("--output", recipe_options) is not None:
-        raise ValueError("--output with --array: each run has its own folder; give the whole array's with --name")
+        raise ValueError("--output cannot be used with --array: give a --name, and each run gets a folder task-N in it")
     options = tuple(recipe_options) if tasks else runs.with_output(recipe_options, folder)
     job = Job(
         name=runs.safe_name(folder.name), run=str(folder), folder=os.getcwd(), command=(str(file), *options),
@@ -326,15 +326,16 @@ def submit(
         return 0
     ask(["sbatch", "--version"], run)
     running = job_state(runs.job_of(folder), run) if folder.exists() else None
+    shown = shlex.quote(folder.name if folder.parent == Path(os.path.abspath(runs.RUNS)) else str(folder))
     if running is not None and running.alive:
         raise ValueError(
-            f"{folder} belongs to job {running.job_id}, which is {running.state}: loldu logs -f {folder.name} follows "
-            f"it, loldu cancel {folder.name} ends it; or give another --name"
+            f"job {running.job_id} of {folder} is {running.state}: follow it with loldu logs -f {shown}, "
+            f"cancel it with loldu cancel {shown}, or give another --name"
         )
     runs.write(folder / "job.sbatch", text)
     (folder / "logs").mkdir(exist_ok=True)
     environ, words = clean_environment(os.environ), ["sbatch", "--parsable", str(folder / "job.sbatch")]
-    for tried in (["sbatch", "--test-only", words[-1]], words):  # a request no node can meet would wait for ever
+    for tried in (["sbatch", "--test-only", words[-1]], words):  # a request that no node can meet would pend forever
         answer = ask(tried, run, env=environ)
         if answer.returncode:
             raise ValueError(f"sbatch refused the job: {answer.stderr.strip() or answer.stdout.strip()}")
@@ -344,19 +345,18 @@ def submit(
         "folder": job.folder, "command": list(job.command), "tasks": [list(words) for words in tasks],
     }  # fmt: skip
     runs.write(folder / "job.json", json.dumps(known, indent=2) + "\n")
-    shown = shlex.quote(folder.name if folder.parent == Path(os.path.abspath(runs.RUNS)) else str(folder))
     print(f"job {job_id}: {resources.nodes} x {resources.processes} processes{f', {len(tasks)} runs' if tasks else ''}")
     print(f"folder   {folder}\nscript   {folder / 'job.sbatch'}")
-    print(f"follow   loldu logs -f {shown}\nstate    loldu status {shown}\nend      loldu cancel {shown}")
+    print(f"follow   loldu logs -f {shown}\nstate    loldu status {shown}\ncancel   loldu cancel {shown}")
     return 0
 
 
 @dataclass(frozen=True)
 class JobState:
-    """What Slurm says about a job."""
+    """The state of a job, as Slurm reports it."""
 
     job_id: str
-    state: str  # PENDING, RUNNING, COMPLETED, FAILED …, or UNKNOWN: Slurm forgets a job minutes after its end
+    state: str  # PENDING, RUNNING, COMPLETED, FAILED …; UNKNOWN: Slurm forgets jobs some minutes after their end
     reason: str = ""
     nodes: str = ""
     restarts: int = 0
@@ -373,9 +373,9 @@ ENDED = {
 
 
 def job_states(asked: Sequence[tuple[Mapping[str, Any], str | None]], run: Run = subprocess.run) -> list[JobState]:
-    """What Slurm says about jobs (each a job.json, and an array's task or None for all of it), in their order.
+    """The states of jobs in the given order; each is asked as (job.json, array task or None for the whole job).
 
-    One question however many: to scontrol while it remembers, then to accounting, where there is one, for the others.
+    Asks scontrol once for all jobs, then accounting (if the site has it) once for those that scontrol has forgotten.
     """
     found: dict[int, JobState] = {}
     for cluster in dict.fromkeys(known.get("cluster") or "" for known, _ in asked):
@@ -394,12 +394,12 @@ def job_states(asked: Sequence[tuple[Mapping[str, Any], str | None]], run: Run =
             _sort_in(found, left, parse_sacct(answer.stdout) if answer.returncode == 0 else [])
         for at, (job, task) in left.items():
             job_id = job + (f"_{task}" if task is not None else "")
-            found[at] = JobState(job_id, "UNKNOWN", "forgotten")
+            found[at] = JobState(job_id, "UNKNOWN", "Slurm has forgotten it")
     return [found[at] for at in range(len(asked))]
 
 
 def _sort_in(found: dict[int, JobState], left: dict[int, tuple[str, str | None]], states: Sequence[JobState]) -> None:
-    """Move what the states answer from left to found; of several tasks a living one speaks for the array."""
+    """Move the jobs that have a state from left to found; a running task stands for its whole array."""
     by_job: dict[str, list[JobState]] = {}
     for state in states:
         by_job.setdefault(state.job_id.partition("_")[0], []).append(state)
@@ -411,18 +411,18 @@ def _sort_in(found: dict[int, JobState], left: dict[int, tuple[str, str | None]]
 
 
 def _holds(tasks: str, task: str) -> bool:
-    """Whether Slurm's list of array tasks, `3` or `0-4,7%2`, has this one. A job without tasks is all of them."""
+    """Whether Slurm's list of array tasks, `3` or `0-4,7%2`, contains this task. No list means the whole job."""
     ends = [part.split("-") for part in tasks.strip("[]").partition("%")[0].split(",")]
     return tasks == "" or any(int(end[0]) <= int(task) <= int(end[-1]) for end in ends)
 
 
 def job_state(known: Mapping[str, Any], run: Run = subprocess.run, task: str | None = None) -> JobState | None:
-    """What Slurm says about the job of a job.json; None for an empty one."""
+    """The state of the job of a job.json; None if it is empty."""
     return job_states([(known, task)], run)[0] if known else None
 
 
 def parse_scontrol(text: str) -> list[JobState]:
-    """`scontrol -o show job`: one line of Name=value words for each job or array task."""
+    """Parse `scontrol -o show job`: one line of Name=value words for each job or array task."""
     found = []
     for line in text.splitlines():
         fields = dict(re.findall(r"(?:^|\s)([A-Za-z]+)=(\S*)", line)[::-1])  # a name's first value counts
@@ -436,7 +436,7 @@ def parse_scontrol(text: str) -> list[JobState]:
 
 
 def parse_sacct(text: str) -> list[JobState]:
-    """`sacct -n -P -X -o JobID,State,NodeList,Restarts`; a state may say who: CANCELLED by 1000."""
+    """Parse `sacct -n -P -X -o JobID,State,NodeList,Restarts`; a state may name a user: CANCELLED by 1000."""
     found = []
     for line in text.splitlines():
         job_id, state, nodes, *rest = [*line.split("|"), "", ""]
@@ -447,20 +447,20 @@ def parse_sacct(text: str) -> list[JobState]:
 
 
 def task_of(folder: Path) -> tuple[Path, str | None]:
-    """The folder that holds job.json, and the array task where folder is one of its runs."""
+    """The folder with job.json, and the task number if folder is one run of an array."""
     if not (folder / "job.json").exists() and (match := re.fullmatch(r"task-(\d+)", folder.name)):
         return folder.parent, match[1]
     return folder, None
 
 
 def state_of(folder: Path, run: Run = subprocess.run) -> JobState | None:
-    """What Slurm says about the run in folder; None where Slurm did not start it."""
+    """The state of the job that runs in folder; None if Slurm did not start it."""
     top, task = task_of(folder)
     return job_state(runs.job_of(top), run, task)
 
 
 def status(given: Sequence[str] = (), *, as_json: bool = False, run: Run = subprocess.run) -> int:
-    """Print how the named runs stand, or all of runs/. Returns an exit code."""
+    """Print the state of the given runs, or of all runs in runs/. Returns an exit code."""
     folders = [runs.find_run(one) for one in given] if given else runs.all_runs()
     tops = {
         folder: top
@@ -484,7 +484,7 @@ def status(given: Sequence[str] = (), *, as_json: bool = False, run: Run = subpr
         print(json.dumps(rows, indent=2))
         return 0
     if not rows:
-        print(f"no runs in {runs.RUNS}/: loldu submit or loldu launch starts one")
+        print(f"no runs in {runs.RUNS}/: start one with loldu submit or loldu launch")
         return 0
     from rich.console import Console
     from rich.table import Table
@@ -507,7 +507,7 @@ def _before_its_start(state: JobState | None) -> str:
 
 
 def _states_for_a_table(folders: Sequence[Path], run: Run) -> list[JobState | None]:
-    """As state_of for each; a machine without Slurm can still show what the run folders say."""
+    """state_of for each folder. On a machine without Slurm the table still shows what the run folders hold."""
     known = [(runs.job_of(top), task) for top, task in map(task_of, folders)]
     jobs = [job for job in known if job[0]]
     try:
@@ -518,14 +518,14 @@ def _states_for_a_table(folders: Sequence[Path], run: Run) -> list[JobState | No
 
 
 def cancel(given: str, *, run: Run = subprocess.run) -> int:
-    """End a run: scancel for a job (it saves, and does not come back), the control file for any other."""
+    """Stop a run: through scancel for a Slurm job (it saves and is not requeued), else through the control file."""
     folder = runs.find_run(given)
     state = state_of(folder, run)
     if state is None:
         if runs.read(folder / "state") != "running":
             raise ValueError(f"{folder} is not running: its state is {runs.read(folder / 'state') or 'not written'}")
         runs.write(folder / "control", "stop\n")
-        print(f"asked {folder} to save and stop; loldu status {shlex.quote(str(folder))} tells when it has")
+        print(f"asked {folder} to save and stop; loldu status {shlex.quote(str(folder))} shows when it has stopped")
         return 0
     if not state.alive:
         raise ValueError(f"job {state.job_id} is not running: Slurm says {state.state}")
@@ -536,5 +536,5 @@ def cancel(given: str, *, run: Run = subprocess.run) -> int:
     answer = ask(["scancel", *where, job_id], run)
     if answer.returncode:
         raise ValueError(f"scancel refused: {answer.stderr.strip()}")
-    print(f"cancelled job {job_id}; it saves and does not come back")
+    print(f"cancelled job {job_id}; it saves and is not requeued")
     return 0

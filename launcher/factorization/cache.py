@@ -1,16 +1,16 @@
-"""Factors on disk, content-addressed: one safetensors file per weight, and a small index so a warm start reads headers.
+"""A content-addressed cache of factors on disk: one safetensors file per weight, and an index for warm starts.
 
-    factors/<key>.safetensors   key = sha256 over the recipe and the bytes the factors depend on (`content_key`)
-    tokenised/<key>.safetensors  the data sets of launcher/training/tokenised.py, which prune counts as well
-    index/<sha256>.json         (checkpoint file, its size and time, tensor, options) -> key, one tiny file per answer
+    factors/<key>.safetensors    key = sha256 over the recipe and the bytes that determine the factors (`content_key`)
+    tokenised/<key>.safetensors  the tokenised data sets of launcher/data/tokenised.py; prune counts them too
+    index/<sha256>.json          (checkpoint file, its size and time, tensor, options) -> key, one small file per entry
 
-Nothing is locked (flock is a silent no-op on many shared filesystems). A file is written under a temporary name in its
-own folder, fsynced and renamed: readers see all of it or nothing, and of two jobs at once one valid file stands. One
-file per answer lets writers of the index neither corrupt nor lose each other's words.
+There are no locks, because flock silently does nothing on many shared file systems. A file is written under a temporary
+name in the same folder, synced and renamed: a reader sees the whole file or none, and when two jobs write the same key
+one valid file remains. With one file per index entry, concurrent writers cannot corrupt or lose each other's entries.
 
-Every header carries a seal over itself and a sha256 for each MiB of rows, so that a rank that reads a few rows of
-`write` verifies just those. What fails is renamed *.damaged, said aloud, and missing from then on: the caller makes it
-again. The modification time of a file is the time of its last use. No pickle anywhere.
+Every header holds a checksum of itself and a sha256 for each MiB of rows, so a rank that reads a few rows of `write`
+verifies only those rows. A file that fails is renamed to *.damaged with a warning and counts as missing, so the caller
+computes it again. A file's modification time is the time of its last use. Nothing is pickled.
 """
 
 from __future__ import annotations
@@ -45,7 +45,7 @@ ABANDONED_S = 3600.0  # a temporary file this old belongs to a process that was 
 
 
 class Entry(NamedTuple):
-    """One file of the cache, as its verified header tells."""
+    """One file of the cache, described by its verified header."""
 
     key: str
     file: Path
@@ -53,7 +53,7 @@ class Entry(NamedTuple):
 
 
 class Pruned(NamedTuple):
-    """What a pruning took and left."""
+    """How much prune removed, and how much it left."""
 
     files: int
     freed_bytes: int
@@ -61,7 +61,7 @@ class Pruned(NamedTuple):
 
 
 def default_folder(environ: Mapping[str, str] = os.environ) -> Path:
-    """$XDG_CACHE_HOME/loldu, or ~/.cache/loldu where that is unset or, against its specification, relative."""
+    """$XDG_CACHE_HOME/loldu, or ~/.cache/loldu where that is unset or, against its specification, a relative path."""
     base = Path(environ.get("XDG_CACHE_HOME", ""))
     return (base if base.is_absolute() else Path.home() / ".cache") / "loldu"
 
@@ -77,14 +77,14 @@ def content_key(recipe: Mapping[str, Any], *contents: Tensor) -> str:
 
 
 def find(folder: Path, key: str) -> Entry | None:
-    """The entry of a key from its header alone; None where there is none, or a damaged one (now set aside)."""
+    """The entry of a key, read from its header; None where there is none, or where it was damaged (now set aside)."""
     return _reading(_file(folder, key), lambda opened, entry: entry, framework="np")
 
 
 def load(folder: Path, key: str, rows: slice = slice(None)) -> Factors | None:
-    """The factors of a key, verified: all of them, or `write` (out, r) with only those rows and the rest whole.
+    """The verified factors of a key. With rows, `write` (out, r) holds only those rows; the other factors are whole.
 
-    None where there is no such file, or a damaged one (now set aside): make the factors again.
+    None where there is no such file, or where it was damaged (now set aside): compute the factors again.
     """
     from adapters.factors import Factors
 
@@ -97,9 +97,9 @@ def load(folder: Path, key: str, rows: slice = slice(None)) -> Factors | None:
 
 
 def store(folder: Path, key: str, factors: Factors, about: Mapping[str, Any]) -> Entry:
-    """Write factors under their key, in the dtypes they have.
+    """Write factors under their key, in their own dtypes.
 
-    Raises ValueError naming the folder and the remedy where it cannot be written or is full; nothing is left behind.
+    Raises ValueError naming the folder and the remedy where the folder is full or not writable; no partial file stays.
     """
     import torch
     from safetensors.torch import save_file
@@ -110,22 +110,22 @@ def store(folder: Path, key: str, factors: Factors, about: Mapping[str, Any]) ->
     about = {**about, "key": key, "versions": versions, "checksums": checksums}
     text = json.dumps(about, sort_keys=True)
     file = _file(folder, key)
-    put(folder, file, lambda temporary: save_file(tensors, temporary, {"about": text, "seal": _seal(text)}))
+    put(folder, file, lambda temporary: save_file(tensors, temporary, {"about": text, "seal": _checksum(text)}))
     return Entry(key, file, about)
 
 
 def recall(folder: Path, identity: Mapping[str, Any]) -> Any | None:
-    """What the index remembers of an identity; None where it remembers nothing, or its file is damaged (said aloud)."""
-    file, question = _index_file(folder, identity)
+    """The value that the index holds for an identity; None where it has none, or where its file is damaged (logged)."""
+    file, wanted = _index_file(folder, identity)
     try:
-        text, seal = json.loads(file.read_text())
-        asked, value = json.loads(text)
-        if seal != _seal(text) or asked != question:
-            raise ValueError("its seal or its question does not fit")
+        text, checksum = json.loads(file.read_text())
+        found, value = json.loads(text)
+        if checksum != _checksum(text) or found != wanted:
+            raise ValueError("its checksum or its identity does not match")
     except (FileNotFoundError, NotADirectoryError):
         return None
     except (ValueError, TypeError) as error:
-        log.warning("the index entry %s is damaged (%s): it is made again", file, error)
+        log.warning("the index entry %s is damaged (%s) and will be written again", file, error)
         return None
     with suppress(OSError):
         os.utime(file)
@@ -133,14 +133,14 @@ def recall(folder: Path, identity: Mapping[str, Any]) -> Any | None:
 
 
 def remember(folder: Path, identity: Mapping[str, Any], value: Any) -> None:
-    """Let the index remember a value (JSON data) for an identity. Raises ValueError as `store` does."""
-    file, question = _index_file(folder, identity)
-    text = json.dumps([question, value])
-    put(folder, file, lambda temporary: temporary.write_text(json.dumps([text, _seal(text)])))
+    """Store a value (JSON data) for an identity in the index. Raises ValueError as `store` does."""
+    file, wanted = _index_file(folder, identity)
+    text = json.dumps([wanted, value])
+    put(folder, file, lambda temporary: temporary.write_text(json.dumps([text, _checksum(text)])))
 
 
 def entries(folder: Path) -> list[Entry]:
-    """Every entry from the headers, last used first; damaged ones are set aside."""
+    """Every entry, read from the headers, most recently used first; damaged files are set aside."""
     files = sorted((folder / "factors").glob("*.safetensors"), key=_used, reverse=True)
     return [
         entry for file in files if (entry := _reading(file, lambda opened, entry: entry, use=False, framework="np"))
@@ -148,7 +148,10 @@ def entries(folder: Path) -> list[Entry]:
 
 
 def verify(folder: Path, on_entry: Callable[[Entry], None] = lambda entry: None) -> list[Path]:
-    """Read every byte against its checksum; the files that failed, under the names they have now. Ages stay."""
+    """Check every byte against its checksum; returns the files that failed, under their new names.
+
+    Does not count as use: modification times stay.
+    """
 
     def read(opened: Any, entry: Entry) -> None:
         for name in entry.about["checksums"]:
@@ -163,10 +166,10 @@ def verify(folder: Path, on_entry: Callable[[Entry], None] = lambda entry: None)
 
 
 def prune(folder: Path, max_bytes: float | None = None, older_than_s: float | None = None) -> Pruned:
-    """Remove what was not used for older_than_s seconds, then the longest unused until at most max_bytes are left.
+    """Remove files unused for older_than_s seconds, then the least recently used until at most max_bytes are left.
 
-    Damaged files, abandoned temporary files and index entries that lead nowhere go as well. A job that is using the
-    cache at the same time makes again what it misses.
+    Damaged files, abandoned temporary files and index entries without a file are removed too. A job that uses the cache
+    at the same time computes again whatever it then misses.
     """
     now, removed, freed = time.time(), 0, 0
     for file in sorted(folder.glob("*/*.damaged")) + sorted(folder.glob("*/.*.tmp")):
@@ -190,7 +193,7 @@ def prune(folder: Path, max_bytes: float | None = None, older_than_s: float | No
 
 
 class _Damaged(Exception):
-    """A file whose bytes are not those that were written."""
+    """A file whose bytes differ from those that were written."""
 
 
 def _reading(file: Path, read: Callable[[Any, Entry], T], use: bool = True, framework: str = "pt") -> T | None:
@@ -210,11 +213,13 @@ def _reading(file: Path, read: Callable[[Any, Entry], T], use: bool = True, fram
                 if _version(file) != before and attempt < 9:
                     continue
             if not isinstance(error, (SafetensorError, _Damaged)):
-                raise  # no memory, say: nothing against the file
+                raise  # for example out of memory: the file itself may be good
             aside = file.with_suffix(".damaged")
-            with suppress(OSError):  # on a read-only cache it stays where it is
+            with suppress(OSError):  # a read-only cache keeps it
                 os.replace(file, aside)
-            log.warning("%s is damaged (%s): set aside as %s; these factors are made again", file, error, aside.name)
+            log.warning(
+                "%s is damaged (%s): renamed to %s, its factors will be computed again", file, error, aside.name
+            )
             return None
     if use:
         with suppress(OSError):
@@ -225,8 +230,8 @@ def _reading(file: Path, read: Callable[[Any, Entry], T], use: bool = True, fram
 def _header(opened: Any, file: Path) -> Entry:
     header = opened.metadata() or {}
     text = header.get("about", "")
-    if header.get("seal") != _seal(text):
-        raise _Damaged("its header does not fit its seal")
+    if header.get("seal") != _checksum(text):
+        raise _Damaged("its header does not match its checksum")
     about = json.loads(text)
     if about["key"] != file.stem:
         raise _Damaged(f"it holds the factors of key {about['key'][:12]}")
@@ -234,7 +239,7 @@ def _header(opened: Any, file: Path) -> Entry:
 
 
 def _rows(opened: Any, entry: Entry, name: str, rows: slice) -> Tensor:
-    """Those rows of a tensor, read in whole blocks and compared with their checksums."""
+    """The given rows of a tensor, read in whole blocks and compared with their checksums."""
     try:
         part = opened.get_slice(name)
         count = part.get_shape()[0]
@@ -242,23 +247,23 @@ def _rows(opened: Any, entry: Entry, name: str, rows: slice) -> Tensor:
         per_block = _block_rows(part[:1])
         first = start // per_block * per_block
         end = min(-(-stop // per_block) * per_block, count)
-        # a copy: what safetensors returns is a map of the file, and the bytes used must be the bytes verified
+        # A copy: safetensors returns a map of the file, and the verified bytes must be the bytes that are used.
         tensor = part[first:end].clone()
         checksums = entry.about["checksums"][name][first // per_block : -(-end // per_block)]
     except (KeyError, IndexError) as error:
-        raise _Damaged(f"{name} is not whole: {error}") from error
+        raise _Damaged(f"{name} is incomplete: {error}") from error
     if len(tensor) and [_sha(block) for block in tensor.split(per_block)] != checksums:
-        raise _Damaged(f"{name} does not fit its checksum")
+        raise _Damaged(f"{name} does not match its checksum")
     return tensor[start - first : stop - first]
 
 
 def put(folder: Path, file: Path, write: Callable[[Path], Any]) -> None:
-    """Let write make a file of this cache under a temporary name, and rename it; errors as `store` has them."""
+    """Write a file of this cache through write(temporary name), then rename it. Raises ValueError as `store` does."""
     temporary = file.parent / f".{file.name}.{uuid.uuid4().hex}.tmp"
     try:
         file.parent.mkdir(parents=True, exist_ok=True)
         temporary.touch()
-        mode = temporary.stat().st_mode  # what the umask allows; safetensors would leave it readable to its owner alone
+        mode = temporary.stat().st_mode  # as the umask allows; safetensors would make it readable by its owner only
         write(temporary)
         os.chmod(temporary, mode)
         with open(temporary, "rb") as written:
@@ -281,8 +286,8 @@ def _file(folder: Path, key: str) -> Path:
 
 
 def _index_file(folder: Path, identity: Mapping[str, Any]) -> tuple[Path, Any]:
-    question = json.loads(json.dumps(identity, sort_keys=True))
-    return folder / "index" / f"{_seal(json.dumps(question, sort_keys=True))}.json", question
+    wanted = json.loads(json.dumps(identity, sort_keys=True))
+    return folder / "index" / f"{_checksum(json.dumps(wanted, sort_keys=True))}.json", wanted
 
 
 def _block_rows(tensor: Tensor) -> int:
@@ -293,14 +298,14 @@ def _bytes(tensor: Tensor) -> Any:
     import torch
 
     tensor = tensor.contiguous()
-    return tensor.as_strided((tensor.numel(),), (1,)).view(torch.uint8).numpy()  # one number alone may have any stride
+    return tensor.as_strided((tensor.numel(),), (1,)).view(torch.uint8).numpy()  # a single element may have any stride
 
 
 def _sha(tensor: Tensor) -> str:
     return hashlib.sha256(_bytes(tensor)).hexdigest()
 
 
-def _seal(text: str) -> str:
+def _checksum(text: str) -> str:
     return hashlib.sha256(text.encode()).hexdigest()
 
 
@@ -328,5 +333,5 @@ def _remove(file: Path) -> int:
     try:
         file.unlink(missing_ok=True)
     except OSError as error:
-        raise ValueError(f"cannot remove {file} ({error.strerror}): the cache belongs to somebody else") from error
+        raise ValueError(f"cannot remove {file}: {error.strerror}; ask the owner of the cache") from error
     return size

@@ -1,7 +1,8 @@
-"""`loldu factorize` and `loldu cache ls | verify | prune`: what the screen shows. Each returns an exit code."""
+"""`loldu factorize` and `loldu cache ls | verify | prune`. Each prints its result and returns an exit code."""
 
 from __future__ import annotations
 
+import shlex
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -21,7 +22,7 @@ if TYPE_CHECKING:
     from launcher.factorization.watch import OnProgress
 
 GB = 1e9
-LINE_EVERY_S = 10.0  # without a terminal: a line for a log file
+LINE_EVERY_S = 10.0  # between progress lines where the output is not a terminal
 
 
 def factorize(
@@ -41,26 +42,27 @@ def factorize(
     comm: Communicator | None = None,
     console: Console | None = None,
 ) -> int:
-    """Make the factors a run with these settings will need, with all processes that were started.
+    """Compute and cache the factors that a run with these settings needs, using all processes that were started.
 
     Args:
-        model: Folder of the base model, or its hub name where it is in the hub cache.
-        rank: Trained numbers per weight, clamped to its smaller side.
-        targets: Last parts of module names, or the one word all-linear.
+        model: Folder of the base model, or its hub name if it is in the hub cache.
+        rank: Trained parameters per weight, at most its smaller dimension.
+        targets: Last parts of module names, or all-linear.
         exclude: Modules to leave out.
-        method: The run's --method.
+        method: The --method of the run.
         normalize: For runs of loldu and lolduxs with --options normalize_directions=true.
-        energy: For runs of the others with --options energy=X, where each weight gets the rank that holds this share.
-        svd: Likewise for --options svd=X.
-        dtype: The run's --dtype.
-        cache_folder: Folder of the cache, else the user's cache directory.
-        cache_per_node: It is another folder on each node: each makes all factors for itself.
+        energy: For runs of the other methods with --options energy=X: each weight gets the rank that holds this share
+            of its squared singular values.
+        svd: For runs of the other methods with --options svd=X.
+        dtype: The --dtype of the run.
+        cache_folder: Cache folder; default: the user's cache directory.
+        cache_per_node: The cache folder is a different one on each node, and each node computes all factors.
         verify_base: Read the weights again instead of trusting the size and time of their files.
         comm: The processes that share the work.
-        console: Where to write.
+        console: Where to print.
 
-    Raises ValueError for a model that is not there, targets that match nothing, a weight without factors, a cache that
-    cannot be written.
+    Raises ValueError for a missing model, targets that match nothing, a weight that cannot be factored, or a cache that
+    is not writable.
     """
     from adapters.checkpoint_files import local_folder  # with torch and transformers, which take seconds to import
     from adapters.config import FAMILY
@@ -81,37 +83,41 @@ def factorize(
     try:
         how = config(**{name: value for name, value in options.items() if value is not None}).factor_options()
     except TypeError:
-        raise ValueError(f"--normalize belongs to loldu, --energy and --svd to the others, not to {method}") from None
+        raise ValueError(
+            f"--method {method} does not take this option: --normalize works with loldu and lolduxs, "
+            "--energy and --svd with the other methods"
+        ) from None
 
     def look() -> list[FactorRequest]:
         path = local_folder(model)
         if path is None:
             raise ValueError(
-                f"there is no model {model}, neither as a folder nor in the hub cache; fetch it: hf download {model}"
+                f"there is no model {model}, neither as a folder nor in the hub cache; fetch it with: "
+                f"hf download {shlex.quote(model)}"
             )
         return targets_of(path, targets, exclude, rank, dtype=dtype, **how)
 
-    requests = comm.each("the weights to factor", look)  # a node without the model is named, nobody waits for it
+    requests = comm.each("the weights to factor", look)  # a node without the model ends all, with its name
     if energy is None and (clamped := [request for request in requests if request.rank < rank]):
-        console.print(f"--rank {rank} is clamped to the smaller side of {len(clamped)} weights")
+        console.print(f"--rank {rank} is reduced to the smaller dimension of {len(clamped)} weights")
     with _bar(console) as on_progress:
         done = share.factorize(requests, folder, comm, on_progress, verify_base=verify_base, per_node=cache_per_node)
     if not comm.ranks.is_main:
         return 0
 
-    headings = ("module", "weight", "rank", "weights", "made now", "residual", "on disk")
+    headings = ("module", "shape", "rank", "weights", "computed now", "residual", "on disk")
     _show(console, headings, _kinds(requests, done, folder))
     made = sum(how.made for how in done.values())
     console.print(
         f"{len(done)} weights factored, {made} of them now, in {time.monotonic() - started:.1f} s with "
-        f"{comm.ranks.world_size} process{'es' * (comm.ranks.world_size > 1)}; they lie in {folder}",
+        f"{comm.ranks.world_size} process{'es' * (comm.ranks.world_size > 1)}; cache folder {folder}",
         soft_wrap=True,
     )
     return 0
 
 
 def _kinds(requests: Sequence[FactorRequest], done: Mapping[str, Factored], folder: Path) -> list[tuple[str, ...]]:
-    """A row of the table for each kind of module: its weights, and what of them was made and lies on disk."""
+    """A table row for each kind of module: its weights, how many were computed now, and their size on disk."""
     kinds: dict[tuple[str, tuple[int, int]], list[str]] = {}
     for request in requests:
         kinds.setdefault((request.module.rpartition(".")[2], request.shape), []).append(request.module)
@@ -127,7 +133,11 @@ def _kinds(requests: Sequence[FactorRequest], done: Mapping[str, Factored], fold
 
 
 def cache_ls(cache_folder: str | None = None, console: Console | None = None) -> int:
-    """What the cache holds, last used first."""
+    """List the cached factors, most recently used first.
+
+    Args:
+        cache_folder: Cache folder; default: the user's cache directory.
+    """
     console, folder = console or Console(), _folder(cache_folder)
     total, found, rows = 0, cache.entries(folder), []
     for entry in found:
@@ -138,7 +148,7 @@ def cache_ls(cache_folder: str | None = None, console: Console | None = None) ->
         shape = " x ".join(map(str, about["shape"])) + marks
         of, size = (about["name"], about["method"], shape, str(about["rank"]), about["dtype"]), _bytes(stat.st_size)
         rows.append((used, *of, size, entry.key[:8]))
-    _show(console, ("used", "name", "method", "weight", "rank", "dtype", "size", "key"), rows)
+    _show(console, ("used", "name", "method", "shape", "rank", "dtype", "size", "key"), rows)
     tokenised = [file.stat().st_size for file in (folder / "tokenised").glob("*.safetensors")]
     data = f", {len(tokenised)} tokenised data sets, {_bytes(sum(tokenised))}" if tokenised else ""
     console.print(f"{len(found)} weights, {_bytes(total)}{data} in {folder}", soft_wrap=True)
@@ -146,7 +156,11 @@ def cache_ls(cache_folder: str | None = None, console: Console | None = None) ->
 
 
 def cache_verify(cache_folder: str | None = None, console: Console | None = None) -> int:
-    """Read every byte of the cache against its checksums; 1 where a file was damaged (it is set aside)."""
+    """Check every byte of the cache against its checksums; exit code 1 if a file was damaged (it is set aside).
+
+    Args:
+        cache_folder: Cache folder; default: the user's cache directory.
+    """
     console, folder = console or Console(), _folder(cache_folder)
     good = 0
 
@@ -160,8 +174,8 @@ def cache_verify(cache_folder: str | None = None, console: Console | None = None
         damaged = cache.verify(folder, count)
     for file in damaged:
         console.print(f"damaged: {file}", soft_wrap=True)
-    made_again = "; the damaged ones are made again when they are needed" if damaged else ""
-    console.print(f"{good} weights are good, {len(damaged)} damaged{made_again}")
+    again = "; damaged factors are computed again when a run needs them" if damaged else ""
+    console.print(f"{good} weights are good, {len(damaged)} damaged{again}")
     return 1 if damaged else 0
 
 
@@ -171,7 +185,13 @@ def cache_prune(
     older_than_days: float | None = None,
     console: Console | None = None,
 ) -> int:
-    """Remove what was not used for so many days, then the longest unused until max_gb (10^9 bytes) are left."""
+    """Remove cached files unused for a number of days, then the least recently used until a size is reached.
+
+    Args:
+        cache_folder: Cache folder; default: the user's cache directory.
+        max_gb: Keep at most this many GB (10^9 bytes); 0 empties the cache.
+        older_than_days: Remove files that were not used for this many days.
+    """
     if max_gb is None and older_than_days is None:
         raise ValueError(
             "nothing to prune by: give --max-gb X, --older-than-days N or both (--max-gb 0 empties the cache)"
@@ -183,7 +203,7 @@ def cache_prune(
     days = None if older_than_days is None else older_than_days * 86400
     pruned = cache.prune(folder, None if max_gb is None else max_gb * GB, days)
     console.print(
-        f"removed {pruned.files} files, {_bytes(pruned.freed_bytes)}; {_bytes(pruned.left_bytes)} are left in {folder}",
+        f"removed {pruned.files} files ({_bytes(pruned.freed_bytes)}); {_bytes(pruned.left_bytes)} left in {folder}",
         soft_wrap=True,
     )
     return 0
@@ -194,7 +214,7 @@ def _folder(cache_folder: str | None) -> Path:
 
 
 def _show(console: Console, columns: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
-    """A table on a terminal, lines with tabs elsewhere."""
+    """Print a table on a terminal, tab-separated lines elsewhere."""
     if console.is_terminal and rows:
         table = Table(*columns, box=SIMPLE)
         for row in rows:
@@ -207,17 +227,17 @@ def _show(console: Console, columns: Sequence[str], rows: Sequence[Sequence[str]
 
 @contextmanager
 def _bar(console: Console, what: str = "factoring") -> Iterator[OnProgress]:
-    """One progress bar on a terminal; elsewhere a line now and then."""
+    """A progress bar on a terminal; elsewhere a line every LINE_EVERY_S seconds."""
     if not console.is_terminal:
-        said = time.monotonic()
+        printed = time.monotonic()
 
-        def say(done: int, total: int, weight: str) -> None:
-            nonlocal said
-            if time.monotonic() - said > LINE_EVERY_S:
-                said = time.monotonic()
+        def print_line(done: int, total: int, weight: str) -> None:
+            nonlocal printed
+            if time.monotonic() - printed > LINE_EVERY_S:
+                printed = time.monotonic()
                 console.print(f"{what}: {done} of {total} weights, now {weight}", soft_wrap=True)
 
-        yield say
+        yield print_line
         return
     columns = (
         TextColumn(what),

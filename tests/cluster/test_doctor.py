@@ -1,4 +1,4 @@
-"""What doctor finds: on healthy nodes nothing, on broken ones the node and the remedy."""
+"""`loldu doctor`: it finds nothing on healthy nodes, and names the node and the remedy on broken ones."""
 
 import itertools
 import json
@@ -13,7 +13,7 @@ from launcher.cluster import doctor
 
 
 class Answers:
-    """A fleet whose agents answer `ping` with a clock that is wrong, late, or not at all."""
+    """A fleet whose agents answer `ping` with a wrong clock, late, or never."""
 
     def __init__(self, **clocks):
         self.agents = {name: self.agent(clock) for name, clock in clocks.items()}
@@ -21,8 +21,8 @@ class Answers:
     @staticmethod
     def agent(clock):
         class Agent:
-            def ask(self, do, timeout_s):
-                assert do == "ping"
+            def ask(self, request, timeout_s):
+                assert request == "ping"
                 return clock()
 
         return Agent()
@@ -51,7 +51,7 @@ def test_every_pair_meets_once_and_no_node_is_in_two_pairs_at_a_time(nodes):
     assert all(len({name for pair in pairs for name in pair}) == 2 * len(pairs) for pairs in planned)
 
 
-def test_a_wrong_clock_is_named_and_a_slow_answer_is_no_wrong_clock():
+def test_a_wrong_clock_is_reported_but_a_slow_answer_is_not():
     def late():
         time.sleep(0.05)
         return time.time()
@@ -68,7 +68,7 @@ def test_a_wrong_clock_is_named_and_a_slow_answer_is_no_wrong_clock():
     assert "timedatectl" in findings[1].remedy
 
 
-def test_the_node_with_other_versions_gpus_or_a_full_disk_is_named():
+def test_a_node_with_different_versions_or_gpus_or_a_full_disk_is_reported():
     other = fact()["environment"] | {"torch": "2.12.1"}
     facts = {
         "node1": fact(gpus=["H100"] * 8, driver="570.1"),
@@ -83,33 +83,33 @@ def test_the_node_with_other_versions_gpus_or_a_full_disk_is_named():
     assert bad(doctor.check_disk(facts)) == [("free disk", "node3")]
 
 
-def test_a_slow_pair_and_a_wrong_sum_are_named():
-    """Of six pairs one is ten times slower than the middle, one adds wrongly, one does not answer."""
+def test_a_slow_pair_and_a_wrong_sum_are_reported():
+    """Of six pairs one is ten times slower than the median, one sums incorrectly, one does not answer."""
 
     class Fleet:
-        def ask_all(self, do, timeout_s, orders):
-            answers = {name: {"right": True, "seconds": 0.01, "megabytes": 4.0, "backend": "gloo"} for name in orders}
-            if met(orders, "a", "b"):
+        def ask_all(self, request, timeout_s, each):
+            answers = {name: {"right": True, "seconds": 0.01, "megabytes": 4.0, "backend": "gloo"} for name in each}
+            if met(each, "a", "b"):
                 answers["a"]["seconds"] = answers["b"]["seconds"] = 0.1
-            if met(orders, "a", "c"):
+            if met(each, "a", "c"):
                 answers["c"]["right"] = False
-            return answers, ({"d": "Timeout"} if met(orders, "b", "d") else {})
+            return answers, ({"d": "Timeout"} if met(each, "b", "d") else {})
 
-    def met(orders, one, other):
-        return one in orders and other in orders and orders[one]["address"] == orders[other]["address"]
+    def met(each, one, other):
+        return one in each and other in each and each[one]["address"] == each[other]["address"]
 
     findings = doctor.check_pairs(Fleet(), list("abcd"), {name: name for name in "abcd"}, 29501, set())
 
     by_pair = {frozenset(finding.where.split(" + ")): finding for finding in findings}
     assert len(by_pair) == 6
     assert by_pair[frozenset("ab")].result == doctor.NOTE
-    assert "10.0 times the middle pair's" in by_pair[frozenset("ab")].remedy
+    assert "10.0 times the median pair" in by_pair[frozenset("ab")].remedy
     assert by_pair[frozenset("ac")].found == "wrong sums"
     assert by_pair[frozenset("bd")].found == "Timeout"
     assert sum(finding.result == doctor.OK for finding in findings) == 3
 
 
-def test_the_table_names_node_and_remedy_and_takes_text_as_it_is(capsys):
+def test_the_table_shows_node_and_remedy_and_prints_text_literally(capsys):
     doctor.show([doctor.Finding("port", "node1 -> node2", doctor.BAD, "[red]refused[/red]", "open the firewall")])
 
     out = capsys.readouterr().out
@@ -147,13 +147,13 @@ def test_healthy_hosts_have_no_problem(cluster, ssh, tmp_path):
     }
     (pair,) = (f for f in found["findings"] if f["check"] == "all-reduce")
     assert pair["where"] == "node1 + node2"
-    assert "right" in pair["found"]
+    assert "correct" in pair["found"]
     assert list(tmp_path.iterdir()) == []
 
 
 @pytest.mark.slow
-def test_a_sick_host_is_named_with_the_remedy(cluster, ssh, tmp_path, monkeypatch, capsys):
-    """A folder that is not shared, a port that cannot be reached from one side; a host that is not there."""
+def test_a_broken_host_is_reported_with_the_remedy(cluster, ssh, tmp_path, monkeypatch, capsys):
+    """A folder that is not shared, a port that is blocked in one direction, a host that is down."""
     monkeypatch.setattr(doctor, "SHARED_S", 1.0)
     monkeypatch.setattr(doctor, "CONNECT_S", 1.0)
     own = tmp_path / "own"
@@ -181,7 +181,7 @@ def test_a_sick_host_is_named_with_the_remedy(cluster, ssh, tmp_path, monkeypatc
 
 
 @pytest.mark.slow
-def test_inside_a_slurm_job_its_nodes_are_examined(cluster, tmp_path):
+def test_inside_a_slurm_job_its_nodes_are_checked(cluster, tmp_path):
     script = tmp_path / "job.sh"
     script.write_text(f'#!/bin/bash\nexec {sys.executable} -c "$ENTRY" doctor --quick --json --folder={tmp_path}\n')
     log = tmp_path / "log"

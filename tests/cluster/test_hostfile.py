@@ -33,16 +33,16 @@ def test_every_problem_is_listed_with_its_line():
     lines = str(error.value).splitlines()
     assert lines[0] == "my hosts has 7 problems:"
     assert [int(re.search(r"line (\d+)", line)[1]) for line in lines[1:]] == [2, 3, 4, 5, 6, 7, 8]
-    assert "node1 stands on line 1 already" in lines[1]
+    assert "node1 is already on line 1" in lines[1]
     assert "expected `node2 slots=N`, got `node2`" in lines[2]
 
 
 @pytest.mark.parametrize(
     ("text", "message"),
     [
-        ("", "names no host"),
-        ("# only words\n", "names no host"),
-        ("localhost slots=1\nnode2 slots=1\n", "line 1: localhost is another machine on each host"),
+        ("", "no host is listed"),
+        ("# only words\n", "no host is listed"),
+        ("localhost slots=1\nnode2 slots=1\n", "line 1: localhost means a different machine on each host"),
     ],
 )
 def test_a_file_that_cannot_mean_anything_is_refused(text, message):
@@ -73,7 +73,7 @@ def test_filters_leave_what_they_name(include, exclude, left):
     [
         ("node3", None, "no such host; the file has node1, node2"),
         ("node2:5", None, "node2 has slots 0 .. 1, not 5"),
-        ("node2:x", None, "slots are written node2:0,2"),
+        ("node2:x", None, "expected slots as in node2:0,2"),
         ("node2@node2", None, "named twice"),
         (None, "node1@node2", "leaves no host"),
     ],
@@ -86,9 +86,9 @@ def test_a_filter_that_names_what_is_not_there_is_refused(include, exclude, mess
 @pytest.mark.parametrize(
     ("wrong", "message"),
     [
-        ({"env": ("NAME",)}, "written NAME=VALUE"),
-        ({"port": 0}, "--port lies in"),
-        ({"include": "a", "exclude": "b"}, "--include and --exclude together"),
+        ({"env": ("NAME",)}, "expects NAME=VALUE"),
+        ({"port": 0}, "--port expects a number from 1 to 65535"),
+        ({"include": "a", "exclude": "b"}, "--include and --exclude cannot be used together"),
     ],
 )
 def test_a_mistake_in_the_options_is_named(wrong, message):

@@ -65,7 +65,7 @@ def test_two_hosts_give_the_curve_of_one_process(cluster, ssh, one_process, tmp_
     assert ranks_left(launch.run) == []
 
 
-def test_ctrl_c_saves_everywhere_and_the_same_command_goes_on(cluster, ssh, tmp_path):
+def test_ctrl_c_saves_everywhere_and_the_same_command_resumes(cluster, ssh, tmp_path):
     launch = Launch(cluster, ssh, tmp_path, COUNT, "--steps=100")
     launch.at_step(2)
 
@@ -75,7 +75,7 @@ def test_ctrl_c_saves_everywhere_and_the_same_command_goes_on(cluster, ssh, tmp_
     again = Launch(cluster, ssh, tmp_path, COUNT, "--steps=100")
 
     assert code == 75, launch.said
-    assert "stopped and saved; the same command goes on" in launch.said
+    assert "stopped and saved; the same command resumes" in launch.said
     assert 2 <= done < 100
     assert again.end() == 0, again.said
     assert f"begins at step {done}" in again.said
@@ -87,7 +87,7 @@ def test_a_second_ctrl_c_ends_every_host_at_once(cluster, ssh, tmp_path):
     cluster.until(lambda: "begins at step 0" in launch.said, "the start")
 
     launch.process.send_signal(signal.SIGINT)
-    cluster.until(lambda: "asked to stop" in launch.said, "the first answer")
+    cluster.until(lambda: "stopping: saving" in launch.said, "the first answer")
     launch.process.send_signal(signal.SIGINT)
 
     assert launch.end(30) == 130, launch.said

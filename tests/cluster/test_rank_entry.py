@@ -1,4 +1,4 @@
-"""The rank entry alone: its numbers, the meeting of ranks, signals that come too early, the folder of another start."""
+"""The rank entry: rank numbers, the rendezvous, early signals, the run folder of another start."""
 
 import os
 import signal
@@ -21,25 +21,25 @@ def free_port():
         return str(server.getsockname()[1])
 
 
-def test_slurms_numbers_become_torchs():
+def test_slurm_variables_become_torch_variables():
     step = {"SLURM_PROCID": "5", "SLURM_NTASKS": "8", "SLURM_LOCALID": "1", "SLURM_NNODES": "2", "SLURM_NODEID": "1"}
 
     assert rank.number(step, per_node=False) == {
         "RANK": "5", "WORLD_SIZE": "8", "LOCAL_RANK": "1", "LOCAL_WORLD_SIZE": "4",
     }  # fmt: skip
     assert rank.number(step, per_node=True) == {"NODE_RANK": "1"}
-    assert rank.number({**step, "RANK": "0"}, per_node=False) == {}  # a starter has numbered it already
+    assert rank.number({**step, "RANK": "0"}, per_node=False) == {}  # a starter has set it already
 
 
 def meet_all(numbers, world, port, limit_s):
-    """Each number's rank in a thread of its own; what each raised."""
+    """Run each rank in its own thread; returns the errors by rank."""
     raised = {}
 
     def one(number):
         try:
             rank.meet({"RANK": str(number), "WORLD_SIZE": str(world), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}, limit_s)  # fmt: skip  # noqa: E501
-        except rank.Trouble as trouble:
-            raised[number] = str(trouble)
+        except rank.ClusterError as error:
+            raised[number] = str(error)
 
     threads = [threading.Thread(target=one, args=(number,)) for number in numbers]
     for thread in threads:
@@ -57,14 +57,14 @@ def test_ranks_meet_and_leave_the_port_free():
     socket.create_server(("", int(port))).close()  # torch opens it next
 
 
-def test_a_rank_that_does_not_come_is_named_to_all_others():
+def test_all_ranks_learn_which_rank_is_missing():
     raised = meet_all([0, 1, 3], 4, free_port(), 1.0)
 
     assert sorted(raised) == [0, 1, 3]
     assert all("no word from rank 2 of 4" in text for text in raised.values())
 
 
-def test_a_rank_that_cannot_reach_the_first_says_where_it_looked():
+def test_a_rank_that_cannot_reach_rank_0_names_the_address():
     port = free_port()
 
     raised = meet_all([1], 2, port, 0.5)
@@ -72,7 +72,7 @@ def test_a_rank_that_cannot_reach_the_first_says_where_it_looked():
     assert f"rank 1 on {socket.gethostname()} cannot reach rank 0 at 127.0.0.1:{port}" in raised[1]
 
 
-def test_a_strangers_visit_does_not_count_as_a_rank():
+def test_a_foreign_connection_is_not_taken_for_a_rank():
     port = free_port()
     seen = {}
     head = threading.Thread(target=lambda: seen.update(meet_all([0], 2, port, 20.0)))
@@ -106,8 +106,8 @@ raise SystemExit(75)
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGUSR2, signal.SIGINT])
-def test_a_signal_during_the_imports_reaches_the_run_once_it_can_be_heard(tmp_path, number):
-    """A rank's agreed stop is no failure: 75, which one process alone returns, becomes 0."""
+def test_a_signal_during_the_imports_reaches_the_run_later(tmp_path, number):
+    """An agreed stop of a rank is a success: exit code 75, which a single process returns, becomes 0."""
     recipe = tmp_path / "recipe.py"
     recipe.write_text(RECIPE)
     words = [sys.executable, ENTRY, "--run", tmp_path, "--", recipe]
@@ -120,7 +120,7 @@ def test_a_signal_during_the_imports_reaches_the_run_once_it_can_be_heard(tmp_pa
     assert process.wait(20) == 0
 
 
-def test_a_crash_is_noted_with_the_end_of_its_log(tmp_path):
+def test_a_crash_is_recorded_with_the_end_of_its_log(tmp_path):
     recipe = tmp_path / "recipe.py"
     recipe.write_text("print('so far so good')\nraise RuntimeError('no more')\n")
     environ = os.environ | {"RANK": "3", "WORLD_SIZE": "1"}
@@ -134,10 +134,10 @@ def test_a_crash_is_noted_with_the_end_of_its_log(tmp_path):
     assert "RuntimeError: no more" in noted
 
 
-def test_a_folder_that_another_start_wrote_is_not_ours(tmp_path):
+def test_a_run_folder_of_another_start_is_refused(tmp_path):
     (tmp_path / "logs").mkdir()
     (tmp_path / "logs" / "attempt").write_text("7.0\n")
 
     rank.check_folder(tmp_path, "7.0")
-    with pytest.raises(rank.Trouble, match=r"sees '7.0'.*wrote '7.1'.*shared"):
+    with pytest.raises(rank.ClusterError, match=r"sees '7.0'.*wrote '7.1'.*not shared"):
         rank.check_folder(tmp_path, "7.1", limit_s=0.1)

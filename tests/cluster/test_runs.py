@@ -1,4 +1,4 @@
-"""Run folders seen from outside, and their merged logs."""
+"""Finding and reading run folders, and their merged logs."""
 
 import json
 import threading
@@ -28,8 +28,8 @@ def test_a_safe_name_is_one_plain_word(given, safe):
     assert runs.safe_name(given) == safe
 
 
-def test_a_name_of_nothing_is_refused():
-    with pytest.raises(ValueError, match="no letter or digit"):
+def test_a_name_without_letters_or_digits_is_refused():
+    with pytest.raises(ValueError, match="no letters or digits"):
         runs.safe_name("../..")
 
 
@@ -44,18 +44,18 @@ def test_a_run_is_found_by_name_folder_and_job(run):
             runs.find_run(wrong)
 
 
-def test_the_newest_step_and_checkpoint_are_those_that_are_whole(run):
+def test_only_complete_steps_and_checkpoints_count(run):
     for name in ("step-000002", "step-000010"):
         (run / "checkpoints" / name).mkdir(parents=True)
         (run / "checkpoints" / name / "COMPLETE").touch()
-    (run / "checkpoints" / "step-000012").mkdir()  # still being written
+    (run / "checkpoints" / "step-000012").mkdir()  # incomplete
     (run / "events.jsonl").write_text('{"step": 11, "loss": 2.5}\n{"step": 11, "eval_loss": 3.0}\n{"step": 12, "lo')
 
     assert runs.checkpoint_step(run) == 10
     assert runs.last_step(run) == {"step": 11, "loss": 2.5}
 
 
-def test_the_last_of_an_option_counts():
+def test_the_last_value_of_an_option_counts():
     assert runs.option("--output", ["--output", "a", "--rank=8", "--output=b"]) == "b"
     assert runs.option("--output", ["--output-dir=x"]) is None
 
@@ -89,8 +89,8 @@ def test_the_logs_of_an_array_are_those_of_its_runs(run, capsys):
 
 
 def test_following_shows_each_new_line_once_and_ends_with_the_run(run, capsys, monkeypatch):
-    monkeypatch.setattr(follow, "LOOK_S", 0.02)
-    monkeypatch.setattr(follow, "ASK_S", 0.1)
+    monkeypatch.setattr(follow, "POLL_S", 0.02)
+    monkeypatch.setattr(follow, "ASK_SLURM_S", 0.1)
     log = run / "logs" / "rank0@node1.log"
     log.write_text("one\ntw")
 
@@ -114,6 +114,6 @@ def test_following_shows_each_new_line_once_and_ends_with_the_run(run, capsys, m
     assert "rank1@node2: a new rank" in lines
 
 
-def test_a_run_without_logs_says_what_to_do(run):
-    with pytest.raises(ValueError, match="loldu logs -f first waits"):
+def test_a_run_without_logs_gives_the_command_that_waits_for_them(run):
+    with pytest.raises(ValueError, match="loldu logs -f first waits for them"):
         follow.logs("first")

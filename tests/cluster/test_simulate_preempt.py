@@ -1,4 +1,4 @@
-"""`loldu simulate-preempt` on live runs: those that come back, those that cannot."""
+"""`loldu simulate-preempt` on running jobs: some restart, some cannot."""
 
 import subprocess
 import sys
@@ -17,13 +17,13 @@ def test_a_warned_run_survives(cluster, tmp_path):
     done = cluster.loldu("simulate-preempt", run, check=False, timeout_s=180)
 
     assert done.returncode == 0, done.stdout + done.stderr + said(run)
-    assert "it survived" in done.stdout
+    assert "the run survived" in done.stdout
     assert cluster.ended(job) == "COMPLETED"
     assert len(losses(run)) == 200
 
 
 def test_a_run_requeued_without_warning_survives_and_once_finished_is_left_alone(cluster, tmp_path):
-    """Also the numbers are those of an uninterrupted run."""
+    """The losses equal those of an uninterrupted run."""
     whole, run = tmp_path / "whole", tmp_path / "run"
     cluster.run(sys.executable, COUNT, f"--output={whole}", "--steps=200", "--seconds=0")
     job = cluster.loldu("submit", COUNT, "--", f"--output={run}", "--steps=200").stdout.split()[1].rstrip(":")
@@ -41,7 +41,7 @@ def test_a_run_requeued_without_warning_survives_and_once_finished_is_left_alone
     assert (run / "events.jsonl").stat().st_mtime_ns == written
 
 
-def test_a_run_that_may_not_come_back_is_told_apart_and_ends_saved(cluster, tmp_path):
+def test_a_run_that_may_not_restart_is_reported_and_ends_saved(cluster, tmp_path):
     run = tmp_path / "run"
     words = ["submit", COUNT, "--max-restarts=0", "--", f"--output={run}", "--steps=500"]
     job = cluster.loldu(*words).stdout.split()[1].rstrip(":")
@@ -50,12 +50,12 @@ def test_a_run_that_may_not_come_back_is_told_apart_and_ends_saved(cluster, tmp_
     done = cluster.loldu("simulate-preempt", run, check=False, timeout_s=180)
 
     assert done.returncode == 1
-    assert "it did not come back: Slurm says FAILED" in done.stderr
+    assert "it did not restart: Slurm says FAILED" in done.stderr
     assert cluster.job(job)["ExitCode"] == "75:0"
     assert (run / "state").read_text() == "stopped\n"
 
 
-def test_a_run_outside_slurm_saves_and_is_not_promised_more(cluster, tmp_path):
+def test_a_run_outside_slurm_saves_and_is_not_restarted(cluster, tmp_path):
     run = tmp_path / "run"
     words = [sys.executable, COUNT, f"--output={run}", "--steps=500"]
     process = subprocess.Popen(words, env=cluster.environ | {"PYTHONPATH": str(RECIPE.parents[1])})

@@ -175,7 +175,7 @@ def test_a_crash_loop_stops(cluster, crash_loop):
 
     assert final == "FAILED"
     assert starts(run) == 4
-    assert "3 starts gained no saved step" in (run / f"slurm-{job}.log").read_text()
+    assert "3 starts saved no new step" in (run / f"slurm-{job}.log").read_text()
 
 
 def test_a_taken_port_and_differing_code_end_clearly(cluster, tmp_path):
@@ -216,7 +216,7 @@ def test_a_second_submission_of_a_living_run_is_refused(cluster, tmp_path):
     cluster.loldu("cancel", run)
 
     assert second.returncode == 2
-    assert f"belongs to job {job}, which is PENDING" in second.stderr
+    assert f"job {job} of {run} is PENDING" in second.stderr
 
 
 def test_status_speaks_without_accounting_and_after_slurm_has_forgotten(cluster, tmp_path):

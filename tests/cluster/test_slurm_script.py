@@ -1,4 +1,4 @@
-"""job.sbatch as text: compared whole with a golden file, and what no value may do to it. No Slurm needed."""
+"""The text of job.sbatch: compared with golden files, and quoting of hostile values. Needs no Slurm."""
 
 import json
 import os
@@ -37,12 +37,12 @@ ARRAY = replace(
     ),
 )
 NASTY = 'it\'s "100%j" $(touch /tmp/owned) `id` \\ ; rm -rf ~ #'
-FOLDER = NASTY.replace("\\", "")  # Slurm cannot have one in the path of a log
+FOLDER = NASTY.replace("\\", "")  # Slurm does not accept one in the path of a log
 
 
 @pytest.mark.parametrize(("name", "job"), [("job.sbatch", JOB), ("array.sbatch", ARRAY)])
-def test_the_script_is_the_golden_one(name, job, monkeypatch):
-    """After a wanted change: UPDATE_GOLDEN=1 pytest tests/cluster/test_slurm_script.py, then read the difference."""
+def test_the_script_equals_the_golden_file(name, job, monkeypatch):
+    """After an intended change: UPDATE_GOLDEN=1 pytest tests/cluster/test_slurm_script.py, then review it."""
     monkeypatch.setattr(slurm, "RANK_ENTRY", Path("/home/me/project/launcher/cluster/rank.py"))
 
     text = script(job)
@@ -58,7 +58,7 @@ def nasty_job():
 
 
 def test_bash_reads_back_every_word_as_it_was_given(tmp_path):
-    """The script's own words, through a real bash with srun, scontrol and python replaced by functions that print."""
+    """Runs the script in a real bash, with functions in place of srun, scontrol and python."""
     job = replace(nasty_job(), folder=str(tmp_path), run=f"{tmp_path}/{FOLDER}")
     stand_ins = (
         'srun() { printf \'%s\\0\' "$@" >args; echo finished >"$run/state"; }\n'
@@ -80,26 +80,26 @@ def directives(text):
     return [line for line in text.splitlines() if line.startswith("#SBATCH")]
 
 
-def test_values_cannot_add_a_directive_or_leave_theirs():
+def test_values_cannot_add_or_break_a_directive():
     text = script(replace(nasty_job(), resources=replace(JOB.resources, constraint='a100&"big"|[x*2]')))
 
     assert len(directives(text)) == len(directives(script(JOB)))
     assert '"--constraint=a100&\\"big\\"|[x*2]"' in text
     first = text.index("\nset -uo")
     assert "#SBATCH" not in text[first:]
-    assert "100%%j" in text[:first]  # a % of the folder's name is no replacement symbol
+    assert "100%%j" in text[:first]  # a % in the folder's name is not a replacement symbol
     assert r"\"100" in text[:first]
 
 
 @pytest.mark.parametrize("field", ["partition", "account", "qos", "constraint", "time"])
 @pytest.mark.parametrize("value", ["a\n#SBATCH --uid=0", "a\rb", "a\x00b", "a\u2028b"])
-def test_a_line_end_in_a_directive_is_refused_by_value(field, value):
-    with pytest.raises(ValueError, match="cannot stand in a Slurm job"):
+def test_a_line_break_in_a_directive_is_refused(field, value):
+    with pytest.raises(ValueError, match="a Slurm job cannot hold"):
         script(replace(JOB, resources=replace(JOB.resources, **{field: value})))
 
 
 def test_a_backslash_in_the_run_folder_is_refused():
-    """Slurm would take it for its own, and fail the job before its first line, without a log."""
+    """Slurm would interpret it and fail the job before its first line, without a log."""
     with pytest.raises(ValueError, match="a path without a backslash"):
         script(replace(JOB, run="/data/a\\b"))
 
@@ -117,12 +117,12 @@ def test_a_run_name_is_text_and_never_code(tmp_path, monkeypatch, capsys):
 @pytest.mark.parametrize(
     ("wrong", "message"),
     [
-        ({"nodes": 0}, "--nodes is at least 1"),
+        ({"nodes": 0}, "--nodes must be at least 1"),
         ({"gpus_per_node": 8, "processes_per_node": 4}, "one process uses one GPU"),
-        ({"sbatch": ("mem=0",)}, "options with their dashes"),
+        ({"sbatch": ("mem=0",)}, "options with dashes"),
         ({"partition": ""}, "--partition is empty"),
-        ({"port": 80}, "1024 .. 65535"),
-        ({"host_suffix": "; id"}, "part of a host's name"),
+        ({"port": 80}, "from 1024 to 65535"),
+        ({"host_suffix": "; id"}, "part of a host name"),
     ],
 )
 def test_a_mistake_in_the_resources_is_named(wrong, message):
@@ -133,8 +133,8 @@ def test_a_mistake_in_the_resources_is_named(wrong, message):
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        (("--resume", "never"), "--resume never would begin afresh"),
-        (("--output=x",), "both name the run folder"),
+        (("--resume", "never"), "--resume never would start over"),
+        (("--output=x",), "both set the run folder"),
     ],
 )
 def test_recipe_options_that_cannot_be_submitted_are_named(options, message):
@@ -142,12 +142,12 @@ def test_recipe_options_that_cannot_be_submitted_are_named(options, message):
         slurm.submit(str(REPO / "recipes/llama2_alpaca_loldu.py"), Resources(), options, name="x", dry_run=True)
 
 
-def test_an_unknown_recipe_lists_those_there_are():
+def test_an_unknown_recipe_lists_the_recipes():
     with pytest.raises(ValueError, match=r"no recipe 'llama'.*llama2_alpaca_loldu"):
         slurm.submit("llama", Resources(), dry_run=True)
 
 
-def test_a_machine_without_slurm_is_told_where_to_go(tmp_path, monkeypatch):
+def test_without_slurm_the_error_names_the_alternatives(tmp_path, monkeypatch):
     monkeypatch.setenv("PATH", str(tmp_path))
     monkeypatch.chdir(tmp_path)
 
@@ -158,7 +158,7 @@ def test_a_machine_without_slurm_is_told_where_to_go(tmp_path, monkeypatch):
 
 
 class FakeSlurm:
-    """Answers as sbatch of a multi-cluster site does, and keeps what it was asked with which environment."""
+    """Answers as sbatch on a multi-cluster site, and records each command with its environment."""
 
     def __init__(self, refuse=""):
         self.asked, self.refuse = [], refuse
@@ -184,14 +184,14 @@ def test_submitting_keeps_the_job_and_cleans_the_environment(tmp_path, monkeypat
     assert slurm.runs.job_of(folder)["job_id"] == "4711"
     assert slurm.runs.job_of(folder)["cluster"] == "alpine"
     assert all("SBATCH_TIMELIMIT" not in env for words, env in fake.asked if env is not None)
-    assert (folder / "logs").is_dir()  # a missing folder for the log would fail the job unrun
+    assert (folder / "logs").is_dir()  # without the folder of the log the job would fail before it starts
     out = capsys.readouterr().out
     assert "4711" in out
     assert "loldu logs -f a-b" in out
     assert slurm.runs.find_run("4711") == slurm.runs.find_run("a b") == slurm.runs.find_run(str(folder)) == folder
 
 
-def test_sbatch_is_quoted_where_it_refuses(tmp_path, monkeypatch):
+def test_the_error_of_sbatch_is_shown(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     refusing = FakeSlurm("sbatch: error: Batch job submission failed: Invalid account")
 
@@ -214,11 +214,11 @@ def test_array_files_are_read_strictly(tmp_path):
     with pytest.raises(ValueError, match="line 2: No closing quotation"):
         slurm.read_tasks(file)
     file.write_text("--output x\n")
-    with pytest.raises(ValueError, match="line 1: --output is made by the array"):
+    with pytest.raises(ValueError, match="line 1: an array sets --output itself"):
         slurm.read_tasks(file)
 
 
-def test_recorded_answers_of_slurm_are_read():
+def test_recorded_output_of_slurm_is_parsed():
     running = (GOLDEN / "scontrol_running.txt").read_text()
     array = (GOLDEN / "scontrol_array.txt").read_text()
     sacct = "4711|CANCELLED by 1000|node[1-2]|3\n4712|PENDING|None assigned|0\n"
@@ -249,7 +249,7 @@ def test_recorded_answers_of_slurm_are_read():
         ("launch --help", ["--help"], ()),
     ],
 )
-def test_the_recipes_options_are_told_from_the_commands(words, own, recipes):
+def test_options_of_the_recipe_are_separated_from_those_of_the_command(words, own, recipes):
     name, *rest = words.split()
 
     assert split_recipe_options(name, rest) == (own, recipes)
@@ -258,16 +258,16 @@ def test_the_recipes_options_are_told_from_the_commands(words, own, recipes):
 @pytest.mark.parametrize(
     ("typed", "hint"),
     [
-        ("submit r.py --nodes 2 --lr 1", "behind --; type:\n  loldu submit --nodes 2 r.py -- --lr 1"),
+        ("submit r.py --nodes 2 --lr 1", "after --; type:\n  loldu submit --nodes 2 r.py -- --lr 1"),
         ("submit --lr 1 r.py", "type:\n  loldu submit r.py -- --lr 1"),
         ("submit r.py --targets a b --time=3 -- --seed 2", "  loldu submit --time=3 r.py -- --targets a b --seed 2"),
         ("submit r.py --data 'my file'", "  loldu submit r.py -- --data 'my file'"),
         ("submit r.py --partiton gpu", "no option --partiton: did you mean --partition?"),
-        ("launch --hostfile h --rank 8 r.py", "behind RECIPE; type:\n  loldu launch --hostfile h r.py --rank 8"),
-        ("launch r.py --hostfile h", "--hostfile stands before RECIPE"),
+        ("launch --hostfile h --rank 8 r.py", "after RECIPE; type:\n  loldu launch --hostfile h r.py --rank 8"),
+        ("launch r.py --hostfile h", "--hostfile must come before RECIPE"),
     ],
 )
-def test_an_option_on_the_wrong_side_is_answered_with_the_line_to_type(typed, hint):
+def test_an_option_on_the_wrong_side_gives_the_line_to_type(typed, hint):
     name, *rest = shlex.split(typed)
 
     with pytest.raises(ValueError, match=re.escape(hint)):
@@ -275,7 +275,7 @@ def test_an_option_on_the_wrong_side_is_answered_with_the_line_to_type(typed, hi
 
 
 def test_status_asks_slurm_once_however_many_runs(tmp_path, monkeypatch, capsys):
-    """Three jobs, one of them an array of two: the living, the ended, and one that only accounting remembers."""
+    """Three jobs, one of them an array of two: running, ended, and known only to accounting."""
     monkeypatch.chdir(tmp_path)
     for job_id, name in (("2", "array/task-0"), ("2", "array/task-1"), ("7", "done"), ("8", "gone")):
         (tmp_path / "runs" / name).mkdir(parents=True)
@@ -297,7 +297,7 @@ def test_status_asks_slurm_once_however_many_runs(tmp_path, monkeypatch, capsys)
     assert [words[0] for words in asked] == ["scontrol", "sacct"]
 
 
-def test_a_task_is_found_in_a_list_of_tasks_that_wait():
+def test_a_task_is_found_in_a_list_of_pending_tasks():
     line = "JobId=9 ArrayJobId=9 ArrayTaskId=0-2,7%2 JobState=PENDING Reason=None"
 
     def slurm_says(words, **_):
@@ -312,13 +312,13 @@ def test_a_task_is_found_in_a_list_of_tasks_that_wait():
     ]
 
 
-def test_an_empty_name_is_a_mistake_and_not_the_default():
-    with pytest.raises(ValueError, match="--name '' has no letter or digit"):
+def test_an_empty_name_is_refused():
+    with pytest.raises(ValueError, match="--name '' has no letters or digits"):
         slurm.submit(str(REPO / "recipes/llama2_alpaca_loldu.py"), Resources(), name="", dry_run=True)
 
 
-def test_importing_the_rank_entry_costs_no_heavy_library():
-    """Signals must be caught before seconds of imports."""
+def test_the_rank_entry_imports_no_heavy_library():
+    """Signal handlers must be installed before seconds of imports."""
     code = (
         "import launcher.cluster.rank, sys; print([m for m in ('torch', 'numpy', 'rich', 'tyro') if m in sys.modules])"
     )

@@ -66,7 +66,7 @@ def test_rows_read_alone_are_those_of_the_whole(tmp_path, monkeypatch, rows):
     assert_same(part, some_factors()._replace(write=some_factors().write[rows]))
 
 
-def test_a_flipped_byte_anywhere_is_found_and_said_and_the_file_set_aside(tmp_path, caplog):
+def test_a_flipped_byte_anywhere_is_found_and_logged_and_the_file_set_aside(tmp_path, caplog):
     file = stored(tmp_path)
     size, whole = file.stat().st_size, file.read_bytes()
 
@@ -82,7 +82,7 @@ def test_a_flipped_byte_anywhere_is_found_and_said_and_the_file_set_aside(tmp_pa
         assert file.with_suffix(".damaged").exists()
 
 
-def test_rows_are_verified_where_they_are_read_and_only_there(tmp_path, monkeypatch):
+def test_only_the_rows_that_are_read_are_verified(tmp_path, monkeypatch):
     monkeypatch.setattr(cache, "BLOCK_BYTES", 50)
     file = stored(tmp_path)
     row = some_factors().write[20].contiguous().view(torch.uint8).numpy().tobytes()
@@ -96,7 +96,7 @@ def test_rows_are_verified_where_they_are_read_and_only_there(tmp_path, monkeypa
 
 
 @pytest.mark.parametrize("left", [0, 5, 300, -1])
-def test_a_truncated_file_is_set_aside_by_its_header_alone(tmp_path, caplog, left):
+def test_a_truncated_file_is_set_aside_when_its_header_is_read(tmp_path, caplog, left):
     file = stored(tmp_path)
     file.write_bytes(file.read_bytes()[:left])
 
@@ -104,10 +104,10 @@ def test_a_truncated_file_is_set_aside_by_its_header_alone(tmp_path, caplog, lef
 
     assert found is None
     assert "is damaged" in caplog.text
-    assert cache.find(tmp_path, KEY) is None  # and now it is simply not there
+    assert cache.find(tmp_path, KEY) is None  # now it is missing
 
 
-def test_a_file_under_another_key_is_damage(tmp_path):
+def test_a_file_under_another_key_counts_as_damaged(tmp_path):
     file = stored(tmp_path)
     os.rename(file, file.with_name(f"{'b' * 64}.safetensors"))
 
@@ -132,7 +132,7 @@ def test_the_key_depends_on_recipe_bytes_shape_and_dtype():
     assert cache.content_key(recipe, weight.T.contiguous().T) == keys[0]  # not on the layout in memory
 
 
-def test_the_index_remembers_and_detects_a_changed_answer(tmp_path, caplog):
+def test_the_index_stores_values_and_detects_a_changed_one(tmp_path, caplog):
     identity = {"file": "/w.safetensors", "rank": 4}
     cache.remember(tmp_path, identity, KEY)
     (file,) = (tmp_path / "index").iterdir()
@@ -148,7 +148,7 @@ def test_the_index_remembers_and_detects_a_changed_answer(tmp_path, caplog):
 
 
 @pytest.mark.parametrize("text", ["", "{", "[]", "3", '["x"]', '["[1]", 2]'])
-def test_a_broken_index_file_is_no_answer(tmp_path, text):
+def test_a_broken_index_file_counts_as_missing(tmp_path, text):
     cache.remember(tmp_path, {"rank": 4}, KEY)
     (file,) = (tmp_path / "index").iterdir()
     file.write_text(text)
@@ -156,7 +156,7 @@ def test_a_broken_index_file_is_no_answer(tmp_path, text):
     assert cache.recall(tmp_path, {"rank": 4}) is None
 
 
-def test_an_answer_to_another_question_is_no_answer(tmp_path):
+def test_an_index_file_of_another_identity_counts_as_missing(tmp_path):
     cache.remember(tmp_path, {"rank": 4}, KEY)
     (first,) = (tmp_path / "index").iterdir()
     cache.remember(tmp_path, {"rank": 5}, "b" * 64)
@@ -195,8 +195,8 @@ def test_eight_processes_storing_one_key_at_once_leave_one_valid_file(tmp_path):
 
 
 @pytest.mark.parametrize("error", [RuntimeError("size is smaller than the required mapping"), SafetensorError("bad")])
-def test_a_file_replaced_while_it_was_read_is_read_again_and_not_damaged(tmp_path, monkeypatch, caplog, error):
-    """safetensors opens a file twice; this is what it says when the second is another one."""
+def test_a_file_that_is_replaced_while_it_is_read_is_read_again(tmp_path, monkeypatch, caplog, error):
+    """safetensors opens a file twice, and raises these errors if the second open finds another file."""
     stored(tmp_path)
     real, opened = cache.safe_open, []
 
@@ -214,7 +214,7 @@ def test_a_file_replaced_while_it_was_read_is_read_again_and_not_damaged(tmp_pat
     assert caplog.text == ""
 
 
-def test_running_out_of_memory_while_reading_is_no_damage(tmp_path, monkeypatch):
+def test_running_out_of_memory_does_not_count_as_damage(tmp_path, monkeypatch):
     file = stored(tmp_path)
 
     def no_memory(*_args, **_options):
@@ -227,7 +227,7 @@ def test_running_out_of_memory_while_reading_is_no_damage(tmp_path, monkeypatch)
     assert file.exists()
 
 
-def test_a_folder_that_cannot_be_written_is_named_with_the_remedy(tmp_path):
+def test_a_folder_that_is_not_writable_is_an_error_with_the_remedy(tmp_path):
     blocked = tmp_path / "file"
     blocked.write_text("not a folder")
 
@@ -239,7 +239,7 @@ def test_a_folder_that_cannot_be_written_is_named_with_the_remedy(tmp_path):
 
 
 @pytest.mark.parametrize("call", ["fsync", "replace", "chmod"])
-def test_no_space_left_leaves_nothing_half_written(tmp_path, monkeypatch, call):
+def test_a_failing_write_leaves_no_partial_file(tmp_path, monkeypatch, call):
     def full(*_args):
         raise OSError(errno.ENOSPC, "No space left on device")
 
@@ -250,7 +250,7 @@ def test_no_space_left_leaves_nothing_half_written(tmp_path, monkeypatch, call):
     assert list((tmp_path / "factors").iterdir()) == []
 
 
-def test_a_full_disk_leaves_what_was_there_and_nothing_half_written(tmp_path):
+def test_a_full_disk_leaves_existing_files_and_no_partial_file(tmp_path):
     made = subprocess.run(
         ["mount", "-t", "tmpfs", "-o", "size=256k", "tmpfs", tmp_path], capture_output=True, text=True
     )
@@ -277,7 +277,7 @@ def aged(folder: Path, days: dict[str, float]) -> dict[str, Path]:
     return files
 
 
-def test_pruning_to_a_size_removes_the_longest_unused_first(tmp_path):
+def test_pruning_to_a_size_removes_the_least_recently_used_first(tmp_path):
     files = aged(tmp_path, {"a": 4, "b": 3, "c": 2, "d": 1})
     size = files["a"].stat().st_size
     cache.load(tmp_path, "a" * 64)  # the oldest, used just now
@@ -291,7 +291,7 @@ def test_pruning_to_a_size_removes_the_longest_unused_first(tmp_path):
     assert len(list((tmp_path / "index").iterdir())) == 2
 
 
-def test_pruning_by_age_counts_from_the_last_use_and_looking_is_no_use(tmp_path):
+def test_pruning_by_age_counts_from_the_last_use_and_listing_is_not_a_use(tmp_path):
     files = aged(tmp_path, {"a": 4, "b": 3, "c": 2})
     cache.find(tmp_path, "a" * 64)
     cache.entries(tmp_path)
@@ -302,7 +302,7 @@ def test_pruning_by_age_counts_from_the_last_use_and_looking_is_no_use(tmp_path)
     assert [name for name, file in files.items() if file.exists()] == ["a", "c"]
 
 
-def test_pruning_takes_damaged_and_abandoned_files_but_not_one_being_written(tmp_path):
+def test_pruning_removes_damaged_and_abandoned_files_but_not_one_being_written(tmp_path):
     kept = stored(tmp_path)
     folder = kept.parent
     for name in ("x.damaged", ".x.safetensors.1.tmp", ".y.safetensors.2.tmp"):
@@ -315,10 +315,10 @@ def test_pruning_takes_damaged_and_abandoned_files_but_not_one_being_written(tmp
     assert (pruned.files, pruned.freed_bytes) == (2, 6)
 
 
-def test_verify_reads_every_byte_and_entries_list_the_last_used_first(tmp_path, caplog):
+def test_verify_reads_every_byte_and_entries_are_listed_by_last_use(tmp_path, caplog):
     files = aged(tmp_path, {"a": 1, "b": 3, "c": 2})
-    flip(files["c"], files["c"].stat().st_size - 1)  # which also makes it the last used
-    listed = [entry.key[0] for entry in cache.entries(tmp_path)]  # headers alone: the damage is not seen
+    flip(files["c"], files["c"].stat().st_size - 1)  # which also makes it the most recently used
+    listed = [entry.key[0] for entry in cache.entries(tmp_path)]  # reads only headers, so the damage is not seen
 
     damaged = cache.verify(tmp_path)
 
@@ -328,7 +328,7 @@ def test_verify_reads_every_byte_and_entries_list_the_last_used_first(tmp_path, 
 
 
 def test_a_read_only_cache_can_be_read(tmp_path, monkeypatch, caplog):
-    """Touching fails silently; a damaged file stays where it is, and is still said and refused."""
+    """Updating times fails silently; a damaged file stays in place and is still logged and refused."""
     file = stored(tmp_path)
     cache.remember(tmp_path, {"rank": 4}, KEY)
 
@@ -347,7 +347,7 @@ def test_a_read_only_cache_can_be_read(tmp_path, monkeypatch, caplog):
     assert file.exists()
 
 
-def test_the_header_tells_where_factors_come_from(tmp_path):
+def test_the_header_describes_the_origin_of_the_factors(tmp_path):
     stored(tmp_path)
 
     entry = cache.find(tmp_path, KEY)

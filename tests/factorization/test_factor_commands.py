@@ -1,4 +1,4 @@
-"""`loldu factorize` and `loldu cache`: what they print and return."""
+"""`loldu factorize` and `loldu cache`: output and exit codes."""
 
 import io
 import time
@@ -21,7 +21,7 @@ def said(screen: Console) -> str:
     return text
 
 
-def test_factorize_says_what_it_made_and_the_second_time_that_all_was_there(babyllama, tmp_path, screen):
+def test_factorize_reports_what_it_computed_and_the_second_time_computes_nothing(babyllama, tmp_path, screen):
     options = {"cache_folder": str(tmp_path), "console": screen}
 
     first = commands.factorize(
@@ -66,15 +66,15 @@ def test_svfits_factors_are_made_and_listed_with_the_ranks_that_energy_chose(bab
     assert len(set(ranks)) > 1
     assert f"q_proj\t128 x 128\t{min(ranks)}-{max(ranks)}\t5\t5\t" in cold
     assert f"q_proj\t128 x 128\t{min(ranks)}-{max(ranks)}\t5\t0\t" in warm
-    assert "clamped" not in cold
+    assert "reduced" not in cold
     assert said(screen).count("\tsvfit\t128 x 128\t") == 5
 
 
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"energy": 0.9}, "--energy and --svd to the others, not to loldu"),
-        ({"svd": "exact"}, "--energy and --svd to the others, not to loldu"),
+        ({"energy": 0.9}, "--method loldu does not take this option"),
+        ({"svd": "exact"}, "--method loldu does not take this option"),
         ({"method": "svfit", "energy": 1.5}, "energy is a share between 0 and 1"),
     ],
 )
@@ -83,14 +83,14 @@ def test_options_of_another_method_are_refused(babyllama, tmp_path, options, mes
         commands.factorize(model=str(babyllama), cache_folder=str(tmp_path), **options)
 
 
-def test_a_clamped_rank_is_said_once(babyllama, tmp_path, screen):
+def test_a_reduced_rank_is_reported_once(babyllama, tmp_path, screen):
     commands.factorize(model=str(babyllama), rank=500, targets=["k_proj"], cache_folder=str(tmp_path), console=screen)
 
-    assert said(screen).count("--rank 500 is clamped to the smaller side of 5 weights") == 1
+    assert said(screen).count("--rank 500 is reduced to the smaller dimension of 5 weights") == 1
 
 
 @pytest.mark.parametrize(("model", "rank"), [("no/such-model", 4), ("/no/such/folder", 4)])
-def test_a_model_that_is_nowhere_is_one_line_with_the_remedy(tmp_path, model, rank):
+def test_a_missing_model_is_an_error_with_the_remedy(tmp_path, model, rank):
     with pytest.raises(ValueError, match=rf"there is no model {model}.*hf download {model}"):
         commands.factorize(model=model, rank=rank, targets=["q_proj"], cache_folder=str(tmp_path))
 
@@ -136,12 +136,12 @@ def test_an_empty_or_absent_cache_is_no_error(tmp_path, screen):
     ("options", "message"),
     [({}, "give --max-gb X"), ({"max_gb": -1.0}, "--max-gb is at least 0"), ({"older_than_days": -1.0}, "at least 0")],
 )
-def test_pruning_by_nothing_or_less_is_refused(tmp_path, options, message):
+def test_pruning_without_or_with_negative_limits_is_refused(tmp_path, options, message):
     with pytest.raises(ValueError, match=message):
         commands.cache_prune(str(tmp_path), **options)
 
 
-def test_without_a_terminal_a_long_factorisation_says_a_line_now_and_then(screen, monkeypatch):
+def test_without_a_terminal_a_long_factorisation_prints_lines(screen, monkeypatch):
     monkeypatch.setattr(commands, "LINE_EVERY_S", 0.01)
 
     with commands._bar(screen) as on_progress:
