@@ -3,16 +3,11 @@
 from __future__ import annotations
 
 import json
-import logging
-from collections.abc import Iterable, Iterator, Mapping
 from functools import lru_cache
 from pathlib import Path
 from typing import Any, NamedTuple
 
 from safetensors import SafetensorError, safe_open
-from torch import Tensor
-
-log = logging.getLogger(__name__)
 
 
 class TensorInfo(NamedTuple):
@@ -22,6 +17,7 @@ class TensorInfo(NamedTuple):
     name: str
     shape: tuple[int, ...]
     dtype: str  # as safetensors writes it: F32, BF16, ...
+    conversion: Any = None  # of adapters/checkpoint_names.py: how the tensor is made of those of the files
 
 
 def local_folder(model: str) -> Path | None:
@@ -43,11 +39,19 @@ def list_tensors(folder: Path) -> dict[str, TensorInfo]:
 
     Raises ValueError naming the folder or file: no weights, only pickled ones, a missing or a damaged shard.
     """
-    index = folder / "model.safetensors.index.json"
+    index, single = folder / "model.safetensors.index.json", folder / "model.safetensors"
     if index.exists():
-        files = sorted({folder / name for name in json.loads(index.read_text())["weight_map"].values()})
-    elif (folder / "model.safetensors").exists():
-        files = [folder / "model.safetensors"]
+        try:
+            files = sorted({folder / name for name in json.loads(index.read_text())["weight_map"].values()})
+        except (ValueError, KeyError, AttributeError) as error:
+            raise ValueError(f"{index} is no index of weight files ({error!r}): fetch this file again") from None
+        if single.exists() and single not in files:
+            raise ValueError(
+                f"{folder} holds its weights twice, in {single.name} and in the {len(files)} files that {index.name} "
+                "names, and tools differ in which they read: remove one of the two"
+            )
+    elif single.exists():
+        files = [single]
     elif pickled := sorted(folder.glob("*.bin")):
         raise ValueError(
             f"{folder} holds its weights only as pickle ({pickled[0].name}), which can run code when read. Convert it "
@@ -65,30 +69,11 @@ def list_tensors(folder: Path) -> dict[str, TensorInfo]:
 
 def open_tensor(info: TensorInfo) -> Any:
     """A safetensors slice: indexing reads only the rows and columns asked for."""
+    if info.conversion is not None:
+        from adapters.checkpoint_names import Converted
+
+        return Converted(info)
     return safe_open(info.file, framework="pt").get_slice(info.name)
-
-
-def weight_of(tensors: Mapping[str, TensorInfo], module: str, parameter: str = "weight") -> TensorInfo | None:
-    """The checkpoint's tensor of a module, also where one of the two names carries the base model's prefix (model.)."""
-    name = f"{module}.{parameter}"
-    if name in tensors:
-        return tensors[name]
-    _, _, shorter = name.partition(".")
-    longer = [known for known in tensors if known.partition(".")[2] == name]
-    return tensors.get(shorter) or (tensors[longer[0]] if len(longer) == 1 else None)
-
-
-def local_weights(models: Iterable[str], module: str) -> Iterator[Tensor]:
-    """A module's full-precision weight from each checkpoint (folder or hub name) that lies on this machine."""
-    for model in models:
-        folder = local_folder(model)
-        try:
-            info = weight_of(list_tensors(folder), module) if folder else None
-        except ValueError as error:
-            log.warning("cannot read %s from the checkpoint %s: %s", module, model, error)
-            continue
-        if info is not None and info.dtype.startswith(("F", "BF")):
-            yield open_tensor(info)[:]
 
 
 def _header(file: Path) -> list[tuple[str, tuple[int, ...], str]]:

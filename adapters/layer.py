@@ -19,7 +19,7 @@ from peft.utils.quantization_utils import resolve_quantization_backend
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
-from adapters.checkpoint_files import local_weights
+from adapters.checkpoint_names import local_weights
 from adapters.config import FactorConfig
 from adapters.factors import Factors, delta_weight, lora_pair, probe_digest
 from adapters.functions import add_rows, in_blocks, lower_linear, take_rows

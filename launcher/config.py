@@ -29,8 +29,8 @@ class ModelConfig:
     dtype: Literal["auto", "float32", "bfloat16"] = "auto"
     """Compute and storage dtype of the base; auto is bfloat16 on a GPU that has it, else float32. Trained cores are
     float32 always."""
-    attention: Literal["auto", "flash", "sdpa"] = "auto"
-    """flash needs flash-attn and a GPU; auto takes it where it is there, and says what it took and why."""
+    attention: Literal["auto", "flash", "sdpa", "eager"] = "auto"
+    """flash needs flash-attn and a GPU; auto takes the best that this machine and the model have, and logs which."""
     quantize: Literal["none", "int8", "nf4", "fp4"] = "none"
     """Precision of the frozen base weights."""
     gradient_checkpointing: bool = False

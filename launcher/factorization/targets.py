@@ -15,7 +15,8 @@ from peft.tuners.tuners_utils import _maybe_include_all_linear_layers, check_tar
 from torch import nn
 from transformers.pytorch_utils import Conv1D
 
-from adapters.checkpoint_files import TensorInfo, list_tensors, weight_of
+from adapters.checkpoint_files import TensorInfo, list_tensors
+from adapters.checkpoint_names import model_tensors
 from launcher.factorization.make import FactorRequest
 
 FULL_PRECISION = ("F64", "F32", "F16", "BF16")
@@ -58,7 +59,7 @@ def targets_of(
     """
     if model is None:
         model = skeleton(model_folder)
-    tensors = list_tensors(model_folder)
+    tensors = model_tensors(model, list_tensors(model_folder))
     modules = dict(model.named_modules())
     names = matched(model, targets, exclude, modules_to_save)
     same: dict[int, list[str]] = {}  # tied weights: the checkpoint has them under one of their names
@@ -68,8 +69,8 @@ def targets_of(
     for name in names:
         module = modules[name]
         transposed, embedding = isinstance(module, Conv1D), isinstance(module, nn.Embedding)
-        twins = [twin.removesuffix(".weight") for twin in same[id(module.weight)]]
-        info = next((found for twin in [name, *twins] if (found := weight_of(tensors, twin))), None)
+        twins = [f"{name}.weight", *same[id(module.weight)]]
+        info = next((tensors[twin] for twin in twins if twin in tensors), None)
         request = FactorRequest(name, _checked(name, module, info, model_folder), rank, transposed, embedding)
         most = min(request.shape)
         clamped = most if options.get("energy") is not None else min(rank, most)

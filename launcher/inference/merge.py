@@ -31,7 +31,8 @@ from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeR
 from safetensors import safe_open
 from torch import Tensor, nn
 
-from adapters.checkpoint_files import TensorInfo, list_tensors, weight_of
+from adapters.checkpoint_files import TensorInfo, list_tensors
+from adapters.checkpoint_names import Conversion, model_tensors
 from adapters.config import FactorConfig
 from adapters.layer import FactorLayer
 from launcher.factorization.targets import skeleton
@@ -155,23 +156,35 @@ def plan_merge(source: Source, dtype: torch.dtype | None, quantize: Kind = "none
         )
     tensors = list_tensors(source.base)
     bare: Any = skeleton(source.base).float()
+    by_parameter = model_tensors(bare, tensors)
     tied = bool(getattr(bare.config.get_text_config(), "tie_word_embeddings", False))
     embeddings = (bare.get_input_embeddings(), bare.get_output_embeddings())
-    ends = [name for name, module in bare.named_modules() if any(module is end for end in embeddings)]
+    ends = [f"{name}.weight" for name, module in bare.named_modules() if any(module is end for end in embeddings)]
     linear = linear_layers(bare) if quantize != "none" else {}
     head = [name for name, module in bare.named_modules() if module is embeddings[1]]
     model = attach(bare, source.adapter, low_cpu_mem_usage=True).get_base_model() if source.adapter else bare
-    layers = {_weight(tensors, layer.name, layer.base.weight, source).name: layer for layer in adapted_layers(model)}
-    whole = _held_whole(model, tensors)
-    rounded = {_weight(tensors, name, module.weight, source).name: name for name, module in linear.items()}
-    rounded = {tensor: name for tensor, name in rounded.items() if tensor not in whole}
-    untied = tied and any(_stored_as(tensors, end) in whole for end in ends)
+    layers: dict[str, FactorLayer] = {}
+    rewritten: dict[str, _Rewritten] = {}  # by the checkpoint's names: those of which changed weights are made
+    for layer in adapted_layers(model):
+        info = _weight(by_parameter, layer.name, layer.base.weight, source)
+        if info.conversion is None:
+            layers[info.name] = layer
+        else:
+            _group(rewritten, info).layers[info.name] = layer
+    whole = _held_whole(model, by_parameter, rewritten)
+    rounded = {_weight(by_parameter, name, module.weight, source).name: name for name, module in linear.items()}
+    rounded = {tensor: name for tensor, name in rounded.items() if tensor not in whole and tensor in tensors}
+    untied = tied and any(_stored_as(by_parameter, end) in whole for end in ends)
     if untied:  # the base stores one tensor for both ends: the one that the adapter leaves alone needs it still
-        one = next(info for end in ends if (info := weight_of(tensors, end)))
-        tensors = tensors | {name: one for end in ends if (name := _stored_as(tensors, end)) not in tensors}
-    entries = [_entry(name, info, dtype, layers.get(name), whole.pop(name, None)) for name, info in tensors.items()]
+        one = next(by_parameter[end] for end in ends if end in by_parameter)
+        tensors = tensors | {name: one for end in ends if (name := _stored_as(by_parameter, end)) not in tensors}
+    entries = [
+        _entry(name, info, dtype, layers.get(name), whole.pop(name, None), rewritten.get(name))
+        for name, info in tensors.items()
+    ]
     entries += [_entry(name, None, dtype, None, value) for name, value in whole.items()]
-    changed = {entry.dtype for entry in entries if entry.name in layers or entry.name in rounded}
+    adapted = {*layers, *rewritten, *rounded}
+    changed = {entry.dtype for entry in entries if entry.name in adapted}
     computed = FLOATS[min(changed, key=lambda name: (BYTES[name], name))]
     if quantize == "none":
         return Plan(entries, computed, untied)
@@ -254,7 +267,7 @@ def adapted_layers(model: nn.Module) -> list[FactorLayer]:
 
 def _weight(tensors: dict[str, TensorInfo], module: str, weight: Tensor, source: Source) -> TensorInfo:
     """The checkpoint's tensor of a module's weight. Raises ValueError where it is none of that shape."""
-    info, shape = weight_of(tensors, module), tuple(weight.shape)
+    info, shape = tensors.get(f"{module}.weight"), tuple(weight.shape)
     if info is None or info.dtype not in FLOATS or info.shape != shape:
         found = "nothing" if info is None else f"{info.dtype} of shape {info.shape}"
         raise ValueError(
@@ -264,25 +277,69 @@ def _weight(tensors: dict[str, TensorInfo], module: str, weight: Tensor, source:
     return info
 
 
-def _held_whole(model: nn.Module, tensors: dict[str, TensorInfo]) -> dict[str, Tensor]:
-    """What the adapter replaces (modules_to_save): beside our own maps all that is not on the meta device."""
+class _Rewritten:
+    """Tensors of the checkpoint that change because weights which transformers makes of them do."""
+
+    def __init__(self, conversion: Conversion):
+        self.conversion = conversion
+        self.layers: dict[str, FactorLayer] = {}  # by the model's names
+        self.values: dict[str, Tensor] = {}  # likewise: what is replaced
+        self.made: dict[str, Tensor] = {}
+
+    def take(self, name: str) -> Tensor:
+        """The tensor of that name; all are made together when the first of them is asked for."""
+        if not self.made:
+            parameters = self.conversion.make()
+            for parameter, layer in self.layers.items():
+                parameters[parameter] = merged_weight(layer, parameters[parameter]).to(parameters[parameter].dtype)
+            for parameter, value in self.values.items():
+                parameters[parameter] = value.to(parameters[parameter].dtype)
+            self.made = self.conversion.back(parameters)
+            again = self.conversion.apply(self.made)
+            assert all(torch.equal(again[n], parameters[n]) for n in parameters), f"{name} does not convert back"
+        return self.made.pop(name)
+
+
+def _group(rewritten: dict[str, _Rewritten], info: TensorInfo) -> _Rewritten:
+    """The group of a converted tensor, noted under the name of each tensor that it rewrites."""
+    names = [stored.name for stored in info.conversion.tensors]
+    group = rewritten.get(names[0]) or _Rewritten(info.conversion)
+    rewritten |= dict.fromkeys(names, group)
+    return group
+
+
+def _held_whole(
+    model: nn.Module, tensors: dict[str, TensorInfo], rewritten: dict[str, _Rewritten]
+) -> dict[str, Tensor]:
+    """What the adapter replaces (modules_to_save): beside our own maps all that is not on the meta device.
+
+    By the checkpoint's names; what is not stored as it is goes into `rewritten`.
+    """
     whole = {}
     maps = [factor_map for layer in adapted_layers(model) for factor_map in layer.maps.values()]
     ours = {id(value) for factor_map in maps for value in [*factor_map.parameters(), *factor_map.buffers()]}
     for name, value in [*model.named_parameters(remove_duplicate=False), *model.named_buffers()]:
         if not value.is_meta and id(value) not in ours:
-            module, _, last = name.replace(".modules_to_save.default", "").replace(".base_layer", "").rpartition(".")
-            whole[_stored_as(tensors, module, last)] = value.detach()
+            name = name.replace(".modules_to_save.default", "").replace(".base_layer", "")
+            if (info := tensors.get(name)) is not None and info.conversion is not None:
+                _group(rewritten, info).values[name] = value.detach()
+            else:
+                whole[_stored_as(tensors, name)] = value.detach()
     return whole
 
 
-def _stored_as(tensors: dict[str, TensorInfo], module: str, parameter: str = "weight") -> str:
-    info = weight_of(tensors, module, parameter)
-    return info.name if info else f"{module}.{parameter}"
+def _stored_as(tensors: dict[str, TensorInfo], name: str) -> str:
+    """The checkpoint's name of a model's parameter; its own where the checkpoint does not hold it."""
+    return tensors[name].name if name in tensors else name
 
 
 def _entry(
-    name: str, info: TensorInfo | None, dtype: torch.dtype | None, layer: FactorLayer | None, whole: Tensor | None
+    name: str,
+    info: TensorInfo | None,
+    dtype: torch.dtype | None,
+    layer: FactorLayer | None,
+    whole: Tensor | None,
+    rewritten: _Rewritten | None = None,
 ) -> Entry:
     """The tensor as the merged checkpoint has it: replaced, updated or as it was; floating-point ones in dtype."""
     stored = info.dtype if info is not None else NAMES[whole.dtype]  # type: ignore[union-attr]
@@ -291,6 +348,8 @@ def _entry(
     def make() -> Tensor:
         if whole is not None:
             tensor = whole
+        elif rewritten is not None:
+            tensor = rewritten.take(name)
         else:
             assert info is not None
             with safe_open(info.file, framework="pt") as opened:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib.util
 import warnings
 from collections.abc import Callable, Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -15,8 +16,9 @@ from transformers import AutoModelForCausalLM, AutoModelForSequenceClassificatio
 
 import adapters
 from launcher.config import ModelConfig
+from launcher.models.files import first_line
 from launcher.models.fill import OnFill, Whole, fill
-from launcher.models.skeleton import bare_skeleton, check_saved, misfit, prepare_base
+from launcher.models.skeleton import bare_skeleton, check_saved, check_weights, in_head, misfit, prepare_base
 
 
 def choose_dtype(wanted: str) -> str:
@@ -27,7 +29,7 @@ def choose_dtype(wanted: str) -> str:
 
 
 def choose_attention(wanted: str, *, on_gpu: bool, dtype: str) -> tuple[str, str]:
-    """transformers' name of the attention and the reason for it."""
+    """transformers' name of the attention that this machine offers, and the reason for it."""
     installed = importlib.util.find_spec("flash_attn") is not None
     missing = (
         "flash-attn is not installed" if not installed
@@ -37,9 +39,40 @@ def choose_attention(wanted: str, *, on_gpu: bool, dtype: str) -> tuple[str, str
     )  # fmt: skip
     if wanted == "flash" and missing:
         raise ValueError(f"--attention flash cannot be used: {missing}; give --attention auto or sdpa")
-    if wanted == "sdpa" or missing:
-        return "sdpa", "as asked" if wanted == "sdpa" else missing
+    if wanted in ("sdpa", "eager"):
+        return wanted, "as asked"
+    if missing:
+        return "sdpa", missing
     return "flash_attention_2", "as asked" if wanted == "flash" else "flash-attn and a GPU are there"
+
+
+def settle_base(
+    config: ModelConfig, folder: Path, *, dtype: str, attention: str, reason: str, labels: bool = False
+) -> tuple[Any, str, str]:
+    """The bare model on the meta device, the attention that it computes with, and the reason for that.
+
+    What this machine offers is used where the model has it; with --attention auto, else what the model has. labels: the
+    model gets a head for labels. Raises ValueError where the checkpoint does not hold all of the model, or the model
+    lacks the attention that was asked for.
+    """
+    plain = replace(config, quantize="none")
+    others = [name for name in ("sdpa", "eager", "flex_attention") if name != attention]
+    lacking = []
+    for name in [attention, *(others if config.attention == "auto" else ())]:
+        try:
+            base = bare_skeleton(plain, folder, None, dtype=dtype, attention=name, head={} if labels else None)
+        except (ValueError, ImportError) as error:
+            if "attention" not in str(error).lower():
+                raise
+            lacking.append(f"{name}: {first_line(error)}")
+            continue
+        check_weights(base, folder, labels=labels)
+        return base, name, reason if name == attention else f"this model has no {attention}"
+    asked = {"flash_attention_2": "flash"}.get(attention, attention)
+    raise ValueError(
+        f"--attention {config.attention}: {folder} has no {asked} attention ({'; '.join(lacking)}): give --attention "
+        "auto, which takes what the model has"
+    )
 
 
 def build(
@@ -70,13 +103,14 @@ def build(
             "trust_remote_code": config.trust_remote_code,
             "local_files_only": True,
         }
-        if head is None:
-            base = AutoModelForCausalLM.from_pretrained(folder, **loading)
-        else:
-            loading |= {"ignore_mismatched_sizes": True, "output_loading_info": True, **head}
-            base, found = AutoModelForSequenceClassification.from_pretrained(folder, **loading)
-            for name, there, here in sorted(found["mismatched_keys"]):
-                raise misfit(base, folder, name, there, here)
+        loading |= {"ignore_mismatched_sizes": True, "output_loading_info": True, **(head or {})}
+        architecture: Any = AutoModelForCausalLM if head is None else AutoModelForSequenceClassification
+        base, found = architecture.from_pretrained(folder, **loading)
+        for name, there, here in sorted(found["mismatched_keys"]):
+            raise misfit(base, folder, name, there, here, labels=head is not None)
+        if lost := sorted(name for name in found["missing_keys"] if head is None or not in_head(base, name)):
+            raise ValueError(f"transformers finds no {', '.join(lost[:3])} in {folder}: those would start random")
+        if head is not None:
             check_saved(found["missing_keys"], adapter)
         prepare_base(base, config, folder)
     if adapter is None:

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from adapters import Factors
-from adapters.checkpoint_files import list_tensors, open_tensor, weight_of
+from adapters.checkpoint_files import TensorInfo, open_tensor
 from adapters.layer import FactorLayer
 from launcher.engines.registry import give_first
 from launcher.models.quantize import Quantised
@@ -94,14 +94,17 @@ def _fill_base(
     model: nn.Module, folder: Path, parts: Parts, device: torch.device, place: Callable[[Any, Tensor], nn.Parameter]
 ) -> None:
     """All that is still on meta, from the checkpoint; and the buffers to the device."""
-    tensors = list_tensors(folder)
+    base: Any = getattr(model, "get_base_model", lambda: model)()
+    tensors: dict[str, TensorInfo] = base.stored
     places: dict[int, list[tuple[nn.Module, str, str]]] = {}  # a tied parameter has several
     for prefix, module in model.named_modules():
         for name, parameter in module._parameters.items():
             if parameter is not None and parameter.is_meta:
                 places.setdefault(id(parameter), []).append((module, name, prefix))
         for name, buffer in module._buffers.items():
-            module._buffers[name] = buffer.to(device) if buffer is not None else None
+            if buffer is not None:
+                info = tensors.get(f"{PEFT_PARTS.sub('', prefix)}.{name}".removeprefix("."))
+                module._buffers[name] = (open_tensor(info)[:].to(buffer.dtype) if info else buffer).to(device)
     for shared in places.values():
         modules = [PEFT_PARTS.sub("", prefix) for _, _, prefix in shared]
         owner, name, prefix = shared[0]
@@ -109,7 +112,7 @@ def _fill_base(
         dora = dora_layer(model, prefix)
         if dora is not None:
             modules = [modules[0].partition(".lora_magnitude_vector.")[0]]
-        info = next((found for module in modules if (found := weight_of(tensors, module, name))), None)
+        info = next((tensors[full] for module in modules if (full := f"{module}.{name}") in tensors), None)
         packed: Any = owner if name == "weight" and isinstance(owner, Quantised) else None
         of = whole if dora is None else dora.weight
         expected = packed.from_shape if packed else tuple(getattr(of, "ds_shape", of.shape))  # ZeRO-3's has no shape

@@ -13,8 +13,10 @@ from accelerate import init_empty_weights
 from peft import PeftConfig, PeftType, get_peft_model
 from torch import Tensor, nn
 from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSequenceClassification, GenerationConfig
+from transformers.core_model_loading import build_glob_alternation
 
-from adapters.checkpoint_files import TensorInfo, list_tensors, weight_of
+from adapters.checkpoint_files import TensorInfo, list_tensors, open_tensor
+from adapters.checkpoint_names import ignored_when_missing, model_tensors
 from adapters.config import FactorConfig
 from launcher.config import ModelConfig
 from launcher.engines.registry import give_first
@@ -144,6 +146,8 @@ def bare_skeleton(
             trust_remote_code=config.trust_remote_code,
         )
     base.tie_weights()
+    _keep_wide(base, getattr(torch, dtype))
+    base.stored = model_tensors(base, list_tensors(folder))  # names are those of the bare model, before adapters
     if head is None and (folder / "generation_config.json").exists():  # it may name more stop tokens
         base.generation_config = GenerationConfig.from_pretrained(folder, local_files_only=True)
     if config.quantize != "none":
@@ -151,17 +155,82 @@ def bare_skeleton(
         if head is not None:
             layers = {name: layer for name, layer in layers.items() if not in_head(base, name)}
         quantize_skeleton(base, layers, config.quantize, getattr(torch, dtype))
-    if head is not None:
+    if head:
         check_saved(_draw_head(base, folder), adapter)
     prepare_base(base, config, folder)
     return base
 
 
-def stored_base(base: Any, folder: Path) -> dict[str, TensorInfo]:
+def _keep_wide(base: Any, dtype: torch.dtype) -> None:
+    """Give what transformers keeps in float32 whatever the dtype that place here too, in place."""
+    plan = base._get_dtype_plan(dtype)
+    if not plan:
+        return
+    wanted = build_glob_alternation(list(plan))[0]
+    for prefix, module in base.named_modules():
+        for name, value in [*module._parameters.items(), *module._buffers.items()]:
+            if value is not None and value.is_floating_point() and wanted.search(f"{prefix}.{name}"):
+                value.data = value.data.float()
+
+
+def check_weights(base: Any, folder: Path, *, labels: bool = False) -> None:
+    """Whether the checkpoint holds all of a bare skeleton, from headers (and both ends where they should be tied).
+
+    labels: the model has a head for labels, which may be missing. Raises ValueError naming what would start random,
+    what has another shape, and ends that are tied by config.json but stored apart.
+    """
+    stored, state = base.stored, base.state_dict(keep_vars=True)
+    needed = {name: value for name, value in state.items() if not (labels and in_head(base, name))}
+    for name, value in needed.items():
+        if (info := stored.get(name)) is not None and info.shape != tuple(value.shape):
+            raise misfit(base, folder, name, info.shape, value.shape)
+    there = {id(state[name]) for name in stored}
+    missing = [n for n, value in needed.items() if id(value) not in there and not ignored_when_missing(base, n)]
+    if missing:
+        raise ValueError(_lacking(base, folder, missing, len(needed)))
+    for target, source in (getattr(base, "all_tied_weights_keys", None) or {}).items():
+        ends = [stored.get(name) for name in (target, source)]
+        if all(ends) and not _same_numbers(*ends):
+            raise ValueError(
+                f"{folder / 'config.json'} ties {target} to {source} (tie_word_embeddings), but the checkpoint holds "
+                "two different tensors: set tie_word_embeddings to false there if the model has a head of its own, or "
+                f"remove {ends[0].name} from {ends[0].file.name} if it has none"
+            )
+
+
+def _lacking(base: Any, folder: Path, missing: Sequence[str], total: int) -> str:
+    """What to say of a checkpoint that lacks weights."""
+    names = f"{', '.join(missing[:3])}{', ...' if len(missing) > 3 else ''}"
+    text = f"{folder} lacks {len(missing)} of the {total} weights of a {type(base).__name__} ({names})"
+    unused = sorted(list_tensors(folder).keys() - {info.name for info in base.stored.values()})
+    wrapped = next((word for word in ("module.", "_orig_mod.", "_fsdp_wrapped_module.", "base_model.model.")
+                    if any(name.startswith(word) for name in unused)), None)  # fmt: skip
+    if wrapped:
+        return (
+            f"{text}, because its tensors are named {unused[0]}, ...: a training framework's wrapper added "
+            f"'{wrapped}'. Load it where it was trained, unwrap the model and call save_pretrained again"
+        )
+    head = base.get_output_embeddings()
+    ends = {id(parameter) for parameter in head.parameters()} if head is not None else set()
+    if all(id(base.get_parameter_or_buffer(name)) in ends for name in missing):
+        return f"{text}: it is a model without a head for words. Give the checkpoint of the language model"
+    hint = f" (the checkpoint has {', '.join(unused[:2])}, ..., which this model does not use)" if unused else ""
+    return f"{text}, and they would start random{hint}: fetch the model again, or give the one that config.json means"
+
+
+def _same_numbers(a: TensorInfo, b: TensorInfo, rows: int = 4096) -> bool:
+    """Whether two stored matrices are equal, read some rows at a time."""
+    if a.shape != b.shape:
+        return False
+    one, other = open_tensor(a), open_tensor(b)
+    return all(torch.equal(one[at : at + rows], other[at : at + rows]) for at in range(0, a.shape[0], rows))
+
+
+def stored_base(base: Any) -> dict[str, TensorInfo]:
     """The checkpoint's tensors, by name, that a model for labels is made of, its head left out."""
-    tensors = list_tensors(folder)
-    names = [name.rpartition(".") for name, _ in base.named_parameters() if not in_head(base, name)]
-    return {info.name: info for module, _, name in names if (info := weight_of(tensors, module, name))}
+    used = [info for name, info in base.stored.items() if not in_head(base, name)]
+    raw = [one for info in used for one in (info.conversion.tensors if info.conversion else [info])]
+    return {info.name: info for info in raw}
 
 
 def in_head(base: Any, name: str) -> bool:
@@ -174,18 +243,17 @@ def _draw_head(base: Any, folder: Path) -> list[str]:
 
     Raises ValueError where the checkpoint has a head of another size.
     """
-    tensors = list_tensors(folder)
     drawn: list[str] = []
     for prefix, module in base.named_modules():
         before = len(drawn)
         for name, parameter in list(module.named_parameters(recurse=False)):
             if not in_head(base, full := f"{prefix}.{name}"):
                 continue
-            if (info := weight_of(tensors, prefix, name)) is None:
+            if (info := base.stored.get(full)) is None:
                 module._parameters[name] = nn.Parameter(torch.empty_like(parameter, device="cpu"))
                 drawn.append(full)
             elif info.shape != parameter.shape:
-                raise misfit(base, folder, full, info.shape, parameter.shape)
+                raise misfit(base, folder, full, info.shape, parameter.shape, labels=True)
         if len(drawn) > before:
             base._init_weights(module)  # draws nothing for what is on meta
     return drawn
@@ -203,12 +271,17 @@ def check_saved(drawn: Iterable[str], adapter: PeftConfig | None) -> None:
         )
 
 
-def misfit(base: Any, folder: Path, name: str, there: Sequence[int], here: Sequence[int]) -> ValueError:
-    """What to say of a checkpoint whose tensor has another shape than the model for labels."""
-    if in_head(base, name):
+def misfit(
+    base: Any, folder: Path, name: str, there: Sequence[int], here: Sequence[int], *, labels: bool = False
+) -> ValueError:
+    """What to say of a checkpoint whose tensor has another shape than the model; labels: a model for labels."""
+    if labels and in_head(base, name):
         why = f"a head of {there[0]} classes, the data have {here[0]}: give a base without a head"
         return ValueError(f"{folder} has {why}")
-    return ValueError(f"{folder} has {name} as {tuple(there)}, its config.json means {tuple(here)}")
+    return ValueError(
+        f"{folder} has {name} as {tuple(there)}, its config.json means {tuple(here)}: the two belong to different "
+        "models"
+    )
 
 
 def prepare_base(base: Any, config: ModelConfig, folder: Path) -> None:

@@ -35,7 +35,7 @@ from launcher.factorization import cache
 from launcher.factorization.make import FactorRequest, factors_of, fingerprint
 from launcher.factorization.share import factorize
 from launcher.factorization.targets import targets_of
-from launcher.models.build import build, choose_attention, choose_dtype
+from launcher.models.build import build, choose_attention, choose_dtype, settle_base
 from launcher.models.files import base_folder, context_length, load_tokenizer
 from launcher.models.quantize import base_size, check_base, size
 from launcher.models.skeleton import bare_skeleton, stored_base
@@ -181,6 +181,7 @@ class _Start:
     sharding: str
     output: Path
     base: Path  # the base model's folder
+    bare: Any  # the model on the meta device, without adapter
     cache: Path  # folder of factors and of tokenised data
 
     @property
@@ -214,6 +215,11 @@ def _settle(config: Config, name: str, comm: Communicator, stop: StopRequest, sc
     output = Path(comm.from_main("run folder", lambda: named))
     base = Path(comm.together("base model", lambda: str(base_folder(config.model.model, "--model ")))[0])
     comm.together("base model", lambda: check_base(base, config.model.quantize))
+    labels = bool(config.data.text_columns)
+    bare, attention, reason = comm.each(
+        "base model",
+        lambda: settle_base(config.model, base, dtype=dtype, attention=attention, reason=reason, labels=labels),
+    )
     trusted = config.model.trust_remote_code
     comm.together(
         "base model", lambda: check_context(config, AutoConfig.from_pretrained(base, trust_remote_code=trusted))
@@ -229,6 +235,7 @@ def _settle(config: Config, name: str, comm: Communicator, stop: StopRequest, sc
         dtype=dtype,
         attention=attention,
         attention_reason=reason,
+        bare=bare,
         sharding=sharding,
         output=output,
         base=base,
@@ -271,7 +278,7 @@ def _plan(start: _Start, train_data: encode.Encoded, tokenizer: Any) -> _Plan:
                 config.adapter.rank,
                 dtype=start.dtype,
                 modules_to_save=config.adapter.modules_to_save,
-                model=labels_model,
+                model=start.bare if labels_model is None else labels_model,
                 **adapter.factor_options(),
             ),
         )
@@ -292,7 +299,7 @@ def _plan(start: _Start, train_data: encode.Encoded, tokenizer: Any) -> _Plan:
     if ours and head is None:
         adapter.base_fingerprint = identity["base"]
     elif ours:  # a head for words is no part of this base, and neither is a new one for labels
-        of_base = stored_base(labels_model, base)
+        of_base = stored_base(labels_model)
         adapter.base_fingerprint = comm.from_main("fingerprint", lambda: fingerprint(of_base, start.cache))
     first_step = None
     if isinstance(adapter, LoRASBConfig):

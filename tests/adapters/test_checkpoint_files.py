@@ -8,7 +8,8 @@ from safetensors.torch import save_file
 from tiny_models import tiny_llama
 from transformers import AutoModel
 
-from adapters.checkpoint_files import list_tensors, local_folder, local_weights, open_tensor, weight_of
+from adapters.checkpoint_files import list_tensors, local_folder, open_tensor
+from adapters.checkpoint_names import local_weights, model_tensors
 
 NAME = "layers.1.self_attn.k_proj"
 
@@ -42,12 +43,13 @@ def test_a_weight_is_found_with_and_without_the_base_models_prefix(tmp_path, hea
     tiny_llama().save_pretrained(tmp_path / "whole")
     AutoModel.from_pretrained(tmp_path / "whole").save_pretrained(tmp_path / "headless")
     tensors = list_tensors(tmp_path / ("headless" if headless else "whole"))
+    whole = tiny_llama()
 
-    found = [weight_of(tensors, name) for name in (NAME, "model." + NAME)]
+    found = [model_tensors(model, tensors) for model in (whole.model, whole)]
 
-    assert found[0] == found[1]
-    assert found[0].name.endswith(NAME + ".weight")
-    assert weight_of(tensors, "model.layers.9.self_attn.k_proj") is None
+    assert found[0][NAME + ".weight"] == found[1]["model." + NAME + ".weight"]
+    assert found[0][NAME + ".weight"].name.endswith(NAME + ".weight")
+    assert ("lm_head.weight" in found[1]) != headless
 
 
 def test_weights_come_from_each_checkpoint_that_is_here(folder, tmp_path, caplog):
@@ -69,6 +71,22 @@ def test_packed_weights_are_no_full_precision_ones(tmp_path):
 @pytest.mark.parametrize("name", ["/gone", "no such/folder at all", "someone/never-fetched"])
 def test_what_is_not_on_this_machine_has_no_folder(name):
     assert local_folder(name) is None
+
+
+def test_weights_that_are_stored_twice_are_refused(folder):
+    """transformers would read the single file and other tools the index."""
+    save_file({"a.weight": torch.zeros(2, 2)}, folder / "model.safetensors")
+
+    with pytest.raises(ValueError, match=r"twice, in model.safetensors and in the \d files .*: remove one of the two"):
+        list_tensors(folder)
+
+
+def test_an_index_of_the_single_file_is_no_second_copy(tmp_path):
+    tiny_llama().save_pretrained(tmp_path)
+    names = dict.fromkeys(list_tensors(tmp_path), "model.safetensors")
+    (tmp_path / "model.safetensors.index.json").write_text(json.dumps({"weight_map": names}))
+
+    assert list_tensors(tmp_path).keys() == names.keys()
 
 
 def test_an_empty_folder_says_what_it_expected(tmp_path):
