@@ -36,9 +36,12 @@ def main() -> int:
     return command(sys.argv[1:])
 
 
-def recipe(name: str, default: Any, tiny: Any) -> int:
-    """Run a recipe with the options of the command line; default and tiny are functions that return a Config."""
+def recipe(name: str, default: Any, tiny: Any, **callbacks: Any) -> int:
+    """Run a recipe with the options of the command line; default and tiny are functions that return a Config.
+
+    callbacks are on_step and on_evaluation, as `launcher.training.loop.Callbacks` describes them.
+    """
     check_packages()
     from launcher.cli import run_recipe
 
-    return run_recipe(name, default, tiny, sys.argv[1:])
+    return run_recipe(name, default, tiny, sys.argv[1:], **callbacks)

@@ -29,7 +29,7 @@ import torch
 
 from benchmarks.sharded_memory import about, write_model
 from launcher.config import AdapterConfig, Config, DataConfig, ModelConfig, OptimizerConfig, RunConfig
-from launcher.training import loop
+from launcher.training.checkpoint import Saver
 from launcher.training.run import run
 
 RESULTS = Path(__file__).parent / "results" / "checkpoint_cost.json"
@@ -68,8 +68,8 @@ def cost(folder: Path, model: Path, data: Path, steps: int, *, background: bool)
     )
     waited: list[float] = []
     floor: list[float] = []
-    begun: list[float] = []
-    save, gradients = loop.Saver.save, loop.gradients
+    ended: list[float] = []
+    save = Saver.save
 
     def timed_save(*args: Any, **values: Any) -> None:
         start = time.perf_counter()
@@ -78,16 +78,12 @@ def cost(folder: Path, model: Path, data: Path, steps: int, *, background: bool)
         if not background:
             floor.append(one_file(folder / "floor"))
 
-    def timed_gradients(*args: Any) -> Any:
-        begun.append(time.perf_counter())
-        return gradients(*args)
-
-    loop.Saver.save, loop.gradients = timed_save, timed_gradients  # type: ignore[method-assign]
+    Saver.save = timed_save  # type: ignore[method-assign]
     try:
-        assert run(config, "checkpoint-cost") == 0
+        assert run(config, "checkpoint-cost", on_step=lambda training, event: ended.append(time.perf_counter())) == 0
     finally:
-        loop.Saver.save, loop.gradients = save, gradients  # type: ignore[method-assign]
-    step_s = median(later - earlier for earlier, later in pairwise(begun))
+        Saver.save = save  # type: ignore[method-assign]
+    step_s = median(later - earlier for earlier, later in pairwise(ended))
     wait_s = median(waited[1:])
     last = output / "checkpoints" / f"step-{steps:06d}"
     return {

@@ -32,7 +32,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager, redirect_stderr, redirect_stdout
 from pathlib import Path
 from statistics import mean, median, stdev
@@ -45,7 +45,7 @@ REPO = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(REPO))
 
 from launcher.config import AdapterConfig, Config, DataConfig, ModelConfig, OptimizerConfig, RunConfig  # noqa: E402
-from launcher.training import loop  # noqa: E402
+from launcher.training.loop import Training  # noqa: E402
 from launcher.training.run import run  # noqa: E402
 
 RESULTS = REPO / "benchmarks" / "results" / "methods.json"
@@ -179,8 +179,8 @@ def measure(row: dict[str, Any], work: Path) -> dict[str, Any]:
     )
     shutil.rmtree(work / "run", ignore_errors=True)
     said, started = io.StringIO(), time.process_time()
-    with watched() as seen, redirect_stdout(said), redirect_stderr(said):
-        failed = run(config, "benchmark")
+    with watched() as (seen, on_step), redirect_stdout(said), redirect_stderr(said):
+        failed = run(config, "benchmark", on_step=on_step)
     if failed and "the loss is nan" not in said.getvalue() and "the loss is inf" not in said.getvalue():
         raise SystemExit(f"{row} failed:\n{said.getvalue()}")
     events = [json.loads(line) for line in (work / "run" / "events.jsonl").read_text().splitlines()]
@@ -196,26 +196,23 @@ def measure(row: dict[str, Any], work: Path) -> dict[str, Any]:
 
 
 @contextmanager
-def watched() -> Iterator[dict[str, Any]]:
-    """What a run inside costs: CPU time between two calls of `gradients`, the model's tensors, peak memory."""
+def watched() -> Iterator[tuple[dict[str, Any], Callable[..., None]]]:
+    """The cost of the run inside, and its on_step: CPU time between two steps, the model's tensors, peak memory."""
     marks: list[float] = []
     seen: dict[str, Any] = {}
-    plain = loop.gradients
 
-    def gradients(job: loop.Job, step: int) -> Any:
+    def on_step(training: Training, event: dict[str, Any]) -> None:
         marks.append(time.process_time())
-        if step == 1:
-            seen.update(tensors_of(job.engine.model))
-        return plain(job, step)
+        if event["step"] == 1:
+            seen.update(tensors_of(training.engine.model))
 
     gc.collect()
     ctypes.CDLL("libc.so.6").malloc_trim(0)  # else freed blocks of the run before hide what this one takes
     Path("/proc/self/clear_refs").write_text("5")  # resets the peak
-    before, loop.gradients = resident_mb("VmRSS"), gradients
+    before = resident_mb("VmRSS")
     try:
-        yield seen
+        yield seen, on_step
     finally:
-        loop.gradients = plain
         steps = [later - earlier for earlier, later in itertools.pairwise(marks)]
         seen["step_ms"] = round(median(steps) * 1e3, 1) if steps else None
         seen["peak_mb"] = round(resident_mb("VmHWM") - before, 1)

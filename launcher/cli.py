@@ -180,7 +180,11 @@ def _options(target: Callable[..., Any], prog: str, settings: Mapping[str, Any])
 
 
 def run_recipe(
-    name: str, default: Callable[[], Config], tiny: Callable[[], Config] | None, arguments: Sequence[str]
+    name: str,
+    default: Callable[[], Config],
+    tiny: Callable[[], Config] | None,
+    arguments: Sequence[str],
+    **callbacks: Callable[..., None],
 ) -> int:
     """Run a recipe. Its own base or data that cannot be had is replaced by the embedded default, said in a banner.
 
@@ -209,7 +213,8 @@ def run_recipe(
             sys.modules.setdefault("bitsandbytes", None)  # type: ignore[arg-type]
         from launcher.training.run import run
 
-        return run(plain(options), name, instead=None if named or tiny is None else lambda: plain(read(tiny())))
+        instead = None if named or tiny is None else lambda: plain(read(tiny()))
+        return run(plain(options), name, instead=instead, **callbacks)
 
     return guarded(act)
 

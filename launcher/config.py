@@ -74,8 +74,6 @@ class DataConfig:
         _at_least("data.answer_tokens", self.answer_tokens, 1)
         if len(self.text_columns) > 2:
             raise ValueError(f"data.text_columns are one or two, got {' '.join(self.text_columns)}")
-        if self.text_columns and (self.packing or self.exact_match):
-            raise ValueError("--text-columns asks for labels: leave --packing and --exact-match out")
         if self.exact_match and not (self.eval_records or self.eval_data):
             raise ValueError("exact_match counts held-out answers: give --eval-records N or --eval-data FILE as well")
 
@@ -211,8 +209,6 @@ class Config:
 
     def __post_init__(self) -> None:
         evaluates = self.data.eval_records or self.data.eval_data
-        if self.data.text_columns and self.run.show_samples:
-            raise ValueError("--text-columns asks for labels, not for answers to show: leave --show-samples out")
         for flag, value in (("eval-every", self.run.eval_every), ("show-samples", self.run.show_samples)):
             if value and not evaluates:
                 raise ValueError(f"--{flag} {value} needs held-out records: give --eval-records N or --eval-data FILE")

@@ -23,7 +23,7 @@ MAY_IMPORT = {  # beside itself; in the order in which data flows
     "launcher.factorization": {"adapters", "launcher.processes"},
     "launcher.data": {"launcher.config", "launcher.factorization"},
     "launcher.models": {"adapters", "launcher.config", "launcher.engines.registry"},
-    "launcher.tasks": {"launcher.config", "launcher.data"},
+    "launcher.tasks": {"adapters", "launcher.config", "launcher.data", "launcher.models"},
     "launcher.training.checkpoint": {"launcher.processes"},
     "launcher.engines": {
         "launcher.engines.registry", "launcher.config", "launcher.processes", "launcher.models",

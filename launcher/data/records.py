@@ -104,6 +104,12 @@ def answer(record: Record) -> str:
     return record["messages"][-1]["content"] if "messages" in record else record["output"]
 
 
+def question(record: Record) -> str:
+    """The text that is shown as the question: of a conversation, the turn before its last answer."""
+    asked = record["instruction"] if "instruction" in record else record["messages"][-2]["content"]
+    return f"{asked}\n{record['input']}" if record.get("input") else asked
+
+
 def _is_local(source: str) -> bool:
     path = source.lower().removesuffix(".gz")
     return Path(source).expanduser().exists() or path.endswith(SUFFIXES) or source.startswith((".", "~", os.sep))

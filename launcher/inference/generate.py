@@ -10,7 +10,7 @@ from typing import Any, TextIO
 
 import torch
 
-from launcher.data.records import Record, load_records
+from launcher.data.records import Record, load_records, question
 from launcher.data.records import answer as expected_answer
 from launcher.data.templates import Template, load_template, prompt_ids, render_prompt
 from launcher.inference.sources import Quantize, Source, find, load
@@ -182,9 +182,7 @@ def _answers(
         return
     for index, record in enumerate(records):
         if len(records) > 1 and not json:
-            question = record["instruction"] if "instruction" in record else record["messages"][-2]["content"]
-            shown = f"{question}\n{record['input']}" if record.get("input") else question
-            print(f"[{index + 1} of {len(records)}] {shown}\nanswer:   ", end="", file=out)
+            print(f"[{index + 1} of {len(records)}] {question(record)}\nanswer:   ", end="", file=out)
         answered = stream(model, tokenizer, prompt_ids(record, template, tokenizer), sampling, write)
         write("\n")
         yield answered

@@ -5,12 +5,13 @@ from __future__ import annotations
 from dataclasses import fields
 from typing import Any
 
-import torch
-
-from launcher.config import DataConfig
-from launcher.data import batches, encode, records
+from launcher.config import Config, DataConfig
+from launcher.data import encode, records
 from launcher.inference.sources import Source
 from launcher.models.files import load_tokenizer
+from launcher.tasks import task_of
+from launcher.tasks.base import Samples
+from launcher.tasks.evaluation import Evaluation
 
 AT_MOST = 200  # records of a file that is given for this alone
 
@@ -36,13 +37,15 @@ def held_out(source: Source, file: str | None) -> tuple[encode.Encoded, Any]:
     return encode.encode(held, tokenizer, DataConfig(**settings)), tokenizer
 
 
-@torch.no_grad()
-def mean_loss(model: Any, encoded: encode.Encoded, tokenizer: Any, *, size: int = 16) -> float:
+def mean_loss(model: Any, encoded: encode.Encoded, tokenizer: Any) -> float:
     """Loss per target token."""
-    rows = sorted(range(len(encoded)), key=encoded.lengths.__getitem__)
-    device, total = next(model.parameters()).device, 0.0
-    for start in range(0, len(rows), size):
-        batch = batches.collate(encoded, rows[start : start + size], pad_id=tokenizer.pad_token_id or 0)
-        batch = {name: part.to(device) for name, part in batch.items()}
-        total += float(model.eval()(**batch, num_items_in_batch=1, use_cache=False).loss)
-    return total / batches.target_tokens(encoded, rows)
+    config = Config()
+    evaluation = Evaluation(
+        config=config,
+        samples=Samples(train=encoded, held_out=encoded),
+        model=model.eval(),
+        forward=model,
+        tokenizer=tokenizer,
+        device=next(model.parameters()).device,
+    )
+    return task_of(config).evaluate(evaluation)["eval_loss"]

@@ -8,17 +8,22 @@ saved beside the adapter (`modules_to_save`).
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 import torch
+from peft import PeftConfig
 from torch import Tensor
 
+from adapters.config import LoRASBConfig
 from launcher.config import Config, DataConfig
 from launcher.data import records
 from launcher.data.encode import DataReport, Encoded
+from launcher.tasks.base import Batch, Layout, Samples, Task, by_length
+from launcher.tasks.evaluation import Evaluation
 
 MOMENTS = 7  # numbers that `moments` counts
 Labels = tuple[str, ...]  # the classes, in the order of the head's outputs; none: a number is predicted
@@ -43,6 +48,62 @@ class Labelled(Encoded):
 
     def digest(self) -> str:
         return hashlib.sha256(super().digest().encode() + self.labels.numpy().tobytes()).hexdigest()
+
+
+class Label(Task):
+    """Sequence classification, or regression with one output."""
+
+    peft_type = "SEQ_CLS"
+    labels = True
+
+    def wants(self, config: Config) -> bool:
+        return bool(config.data.text_columns)
+
+    def check(self, config: Config, adapter: PeftConfig | None) -> None:
+        if config.data.packing or config.data.exact_match:
+            raise ValueError("--text-columns asks for labels: leave --packing and --exact-match out")
+        if config.run.show_samples:
+            raise ValueError("--text-columns asks for labels, not for answers to show: leave --show-samples out")
+        if isinstance(adapter, LoRASBConfig):
+            raise ValueError(
+                f"--method {config.adapter.method} takes gradients before training, when the new head of "
+                "--text-columns is still random: choose another method"
+            )
+
+    def read(self, config: Config, tokenizer: Any, cache: Path) -> Samples:
+        rows, held_rows, classes = load_splits(config.data)
+        held_out = encode(held_rows, classes, tokenizer, config.data) if held_rows else None
+        return Samples(train=encode(rows, classes, tokenizer, config.data), held_out=held_out)
+
+    def head(self, train: Encoded, tokenizer: Any) -> dict[str, Any]:
+        assert isinstance(train, Labelled)
+        return head_settings(train.classes, tokenizer.pad_token_id)
+
+    def collate(self, data: Encoded, rows: Sequence[int], layout: Layout) -> Batch:
+        assert isinstance(data, Labelled)
+        return collate(data, rows, layout.pad_id)
+
+    def loss(self, forward: Callable[..., Any], batch: Batch, targets: int) -> Tensor:
+        return forward(**batch).loss * (len(batch["labels"]) / targets)  # the model's loss is the mean of the batch
+
+    def evaluate(self, evaluation: Evaluation) -> dict[str, float]:
+        held_out = evaluation.held_out
+        assert isinstance(held_out, Labelled)
+
+        def measure(rows: Sequence[int]) -> tuple[Tensor, Tensor]:
+            batch = evaluation.batch(self, rows)
+            output = evaluation.forward(**batch)
+            return output.loss * len(rows), moments(output.logits, batch["labels"])
+
+        loss, sums = evaluation.total(by_length(held_out), measure, size=evaluation.batch_size)
+        return {"eval_loss": float(loss) / len(held_out), **metrics(sums, held_out.classes)}
+
+    def next_steps(self, config: Config, output: Path, saved: Path) -> list[str]:
+        adapted = "" if config.adapter.method == "full" else ", then peft.PeftModel.from_pretrained"
+        return [f"Load it with transformers.AutoModelForSequenceClassification{adapted}."]
+
+
+TASK: Task = Label()
 
 
 def load_splits(config: DataConfig) -> tuple[list[records.Record], list[records.Record], Labels]:
@@ -128,12 +189,6 @@ def head_settings(labels: Labels, pad_id: int) -> dict[str, Any]:
     ids = {name: number for number, name in names.items()}
     kind = "single_label_classification"
     return {"id2label": names, "label2id": ids, "problem_type": kind, "pad_token_id": pad_id}
-
-
-def check_head(config: Config) -> None:
-    """Raises ValueError for what cannot train with a head that says nothing yet."""
-    if config.adapter.method == "lorasb":
-        raise ValueError("--method lorasb takes gradients before training, when --text-columns' head says nothing yet")
 
 
 def _load(source: str, *, option: str = "--data", columns: Sequence[str], label: str) -> list[records.Record]:

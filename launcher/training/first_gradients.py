@@ -18,8 +18,9 @@ from adapters.config import LoRASBConfig
 from adapters.layer import matrix_shape
 from adapters.lora_sb import BYTES_AT_ONCE, InputMap, gradient_sums, groups_of
 from launcher.config import Config
-from launcher.data.batches import collate, epoch_order, target_tokens
+from launcher.data.batches import epoch_order, target_tokens
 from launcher.data.encode import Encoded
+from launcher.tasks.base import Layout, Task, on_device
 from launcher.training.checkpoint import Checkpoint
 
 MICRO_BATCH = 8  # where the run has none
@@ -57,13 +58,15 @@ class FirstStep:
         self,
         config: Config,
         adapter: LoRASBConfig,
+        task: Task,
         train: Encoded,
         identity: Mapping[str, Any],
         load: Callable[[], nn.Module],
         pad_id: int,
         bytes_at_once: int = BYTES_AT_ONCE,
     ):
-        self.train, self.load, self.pad_id, self.bytes_at_once = train, load, pad_id, bytes_at_once
+        self.task, self.train, self.load, self.bytes_at_once = task, train, load, bytes_at_once
+        self.layout = Layout(pad_id=pad_id)
         self.micro_batch = config.optimizer.micro_batch_size or MICRO_BATCH
         order = epoch_order(config.optimizer.seed, 0, len(train))
         self.samples: list[int] = order[: adapter.samples].tolist()
@@ -97,6 +100,5 @@ class FirstStep:
         targets = target_tokens(self.train, self.samples)
         device = next(model.parameters()).device
         for start in range(0, len(self.samples), self.micro_batch):
-            batch = collate(self.train, self.samples[start : start + self.micro_batch], pad_id=self.pad_id)
-            batch = {name: part.to(device) for name, part in batch.items()}
-            yield model(**batch, num_items_in_batch=targets, use_cache=False).loss
+            rows = self.samples[start : start + self.micro_batch]
+            yield self.task.loss(model, on_device(self.task.collate(self.train, rows, self.layout), device), targets)

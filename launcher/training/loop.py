@@ -1,7 +1,7 @@
-"""The training loop, to be read aloud: batch, loss, one all-reduce, clip, step; evaluate, save, stop when asked.
+"""The training loop: evaluate, save, train a step. A step: batches, losses, one all-reduce, clip, update.
 
-Every rank computes the same plan from (seed, step). The loss is a sum over target tokens divided by the global batch's
-number of them, so 1, 2 and 4 processes give the same curve.
+Every rank computes the same plan from (seed, step). The loss is a sum over targets divided by the number of targets in
+the global batch, so 1, 2 and 4 processes give the same curve.
 """
 
 from __future__ import annotations
@@ -9,7 +9,7 @@ from __future__ import annotations
 import hashlib
 import math
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -19,41 +19,43 @@ import torch.distributed as dist
 from torch import Tensor
 
 from launcher.config import Config, OptimizerConfig
-from launcher.data.batches import batch_indices, collate, share, target_tokens
+from launcher.data.batches import batch_indices, share, target_tokens
 from launcher.data.encode import Encoded
 from launcher.engines.engine import Engine
 from launcher.engines.replicated import sum_over_ranks
-from launcher.models.generation import answer
 from launcher.processes import Communicator
-from launcher.tasks import label
-from launcher.tasks.label import Labelled
+from launcher.tasks.base import Layout, Samples, Task, on_device
+from launcher.tasks.evaluation import Evaluation, Interrupted
 from launcher.training.checkpoint import Checkpoint, Saver, prune
-from launcher.training.report import Events, Rate, Screen, memory_gib
+from launcher.training.report import Events, Screen, Throughput, memory_gib
 from launcher.training.stop import StopRequest
 
-ANSWERS = 64  # a rank writes so many at a time, and then hears whether to stop
+Event = dict[str, Any]  # a line of events.jsonl
 
 
 @dataclass(frozen=True, kw_only=True)
-class Question:
-    """A held-out prompt and the answer it should get."""
+class Callbacks:
+    """Functions that a caller of `run` adds. Each is called on every rank; an exception in it ends the run as failed.
 
-    prompt: str
-    prompt_ids: list[int]
-    expected: str
+    on_step(training, event) follows each update, before a checkpoint of that step is written. event is the step's line
+    in events.jsonl: step, loss, lr, grad_norm, tokens. on_evaluation(training, event) follows each evaluation, with
+    step, eval_loss and the task's metrics. `training.stop.request(reason)` saves and stops the run at this step.
+    """
+
+    on_step: Callable[[Training, Event], None] = lambda training, event: None
+    on_evaluation: Callable[[Training, Event], None] = lambda training, event: None
 
 
 @dataclass(frozen=True, kw_only=True)
-class Job:
-    """Everything a run needs, loaded and checked."""
+class Training:
+    """Everything the loop needs, loaded and checked."""
 
     config: Config
+    task: Task
     engine: Engine
     tokenizer: Any
-    train: Encoded
+    samples: Samples
     rows: Sequence[Any]  # what batch_size counts: sample numbers, or lists of them when packing
-    held_out: Encoded | None
-    questions: list[Question]
     steps: int
     attention: str
     device: torch.device
@@ -63,12 +65,13 @@ class Job:
     stop: StopRequest
     screen: Screen
     trackers: list[Any] = field(default_factory=list)
+    callbacks: Callbacks = field(default_factory=Callbacks)
     clock: Clock = field(default_factory=lambda: Clock())
 
 
 @dataclass
 class Clock:
-    """Seconds since this start: putting batches together, all steps, and what of these was waiting for a batch."""
+    """Seconds since this start: collating batches, all steps, and the part of the steps spent waiting for a batch."""
 
     batches_s: float = 0.0
     steps_s: float = 0.0
@@ -76,8 +79,8 @@ class Clock:
 
 
 @dataclass
-class Progress:
-    """Where a run stands; with the cores and the optimizer this is all a checkpoint holds."""
+class TrainingState:
+    """Where a run stands: a checkpoint holds this, the trained parameters and the optimizer's state."""
 
     step: int = 0
     tokens: int = 0
@@ -88,7 +91,7 @@ class Progress:
 
 
 def learning_rate_at(step: int, steps: int, config: OptimizerConfig) -> float:
-    """The rate of step 1 .. steps: linear warm-up, then cosine or linear to zero after the last step, or constant."""
+    """The learning rate of step 1 .. steps: linear warm-up, then constant, or cosine or linear decay to zero."""
     warmup = round(config.warmup_ratio * steps)
     if step <= warmup:
         return config.learning_rate * step / warmup
@@ -97,195 +100,190 @@ def learning_rate_at(step: int, steps: int, config: OptimizerConfig) -> float:
     return config.learning_rate * shape
 
 
-def train(job: Job, resume: Checkpoint | None) -> str:
+def train(training: Training, resume: Checkpoint | None) -> str:
     """Train to the end or until asked to stop; returns "finished" or "stopped". Called by all ranks."""
-    config, ranks = job.config, job.comm.ranks
-    progress = Progress(**resume.meta["progress"]) if resume else Progress()
-    if resume:
-        job.engine.restore(resume)
-    seal = resume.meta["events"] if resume else None
-    events = Events(job.output / "events.jsonl", progress.step, seal) if ranks.is_main else None
-    saver = Saver(job.output / "checkpoints", job.comm, background=config.run.async_save)
-    rate, saved, asked = Rate(), progress.step, False
+    return _Loop(training, resume).run()
 
-    def tell(event: dict[str, Any]) -> None:
-        if events is not None:
-            events.write(event)
-            for tracker in job.trackers:
-                tracker.log({name: value for name, value in event.items() if name != "step"}, step=event["step"])
 
-    def checkpoint() -> None:
-        meta = {"identity": job.identity, "progress": dict(vars(progress)), "world_size": ranks.world_size}
-        if events is None:
-            saver.save(progress.step, job.engine.pieces(), meta)
-            return
-        meta["events"], best = events.seal(), progress.best_step
-        keep = lambda: prune(saver.root, config.run.keep_last, best)  # noqa: E731
-        saver.save(progress.step, job.engine.pieces(), meta, before=events.sync, after=keep)
+class _Loop:
+    """The state of a run between two steps, and what is done there."""
 
-    def evaluation() -> bool:
-        result = evaluate(job)
-        if result is None:
-            return False
-        progress.evaluated = progress.step
-        if result["eval_loss"] < progress.best_loss:
-            progress.best_loss, progress.best_step, progress.worse = result["eval_loss"], progress.step, 0
-        else:
-            progress.worse += 1
-        tell({"step": progress.step, **result})
-        shown = ", ".join(f"{name.replace('_', ' ')} {value:.4f}" for name, value in result.items())
-        job.screen.say(f"step {progress.step}: {shown}")
-        return True
+    def __init__(self, training: Training, resume: Checkpoint | None):
+        self.training, self.config = training, training.config
+        self.state = TrainingState(**resume.meta["progress"]) if resume else TrainingState()
+        if resume:
+            training.engine.restore(resume)
+        seal = resume.meta["events"] if resume else None
+        file, is_main = training.output / "events.jsonl", training.comm.ranks.is_main
+        self.events = Events(file, self.state.step, seal) if is_main else None
+        self.saver = Saver(training.output / "checkpoints", training.comm, background=self.config.run.async_save)
+        self.saved = self.state.step
+        self.throughput = Throughput()
+        self.bar: Callable[[int, str], None] = lambda step, note: None
 
-    def step() -> bool:
-        number, started, batches_s = progress.step + 1, time.perf_counter(), job.clock.batches_s
-        lr = learning_rate_at(number, job.steps, config.optimizer)
-        loss, tokens, asked = gradients(job, number)
+    def run(self) -> str:
+        training, state, options = self.training, self.state, self.config.run
+        asked = False
+        with training.screen.bar("training", training.steps, state.step) as self.bar:
+            while True:  # at the start and after every step: evaluate, save, stop?
+                if evaluation_due(training, state) and not asked:
+                    asked = not self.evaluate()
+                early = bool(options.patience) and state.worse >= options.patience
+                ended = state.step == training.steps or early
+                due = bool(options.save_every) and state.step % options.save_every == 0
+                if (ended or asked or due) and self.saved != state.step:
+                    self.save()
+                if ended or asked:
+                    break
+                asked = self.step()
+        self.saver.wait()
+        if early:
+            training.screen.say(
+                f"stopped early: no lower loss in {state.worse} evaluations, the lowest was at step {state.best_step}"
+            )
+        if self.events is not None:
+            self.events.close()
+        return "finished" if ended and not evaluation_due(training, state) else "stopped"
+
+    def step(self) -> bool:
+        """Train one step; returns whether any rank was asked to stop."""
+        training, state, clock = self.training, self.state, self.training.clock
+        number, started, batches_s = state.step + 1, time.perf_counter(), clock.batches_s
+        learning_rate = learning_rate_at(number, training.steps, self.config.optimizer)
+        loss, tokens, asked = gradients(training, number)
         if not math.isfinite(loss):
             raise ValueError(
-                f"the loss is {loss} at step {number}: lower --learning-rate {config.optimizer.learning_rate}"
+                f"the loss is {loss} at step {number}: lower --learning-rate {self.config.optimizer.learning_rate}"
             )
-        norm = job.engine.update(lr)
-        job.clock.steps_s += time.perf_counter() - started
-        job.clock.waited_s += job.clock.batches_s - batches_s
-        progress.step, progress.tokens = number, progress.tokens + tokens
-        tell({"step": number, "loss": loss, "lr": lr, "grad_norm": norm, "tokens": tokens})
-        speed = rate.add(tokens)
-        bar(number, f"loss {loss:.4f}  {speed:,.{0 if speed >= 10 else 1}f} tokens/s  {memory_gib():.1f} GiB")
+        norm = training.engine.update(learning_rate)
+        clock.steps_s += time.perf_counter() - started
+        clock.waited_s += clock.batches_s - batches_s
+        state.step, state.tokens = number, state.tokens + tokens
+        event = {"step": number, "loss": loss, "lr": learning_rate, "grad_norm": norm, "tokens": tokens}
+        self.log(event)
+        speed = self.throughput.add(tokens)
+        self.bar(number, f"loss {loss:.4f}  {speed:,.{0 if speed >= 10 else 1}f} tokens/s  {memory_gib():.1f} GiB")
+        training.callbacks.on_step(training, event)
         return asked
 
-    with job.screen.bar("training", job.steps, progress.step) as bar:
-        while True:  # at the start and after every step: evaluate, save, leave?
-            if evaluation_due(job, progress) and not asked:
-                asked = not evaluation()
-            early = bool(config.run.patience) and progress.worse >= config.run.patience
-            ended = progress.step == job.steps or early
-            due = bool(config.run.save_every) and progress.step % config.run.save_every == 0
-            if (ended or asked or due) and saved != progress.step:
-                checkpoint()
-                saved = progress.step
-            if ended or asked:
-                break
-            asked = step()
-    saver.wait()
-    if early:
-        job.screen.say(f"no better loss in {progress.worse} evaluations, the best was at step {progress.best_step}")
-    if events is not None:
-        events.close()
-    return "finished" if ended and not evaluation_due(job, progress) else "stopped"
+    def evaluate(self) -> bool:
+        """Evaluate on the held-out samples; returns False where a rank was asked to stop meanwhile."""
+        training, state = self.training, self.state
+        result = evaluate(training)
+        if result is None:
+            return False
+        state.evaluated = state.step
+        if result["eval_loss"] < state.best_loss:
+            state.best_loss, state.best_step, state.worse = result["eval_loss"], state.step, 0
+        else:
+            state.worse += 1
+        event = {"step": state.step, **result}
+        self.log(event)
+        shown = ", ".join(f"{name.replace('_', ' ')} {value:.4f}" for name, value in result.items())
+        training.screen.say(f"step {state.step}: {shown}")
+        training.callbacks.on_evaluation(training, event)
+        return True
+
+    def log(self, event: Event) -> None:
+        if self.events is not None:
+            self.events.write(event)
+            for tracker in self.training.trackers:
+                tracker.log({name: value for name, value in event.items() if name != "step"}, step=event["step"])
+
+    def save(self) -> None:
+        training, state, saver = self.training, self.state, self.saver
+        pieces, keep_last, best = training.engine.pieces(), self.config.run.keep_last, state.best_step
+        world_size = training.comm.ranks.world_size
+        meta = {"identity": training.identity, "progress": dict(vars(state)), "world_size": world_size}
+        if self.events is None:
+            saver.save(state.step, pieces, meta)
+        else:
+            meta["events"] = self.events.seal()
+            prune_old = lambda: prune(saver.root, keep_last, best)  # noqa: E731
+            saver.save(state.step, pieces, meta, before=self.events.sync, after=prune_old)
+        self.saved = state.step
 
 
-def evaluation_due(job: Job, progress: Progress) -> bool:
-    """At the start, at the end, and every so many steps; not twice at a step, also after a resume."""
-    if job.held_out is None or progress.evaluated == progress.step:
+def evaluation_due(training: Training, state: TrainingState) -> bool:
+    """At the start, at the end, and every so many steps; never twice at one step, also after a resume."""
+    if training.samples.held_out is None or state.evaluated == state.step:
         return False
-    every = job.config.run.eval_every
-    return progress.step in (0, job.steps) or bool(every and progress.step % every == 0)
+    every = training.config.run.eval_every
+    return state.step in (0, training.steps) or bool(every and state.step % every == 0)
 
 
-def gradients(job: Job, step: int) -> tuple[float, int, bool]:
+def gradients(training: Training, step: int) -> tuple[float, int, bool]:
     """Gradients of global batch `step`; returns its loss and tokens, and whether any rank was asked to stop."""
-    optimizer, ranks = job.config.optimizer, job.comm.ranks
-    rows = [job.rows[i] for i in batch_indices(optimizer.seed, step - 1, optimizer.batch_size, len(job.rows))]
-    targets = target_tokens(job.train, rows)
+    optimizer, ranks, data = training.config.optimizer, training.comm.ranks, training.samples.train
+    chosen = batch_indices(optimizer.seed, step - 1, optimizer.batch_size, len(training.rows))
+    rows = [training.rows[i] for i in chosen]
+    targets = target_tokens(data, rows)
     mine = share(rows, ranks.rank, ranks.world_size)
     size = optimizer.micro_batch_size or len(mine)
-    total = torch.zeros((), device=job.device)
+    total = torch.zeros((), device=training.device)
     for start in range(0, len(mine), size):
         torch.manual_seed(_seed(optimizer.seed, step, ranks.rank, start))  # dropout; so there is no state to save
-        loss = loss_of(job, job.train, mine[start : start + size], targets, packing=job.config.data.packing)
-        job.engine.backward(loss)
+        loss = batch_loss(training, mine[start : start + size], targets)
+        training.engine.backward(loss)
         total += loss.detach()
-    asked = torch.tensor(float(job.stop.asked()), device=job.device)
-    total, stops = job.engine.reduce([total, asked])
-    return float(total), tokens_in(job.train, rows), bool(stops > 0)
+    asked = torch.tensor(float(training.stop.asked()), device=training.device)
+    total, stops = training.engine.reduce([total, asked])
+    return float(total), tokens_in(data, rows), bool(stops > 0)
 
 
-def loss_of(job: Job, data: Encoded, rows: Sequence[Any], targets: int, *, packing: bool) -> Tensor:
-    """Sum of the rows' token losses (labels: their own losses) divided by targets, a scalar on the device."""
-    if isinstance(data, Labelled):
-        return labelled_outputs(job, data, rows).loss * (len(rows) / targets)
-    started = time.perf_counter()
-    kind: Any = "flash" if job.attention == "flash_attention_2" else "sdpa"
-    batch = collate(data, rows, pad_id=job.tokenizer.pad_token_id or 0, packing=packing, attention=kind)
-    batch = {name: part.to(job.device) if isinstance(part, Tensor) else part for name, part in batch.items()}
-    job.clock.batches_s += time.perf_counter() - started
-    return job.engine.forward(**batch, num_items_in_batch=targets, use_cache=False).loss
-
-
-def labelled_outputs(job: Job, data: Labelled, rows: Sequence[int]) -> Any:
-    """The model's output on these rows: its mean loss, and logits (B, classes)."""
-    started = time.perf_counter()
-    batch = label.collate(data, rows, job.tokenizer.pad_token_id)
-    batch = {name: part.to(job.device) for name, part in batch.items()}
-    job.clock.batches_s += time.perf_counter() - started
-    return job.engine.forward(**batch)
-
-
-def evaluate(job: Job) -> dict[str, float] | None:
-    """Held-out loss per target token, and exact_match where asked for; None where a rank was asked to stop meanwhile.
-
-    Called by all ranks, which share the samples. Where a forward pass is a collective each rank makes the same passes:
-    the last one over samples may be for show, and all write all answers.
-    """
-    assert job.held_out is not None
-    ranks, model, lengths = job.comm.ranks, job.engine.model, job.held_out.lengths
-    size = job.config.optimizer.micro_batch_size or 16
-    samples = sorted(range(len(lengths)), key=lambda i: lengths[i])
-    questions = (
-        sorted(job.questions, key=lambda question: len(question.prompt_ids)) if job.config.data.exact_match else []
+def batch_loss(training: Training, rows: Sequence[Any], targets: int) -> Tensor:
+    """The task's loss of these training rows as one batch, divided by targets; a scalar on the device."""
+    started, task = time.perf_counter(), training.task
+    layout = Layout(
+        pad_id=training.tokenizer.pad_token_id or 0,
+        packing=training.config.data.packing,
+        attention="flash" if training.attention == "flash_attention_2" else "sdpa",
     )
-    shares = 1 if job.engine.gathers else ranks.world_size
-    sums = torch.zeros(label.MOMENTS, dtype=torch.float64, device=job.device)
-    total, right = torch.zeros((), device=job.device), torch.zeros((), device=job.device)
+    batch = on_device(task.collate(training.samples.train, rows, layout), training.device)
+    training.clock.batches_s += time.perf_counter() - started
+    return task.loss(training.engine.forward, batch, targets)
+
+
+def evaluate(training: Training) -> dict[str, float] | None:
+    """The task's metrics on the held-out samples; None where a rank was asked to stop. Called by all ranks."""
+    model = training.engine.model
     model.eval()
     try:
-        for start in range(0, len(samples), size * ranks.world_size):
-            if stop_agreed(job):
-                return None
-            part = samples[start : start + size * ranks.world_size][ranks.rank :: ranks.world_size]
-            with torch.no_grad():
-                if isinstance(job.held_out, Labelled) and part:
-                    output = labelled_outputs(job, job.held_out, part)
-                    loss = output.loss * len(part)
-                    sums += label.moments(output.logits, job.held_out.labels[part].to(job.device))
-                else:
-                    loss = loss_of(job, job.held_out, part or samples[:1], 1, packing=False)
-            total += loss if part else 0
-        for start in range(0, len(questions), ANSWERS * shares):
-            if stop_agreed(job):
-                return None
-            asked = questions[start : start + ANSWERS * shares][ranks.rank % shares :: shares]
-            written = write_answers(job, asked)
-            right += sum(text == question.expected.strip() for text, question in zip(written, asked, strict=True))
+        return training.task.evaluate(evaluation_of(training))
+    except Interrupted:
+        return None
     finally:
         model.train()
-    total, right = sum_over_ranks([], [total, right], ranks.world_size)
-    result = {"eval_loss": float(total) / target_tokens(job.held_out, samples)}
-    if questions:
-        result["exact_match"] = float(right) * shares / ranks.world_size / len(questions)
-    if isinstance(job.held_out, Labelled):
+
+
+def evaluation_of(training: Training) -> Evaluation:
+    """The model as it is now and the held-out samples, for the task's evaluation on all ranks."""
+    ranks, engine = training.comm.ranks, training.engine
+
+    def add_up(tensor: Tensor) -> Tensor:
         if ranks.world_size > 1:
-            dist.all_reduce(sums)  # in float64: float32 loses the spread of labels that are far from zero
-        result |= label.metrics(sums, job.held_out.classes)
-    return result
+            dist.all_reduce(tensor)
+        return tensor
 
-
-def stop_agreed(job: Job) -> bool:
-    """Whether any rank was asked to stop. Called by all ranks."""
-    asked = torch.tensor(float(job.stop.asked()), device=job.device)
-    return bool(sum_over_ranks([], [asked], job.comm.ranks.world_size)[0] > 0)
-
-
-def write_answers(job: Job, questions: Sequence[Question]) -> list[str]:
-    """Greedy answers, stripped of surrounding blanks."""
-    ids = answer(
-        job.engine.model,
-        job.tokenizer,
-        [question.prompt_ids for question in questions],
-        max_tokens=job.config.data.answer_tokens,
+    return Evaluation(
+        config=training.config,
+        samples=training.samples,
+        model=engine.model,
+        forward=engine.forward,
+        tokenizer=training.tokenizer,
+        device=training.device,
+        rank=ranks.rank,
+        world_size=ranks.world_size,
+        gathers=engine.gathers,
+        add_up=add_up,
+        interrupted=lambda: stop_agreed(training),
     )
-    return [job.tokenizer.decode(part, skip_special_tokens=True).strip() for part in ids]
+
+
+def stop_agreed(training: Training) -> bool:
+    """Whether any rank was asked to stop. Called by all ranks."""
+    asked = torch.tensor(float(training.stop.asked()), device=training.device)
+    return bool(sum_over_ranks([], [asked], training.comm.ranks.world_size)[0] > 0)
 
 
 def tokens_in(data: Encoded, rows: Sequence[Any]) -> int:

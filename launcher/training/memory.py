@@ -14,35 +14,34 @@ from typing import Any
 import torch
 
 from adapters.checkpoint_files import list_tensors
-from launcher.config import Config
 from launcher.engines.registry import ENGINES, fitting
 from launcher.engines.registry import give as how_to_get
 from launcher.models.quantize import bytes_per_number
-from launcher.processes import Ranks
-from launcher.training.resolve import check_carried
+from launcher.training.resolve import Resolved, check_carried
 
 STORED = {"float32": "F32", "bfloat16": "BF16"}  # as safetensors names them
 
 
-def check_memory(config: Config, base: Path, dtype: str, sharding: str, ranks: Ranks) -> None:
-    """Whether this process's part of the base can fit its GPU, or all parts of this machine's its main memory."""
+def check_memory(resolved: Resolved, base: Path) -> None:
+    """Raises ValueError where this process's part of the base does not fit its GPU, or this machine's its memory."""
+    config, ranks = resolved.config, resolved.ranks
 
     def allowed(option: str) -> bool:
         name, value = option.removeprefix("--").split()
         quantize: Any = value if name == "quantize" else config.model.quantize
         try:
             changed = replace(config, model=replace(config.model, quantize=quantize))
-            check_carried(changed, value if name == "sharding" else sharding)
+            check_carried(changed, resolved.adapter, value if name == "sharding" else resolved.sharding)
         except ValueError:
             return False
         return True
 
-    engine = ENGINES[sharding]
+    engine = ENGINES[resolved.sharding]
     group = (config.run.shard_size or ranks.local_world_size) if engine.grouped else ranks.world_size
     share = 1.0 if engine.holds_base else 1 / group
-    kind = dtype if config.model.quantize == "none" else config.model.quantize
+    kind = resolved.dtype if config.model.quantize == "none" else config.model.quantize
     offloaded = config.run.cpu_offload and "parameters" in engine.offloads
-    if torch.cuda.is_available() and not offloaded:
+    if resolved.device.type == "cuda" and not offloaded:
         device = torch.cuda.get_device_properties(ranks.local_rank)
         check_size(base, kind, share=share, memory=device.total_memory, where=device.name, allowed=allowed)
         return

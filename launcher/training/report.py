@@ -153,7 +153,7 @@ class _Lines:
             self.screen.say(f"{self.what} {done}/{total} {note}".rstrip())
 
 
-class Rate:
+class Throughput:
     """Tokens per second over about the last ten seconds."""
 
     def __init__(self) -> None:

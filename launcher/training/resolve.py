@@ -1,42 +1,90 @@
-"""What can be wrong with a run before anything is made: its options, and the model's context."""
+"""Everything that follows from a config and the machine: resolved once, before a file is read or a device is used."""
 
 from __future__ import annotations
 
+import math
 import sys
+from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import torch
+from peft import PeftConfig
 
 from adapters.config import LoRASBConfig
 from launcher.config import Config
 from launcher.data import batches
 from launcher.engines.choose import Demands, check_carries, check_offload, check_sharding
+from launcher.factorization.cache import default_folder
 from launcher.models.build import choose_attention, choose_dtype
 from launcher.models.quantize import READ_4BIT_CLASS, check_method, check_quantize
 from launcher.processes import Ranks
-from launcher.tasks import label
+from launcher.tasks import task_of
+from launcher.tasks.base import Task
 from launcher.training.methods import peft_config
 from launcher.training.report import check_trackers
 
 
-def check(config: Config, ranks: Ranks) -> None:
-    """Everything that can be wrong before a file or a device is touched; the same on every rank."""
+@dataclass(frozen=True, kw_only=True)
+class Resolved:
+    """A config, and what follows from it for this process. Nothing of it changes during the run."""
+
+    config: Config
+    ranks: Ranks
+    task: Task
+    adapter: PeftConfig | None  # as asked for: the run trains a copy that knows its base; None: full fine-tuning
+    sharding: str  # the engine
+    dtype: str  # of the base
+    attention: str  # transformers' name
+    attention_reason: str
+    device: torch.device
+    cache: Path  # folder of factors and of tokenised data
+
+    @property
+    def how(self) -> dict[str, Any]:
+        """How the base computes."""
+        return {"dtype": self.dtype, "attention": self.attention}
+
+    def steps(self, rows: int) -> int:
+        """Optimizer steps of the run on this number of rows (samples, or packed rows)."""
+        optimizer = self.config.optimizer
+        return optimizer.max_steps or math.ceil(optimizer.epochs * rows / optimizer.batch_size)
+
+
+def resolve(config: Config, ranks: Ranks) -> Resolved:
+    """Choose what the config leaves open, and check it. No file is read and no device touched; the same on every rank.
+
+    Raises ValueError for settings that do not fit together, the number of processes, or this machine.
+    """
+    on_gpu = torch.cuda.is_available()
+    task = task_of(config)
     sharding = check_sharding(config.run.sharding, ranks, config.run.shard_size)
-    check_carried(config, sharding)
-    check_offload(config.run.cpu_offload, sharding, on_gpu=torch.cuda.is_available())
+    adapter = peft_config(config.adapter, task.peft_type)
+    check_carried(config, adapter, sharding)
+    check_offload(config.run.cpu_offload, sharding, on_gpu=on_gpu)
     batches.check_batch(config.optimizer.batch_size, ranks.world_size)
-    if config.data.text_columns:
-        label.check_head(config)
+    task.check(config, adapter)
     check_trackers(config.run.trackers)
     dtype = choose_dtype(config.model.dtype)
-    choose_attention(config.model.attention, on_gpu=torch.cuda.is_available(), dtype=dtype)
+    attention, reason = choose_attention(config.model.attention, on_gpu=on_gpu, dtype=dtype)
+    return Resolved(
+        config=config,
+        ranks=ranks,
+        task=task,
+        adapter=adapter,
+        sharding=sharding,
+        dtype=dtype,
+        attention=attention,
+        attention_reason=reason,
+        device=torch.device("cuda", ranks.local_rank) if on_gpu else torch.device("cpu"),
+        cache=Path(config.run.cache) if config.run.cache else default_folder(),
+    )
 
 
-def check_carried(config: Config, sharding: str) -> None:
-    """Whether the engine can carry this method on a base in this precision."""
+def check_carried(config: Config, adapter: PeftConfig | None, sharding: str) -> None:
+    """Raises ValueError where the engine does not support this method, or a base in this precision."""
     quantize = config.model.quantize
     check_quantize(quantize, cpu_offload=config.run.cpu_offload)
-    adapter = peft_config(config.adapter)
     check_method(adapter, quantize)
     demands = Demands(
         method=config.adapter.method,
@@ -48,10 +96,13 @@ def check_carried(config: Config, sharding: str) -> None:
 
 
 def check_context(config: Config, settings: Any, room: int | None = None) -> None:
-    """Whether the samples fit the model, by its config; room says it where the built model has less."""
+    """Raises ValueError where samples of --max-length do not fit the model.
+
+    settings are the model's config; room is the context of the built model, which may be smaller.
+    """
     room = room or getattr(settings.get_text_config(), "max_position_embeddings", None) or sys.maxsize
     if config.data.max_length > room:
         raise ValueError(f"--max-length {config.data.max_length} is more than this model's context of {room} tokens")
     window = getattr(settings, "sliding_window", None)
     if config.data.packing and window and window < config.data.max_length:
-        raise ValueError(f"packing cannot honour this model's sliding window of {window}: leave --packing out")
+        raise ValueError(f"packing does not support this model's sliding window of {window}: leave --packing out")

@@ -57,6 +57,10 @@ class StopRequest:
             control.write_text("run\n")
         self.control = control
 
+    def request(self, reason: str) -> None:
+        """Ask this run to save and stop; reason is shown to the user. The first request counts."""
+        self.reason = self.reason or reason
+
     def asked(self) -> bool:
         """Looks at the clock and the control file as well, and listens to the other ranks."""
         if self.reason is None and self._deadline is not None and time.monotonic() > self._deadline:
@@ -83,7 +87,7 @@ class StopRequest:
         if now - first > ECHO_S if number == signal.SIGINT else now - last > QUIET_S:
             signal.signal(number, signal.SIG_DFL)
             os.kill(os.getpid(), number)
-        self.reason = self.reason or signal.Signals(number).name
+        self.request(signal.Signals(number).name)
 
 
 def _read(path: Path) -> str:

@@ -18,7 +18,7 @@ from launcher.models.quantize import ON_INT8, ON_PACKED, Quantised
 from launcher.models.skeleton import skeleton
 from launcher.processes import Ranks, open_alone
 from launcher.training.methods import peft_config
-from launcher.training.resolve import check
+from launcher.training.resolve import resolve
 
 HOW: dict = {"dtype": "float32", "attention": "sdpa", "factors": lambda module, rows=None: None}
 CPU = torch.device("cpu")
@@ -159,4 +159,4 @@ def test_a_method_that_cannot_is_refused_before_anything_is_loaded(method, optio
     )
 
     with pytest.raises(ValueError, match=message):
-        check(replace(config, run=replace(config.run, sharding=sharding)), Ranks())
+        resolve(replace(config, run=replace(config.run, sharding=sharding)), Ranks())

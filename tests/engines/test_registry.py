@@ -9,6 +9,7 @@ from launcher.engines.choose import Demands, check_carries, check_sharding, refu
 from launcher.engines.engine import engine_class
 from launcher.engines.registry import ENGINES, configured_by_accelerate, fitting, give, names
 from launcher.processes import Ranks
+from launcher.training.methods import peft_config
 from launcher.training.resolve import check_carried
 
 ALL_DEMANDS = [
@@ -39,19 +40,20 @@ def test_lorasb_is_refused_where_no_process_has_the_whole_base(sharding):
     config = Config(adapter=AdapterConfig(method="lorasb"))
 
     with pytest.raises(ValueError, match=f"lorasb cannot be trained under --sharding {sharding}: .* whole base: give"):
-        check_carried(config, sharding)
+        check_carried(config, peft_config(config.adapter), sharding)
 
-    check_carried(config, "ddp")
-    check_carried(Config(adapter=AdapterConfig(method="loraxs")), sharding)
+    check_carried(config, peft_config(config.adapter), "ddp")
+    other = AdapterConfig(method="loraxs")
+    check_carried(Config(adapter=other), peft_config(other), sharding)
 
 
 def test_a_quantised_base_under_zero3_is_sent_to_an_engine_that_shards_it():
     config = Config(model=ModelConfig(quantize="nf4"))
 
     with pytest.raises(ValueError, match=r"nf4 is not supported under --sharding zero3: .* give --sharding fsdp2, or"):
-        check_carried(config, "zero3")
+        check_carried(config, peft_config(config.adapter), "zero3")
 
-    check_carried(config, "fsdp2")
+    check_carried(config, peft_config(config.adapter), "fsdp2")
 
 
 def test_under_accelerate_the_suggestion_is_a_configuration_that_gives_the_engine():

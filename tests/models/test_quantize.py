@@ -39,7 +39,7 @@ from launcher.models.fill import fill
 from launcher.models.quantize import Quantised, base_size, bytes_per_number, check_base, check_quantize, keep_packing
 from launcher.models.skeleton import skeleton
 from launcher.processes import Ranks, open_alone
-from launcher.training.resolve import check
+from launcher.training.resolve import resolve
 from launcher.training.run import run
 
 KINDS = ["int8", "nf4", "fp4"]
@@ -425,7 +425,7 @@ def test_what_an_engine_cannot_do_is_refused_before_anything_is_loaded(kind, sha
     config = replace(config, run=replace(config.run, sharding=sharding, cpu_offload=offload))
 
     with pytest.raises(ValueError, match=message):
-        check(config, Ranks())
+        resolve(config, Ranks())
 
 
 @pytest.mark.parametrize("kind", ["none", "nf4"])

@@ -29,7 +29,8 @@ from launcher.models.build import build
 from launcher.models.quantize import Quantised
 from launcher.processes import Ranks
 from launcher.tasks import label
-from launcher.training.loop import Clock, evaluate, loss_of
+from launcher.training.loop import Clock, batch_loss, evaluate
+from launcher.training.resolve import resolve
 from launcher.training.run import run
 
 
@@ -48,11 +49,11 @@ def config(data, **values):
     return DataConfig(**{"data": data, "text_columns": ("sentence",), "max_length": 48, **values})
 
 
-def job_of(model, pad_id=0, held_out=None, world_size=1):
-    """What evaluation and loss ask of a job."""
+def training_of(model, pad_id=0, *, train=None, held_out=None, world_size=1):
+    """What evaluation and loss need of a training."""
     return SimpleNamespace(
-        config=Config(), held_out=held_out, questions=[], device=torch.device("cpu"),
-        tokenizer=SimpleNamespace(pad_token_id=pad_id),
+        config=Config(), task=label.TASK, samples=SimpleNamespace(train=train, held_out=held_out),
+        device=torch.device("cpu"), tokenizer=SimpleNamespace(pad_token_id=pad_id), attention="sdpa",
         engine=SimpleNamespace(model=model, forward=model, gathers=False), clock=Clock(),
         comm=SimpleNamespace(ranks=Ranks(world_size=world_size)), stop=SimpleNamespace(asked=lambda: False),
     )  # fmt: skip
@@ -248,9 +249,9 @@ def test_the_losses_of_micro_batches_add_up_to_that_of_the_batch(kind, tiny_robe
     found = label.encode(train, classes, tokenizer, settings)
     head = label.head_settings(classes, tokenizer.pad_token_id)
     model = AutoModelForSequenceClassification.from_pretrained(tiny_roberta, **head).eval()
-    job = job_of(model, tokenizer.pad_token_id)
+    training = training_of(model, tokenizer.pad_token_id, train=found)
 
-    parts = [loss_of(job, found, rows, 8, packing=False) for rows in (range(5), range(5, 8))]
+    parts = [batch_loss(training, rows, 8) for rows in (range(5), range(5, 8))]
     whole = model(**label.collate(found, range(8), tokenizer.pad_token_id)).loss
 
     assert model.config.num_labels == (1 if kind == "numbers" else 2)
@@ -309,7 +310,7 @@ def test_an_evaluation_correlates_numbers_that_are_far_from_zero(world_size, mon
     said = labels + 0.5 * torch.randn(64, generator=generator)
     monkeypatch.setattr(torch.distributed, "all_reduce", lambda sums: sums.mul_(world_size))
 
-    found = evaluate(job_of(Told(said), held_out=numbered(labels), world_size=world_size))
+    found = evaluate(training_of(Told(said), held_out=numbered(labels), world_size=world_size))
 
     assert found is not None
     mine = slice(None, None, world_size)
@@ -317,17 +318,17 @@ def test_an_evaluation_correlates_numbers_that_are_far_from_zero(world_size, mon
     assert found["correlation"] == pytest.approx(expected, abs=1e-6)  # float64's 1e-16, times squares of 4e6
 
 
-def test_putting_labelled_batches_together_counts_as_waiting_for_data(monkeypatch):
+def test_collating_labelled_batches_counts_as_waiting_for_data(monkeypatch):
     now, collate = [0.0], label.collate
     model = Told(torch.zeros(4))
     model.register_forward_hook(lambda *parts: now.__setitem__(0, now[0] + 5))
     monkeypatch.setattr("time.perf_counter", lambda: now[0])
     monkeypatch.setattr(label, "collate", lambda *of: now.__setitem__(0, now[0] + 2) or collate(*of))
-    job = job_of(model)
+    training = training_of(model, train=numbered(torch.zeros(4)))
 
-    loss_of(job, numbered(torch.zeros(4)), range(4), 4, packing=False)
+    batch_loss(training, range(4), 4)
 
-    assert job.clock.batches_s == 2
+    assert training.clock.batches_s == 2
 
 
 def test_a_model_that_says_one_thing_always_has_correlation_zero():
@@ -374,10 +375,11 @@ def test_a_held_out_label_that_training_does_not_know_is_named(tmp_path):
         ("data", {"exact_match": True, "eval_records": 2}),
         ("data", {"text_columns": ("a", "b", "c")}),
         ("run", {"show_samples": 1}),
+        ("adapter", {"method": "lorasb"}),
     ],
 )
-def test_what_labels_have_no_use_for_is_refused(part, change):
+def test_settings_that_classification_does_not_support_are_refused(part, change):
     whole = Config(data=DataConfig(text_columns=("sentence",), eval_records=4), run=RunConfig())
 
     with pytest.raises(ValueError, match=r"text[_-]columns"):
-        replace(whole, **{part: replace(getattr(whole, part), **change)})
+        resolve(replace(whole, **{part: replace(getattr(whole, part), **change)}), Ranks())

@@ -2,17 +2,31 @@
 
 import os
 import socket
+from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
+import torch
 
 from launcher.config import AdapterConfig, Config, DataConfig, ModelConfig, RunConfig
 from launcher.processes import Ranks
+from launcher.tasks import task_of
 from launcher.training import memory
 from launcher.training import run as running
 from launcher.training.memory import check_memory, check_size, main_memory
+from launcher.training.methods import peft_config
+from launcher.training.resolve import Resolved
 
 NUMBERS = 260_032  # of stories260K
+
+
+def resolved(config, dtype, sharding, ranks):
+    """A run with this engine and dtype, also where `resolve` would refuse it."""
+    return Resolved(
+        config=config, ranks=ranks, task=task_of(config), adapter=peft_config(config.adapter), sharding=sharding,
+        dtype=dtype, attention="sdpa", attention_reason="as asked", cache=Path("cache"),
+        device=torch.device("cuda" if torch.cuda.is_available() else "cpu"),
+    )  # fmt: skip
 
 
 def test_a_base_that_cannot_fit_is_refused_before_the_data_is_read(stories, monkeypatch, tmp_path, capfd):
@@ -97,7 +111,7 @@ def test_what_would_be_refused_next_is_not_suggested(stories, monkeypatch, shard
     monkeypatch.setattr(memory, "check_size", lambda base, kind, **given: seen.update(given))
     config = Config(adapter=AdapterConfig(method=method), run=RunConfig(sharding=sharding, cpu_offload=offload))
 
-    check_memory(config, stories, "float32", sharding, Ranks(0, 2, 0, 2))
+    check_memory(resolved(config, "float32", sharding, Ranks(0, 2, 0, 2)), stories)
 
     options = ["--quantize int8", "--quantize nf4", "--sharding fsdp2"]
     assert [option.split()[1] for option in options if seen["allowed"](option)] == remedies
@@ -128,7 +142,7 @@ def test_the_parts_of_a_base_that_meet_in_one_machine_are_added(
     monkeypatch.setattr("torch.cuda.is_available", lambda: False)
     config = Config(model=ModelConfig(quantize="nf4"), run=RunConfig(shard_size=shard_size))
 
-    check_memory(config, stories, "bfloat16", sharding, Ranks(1, 8, 1, 4))
+    check_memory(resolved(config, "bfloat16", sharding, Ranks(1, 8, 1, 4)), stories)
 
     assert (seen["share"], seen["kind"]) == (copies_here, "nf4")
 
@@ -149,7 +163,8 @@ def test_processes_of_one_machine_share_the_pages_of_a_frozen_base_in_its_files_
     monkeypatch.setattr(memory, "check_size", lambda base, kind, **given: seen.update(given))
     monkeypatch.setattr("torch.cuda.is_available", lambda: False)
 
-    check_memory(Config(adapter=AdapterConfig(method=method)), stories, dtype, sharding, Ranks(1, 4, 1, 4))
+    config = Config(adapter=AdapterConfig(method=method))
+    check_memory(resolved(config, dtype, sharding, Ranks(1, 4, 1, 4)), stories)
 
     assert seen["share"] == copies_here
 
@@ -163,6 +178,6 @@ def test_what_zero2_offloads_is_not_the_base(stories, monkeypatch, sharding, whe
     monkeypatch.setattr("torch.cuda.get_device_properties", lambda device: gpu)
 
     config = Config(run=RunConfig(sharding=sharding, cpu_offload=True))
-    check_memory(config, stories, "bfloat16", sharding, Ranks(1, 2, 1, 2))
+    check_memory(resolved(config, "bfloat16", sharding, Ranks(1, 2, 1, 2)), stories)
 
     assert seen["where"] == where

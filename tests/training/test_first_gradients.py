@@ -12,6 +12,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from adapters import LoRASBConfig
 from launcher.config import AdapterConfig, Config, DataConfig, ModelConfig, OptimizerConfig, RunConfig
 from launcher.data import batches, encode, records
+from launcher.tasks import task_of
 from launcher.training.first_gradients import FirstStep
 from launcher.training.run import run
 
@@ -41,7 +42,7 @@ def first_step(config, stories, **changes):
         "load": lambda: AutoModelForCausalLM.from_pretrained(stories),
         **changes,
     }
-    return FirstStep(config, LoRASBConfig(samples=10), train, **values)
+    return FirstStep(config, LoRASBConfig(samples=10), task_of(config), train, **values)
 
 
 def test_gradients_are_those_of_the_mean_loss_over_the_samples(small, stories):

@@ -36,7 +36,7 @@ PHASES = {
     "factoring": (share, "make", 3),
     "loading": (run_module, "build", 1),
     "evaluating at the start": (loop, "evaluate", 1),
-    "training": (loop, "tokens_in", 2),
+    "training": (loop, "gradients", 2),
     "evaluating on the way": (loop, "evaluate", 2),
     "saving": (checkpoint, "save", 1),
     "evaluating at the end": (loop, "evaluate", 3),

@@ -1,0 +1,142 @@
+"""What a task decides: which samples are read, how a batch of them becomes a loss, how a model is evaluated.
+
+A task holds no state: one object serves every run. The training loop and the commands call it and know no task's name.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple, Protocol
+
+import torch
+from peft import PeftConfig
+from torch import Tensor
+
+from launcher.config import Config
+from launcher.data.batches import collate, target_tokens
+from launcher.data.encode import Encoded
+
+if TYPE_CHECKING:
+    from launcher.tasks.evaluation import Evaluation
+
+Batch = dict[str, Any]  # arguments of the model's forward
+
+
+@dataclass(frozen=True, kw_only=True)
+class Question:
+    """A held-out prompt and the expected answer."""
+
+    prompt: str
+    prompt_ids: list[int]
+    expected: str
+
+
+@dataclass(frozen=True, kw_only=True)
+class Samples:
+    """What a task reads."""
+
+    train: Encoded
+    held_out: Encoded | None = None
+    questions: Sequence[Question] = ()  # for tasks whose model writes text
+    template: str | None = None  # name of the prompt template, where there is one
+
+
+@dataclass(frozen=True, kw_only=True)
+class Layout:
+    """How rows are laid out in a batch."""
+
+    pad_id: int = 0
+    packing: bool = False  # a row is a list of samples, which do not attend to each other
+    attention: Literal["sdpa", "flash"] = "sdpa"
+
+
+class Table(NamedTuple):
+    """A table for the screen."""
+
+    title: str
+    header: list[str]
+    rows: list[list[str]]
+
+
+class Task(Protocol):
+    """One kind of training. The methods with a body are defaults."""
+
+    peft_type: str = "CAUSAL_LM"  # PEFT's task_type of the adapter
+    labels: bool = False  # the model has a classification head in place of its head for words
+
+    def wants(self, config: Config) -> bool:
+        """Whether this config asks for this task."""
+        ...
+
+    def check(self, config: Config, adapter: PeftConfig | None) -> None:
+        """Raises ValueError for settings that the task does not support. Touches no file and no device."""
+        return None
+
+    def read(self, config: Config, tokenizer: Any, cache: Path) -> Samples:
+        """Read, check and tokenise the data. cache is a folder for tokenised data.
+
+        Raises ValueError naming the record for a mistake in the data.
+        """
+        ...
+
+    def head(self, train: Encoded, tokenizer: Any) -> dict[str, Any] | None:
+        """Settings of the classification head in the model's config; None for a model that predicts tokens."""
+        return None
+
+    def collate(self, data: Encoded, rows: Sequence[Any], layout: Layout) -> Batch:
+        """One batch of these rows, on the CPU."""
+        ...
+
+    def loss(self, forward: Callable[..., Any], batch: Batch, targets: int) -> Tensor:
+        """Sum of the losses of the batch's targets, divided by `targets`: a scalar.
+
+        Targets are what `Encoded.targets` counts. The training loop passes those of the global batch, so the losses of
+        micro-batches and ranks add up to the mean loss per target.
+        """
+        ...
+
+    def evaluate(self, evaluation: Evaluation) -> dict[str, float]:
+        """eval_loss (mean per target) on the held-out samples, and further metrics by name, shares in [0, 1].
+
+        Called by all ranks; see `Evaluation.total`.
+        """
+        ...
+
+    def show(self, evaluation: Evaluation) -> Table | None:
+        """What to show when training has ended, such as answers before and after. Called by all ranks."""
+        return None
+
+    def next_steps(self, config: Config, output: Path, saved: Path) -> list[str]:
+        """Lines that tell what can be done with the result. output is the run folder, saved the adapter or model."""
+        return []
+
+
+class NextToken(Task, Protocol):
+    """Predict each token that carries loss from those before it: collate, loss and evaluation of such tasks."""
+
+    def collate(self, data: Encoded, rows: Sequence[Any], layout: Layout) -> Batch:
+        return collate(data, rows, pad_id=layout.pad_id, packing=layout.packing, attention=layout.attention)
+
+    def loss(self, forward: Callable[..., Any], batch: Batch, targets: int) -> Tensor:
+        return forward(**batch, num_items_in_batch=targets, use_cache=False).loss
+
+    def evaluate(self, evaluation: Evaluation) -> dict[str, float]:
+        held_out = evaluation.held_out
+
+        def loss(rows: Sequence[int]) -> tuple[Tensor]:
+            return (self.loss(evaluation.forward, evaluation.batch(self, rows), 1),)
+
+        (total,) = evaluation.total(by_length(held_out), loss, size=evaluation.batch_size)
+        return {"eval_loss": float(total) / target_tokens(held_out, range(len(held_out)))}
+
+
+def by_length(data: Encoded) -> list[int]:
+    """The samples, shortest first: batches of similar lengths need little padding."""
+    return sorted(range(len(data)), key=data.lengths.__getitem__)
+
+
+def on_device(batch: Mapping[str, Any], device: torch.device) -> Batch:
+    """The batch with its tensors moved; other values stay as they are."""
+    return {name: part.to(device) if isinstance(part, Tensor) else part for name, part in batch.items()}

@@ -1,0 +1,58 @@
+"""A start of a run before anything large is read: its settings resolved, its base found and checked."""
+
+from __future__ import annotations
+
+import time
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+from transformers import AutoConfig
+
+from launcher.models.build import settle_base
+from launcher.models.files import base_folder
+from launcher.models.quantize import check_base
+from launcher.processes import Communicator
+from launcher.training.memory import check_memory
+from launcher.training.report import Screen
+from launcher.training.resolve import Resolved, check_context
+from launcher.training.stop import StopRequest
+
+
+@dataclass(frozen=True, kw_only=True)
+class Start:
+    """What every later phase of a run is given."""
+
+    resolved: Resolved
+    comm: Communicator
+    stop: StopRequest
+    screen: Screen
+    output: Path
+    base: Path  # the base model's folder
+    bare: Any  # the model on the meta device, without adapter
+
+
+def begin(resolved: Resolved, name: str, comm: Communicator, stop: StopRequest, screen: Screen) -> Start:
+    """Find the base and check, from headers alone, that this run can train it: weights, attention, context and memory.
+
+    Called by all ranks. Where the model lacks the attention that was resolved, Start.resolved has the one that it has.
+    Raises ValueError, on all ranks, for what is missing or does not fit.
+    """
+    config = resolved.config
+    named = config.run.output or f"runs/{name}-{time.strftime('%Y%m%d-%H%M%S')}"
+    output = Path(comm.from_main("run folder", lambda: named))
+    base = Path(comm.together("base model", lambda: str(base_folder(config.model.model, "--model ")))[0])
+    trusted = config.model.trust_remote_code
+
+    def check() -> tuple[Any, str, str]:
+        check_base(base, config.model.quantize)
+        settled = settle_base(
+            config.model, base, **resolved.how, reason=resolved.attention_reason, labels=resolved.task.labels
+        )
+        check_context(config, AutoConfig.from_pretrained(base, trust_remote_code=trusted))
+        check_memory(resolved, base)
+        return settled
+
+    bare, attention, reason = comm.each("base model", check)
+    resolved = replace(resolved, attention=attention, attention_reason=reason)
+    return Start(resolved=resolved, comm=comm, stop=stop, screen=screen, output=output, base=base, bare=bare)
