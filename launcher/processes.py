@@ -19,6 +19,7 @@ from pathlib import Path
 from typing import Any
 
 from launcher.engines.registry import fitting
+from launcher.text import printable
 
 POLL_S = 0.1
 PATIENCE_S = 3.0
@@ -207,7 +208,7 @@ def say_mistake(error: Exception, is_main: bool, *, shared: bool, ended: Callabl
             time.sleep(POLL_S)
         if shared or ended():
             return
-    print(f"error: {error}", file=sys.stderr, flush=True)
+    print(f"error: {printable(str(error))}", file=sys.stderr, flush=True)
 
 
 def connect(ranks: Ranks, *, cpu_offload: bool = False) -> Communicator:

@@ -18,11 +18,12 @@ MAY_IMPORT = {  # beside itself; in the order in which data flows
     "launcher.engines.registry": set(),  # plain data: what each engine can do
     "launcher.config": {"launcher.engines.registry"},
     "launcher.exit_codes": set(),
-    "launcher.processes": {"launcher.engines.registry"},
+    "launcher.processes": {"launcher.engines.registry", "launcher.text"},
+    "launcher.text": set(),
     "launcher.availability": {"adapters"},
-    "launcher.factorization": {"adapters", "launcher.processes"},
+    "launcher.factorization": {"adapters", "launcher.processes", "launcher.text"},
     "launcher.data": {"launcher.config", "launcher.factorization"},
-    "launcher.models": {"adapters", "launcher.config", "launcher.engines.registry"},
+    "launcher.models": {"adapters", "launcher.config", "launcher.engines.registry", "launcher.text"},
     "launcher.tasks": {"adapters", "launcher.config", "launcher.data", "launcher.models"},
     "launcher.training.checkpoint": {"launcher.processes"},
     "launcher.engines": {
@@ -30,7 +31,7 @@ MAY_IMPORT = {  # beside itself; in the order in which data flows
         "launcher.training.checkpoint",
     },
     "launcher.training": BELOW_TRAINING | {"launcher.training.checkpoint"},
-    "launcher.inference": {"adapters", *SMALL, *ROOMS},
+    "launcher.inference": {"adapters", "launcher.text", *SMALL, *ROOMS},
     "launcher.reports": {"launcher.exit_codes"},  # reads what runs wrote, without torch
     # starts commands; of what they do it knows how they end and which packages they need
     "launcher.cluster": {"launcher.exit_codes", "launcher.engines.registry"},

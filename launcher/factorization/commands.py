@@ -39,6 +39,7 @@ def factorize(
     cache_folder: str | None = None,
     cache_per_node: bool = False,
     verify_base: bool = False,
+    trust_remote_code: bool = False,
     comm: Communicator | None = None,
     console: Console | None = None,
 ) -> int:
@@ -58,6 +59,7 @@ def factorize(
         cache_folder: Cache folder; default: the user's cache directory.
         cache_per_node: The cache folder is a different one on each node, and each node computes all factors.
         verify_base: Read the weights again instead of trusting the size and time of their files.
+        trust_remote_code: Run Python code from the model's folder. Only for models that you trust.
         comm: The processes that share the work.
         console: Where to print.
 
@@ -95,7 +97,7 @@ def factorize(
                 f"there is no model {model}, neither as a folder nor in the hub cache; fetch it with: "
                 f"hf download {shlex.quote(model)}"
             )
-        return targets_of(path, targets, exclude, rank, dtype=dtype, **how)
+        return targets_of(path, targets, exclude, rank, dtype=dtype, trust_remote_code=trust_remote_code, **how)
 
     requests = comm.each("the weights to factor", look)  # a node without the model ends all, with its name
     if energy is None and (clamped := [request for request in requests if request.rank < rank]):

@@ -18,6 +18,7 @@ from transformers.pytorch_utils import Conv1D
 from adapters.checkpoint_files import TensorInfo, list_tensors
 from adapters.checkpoint_names import model_tensors
 from launcher.factorization.make import FactorRequest
+from launcher.text import needs_code
 
 FULL_PRECISION = ("F64", "F32", "F16", "BF16")
 
@@ -29,8 +30,8 @@ def skeleton(model_folder: Path, trust_remote_code: bool = False) -> nn.Module:
     try:
         config = transformers.AutoConfig.from_pretrained(model_folder, trust_remote_code=trust_remote_code)
     except (OSError, KeyError, ValueError) as error:
-        reason = str(error).strip().splitlines()[0]
-        raise ValueError(f"{model_folder / 'config.json'} describes no model we can build: {reason}") from error
+        reason = needs_code(error) or f"config.json describes no known model: {str(error).strip().splitlines()[0]}"
+        raise ValueError(f"{model_folder}: {reason}") from error
     named = getattr(transformers, (config.architectures or [""])[0], None)
     with torch.device("meta"):
         if type(config) in transformers.AutoModelForCausalLM._model_mapping or named is None:
@@ -47,6 +48,7 @@ def targets_of(
     dtype: str = "float32",
     modules_to_save: Sequence[str] = (),
     model: nn.Module | None = None,
+    trust_remote_code: bool = False,
     **options: Any,
 ) -> list[FactorRequest]:
     """One request per module that PEFT would adapt, in the model's order, from config.json and tensor headers alone.
@@ -58,7 +60,7 @@ def targets_of(
     Raises ValueError listing the names there are, or naming a module that has no factors and why.
     """
     if model is None:
-        model = skeleton(model_folder)
+        model = skeleton(model_folder, trust_remote_code)
     tensors = model_tensors(model, list_tensors(model_folder))
     modules = dict(model.named_modules())
     names = matched(model, targets, exclude, modules_to_save)

@@ -1,4 +1,4 @@
-"""`loldu chat`: a talk with a model in the terminal, or with lines from a pipe."""
+"""`loldu chat`: a conversation with a model in the terminal, or with lines from a pipe."""
 
 from __future__ import annotations
 
@@ -7,92 +7,73 @@ from collections.abc import Iterator
 from typing import Any, TextIO
 
 import torch
-from rich.console import Console
 
 from launcher.data.templates import Template, prompt_ids
 from launcher.inference.generate import choose_template
-from launcher.inference.sources import Quantize, find, load
+from launcher.inference.options import Answering
+from launcher.inference.sources import find, load
 from launcher.models.files import context_length
 from launcher.models.generation import Sampling, stream
+from launcher.text import printable
 
 Messages = list[dict[str, str]]
-HELP = "/reset forgets the talk, /system TEXT sets the model's role, /quit or Ctrl-D leaves; Ctrl-C stops an answer"
+HELP = (
+    "/reset clears the conversation, /system TEXT sets the system prompt, /quit or Ctrl-D exits, Ctrl-C stops an answer"
+)
 
 
 def chat(
     model: str,
+    how: Answering = Answering(),  # noqa: B008 (frozen)
     *,
-    adapter: str | None = None,
-    base: str | None = None,
-    prompt_template: str | None = None,
     system: str | None = None,
-    max_tokens: int = 512,
-    temperature: float = 0.0,
-    top_p: float = 1.0,
-    seed: int = 0,
-    dtype: str = "auto",
-    quantize: Quantize = "auto",
-    device: str = "auto",
     lines: TextIO | None = None,
     out: TextIO | None = None,
 ) -> None:
-    """Talk with a model.
+    """Chat with a model; `loldu chat` (commands.py) describes the arguments.
 
-    Args:
-        model: A model (folder or hub name on this machine), an adapter folder, or a run folder (runs/NAME).
-        adapter: Adapter or run folder to put on the model.
-        base: Base model of an adapter or run given as the first argument, where its own is not to be found.
-        prompt_template: auto, short, alpaca, chat, a FILE with {instruction} and {input}, or none (the bare prompt).
-            By default what the run recorded; without a run the model's chat template, or alpaca where it has none.
-        system: What the model is to be, before the first turn; needs a chat template.
-        max_tokens: Most tokens of an answer.
-        temperature: 0: always the likeliest token; above: drawn at random, more evenly the higher it is.
-        top_p: Draw from the likeliest tokens that have this probability together.
-        seed: Of the drawing.
-        dtype: auto (the run's, else the files' own), float32, bfloat16 or float16.
-        quantize: Precision of the base: auto (as the run trained on it), none, int8, nf4 or fp4.
-        device: auto (a GPU where there is one), cpu, cuda, cuda:1, ...
-        lines: What the user types; standard input by default.
-        out: Where answers are written; standard output by default. Everything else goes to standard error.
+    lines is what the user types (standard input by default). Answers go to out (standard output by default), everything
+    else to standard error.
     """
     out = out or sys.stdout
-    sampling = Sampling(max_tokens=max_tokens, temperature=temperature, top_p=top_p)
-    source = find(model, adapter=adapter, base=base)
-    loaded, tokenizer = load(source, dtype=dtype, device=device, quantize=quantize)
-    template = choose_template(prompt_template, source, tokenizer, conversations=False)
+    sampling = Sampling(max_tokens=how.max_tokens, temperature=how.temperature, top_p=how.top_p)
+    source = find(model, adapter=how.adapter, base=how.base, trust_remote_code=how.trust_remote_code)
+    loaded, tokenizer = load(source, dtype=how.dtype, device=how.device, quantize=how.quantize)
+    template = choose_template(how.prompt_template, source, tokenizer, conversations=False)
     turns = template.jinja is not None
     if system and not turns:
-        raise ValueError(f"--system needs a chat template, {template.name} has no place for it: say it in the prompt")
-    notes = Console(stderr=True, highlight=False, soft_wrap=True)
-    notes.print(HELP, markup=False)
+        raise ValueError(
+            f"--system needs a chat template, and template {template.name} is none: put the text into the prompt"
+        )
+    _note(HELP)
     if not turns:
-        notes.print(f"each line is an instruction by itself: template {template.name} has no turns", markup=False)
-    torch.manual_seed(seed)
+        _note(f"template {template.name} has no turns: each line is a separate instruction")
+    torch.manual_seed(how.seed)
     history: Messages = []
-    for line in _typed(lines or sys.stdin, notes):
+    for line in _typed(lines or sys.stdin):
         command, _, rest = line.strip().partition(" ")
         if command == "/quit":
             return
         if command == "/reset":
             history = []
-            notes.print("(forgotten)")
+            _note("(conversation cleared)")
         elif command == "/system" and turns:
             system, history = rest.strip() or None, []
-            notes.print("(set; the talk begins anew)" if system else "(none; the talk begins anew)")
+            _note(f"(system prompt {'set' if system else 'removed'}; conversation cleared)")
         elif command == "/system":
-            notes.print(f"the template {template.name} has no place for it: put it in the question", markup=False)
+            _note(f"template {template.name} has no system prompt: put the text into the question")
         elif command.startswith("/"):
-            notes.print(f"unknown command {command}: {HELP}", markup=False)
+            _note(f"unknown command {command}: {HELP}")
         elif command:
-            history = _turn(line.strip(), history, system, loaded, tokenizer, template, sampling, out, notes)
+            history = _turn(line.strip(), history, system, loaded, tokenizer, template, sampling, out)
 
 
 def fit(
     history: Messages, system: str | None, template: Template, tokenizer: Any, room: int
 ) -> tuple[list[int], Messages]:
-    """Token ids of the talk, and what of it they hold: the oldest questions and answers go until room is enough.
+    """Token ids of the conversation, and the messages they hold. Drops the oldest question and answer until it fits.
 
-    The last question always stays, whether it fits or not.
+    room is in tokens. The last question always stays, even if it does not fit.
     """
     first: Messages = [{"role": "system", "content": system}] if system else []
     while True:
@@ -111,12 +92,11 @@ def _turn(
     template: Template,
     sampling: Sampling,
     out: TextIO,
-    notes: Console,
 ) -> Messages:
-    """Answer one question; returns the talk with it, or as it was where there is no answer."""
+    """Answer one question. Returns the conversation with it, or unchanged if there is no answer."""
 
     def write(text: str) -> None:
-        print(text, end="", file=out, flush=True)
+        print(printable(text), end="", file=out, flush=True)
 
     asked = [*history, {"role": "user", "content": question}]
     try:
@@ -126,22 +106,27 @@ def _turn(
             context = context_length(model)
             ids, kept = fit(asked, system, template, tokenizer, context - min(sampling.max_tokens, context // 2))
             if len(kept) < len(asked):
-                notes.print("(the oldest part of the talk no longer fits and is forgotten)")
+                _note("(the conversation no longer fits the context: its oldest part is dropped)")
             asked = kept
         answered = stream(model, tokenizer, ids, sampling, write)
     except ValueError as error:
-        notes.print(str(error), markup=False)
+        _note(str(error))
         return history
     write("\n")
     if answered.interrupted:
-        notes.print("(stopped)")
+        _note("(stopped)")
     elif not answered.complete:
-        notes.print(f"(ended after {len(answered.ids)} tokens)")
+        _note(f"(stopped after {len(answered.ids)} tokens)")
     return [*asked, {"role": "assistant", "content": answered.text}] if answered.text.strip() else history
 
 
-def _typed(lines: TextIO, notes: Console) -> Iterator[str]:
-    """The user's lines until Ctrl-D or the end of a pipe. Ctrl-C at the prompt drops the line."""
+def _note(text: str) -> None:
+    """Print to standard error: standard output carries only answers."""
+    print(printable(text), file=sys.stderr, flush=True)
+
+
+def _typed(lines: TextIO) -> Iterator[str]:
+    """The user's lines until Ctrl-D or the end of a pipe. Ctrl-C at the prompt discards the line."""
     interactive = lines is sys.stdin and lines.isatty()
     if interactive:
         import readline  # noqa: F401 (gives input() a history and line editing)
@@ -149,10 +134,10 @@ def _typed(lines: TextIO, notes: Console) -> Iterator[str]:
         try:
             line = input("> ") + "\n" if interactive else lines.readline()
         except EOFError:
-            notes.print()
+            _note("")
             line = ""
         except KeyboardInterrupt:
-            notes.print("\n(/quit or Ctrl-D leaves)")
+            _note("\n(/quit or Ctrl-D exits)")
             continue
         if not line:
             return

@@ -47,7 +47,7 @@ def compare(source: Source, folder: Path, dtype: torch.dtype, device: str) -> st
     with model.disable_adapter():
         effect = distance(wanted, probe_logits(model))
     del model
-    merged = Source(base=folder, base_name=str(folder), tokenizer=folder)
+    merged = plain(source, folder)
     gap = distance(probe_logits(load_model(merged, device=device)), wanted)
     coarse = max((dtype, own), key=lambda kind: torch.finfo(kind).eps)
     name = str(coarse).removeprefix("torch.")
@@ -64,6 +64,11 @@ def compare(source: Source, folder: Path, dtype: torch.dtype, device: str) -> st
     return f"checked: logits differ from base with adapter by {said}{hint}{quantised_gap(source, wanted, device)}"
 
 
+def plain(source: Source, folder: Path) -> Source:
+    """The merged model in folder, which needs the same code as the source."""
+    return Source(base=folder, base_name=str(folder), tokenizer=folder, trust_remote_code=source.trust_remote_code)
+
+
 def loss_change(
     source: Source, folder: Path, dtype: torch.dtype, kind: Kind, held: tuple[Any, Any], device: str
 ) -> str:
@@ -72,7 +77,7 @@ def loss_change(
     Raises RuntimeError where the last is not finite.
     """
     name = str(dtype).removeprefix("torch.")
-    merged = Source(base=folder, base_name=str(folder), tokenizer=folder)
+    merged = plain(source, folder)
     full = mean_loss(load_model(source, dtype=name, device=device), *held)
     beside = mean_loss(load_quantised(source, kind, dtype=name, device=device), *held)
     after = mean_loss(load_model(merged, device=device), *held)

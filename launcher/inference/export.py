@@ -1,4 +1,4 @@
-"""`loldu export-lora`: an adapter of ours as an ordinary LoRA adapter, read back by stock PEFT before it counts."""
+"""`loldu export-lora`: write an adapter as an ordinary LoRA adapter, and check it by loading it with stock PEFT."""
 
 from __future__ import annotations
 
@@ -15,26 +15,27 @@ from launcher.inference.sources import adapter_config, find, load_model
 
 
 def export_lora(
-    adapter: str, *, out: str, base: str | None = None, tolerance: float = 1e-4, device: str = "auto"
+    adapter: str,
+    *,
+    out: str,
+    base: str | None = None,
+    tolerance: float = 1e-4,
+    device: str = "auto",
+    trust_remote_code: bool = False,
 ) -> Path:
-    """Write the adapter as a LoRA adapter that stock PEFT and LoRA servers load.
+    """Write an adapter as a LoRA adapter; `loldu export-lora` (commands.py) describes the arguments.
 
-    Args:
-        adapter: Adapter folder, or run folder (runs/NAME).
-        out: Folder to write; must not exist, or be empty.
-        base: Base model, where it is not the one that the adapter or run names.
-        tolerance: Largest difference of a logit, in float32, to the adapter itself; beyond it nothing is kept.
-        device: Where this is computed: auto (a GPU where there is one), cpu, cuda, ...
+    Returns the folder. Raises RuntimeError if stock PEFT computes other logits from it; nothing is left in out then.
     """
     if not tolerance > 0:
-        raise ValueError(f"--tolerance is above 0, got {tolerance}")
-    source = replace(find(adapter, base=base), dtype="float32")
+        raise ValueError(f"--tolerance must be above 0, got {tolerance}")
+    source = replace(find(adapter, base=base, trust_remote_code=trust_remote_code), dtype="float32")
     if source.adapter is None:
         raise ValueError(f"{adapter} holds a whole model and no adapter: there is nothing to export")
     config = adapter_config(source.adapter)
     if not isinstance(config, FactorConfig):
-        raise ValueError(f"{adapter} is a {config.peft_type.value} adapter, not one of ours: PEFT loads it as it is")
-    console = Console(stderr=True, highlight=False, soft_wrap=True)
+        raise ValueError(f"{adapter} is a {config.peft_type.value} adapter: PEFT loads it already, nothing to export")
+    console = Console(stderr=True, highlight=False, markup=False, soft_wrap=True)
     with new_folder(Path(out), "--out") as partial:
         model = load_model(source, device=device)
         model.peft_config["default"].base_model_name_or_path = source.base_name
@@ -45,10 +46,10 @@ def export_lora(
         gap = float((probe_logits(exported) - wanted).abs().max())
         if not gap <= tolerance:
             raise RuntimeError(
-                f"the LoRA adapter is removed: its logits differ by {gap:.2g} from those of {adapter}, of which the "
+                f"the LoRA adapter was deleted again: its logits differ by {gap:.2g} from those of {adapter}, whose "
                 f"largest is {float(wanted.abs().max()):.3g}; if that is rounding, raise --tolerance {tolerance:g}"
             )
-        largest = f"largest difference of a logit {gap:.2g}, allowed {tolerance:g}"
+        largest = f"largest difference between logits {gap:.2g}, allowed {tolerance:g}"
         other = quantised_gap(source, wanted, device)
         console.print(f"checked: stock PEFT reads it back on {source.base_name}, {largest}{other}")
     console.print(f"LoRA adapter of rank {exported.peft_config['default'].r} in {out}")

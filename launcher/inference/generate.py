@@ -1,8 +1,7 @@
-"""`loldu generate`: answers to a prompt, or to every record of a file, as text or as JSON lines."""
+"""`loldu generate`: answer a prompt, or every record of a file, as text or as JSON lines."""
 
 from __future__ import annotations
 
-import json as json_text
 import sys
 from collections.abc import Iterator
 from pathlib import Path
@@ -13,68 +12,42 @@ import torch
 from launcher.data.records import Record, load_records, question
 from launcher.data.records import answer as expected_answer
 from launcher.data.templates import Template, load_template, prompt_ids, render_prompt
-from launcher.inference.sources import Quantize, Source, find, load
+from launcher.inference.options import Answering
+from launcher.inference.sources import Source, find, load
 from launcher.models.files import context_length
 from launcher.models.generation import Answer, Sampling, answer, stream
+from launcher.text import json_line, printable
 
-CHUNK = 512  # records answered between two writes of JSON lines
+CHUNK = 512  # records per batch of JSON lines
 
 
 def generate(
     model: str,
+    how: Answering = Answering(),  # noqa: B008 (frozen)
     *,
-    adapter: str | None = None,
-    base: str | None = None,
     prompt: str | None = None,
     prompt_file: str | None = None,
     input: str = "",
     data: str | None = None,
     limit: int = 0,
-    prompt_template: str | None = None,
-    max_tokens: int = 256,
-    temperature: float = 0.0,
-    top_p: float = 1.0,
-    seed: int = 0,
-    dtype: str = "auto",
-    quantize: Quantize = "auto",
-    device: str = "auto",
     json: bool = False,
     out: TextIO | None = None,
 ) -> list[Answer]:
-    """Answer a prompt, or every record of a file.
+    """Answer a prompt, or every record of a file; `loldu generate` (commands.py) describes the arguments.
 
-    Args:
-        model: A model (folder or hub name on this machine), an adapter folder, or a run folder (runs/NAME).
-        adapter: Adapter or run folder to put on the model.
-        base: Base model of an adapter or run given as the first argument, where its own is not to be found.
-        prompt: The instruction. Without --prompt, --prompt-file and --data it is read from standard input.
-        prompt_file: File with one instruction; - is standard input.
-        input: Input that belongs to the instruction.
-        data: JSON, JSONL or parquet file of records; each is answered and its own answer shown beside it.
-        limit: Answer only the first so many records; 0: all.
-        prompt_template: auto, short, alpaca, chat, a FILE with {instruction} and {input}, or none (the bare prompt).
-            By default what the run recorded; without a run the model's chat template, or alpaca where it has none.
-        max_tokens: Most tokens of an answer.
-        temperature: 0: always the likeliest token; above: drawn at random, more evenly the higher it is.
-        top_p: Draw from the likeliest tokens that have this probability together.
-        seed: Of the drawing.
-        dtype: auto (the run's, else the files' own), float32, bfloat16 or float16.
-        quantize: Precision of the base: auto (as the run trained on it), none, int8, nf4 or fp4.
-        device: auto (a GPU where there is one), cpu, cuda, cuda:1, ...
-        json: One JSON object a line: prompt, answer, tokens, complete; with --data also index, expected and match.
-        out: Where answers are written; standard output by default.
+    Answers go to out (standard output by default), everything else to standard error.
     """
     out = out or sys.stdout
-    sampling = Sampling(max_tokens=max_tokens, temperature=temperature, top_p=top_p)
+    sampling = Sampling(max_tokens=how.max_tokens, temperature=how.temperature, top_p=how.top_p)
     if limit < 0:
-        raise ValueError(f"--limit is at least 0 (all records), got {limit}")
+        raise ValueError(f"--limit must be at least 0 (all records), got {limit}")
     if data is None and limit:
-        raise ValueError(f"--limit {limit} counts the records of --data FILE, which is missing")
+        raise ValueError(f"--limit {limit} counts the records of --data FILE: give --data FILE as well")
     records = _asked(prompt, prompt_file, input, data, limit)
-    source = find(model, adapter=adapter, base=base)
-    loaded, tokenizer = load(source, dtype=dtype, device=device, quantize=quantize)
-    template = choose_template(prompt_template, source, tokenizer, conversations="messages" in records[0])
-    torch.manual_seed(seed)
+    source = find(model, adapter=how.adapter, base=how.base, trust_remote_code=how.trust_remote_code)
+    loaded, tokenizer = load(source, dtype=how.dtype, device=how.device, quantize=how.quantize)
+    template = choose_template(how.prompt_template, source, tokenizer, conversations="messages" in records[0])
+    torch.manual_seed(how.seed)
     answers: list[Answer] = []
     for answered in _answers(records, loaded, tokenizer, template, sampling, json=json, out=out):
         record = records[len(answers)]
@@ -85,39 +58,39 @@ def generate(
             if data is not None:
                 line |= {"index": len(answers) - 1, "expected": expected_answer(record)}
                 line["match"] = _matches(answered, record)
-            print(json_text.dumps(line, ensure_ascii=False), file=out, flush=True)
+            print(json_line(line), file=out, flush=True)
         elif data is not None:
-            print(f"expected: {expected_answer(record)}\n", file=out, flush=True)
+            print(f"expected: {printable(expected_answer(record))}\n", file=out, flush=True)
         if answered.interrupted:
             raise KeyboardInterrupt
     if data is not None:
         right = sum(_matches(answered, record) for answered, record in zip(answers, records, strict=True))
-        _say(f"{right} of {len(records)} answers match to the letter")
+        _note(f"{right} of {len(records)} answers match exactly")
     elif not answers[0].complete:
-        _say(f"(ended after {len(answers[0].ids)} tokens; --max-tokens {max_tokens})")
+        _note(f"(stopped after {len(answers[0].ids)} tokens: --max-tokens {how.max_tokens}, or the context is full)")
     return answers
 
 
 def choose_template(setting: str | None, source: Source, tokenizer: Any, *, conversations: bool) -> Template:
-    """The template asked for, else what the run recorded, else the model's own, else alpaca; says which it took."""
+    """The requested template, else the run's, else the model's chat template, else alpaca. Prints its choice."""
     if setting == "none":
         return Template("none", "{instruction}", "{instruction}")
     if setting is not None:
         return load_template(setting, tokenizer, conversations=conversations)
     if source.template is not None:
-        template, why = load_template(source.template, tokenizer, conversations=conversations), "recorded by the run"
+        template, why = load_template(source.template, tokenizer, conversations=conversations), "the run's"
     elif tokenizer.chat_template:
-        template, why = load_template("chat", tokenizer, conversations=conversations), "the model's own"
+        template, why = load_template("chat", tokenizer, conversations=conversations), "the model's chat template"
     else:
         template = load_template("auto", tokenizer, conversations=conversations)
-        why = "the model has none of its own; --prompt-template none gives it the bare prompt"
-    _say(f"prompt template: {template.name} ({why})")
+        why = "the model has no chat template; --prompt-template none sends the bare prompt"
+    _note(f"prompt template: {template.name} ({why})")
     return template
 
 
-def _say(text: str) -> None:
-    """Standard output carries answers alone, for pipes."""
-    print(text, file=sys.stderr, flush=True)
+def _note(text: str) -> None:
+    """Print to standard error: standard output carries only answers, for pipes."""
+    print(printable(text), file=sys.stderr, flush=True)
 
 
 def _matches(answered: Answer, record: Record) -> bool:
@@ -125,20 +98,20 @@ def _matches(answered: Answer, record: Record) -> bool:
 
 
 def _asked(prompt: str | None, prompt_file: str | None, input: str, data: str | None, limit: int) -> list[Record]:
-    """The records to answer. Raises ValueError where there is no prompt, or more than one source of them."""
+    """The records to answer. Raises ValueError if there is no prompt, or more than one source of prompts."""
     sources = {"--prompt": prompt, "--prompt-file": prompt_file, "--data": data}
     given = [name for name, value in sources.items() if value is not None]
     if len(given) > 1:
-        raise ValueError(f"{' and '.join(given)} exclude each other: give one of them")
+        raise ValueError(f"{' and '.join(given)} cannot be combined: give one of them")
     if data is not None:
         if input:
-            raise ValueError("--input belongs to --prompt; the records of --data have their own")
+            raise ValueError("--input belongs to --prompt, and the records of --data have their own: leave it out")
         records = load_records(data)
         return records[:limit] if limit else records
     if prompt is None and prompt_file in (None, "-"):
         if sys.stdin.isatty():
             raise ValueError(
-                "nothing to answer: give --prompt TEXT, --prompt-file FILE, --data FILE, or pipe a prompt in"
+                "there is no prompt: give --prompt TEXT, --prompt-file FILE or --data FILE, or pipe a prompt in"
             )
         prompt = sys.stdin.read()
     elif prompt_file is not None:
@@ -164,11 +137,11 @@ def _answers(
     json: bool,
     out: TextIO,
 ) -> Iterator[Answer]:
-    """The answer to each record in order: streamed to out, or in silence for JSON, greedy ones then in batches."""
+    """Answer each record in order. Text is streamed to out; for JSON, greedy answers are generated in batches."""
 
     def write(text: str) -> None:
         if not json:
-            print(text, end="", file=out, flush=True)
+            print(printable(text), end="", file=out, flush=True)
 
     if json and sampling.temperature == 0 and len(records) > 1:
         context = context_length(model)
@@ -182,7 +155,7 @@ def _answers(
         return
     for index, record in enumerate(records):
         if len(records) > 1 and not json:
-            print(f"[{index + 1} of {len(records)}] {question(record)}\nanswer:   ", end="", file=out)
+            print(f"[{index + 1} of {len(records)}] {printable(question(record))}\nanswer:   ", end="", file=out)
         answered = stream(model, tokenizer, prompt_ids(record, template, tokenizer), sampling, write)
         write("\n")
         yield answered

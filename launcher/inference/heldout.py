@@ -33,7 +33,7 @@ def held_out(source: Source, file: str | None) -> tuple[encode.Encoded, Any]:
     else:
         known = "the run held no records out" if source.data else f"{source.adapter} lies in no run folder"
         raise ValueError(f"there is nothing to measure the loss on, since {known}: give --data FILE")
-    tokenizer = load_tokenizer(source.tokenizer)
+    tokenizer = load_tokenizer(source.tokenizer, trust_remote_code=source.trust_remote_code)
     return encode.encode(held, tokenizer, DataConfig(**settings)), tokenizer
 
 

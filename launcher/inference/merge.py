@@ -36,7 +36,7 @@ from adapters.checkpoint_names import Conversion, model_tensors
 from adapters.config import FactorConfig
 from adapters.layer import FactorLayer
 from launcher.factorization.targets import skeleton
-from launcher.inference.checks import compare, loss_change
+from launcher.inference.checks import compare, loss_change, plain
 from launcher.inference.heldout import held_out
 from launcher.inference.sources import DTYPES, Kind, Source, adapter_config, attach, choose_device, find, load_model
 from launcher.models.files import first_line
@@ -86,44 +86,36 @@ def merge(
     shard_gb: float = 5.0,
     check: bool = True,
     device: str = "auto",
+    trust_remote_code: bool = False,
 ) -> Path:
-    """Write base and adapter as one plain Hugging Face model.
+    """Write base and adapter as one plain Hugging Face model; `loldu merge` (commands.py) describes the arguments.
 
-    Args:
-        adapter: Adapter folder, or run folder (runs/NAME).
-        out: Folder to write; must not exist, or be empty.
-        base: Base model, where it is not the one that the adapter or run names.
-        dtype: Of the written weights: auto (each as in the base's files), float32, bfloat16 or float16.
-        quantize: Round the merged linear layers to 8 or 4 bits, as transformers loads them; the loss before and after
-            is printed.
-        data: Records to measure that loss on (the first 200), in place of those that the run held out.
-        shard_gb: Largest size of one weight file, in GB.
-        check: Load the result and base with adapter one after the other and compare their logits.
-        device: Where the check runs: auto (a GPU where there is one), cpu, cuda, ...
+    Returns the folder. Raises ValueError before anything is written if the request cannot work, and RuntimeError if the
+    merged model does not compute what base and adapter compute; nothing is left in out then.
     """
     check_quantize(quantize)
     if quantize != "none" and not check:
-        raise ValueError("--quantize loses accuracy, and how much is always measured: leave --no-check out")
+        raise ValueError("--quantize always measures the accuracy that it costs: leave --no-check out")
     if quantize == "none" and data is not None:
-        raise ValueError(f"--data {data} is what --quantize measures its loss on: leave it out, or give --quantize")
+        raise ValueError(f"--data {data} is only used by --quantize, which measures a loss on it: give both")
     if dtype not in (*DTYPES, "auto"):
         raise ValueError(f"--dtype {dtype} is unknown: give auto, {', '.join(DTYPES)}")
     if not shard_gb > 0:
-        raise ValueError(f"--shard-gb is above 0, got {shard_gb}")
+        raise ValueError(f"--shard-gb must be above 0, got {shard_gb}")
     device = choose_device(device)  # before an hour of writing, not after
-    source = replace(find(adapter, base=base), dtype=None)
+    source = replace(find(adapter, base=base, trust_remote_code=trust_remote_code), dtype=None)
     if source.adapter is None:
         raise ValueError(f"{adapter} holds a whole model and no adapter: there is nothing to merge")
     config = adapter_config(source.adapter)
     held = held_out(source, data) if quantize != "none" else None
-    console = Console(stderr=True, highlight=False, soft_wrap=True)
+    console = Console(stderr=True, highlight=False, markup=False, soft_wrap=True)
     with new_folder(Path(out), "--out") as partial:
         whole = source
         if not isinstance(config, FactorConfig):
-            console.print(f"{config.peft_type.value} is merged by PEFT, in memory: the whole model at once")
+            console.print(f"PEFT merges {config.peft_type.value} adapters with the whole model in memory")
             place = partial if held is None else partial / "whole"
             written = _merge_in_memory(source, place, dtype, shard_gb)
-            whole = Source(base=place, base_name=str(place), tokenizer=place)
+            whole = plain(source, place)
         if isinstance(config, FactorConfig) or held is not None:
             plan = plan_merge(whole, DTYPES.get(dtype), quantize)
             _write_checkpoint(plan, partial, shard_gb, console)
@@ -132,7 +124,7 @@ def merge(
         if whole is not source and held is not None:
             shutil.rmtree(whole.base)
         for folder in dict.fromkeys((source.tokenizer, source.base)):
-            for pattern in BESIDE_WEIGHTS:
+            for pattern in (*BESIDE_WEIGHTS, *(["*.py"] if trust_remote_code else [])):
                 for file in folder.glob(pattern):
                     if file.is_file() and not (partial / file.name).exists():
                         shutil.copyfile(file, partial / file.name)
@@ -155,7 +147,7 @@ def plan_merge(source: Source, dtype: torch.dtype | None, quantize: Kind = "none
             "original with --base, and --quantize where the result is to be quantised too"
         )
     tensors = list_tensors(source.base)
-    bare: Any = skeleton(source.base).float()
+    bare: Any = skeleton(source.base, source.trust_remote_code).float()
     by_parameter = model_tensors(bare, tensors)
     tied = bool(getattr(bare.config.get_text_config(), "tie_word_embeddings", False))
     embeddings = (bare.get_input_embeddings(), bare.get_output_embeddings())

@@ -1,6 +1,7 @@
-"""What a command is pointed at (a model, an adapter or a run), and the model and tokenizer loaded from there.
+"""Find what a command was given (a model, an adapter or a run), and load its model and tokenizer.
 
-Every mistake in the files is found from their headers, before any weight is read, and is a ValueError of one line.
+Damaged or wrong files are found from their headers, before any weight is read, and raise a one-line ValueError. Python
+code in a model's folder runs only with trust_remote_code; nothing ever asks for it on standard input.
 """
 
 from __future__ import annotations
@@ -8,54 +9,62 @@ from __future__ import annotations
 import json
 import logging
 import warnings
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from itertools import chain
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import torch
-from peft import PeftConfig, PeftModel
+from peft import PeftConfig, PeftModel, get_peft_model_state_dict
 from safetensors import SafetensorError, safe_open
+from torch import Tensor
 from transformers import AutoConfig, AutoModelForCausalLM
 
 import adapters  # registers our methods with PEFT as well
 from adapters.checkpoint_files import local_folder
 from launcher.config import ModelConfig
+from launcher.inference.options import Kind, Quantize
 from launcher.models.files import base_folder, first_line, has_tokenizer, load_tokenizer, recorded_run
 from launcher.models.quantize import check_base, check_quantize, keep_packing
+from launcher.text import needs_code
 
-Kind = Literal["none", "int8", "nf4", "fp4"]
-Quantize = Literal["auto", Kind]
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 ADAPTER_WEIGHTS = "adapter_model.safetensors"
 
 
 @dataclass(frozen=True, kw_only=True)
 class Source:
-    """Folders to load from, and how the run that trained it asked its questions."""
+    """Folders to load from, and the settings of the run that trained the model (None without a run)."""
 
     base: Path
-    base_name: str  # as it was given: a folder or a hub name
+    base_name: str  # as given: a folder or a hub name
     adapter: Path | None = None
     tokenizer: Path
-    template: str | None = None  # what the run recorded; None: no run is known
-    dtype: str | None = None  # likewise
-    quantize: Kind = "none"  # likewise; base is in full precision
-    data: dict[str, Any] | None = None  # likewise: its data settings
+    template: str | None = None
+    dtype: str | None = None
+    quantize: Kind = "none"  # of the base in training; the base's files are in full precision
+    data: dict[str, Any] | None = None
+    trust_remote_code: bool = False  # never taken from a run's record
 
 
-def find(model: str, *, adapter: str | None = None, base: str | None = None) -> Source:
-    """What `model` names: a model (folder or hub name on this machine), an adapter folder or a run folder.
+def find(model: str, *, adapter: str | None = None, base: str | None = None, trust_remote_code: bool = False) -> Source:
+    """Find a model (folder, or hub name in the local cache), an adapter folder or a run folder.
 
-    With `adapter` (an adapter or run folder) the model is its base. `base` replaces the base that an adapter or a run
-    names. Nothing is fetched. Raises ValueError with what was found and what to give instead.
+    With adapter (an adapter or run folder), model is its base. base replaces the base that an adapter or run names.
+    Nothing is downloaded. Raises ValueError with what was found and what to give instead.
     """
     if adapter is not None:
         if base is not None:
-            raise ValueError(f"--adapter makes {model} the base, so --base {base} is one too many: leave it out")
+            raise ValueError(f"--adapter makes {model} the base model already: leave --base {base} out")
         source = find(adapter, base=model)
         if source.adapter is None:
             raise ValueError(f"--adapter {adapter} holds a whole model: give it alone, without a base")
-        return source
+    else:
+        source = _find(model, base)
+    return replace(source, trust_remote_code=trust_remote_code)
+
+
+def _find(model: str, base: str | None) -> Source:
     place = Path(model).expanduser()
     if (place / "adapter_config.json").is_file():
         return _from_adapter(place, base, recorded_run(place.parent) if place.name == "adapter" else None)
@@ -64,12 +73,12 @@ def find(model: str, *, adapter: str | None = None, base: str | None = None) -> 
         if (place / "adapter" / "adapter_config.json").is_file():
             return _from_adapter(place / "adapter", base, run)
         if not (place / "model" / "config.json").is_file():
-            raise ValueError(f"run {place} has saved no adapter yet: its command, typed again, goes on")
+            raise ValueError(f"run {place} has not saved an adapter yet: start it again to finish training")
         place = place / "model"
     elif base is not None:
         raise ValueError(
-            f"--base {base} is for an adapter, and {model} is none: expected a folder with adapter_config.json, "
-            "or a run folder"
+            f"--base {base} needs an adapter, and {model} is not one: give a folder with adapter_config.json, or a "
+            "run folder"
         )
     folder = base_folder(str(place) if place.exists() else model)
     tokenizer = folder
@@ -79,42 +88,46 @@ def find(model: str, *, adapter: str | None = None, base: str | None = None) -> 
 
 
 def adapter_config(folder: Path) -> Any:
-    """The PEFT config of an adapter folder whose weight file is whole. Raises ValueError naming what is not."""
+    """The PEFT config of an adapter folder. Raises ValueError if its weight file is missing, damaged or not finite."""
     weights = folder / ADAPTER_WEIGHTS
     if not weights.is_file():
         pickled = sorted(folder.glob("adapter_model.*"))
         raise ValueError(
-            f"adapter {folder} has its weights only as pickle ({pickled[0].name}), which can run code when read: "
-            "load it in PEFT where you trust it and save it again"
+            f"adapter {folder} has its weights only as a pickle ({pickled[0].name}), which can run code when it is "
+            "read: if you trust it, load it in PEFT and save it again"
             if pickled
             else f"adapter {folder} has no {ADAPTER_WEIGHTS}: copy the whole folder"
         )
     try:
-        with safe_open(weights, framework="pt"):
-            pass
+        with safe_open(weights, framework="pt") as opened:
+            bad = next((name for name in opened.keys() if not _finite(opened.get_tensor(name))), None)  # noqa: SIM118
     except (SafetensorError, OSError) as error:
         raise ValueError(f"{weights} is damaged or cut short ({error}): copy it again") from None
+    if bad is not None:
+        raise ValueError(f"{weights}: {bad} holds NaN or infinite numbers: use an earlier checkpoint, or train again")
     try:
         config = PeftConfig.from_pretrained(str(folder))
     except (KeyError, TypeError, json.JSONDecodeError) as error:
         raise ValueError(
-            f"{folder / 'adapter_config.json'} is no config of a PEFT method known here ({first_line(error)}): "
-            "was it written by a newer version?"
+            f"{folder / 'adapter_config.json'} is not the config of a known PEFT method ({first_line(error)}): "
+            "it may come from a newer version of this project or of PEFT"
         ) from None
     if config.task_type == "SEQ_CLS":
         raise ValueError(
-            f"adapter {folder} labels texts and writes none: load its base with AutoModelForSequenceClassification, "
-            "then PeftModel.from_pretrained; merge_and_unload() there gives a plain model"
+            f"adapter {folder} is a text classifier, which generates no text: load its base with "
+            "AutoModelForSequenceClassification, then PeftModel.from_pretrained; merge_and_unload() merges it"
         )
     return config
 
 
 def load(source: Source, *, dtype: str = "auto", device: str = "auto", quantize: Quantize = "auto") -> tuple[Any, Any]:
-    """The model with its adapter, ready to answer, and the tokenizer.
+    """The model with its adapter, in evaluation mode, and the tokenizer.
 
-    dtype auto: the run's, else the files' own. quantize auto: as the run trained on its base; none: in full precision.
+    dtype auto: the run's, else the files'. quantize auto: as in training; none: full precision. Raises ValueError if
+    the model's logits are not finite.
     """
-    tokenizer = load_tokenizer(source.tokenizer)
+    trusted = source.trust_remote_code
+    tokenizer = load_tokenizer(source.tokenizer, trust_remote_code=trusted)
     if quantize == "auto":
         already = "quantization_config" in json.loads((source.base / "config.json").read_text(encoding="utf-8"))
         quantize = "none" if already else source.quantize
@@ -122,12 +135,33 @@ def load(source: Source, *, dtype: str = "auto", device: str = "auto", quantize:
             check_quantize(quantize)
         except ValueError as error:
             raise ValueError(
-                f"this run trained on its base in {quantize}. {error}; or give --quantize none, for answers on the "
+                f"this run trained on a base in {quantize}. {error}; or give --quantize none, which answers with the "
                 "base in full precision"
             ) from None
     if quantize == "none":
-        return load_model(source, dtype=dtype, device=device), tokenizer
-    return load_quantised(source, quantize, dtype=dtype, device=device), tokenizer
+        model = load_model(source, dtype=dtype, device=device)
+    else:
+        model = load_quantised(source, quantize, dtype=dtype, device=device)
+    _check_output(model, source)
+    return model, tokenizer
+
+
+@torch.no_grad()
+def _check_output(model: Any, source: Source) -> None:
+    """Raise ValueError if one token gives logits that are not finite: every answer would be empty or noise."""
+    token = torch.zeros(1, 1, dtype=torch.long, device=next(chain(model.buffers(), model.parameters())).device)
+    if _finite(model(input_ids=token, use_cache=False).logits):
+        return
+    blame = "the weights of"
+    if source.adapter is not None:
+        with model.disable_adapter():
+            if _finite(model(input_ids=token, use_cache=False).logits):
+                blame = f"adapter {source.adapter} (scale and other settings are in its adapter_config.json) on"
+    raise ValueError(f"the logits are NaN or infinite; the cause is {blame} {source.base}: check the files, or --dtype")
+
+
+def _finite(tensor: Tensor) -> bool:
+    return not tensor.is_floating_point() or bool(torch.isfinite(tensor.float()).all())
 
 
 def load_model(source: Source, *, dtype: str = "auto", device: str = "auto") -> Any:
@@ -140,33 +174,35 @@ def load_model(source: Source, *, dtype: str = "auto", device: str = "auto") -> 
             dtype=DTYPES.get(dtype, "auto"),
             use_safetensors=True,
             local_files_only=True,
+            trust_remote_code=source.trust_remote_code,
             output_loading_info=True,
             **({} if device == "cpu" else {"device_map": device}),
         )
     except (OSError, ValueError, KeyError, RuntimeError, SafetensorError) as error:
-        raise ValueError(f"{source.base} does not load as a causal language model: {first_line(error)}") from None
+        reason = needs_code(error) or f"it does not load as a causal language model: {first_line(error)}"
+        raise ValueError(f"{source.base}: {reason}") from None
     model, report = loaded
     if report["missing_keys"]:
         missing = sorted(report["missing_keys"])
         raise ValueError(
             f"{source.base} lacks {len(missing)} of its weights ({', '.join(missing[:3])}), which would be random: "
-            "fetch the model again"
+            "download the model again"
         )
-    if getattr(model, "is_loaded_in_8bit", False):  # each layer says at each token in which precision it computes
+    if getattr(model, "is_loaded_in_8bit", False):  # each layer logs its dtype at each token
         logging.getLogger("bitsandbytes.autograd._functions").setLevel(logging.ERROR)
     if getattr(model, "is_loaded_in_4bit", False):
         keep_packing(model)
     if source.adapter is None:
         return model.eval()
     with warnings.catch_warnings():
-        if as_trained:  # the files' precision may be another one: so it was in training
-            for said in ("this base has fingerprint", ".*factors come from the checkpoint"):
-                warnings.filterwarnings("ignore", said, adapters.BasePrecisionWarning)
+        if as_trained:  # the files may have another precision: they had it in training too
+            for text in ("this base has fingerprint", ".*factors come from the checkpoint"):
+                warnings.filterwarnings("ignore", text, adapters.BasePrecisionWarning)
         return attach(model, source.adapter).eval()
 
 
 def load_quantised(source: Source, kind: Kind, *, dtype: str = "auto", device: str = "auto") -> Any:
-    """The base, quantised weight by weight as it is read, with its adapter, if it has one: as a run trains on it."""
+    """The base, quantised weight by weight while it is read, with its adapter if there is one: as in training."""
     from launcher.models.build import choose_dtype
     from launcher.models.fill import Whole, fill
     from launcher.models.skeleton import bare_skeleton
@@ -175,11 +211,12 @@ def load_quantised(source: Source, kind: Kind, *, dtype: str = "auto", device: s
     check_base(source.base, kind)
     dtype, place = _dtype(source, dtype), torch.device(choose_device(device))
     if source.dtype is None and dtype == "auto":  # a model's own, as transformers takes it
-        dtype = str(AutoConfig.from_pretrained(source.base).dtype or torch.float32).removeprefix("torch.")
+        config = AutoConfig.from_pretrained(source.base, trust_remote_code=source.trust_remote_code)
+        dtype = str(config.dtype or torch.float32).removeprefix("torch.")
     dtype = choose_dtype(dtype)
-    config = ModelConfig(model=str(source.base), quantize=kind)
+    settings = ModelConfig(model=str(source.base), quantize=kind, trust_remote_code=source.trust_remote_code)
     adapter = None if source.adapter is None else adapter_config(source.adapter)
-    base = bare_skeleton(config, source.base, adapter, dtype=dtype, attention="sdpa")
+    base = bare_skeleton(settings, source.base, adapter, dtype=dtype, attention="sdpa")
     fill(base, source.base, lambda *_: None, Whole(), place)  # type: ignore[arg-type]
     return (base if source.adapter is None else attach(base, source.adapter)).eval()
 
@@ -192,26 +229,38 @@ def _dtype(source: Source, dtype: str) -> str:
 
 
 def choose_device(device: str) -> str:
-    """torch's name of the device; auto is a GPU where there is one. Raises ValueError for one that is not there."""
+    """torch's name of the device; auto is a GPU if there is one. Raises ValueError for a device that does not exist."""
     if device == "auto":
         return "cuda" if torch.cuda.is_available() else "cpu"
     try:
         torch.empty(0, device=device)
     except (RuntimeError, AssertionError) as error:
         raise ValueError(
-            f"--device {device} cannot be used here ({first_line(error)}): give auto, cpu, or the name of a GPU that "
-            "torch finds (cuda, cuda:1)"
+            f"--device {device} does not work here ({first_line(error)}): give auto, cpu, or a GPU that torch finds "
+            "(cuda, cuda:1)"
         ) from None
     return device
 
 
 def attach(model: Any, folder: Path, *, low_cpu_mem_usage: bool = False) -> PeftModel:
-    """Put the adapter of a folder, of any PEFT method, on the model. Raises ValueError where it does not fit."""
+    """Load an adapter folder of any PEFT method onto the model.
+
+    Raises ValueError if the adapter does not fit the model, or if its file holds tensors that are not the adapter's:
+    PEFT would load `...base_layer.weight` over the base's own weight without a word.
+    """
     config = adapter_config(folder)
+    with safe_open(folder / ADAPTER_WEIGHTS, framework="pt") as opened:
+        stored = {name for name in opened.keys() if not _copies_base(model, name, opened.get_tensor(name))}  # noqa: SIM118
+    if hidden := sorted(name for name in stored if ".base_layer." in name):
+        raise ValueError(foreign(folder, hidden))
     with warnings.catch_warnings():
         warnings.filterwarnings("error", message=".*missing adapter keys.*")
         try:
-            return PeftModel.from_pretrained(model, str(folder), config=config, low_cpu_mem_usage=low_cpu_mem_usage)
+            loaded = PeftModel.from_pretrained(model, str(folder), config=config, low_cpu_mem_usage=low_cpu_mem_usage)
+            own = get_peft_model_state_dict(loaded, save_embedding_layers=False)
+            if more := sorted(stored - own.keys()):
+                raise ValueError(foreign(folder, more))
+            return loaded
         except (RuntimeError, UserWarning) as error:
             reason = next((line.strip() for line in str(error).splitlines() if "mismatch" in line), first_line(error))
             raise ValueError(
@@ -220,13 +269,30 @@ def attach(model: Any, folder: Path, *, low_cpu_mem_usage: bool = False) -> Peft
             ) from None
 
 
+def _copies_base(model: Any, name: str, tensor: Tensor) -> bool:
+    """Whether a tensor of an adapter file is the base's own weight: PEFT saves a copy of adapted embeddings."""
+    try:
+        held = model.get_parameter(name.removeprefix("base_model.model.").replace(".base_layer.", "."))
+    except AttributeError:
+        return False
+    return not held.is_meta and held.shape == tensor.shape and torch.equal(held.cpu(), tensor.to(held.dtype))
+
+
+def foreign(folder: Path, names: list[str]) -> str:
+    """The error for tensors that do not belong in an adapter file."""
+    return (
+        f"{folder / ADAPTER_WEIGHTS} holds tensors that are not part of the adapter and could replace weights of the "
+        f"base model ({len(names)}: {', '.join(names[:3])}): get the adapter from a source you trust, or remove them"
+    )
+
+
 def _from_adapter(folder: Path, base: str | None, run: dict[str, Any] | None) -> Source:
     config = adapter_config(folder)
     names = [base] if base else [*_bases(run), *filter(None, [config.base_model_name_or_path])]
     found = next((name for name in names if local_folder(str(Path(name).expanduser())) or local_folder(name)), None)
     if found is None:
-        asked = " or ".join(dict.fromkeys(names)) or "a model it does not name"
-        raise ValueError(f"adapter {folder} needs its base, {asked}, which is not here: give --base MODEL")
+        asked = " or ".join(dict.fromkeys(names)) or "a model that it does not name"
+        raise ValueError(f"adapter {folder} needs its base model, {asked}, which is not here: give --base MODEL")
     model = base_folder(found)
     tokenizer = folder if has_tokenizer(folder) else model
     return Source(base=model, base_name=found, adapter=folder, tokenizer=tokenizer, **_recorded(run))

@@ -10,6 +10,7 @@ from typing import Any
 from transformers import AutoTokenizer
 
 from adapters.checkpoint_files import list_tensors, local_folder
+from launcher.text import needs_code
 
 TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "tekken.json", "vocab.json", "vocab.txt", "spiece.model")
 
@@ -51,12 +52,12 @@ def recorded_run(folder: Path) -> dict[str, Any] | None:
 
 def load_tokenizer(folder: Path, *, trust_remote_code: bool = False) -> Any:
     """The tokenizer of a folder. Raises ValueError where there is none: transformers would make up an empty one."""
-    reason = f"none of {', '.join(TOKENIZER_FILES)} is there"
+    reason = f"it has none of {', '.join(TOKENIZER_FILES)}"
     if has_tokenizer(folder):
         try:
             return AutoTokenizer.from_pretrained(folder, local_files_only=True, trust_remote_code=trust_remote_code)
         except Exception as error:  # tokenizer libraries raise bare Exceptions
-            reason = first_line(error)
+            reason = needs_code(error) or first_line(error)
     raise ValueError(f"{folder} has no tokenizer that loads ({reason}): copy the model's tokenizer files there")
 
 

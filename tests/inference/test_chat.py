@@ -4,10 +4,11 @@ import io
 import signal
 
 import pytest
+from asking import chat
 
 from launcher.data.templates import Template, load_template
 from launcher.inference import chat as module
-from launcher.inference.chat import chat, fit
+from launcher.inference.chat import fit
 from launcher.inference.sources import find
 from launcher.models.files import load_tokenizer
 
@@ -55,8 +56,8 @@ def test_with_an_alpaca_template_every_line_is_an_instruction_of_its_own_and_tha
 
     notes = capsys.readouterr().err
     assert asked == [f"<s> ### Instruction:\n{line}\n### Response:\n" for line in ("Name a bird.", "And a fish.")]
-    assert notes.count("each line is an instruction by itself") == 1
-    assert "has no place for it" in notes
+    assert notes.count("each line is a separate instruction") == 1
+    assert "has no system prompt" in notes
 
 
 def test_quit_leaves_and_an_unknown_command_is_no_question(chat_model, asked, capsys):

@@ -7,10 +7,10 @@ import types
 
 import pytest
 import torch
+from asking import generate
 from transformers import AutoTokenizer, GPT2LMHeadModel
 
 from launcher.data.templates import load_template, prompt_ids
-from launcher.inference.generate import generate
 from launcher.inference.sources import find, load
 from launcher.models import generation
 from launcher.models.generation import Sampling, answer, stop_tokens, stream
@@ -179,7 +179,7 @@ def test_a_run_brings_its_base_its_adapter_and_its_template(run_folder, babyllam
     ids = prompt_ids(record, load_template("short", tokenizer, conversations=False), tokenizer)
     assert answered.ids == likeliest(model, ids, 8)
     assert out.getvalue() == answered.text + "\n"
-    assert "short (recorded by the run)" in capsys.readouterr().err
+    assert "short (the run's)" in capsys.readouterr().err
 
 
 def test_ctrl_c_ends_the_command_with_what_there_is_written(babyllama):
@@ -242,7 +242,7 @@ def test_the_prompt_comes_from_standard_input_where_none_is_given(babyllama, mon
 @pytest.mark.parametrize(
     ("given", "said"),
     [
-        ({"prompt": "a", "data": "b.json"}, "--prompt and --data exclude each other"),
+        ({"prompt": "a", "data": "b.json"}, "--prompt and --data cannot be combined"),
         ({"prompt": " "}, "prompt is empty"),
         ({"prompt": "a", "max_tokens": 0}, "--max-tokens is at least 1"),
         ({"prompt": "a", "temperature": -1.0}, "--temperature is 0"),

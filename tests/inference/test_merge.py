@@ -334,7 +334,7 @@ def test_a_merged_4_bit_model_answers_in_bfloat16_on_every_cpu(adapter, records,
 
 
 def test_a_device_that_is_not_there_is_refused_before_anything_is_written(adapter, tmp_path):
-    with pytest.raises(ValueError, match="--device cuda:99 cannot be used here"):
+    with pytest.raises(ValueError, match="--device cuda:99 does not work here"):
         merge(str(adapter), out=str(tmp_path / "parent" / "out"), device="cuda:99")
 
     assert not (tmp_path / "parent").exists()  # which writing would have made
@@ -343,8 +343,8 @@ def test_a_device_that_is_not_there_is_refused_before_anything_is_written(adapte
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"quantize": "nf4", "check": False}, "always measured: leave --no-check out"),
-        ({"data": "records.json"}, "leave it out, or give --quantize"),
+        ({"quantize": "nf4", "check": False}, "always measures the accuracy that it costs: leave --no-check out"),
+        ({"data": "records.json"}, "only used by --quantize"),
         ({"quantize": "nf4"}, "lies in no run folder: give --data FILE"),
         ({"quantize": "nf4", "data": "missing.json"}, "missing.json: there is no such file"),
     ],

@@ -59,7 +59,7 @@ def a_missing_tensor(babyllama, adapter, tmp_path):
 
 
 def no_adapter_folder(babyllama, adapter, tmp_path):
-    return {"model": str(babyllama), "adapter": str(tmp_path)}, "is none: expected a folder with adapter_config.json"
+    return {"model": str(babyllama), "adapter": str(tmp_path)}, "is not one: give a folder with adapter_config.json"
 
 
 def adapter_without_weights(babyllama, adapter, tmp_path):
@@ -69,7 +69,7 @@ def adapter_without_weights(babyllama, adapter, tmp_path):
 
 def pickled_adapter(babyllama, adapter, tmp_path):
     (copy(adapter, tmp_path / "a") / "adapter_model.safetensors").rename(tmp_path / "a" / "adapter_model.bin")
-    return {"model": str(tmp_path / "a")}, "only as pickle"
+    return {"model": str(tmp_path / "a")}, "only as a pickle"
 
 
 def cut_adapter(babyllama, adapter, tmp_path):
@@ -81,21 +81,21 @@ def cut_adapter(babyllama, adapter, tmp_path):
 def unknown_method(babyllama, adapter, tmp_path):
     config = copy(adapter, tmp_path / "a") / "adapter_config.json"
     config.write_text(json.dumps(json.loads(config.read_text()) | {"peft_type": "NEWEST"}))
-    return {"model": str(tmp_path / "a")}, "no config of a PEFT method known here"
+    return {"model": str(tmp_path / "a")}, "is not the config of a known PEFT method"
 
 
 def base_gone(babyllama, adapter, tmp_path):
     config = copy(adapter, tmp_path / "a") / "adapter_config.json"
     config.write_text(json.dumps(json.loads(config.read_text()) | {"base_model_name_or_path": "gone/base"}))
-    return {"model": str(tmp_path / "a")}, "needs its base, gone/base, which is not here: give --base"
+    return {"model": str(tmp_path / "a")}, "needs its base model, gone/base, which is not here: give --base"
 
 
 def base_of_no_adapter(babyllama, adapter, tmp_path):
-    return {"model": str(babyllama), "base": str(babyllama)}, "is for an adapter"
+    return {"model": str(babyllama), "base": str(babyllama)}, "needs an adapter"
 
 
 def two_bases(babyllama, adapter, tmp_path):
-    return {"model": str(babyllama), "adapter": str(adapter), "base": "x"}, "one too many"
+    return {"model": str(babyllama), "adapter": str(adapter), "base": "x"}, "leave --base x out"
 
 
 def adapter_as_base(babyllama, adapter, tmp_path):
@@ -104,7 +104,7 @@ def adapter_as_base(babyllama, adapter, tmp_path):
 
 def unfinished_run(babyllama, adapter, tmp_path):
     (tmp_path / "config.json").write_text(json.dumps({"config": {"model": {"model": str(babyllama)}, "data": {}}}))
-    return {"model": str(tmp_path)}, "has saved no adapter yet"
+    return {"model": str(tmp_path)}, "has not saved an adapter yet"
 
 
 @pytest.mark.parametrize(
@@ -184,8 +184,8 @@ def test_a_runs_dtype_is_the_default_and_another_may_be_asked_for(run_folder):
     ("asked", "message"),
     [
         ({"dtype": "float8"}, "--dtype float8 is unknown: give auto, float32"),
-        ({"device": "cuda:99"}, r"--device cuda:99 cannot be used here \(.+\): give auto, cpu, or the name of a GPU"),
-        ({"device": "gpu"}, r"--device gpu cannot be used here \(.+\): give auto, cpu"),
+        ({"device": "cuda:99"}, r"--device cuda:99 does not work here \(.+\): give auto, cpu, or a GPU"),
+        ({"device": "gpu"}, r"--device gpu does not work here \(.+\): give auto, cpu"),
     ],
 )
 def test_a_precision_or_a_device_that_is_not_there_is_refused(babyllama, quantize, asked, message):

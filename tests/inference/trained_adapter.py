@@ -10,10 +10,11 @@ from transformers import AutoModelForCausalLM
 from adapters import LoLDUConfig
 
 
-def save_adapter(base: Path, folder: Path, **settings: Any) -> Path:
+def save_adapter(base: Path, folder: Path, *, trust_remote_code: bool = False, **settings: Any) -> Path:
     """Write an adapter with random numbers for trained ones, large enough to change answers; returns its folder."""
     values = {"r": 8, "target_modules": "all-linear", "task_type": "CAUSAL_LM"} | settings
-    model = get_peft_model(AutoModelForCausalLM.from_pretrained(base), LoLDUConfig(**values))
+    base_model = AutoModelForCausalLM.from_pretrained(base, trust_remote_code=trust_remote_code)
+    model = get_peft_model(base_model, LoLDUConfig(**values))
     generator = torch.Generator().manual_seed(0)
     for name, parameter in model.named_parameters():
         if parameter.requires_grad:

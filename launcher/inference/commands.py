@@ -1,0 +1,116 @@
+"""`loldu generate | chat | merge | export-lora`: their options and help. Each function imports its work when called."""
+
+from __future__ import annotations
+
+from typing import Annotated
+
+import tyro
+
+from launcher.inference.options import Answering, Kind
+
+Shared = Annotated[Answering, tyro.conf.arg(name="")]
+
+
+def generate(
+    model: str,
+    *,
+    prompt: str | None = None,
+    prompt_file: str | None = None,
+    input: str = "",
+    data: str | None = None,
+    limit: int = 0,
+    json: bool = False,
+    how: Shared = Answering(max_tokens=256),  # noqa: B008 (frozen)
+) -> None:
+    """Answer one prompt, or every record of a file.
+
+    Args:
+        model: A model (folder, or hub name in the local cache), an adapter folder, or a run folder (runs/NAME).
+        prompt: The instruction. Without --prompt, --prompt-file and --data, it is read from standard input.
+        prompt_file: Text file with the instruction; - reads standard input.
+        input: Input that belongs to the instruction, for templates with {input}.
+        data: JSON, JSONL or parquet file of records. Each answer is shown next to the expected one.
+        limit: Answer only the first N records; 0 means all.
+        json: Write one JSON object per line: prompt, answer, tokens, complete; with --data also index, expected, match.
+        how: The model and its sampling.
+    """
+    from launcher.inference.generate import generate as run
+
+    run(model, how, prompt=prompt, prompt_file=prompt_file, input=input, data=data, limit=limit, json=json)
+
+
+def chat(
+    model: str,
+    *,
+    system: str | None = None,
+    how: Shared = Answering(),  # noqa: B008 (frozen)
+) -> None:
+    """Chat with a model in the terminal, or answer lines from a pipe.
+
+    Args:
+        model: A model (folder, or hub name in the local cache), an adapter folder, or a run folder (runs/NAME).
+        system: System prompt: the role that the model plays. Needs a chat template.
+        how: The model and its sampling.
+    """
+    from launcher.inference.chat import chat as run
+
+    run(model, how, system=system)
+
+
+def merge(
+    adapter: str,
+    *,
+    out: str,
+    base: str | None = None,
+    dtype: str = "auto",
+    quantize: Kind = "none",
+    data: str | None = None,
+    shard_gb: float = 5.0,
+    check: bool = True,
+    device: str = "auto",
+    trust_remote_code: bool = False,
+) -> None:
+    """Merge an adapter into its base model and write a plain Hugging Face model.
+
+    Args:
+        adapter: Adapter folder, or run folder (runs/NAME).
+        out: Folder to write. It must not exist, or be empty.
+        base: Base model to use instead of the one that the adapter or run names.
+        dtype: Of the written weights: auto (each weight as in the base), float32, bfloat16 or float16.
+        quantize: Quantise the merged linear layers to 8 or 4 bits. The loss before and after is printed.
+        data: Records to measure that loss on (the first 200), instead of the run's held-out records.
+        shard_gb: Maximum size of one weight file, in GB.
+        check: Compare the logits of the merged model with those of base and adapter.
+        device: Where the check runs: auto (a GPU if there is one), cpu, cuda, ...
+        trust_remote_code: Run Python code from the model's folder, and copy it. Only for models that you trust.
+    """
+    from launcher.inference.merge import merge as run
+
+    run(
+        adapter, out=out, base=base, dtype=dtype, quantize=quantize, data=data, shard_gb=shard_gb, check=check,
+        device=device, trust_remote_code=trust_remote_code,
+    )  # fmt: skip
+
+
+def export_lora(
+    adapter: str,
+    *,
+    out: str,
+    base: str | None = None,
+    tolerance: float = 1e-4,
+    device: str = "auto",
+    trust_remote_code: bool = False,
+) -> None:
+    """Write an adapter as a LoRA adapter that stock PEFT and LoRA servers can load.
+
+    Args:
+        adapter: Adapter folder, or run folder (runs/NAME).
+        out: Folder to write. It must not exist, or be empty.
+        base: Base model to use instead of the one that the adapter or run names.
+        tolerance: Largest allowed difference between logits, in float32. Above it, nothing is written.
+        device: Where to compute: auto (a GPU if there is one), cpu, cuda, ...
+        trust_remote_code: Run Python code from the model's folder. Only for models that you trust.
+    """
+    from launcher.inference.export import export_lora as run
+
+    run(adapter, out=out, base=base, tolerance=tolerance, device=device, trust_remote_code=trust_remote_code)

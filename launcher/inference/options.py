@@ -1,0 +1,38 @@
+"""Options that several commands share. Imports nothing heavy, so that `--help` is quick."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal
+
+Kind = Literal["none", "int8", "nf4", "fp4"]
+Quantize = Literal["auto", Kind]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Answering:
+    """Which model answers, and how it chooses its words."""
+
+    adapter: str | None = None
+    """Adapter or run folder to load on top of the model."""
+    base: str | None = None
+    """Base model to use instead of the one that the adapter or run names."""
+    prompt_template: str | None = None
+    """auto, short, alpaca, chat, none (the bare prompt), or a FILE with {instruction} and {input}. Default: the run's
+    template; without a run, the model's chat template, or alpaca if it has none."""
+    max_tokens: int = 512
+    """Maximum number of tokens in an answer."""
+    temperature: float = 0.0
+    """0 always takes the most likely token; higher values sample more evenly."""
+    top_p: float = 1.0
+    """Sample from the most likely tokens whose probabilities add up to this value."""
+    seed: int = 0
+    """Random seed for sampling."""
+    dtype: str = "auto"
+    """auto (the run's, or the one of the model's files), float32, bfloat16 or float16."""
+    quantize: Quantize = "auto"
+    """Precision of the base weights: auto (as in training), none, int8, nf4 or fp4."""
+    device: str = "auto"
+    """auto (a GPU if there is one), cpu, cuda, cuda:1, ..."""
+    trust_remote_code: bool = False
+    """Run Python code from the model's folder. Only for models that you trust."""

@@ -1,0 +1,27 @@
+"""Text of files, models and libraries, made fit for the terminal."""
+
+from __future__ import annotations
+
+import json
+import re
+from typing import Any
+
+# Control characters other than newline and tab, Unicode line separators, bidirectional overrides, lone surrogates.
+UNSAFE = re.compile("[\x00-\x08\x0b-\x1f\x7f-\x9f\u061c\u200e\u200f\u2028-\u202e\u2066-\u2069\ud800-\udfff]")
+
+
+def printable(text: str) -> str:
+    r"""The text with control characters written out: an escape sequence shows as \x1b[2J and does nothing."""
+    return UNSAFE.sub(lambda found: found[0].encode("unicode_escape").decode("ascii"), text)
+
+
+def json_line(value: Any) -> str:
+    """The value as one line of JSON, with control characters as JSON escapes: it decodes to the same value."""
+    return UNSAFE.sub(lambda found: f"\\u{ord(found[0]):04x}", json.dumps(value, ensure_ascii=False))
+
+
+def needs_code(error: BaseException) -> str | None:
+    """Why a folder did not load, if the reason is that it would run its own Python code and that was not allowed."""
+    if "trust_remote_code" not in str(error):
+        return None
+    return "it loads only with Python code of its own: read that code, and give --trust-remote-code if you trust it"
