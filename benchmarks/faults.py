@@ -222,7 +222,7 @@ class Bench:
             kept = checkpoint.newest(root)
             assert kept is not None
             assert kept.step == 3, kept
-            assert "no space left for checkpoints" in log.read_text()
+            assert "no space is left" in log.read_text()
             subprocess.run(["mount", "-o", f"remount,size={100 * one}", str(root)], check=True)
             assert Attempt(config, 1, log).wait() == [0], log.read_text()
             assert same(output, whole)

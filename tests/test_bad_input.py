@@ -80,7 +80,7 @@ def test_bad_data_is_named_with_the_place(train, tmp_path, text, message):
         ("--sharding", "hsdp --shard-size 3", "1 processes / 3 that share one copy = 0.33 copies"),
         ("--sharding", "fsdp2 --cpu-offload ", "torch finds no GPU here: leave it out"),
         ("--sharding", "none --cpu-offload ", "--cpu-offload works with --sharding fsdp2, hsdp, zero2 or zero3"),
-        ("--cache", "/dev/null/cache", "cannot write to the factor cache /dev/null/cache: "),
+        ("--cache", "/dev/null/cache", "cannot write cache files to /dev/null/cache: "),
         ("--output", "/dev/null/run", "cannot make the run folder /dev/null/run: Not a directory"),
     ],
 )

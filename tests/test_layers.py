@@ -10,22 +10,23 @@ from pathlib import Path
 from launcher.engines.registry import ENGINES
 
 PROJECT = Path(__file__).resolve().parents[1]
-SMALL = {"launcher.config", "launcher.engines.registry", "launcher.exit_codes", "launcher.processes"}
+SMALL = {"launcher.config", "launcher.files", "launcher.engines.registry", "launcher.exit_codes", "launcher.processes"}
 ROOMS = {"launcher.factorization", "launcher.data", "launcher.models", "launcher.tasks", "launcher.engines"}
 BELOW_TRAINING = {"adapters", "launcher.availability", *SMALL, *ROOMS}
 MAY_IMPORT = {  # beside itself; in the order in which data flows
     "adapters": set(),  # they run on a laptop with no launcher in sight
     "launcher.engines.registry": set(),  # plain data: what each engine can do
     "launcher.config": {"launcher.engines.registry"},
+    "launcher.files": set(),
     "launcher.exit_codes": set(),
     "launcher.processes": {"launcher.engines.registry", "launcher.text"},
     "launcher.text": set(),
     "launcher.availability": {"adapters"},
-    "launcher.factorization": {"adapters", "launcher.processes", "launcher.text"},
+    "launcher.factorization": {"adapters", "launcher.files", "launcher.processes", "launcher.text"},
     "launcher.data": {"launcher.config", "launcher.factorization"},
     "launcher.models": {"adapters", "launcher.config", "launcher.engines.registry", "launcher.text"},
     "launcher.tasks": {"adapters", "launcher.config", "launcher.data", "launcher.models"},
-    "launcher.training.checkpoint": {"launcher.processes"},
+    "launcher.training.checkpoint": {"launcher.files", "launcher.processes"},
     "launcher.engines": {
         "launcher.engines.registry", "launcher.config", "launcher.processes", "launcher.models",
         "launcher.training.checkpoint",
@@ -34,7 +35,7 @@ MAY_IMPORT = {  # beside itself; in the order in which data flows
     "launcher.inference": {"adapters", "launcher.text", *SMALL, *ROOMS},
     "launcher.reports": {"launcher.exit_codes"},  # reads what runs wrote, without torch
     # starts commands; of what they do it knows how they end and which packages they need
-    "launcher.cluster": {"launcher.exit_codes", "launcher.engines.registry"},
+    "launcher.cluster": {"launcher.exit_codes", "launcher.files", "launcher.engines.registry"},
     "launcher.cli": BELOW_TRAINING | {"launcher.training", "launcher.inference", "launcher.cluster"},
     "launcher.__main__": {"loldu"},
     "launcher": set(),

@@ -11,6 +11,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 from launcher.cluster import runs, slurm
+from launcher.files import read_or_empty
 
 POLL_S = 0.5  # how often the files are read
 ASK_SLURM_S = 10.0  # how often Slurm is asked whether the job still runs
@@ -67,7 +68,7 @@ def logs(given: str, *, follow: bool = False, rank: int | None = None, lines: in
 def alive(folder: Path, ask: Callable[[Path], slurm.JobState | None] = slurm.state_of) -> bool:
     """Whether the run may still write."""
     state = ask(folder)
-    return state.alive if state is not None else runs.read(folder / "state") in ("", "running")
+    return state.alive if state is not None else read_or_empty(folder / "state") in ("", "running")
 
 
 def _tail(name: str, path: Path, lines: int) -> int:

@@ -20,6 +20,7 @@ from launcher.cluster.environment import differences
 from launcher.cluster.fleet import Fleet, over_ssh
 from launcher.cluster.hostfile import Host, Hosts
 from launcher.exit_codes import DONE, FAILED, INTERRUPTED, MISTAKE, STOPPED
+from launcher.files import read_or_empty
 
 GREET_S = 60.0
 FACTS_S = 120.0
@@ -189,7 +190,7 @@ def follow(fleet: Fleet, hosts: Sequence[Host], run: Path, signals: StopSignals)
             break
     if failure:
         return failure
-    state = runs.read(run / "state")
+    state = read_or_empty(run / "state")
     if state == "stopped":
         print(f"stopped and saved; the same command resumes (run folder {run})")
     return STOPPED if state == "stopped" else FAILED if state == "failed" else DONE

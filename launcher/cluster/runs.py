@@ -15,6 +15,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from launcher.files import read_or_empty, write_atomically
+
 RUNS = Path("runs")
 PROJECT = Path(__file__).resolve().parents[2]
 STEP = re.compile(r"step-(\d{6,})")
@@ -70,28 +72,15 @@ def with_output(options: Sequence[str], folder: Path) -> tuple[str, ...]:
     return (*options, *(() if option("--output", options) is not None else (f"--output={folder}",)))
 
 
-def read(file: Path) -> str:
-    """The text of a file without surrounding space; empty if it cannot be read.
-
-    Opening the file makes a network file system check for a newer version.
-    """
-    try:
-        return file.read_text(errors="replace").strip()
-    except OSError:
-        return ""
-
-
 def write(file: Path, text: str) -> None:
-    """Write a file by renaming: a reader sees the old text or the new text."""
+    """Replace a small file, whole or not at all, and make its folder where there is none."""
     file.parent.mkdir(parents=True, exist_ok=True)
-    partial = file.with_name(f".{file.name}.{os.getpid()}")
-    partial.write_text(text)
-    os.replace(partial, file)
+    write_atomically(file, text)
 
 
 def job_of(run: Path) -> dict[str, Any]:
     """The job.json that `loldu submit` wrote; empty without one."""
-    text = read(run / "job.json")
+    text = read_or_empty(run / "job.json")
     return json.loads(text) if text else {}
 
 

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Literal
 
 from launcher.cluster import runs, slurm
+from launcher.files import read_or_empty
 
 POLL_S = 0.5
 
@@ -24,7 +25,7 @@ def simulate(given: str, *, how: Literal["warning", "requeue"] = "warning", time
         return _without_slurm(folder, before, timeout_s, report)
     if state.state != "RUNNING":
         raise ValueError(f"job {state.job_id} is not running: Slurm says {state.state} {state.reason}".rstrip())
-    if runs.read(folder / "state") != "running":
+    if read_or_empty(folder / "state") != "running":
         raise ValueError(
             f"{folder} has not begun to train: try again when loldu status {shlex.quote(given)} shows steps"
         )
@@ -42,12 +43,12 @@ def simulate(given: str, *, how: Literal["warning", "requeue"] = "warning", time
         return found
 
     def stopped() -> bool:
-        return runs.read(folder / "state") in ("stopped", "finished") or now().restarts > restarts
+        return read_or_empty(folder / "state") in ("stopped", "finished") or now().restarts > restarts
 
     if not _until(stopped, deadline):
         return report.fail(f"it did not stop within {timeout_s:.0f} s: does it read its control file at every step?")
     saved = runs.checkpoint_step(folder)
-    if runs.read(folder / "state") == "finished":
+    if read_or_empty(folder / "state") == "finished":
         return report.fail("the run finished before it was interrupted: try a longer run")
     report.add(f"stopped, with step {saved} saved" if saved else "stopped, with nothing saved")
     if not _until(lambda: (now().restarts > restarts and now().state == "RUNNING") or not now().alive, deadline):
@@ -59,7 +60,7 @@ def simulate(given: str, *, how: Literal["warning", "requeue"] = "warning", time
 
     def further() -> bool:
         step = int(runs.last_step(folder).get("step", 0))
-        return (runs.read(folder / "state") in ("running", "finished") and step > target) or not now().alive
+        return (read_or_empty(folder / "state") in ("running", "finished") and step > target) or not now().alive
 
     if not _until(further, deadline) or int(runs.last_step(folder).get("step", 0)) <= target:
         return report.fail(f"it restarted but trained no new step: loldu logs {shlex.quote(given)}")
@@ -74,13 +75,13 @@ def simulate(given: str, *, how: Literal["warning", "requeue"] = "warning", time
 
 def _without_slurm(folder: Path, before: int, timeout_s: float, report: Report) -> int:
     """Interrupt a run outside Slurm through its control file; nothing restarts it."""
-    if runs.read(folder / "state") != "running":
-        raise ValueError(f"{folder} is not running: its state is {runs.read(folder / 'state') or 'not written'}")
+    if read_or_empty(folder / "state") != "running":
+        raise ValueError(f"{folder} is not running: its state is {read_or_empty(folder / 'state') or 'not written'}")
     runs.write(folder / "control", "stop\n")
     report.add(f"wrote stop into {folder / 'control'} at step {before}")
-    if not _until(lambda: runs.read(folder / "state") != "running", time.monotonic() + timeout_s):
+    if not _until(lambda: read_or_empty(folder / "state") != "running", time.monotonic() + timeout_s):
         return report.fail(f"it did not stop within {timeout_s:.0f} s: does it read its control file at every step?")
-    state, saved = runs.read(folder / "state"), runs.checkpoint_step(folder)
+    state, saved = read_or_empty(folder / "state"), runs.checkpoint_step(folder)
     if state != "stopped":
         return report.fail(f"its state is {state}, expected stopped")
     report.add(f"stopped, with step {saved} saved")

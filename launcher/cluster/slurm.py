@@ -21,6 +21,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from launcher.cluster import runs
+from launcher.files import read_or_empty
 
 RANK_ENTRY = Path(__file__).resolve().with_name("rank.py")
 STARTS_WITHOUT_A_STEP = 3
@@ -473,7 +474,7 @@ def status(given: Sequence[str] = (), *, as_json: bool = False, run: Run = subpr
         rows.append(
             {
                 "run": folder.name if folder == top else f"{top.name}/{folder.name}",
-                "state": runs.read(folder / "state") or _before_its_start(state),
+                "state": read_or_empty(folder / "state") or _before_its_start(state),
                 "step": step.get("step"), "loss": step.get("loss"), "saved_step": runs.checkpoint_step(folder),
                 "job": state.job_id if state else None, "slurm": state.state if state else None,
                 "reason": state.reason if state else "", "nodes": state.nodes if state else "",
@@ -522,8 +523,10 @@ def cancel(given: str, *, run: Run = subprocess.run) -> int:
     folder = runs.find_run(given)
     state = state_of(folder, run)
     if state is None:
-        if runs.read(folder / "state") != "running":
-            raise ValueError(f"{folder} is not running: its state is {runs.read(folder / 'state') or 'not written'}")
+        if read_or_empty(folder / "state") != "running":
+            raise ValueError(
+                f"{folder} is not running: its state is {read_or_empty(folder / 'state') or 'not written'}"
+            )
         runs.write(folder / "control", "stop\n")
         print(f"asked {folder} to save and stop; loldu status {shlex.quote(str(folder))} shows when it has stopped")
         return 0

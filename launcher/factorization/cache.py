@@ -15,13 +15,11 @@ computes it again. A file's modification time is the time of its last use. Nothi
 
 from __future__ import annotations
 
-import errno
 import hashlib
 import json
 import logging
 import os
 import time
-import uuid
 from collections.abc import Callable, Mapping
 from contextlib import suppress
 from pathlib import Path
@@ -29,6 +27,8 @@ from typing import TYPE_CHECKING, Any, NamedTuple, TypeVar
 
 import safetensors
 from safetensors import SafetensorError, safe_open
+
+from launcher.files import disk_errors, replacing
 
 if TYPE_CHECKING:  # `loldu cache ls` reads headers alone, and torch takes seconds to import
     from torch import Tensor
@@ -259,26 +259,11 @@ def _rows(opened: Any, entry: Entry, name: str, rows: slice) -> Tensor:
 
 def put(folder: Path, file: Path, write: Callable[[Path], Any]) -> None:
     """Write a file of this cache through write(temporary name), then rename it. Raises ValueError as `store` does."""
-    temporary = file.parent / f".{file.name}.{uuid.uuid4().hex}.tmp"
-    try:
+    free = "free some with `loldu cache prune --max-gb X`"
+    with disk_errors("cache files", folder, "give another folder with --cache DIR", free=free):
         file.parent.mkdir(parents=True, exist_ok=True)
-        temporary.touch()
-        mode = temporary.stat().st_mode  # as the umask allows; safetensors would make it readable by its owner only
-        write(temporary)
-        os.chmod(temporary, mode)
-        with open(temporary, "rb") as written:
-            os.fsync(written.fileno())
-        os.replace(temporary, file)
-    except (OSError, SafetensorError) as error:
-        full = getattr(error, "errno", None) in (errno.ENOSPC, errno.EDQUOT) or "No space left" in str(error)
-        reason = "no space is left" if full else getattr(error, "strerror", None) or str(error)
-        free = "free some with `loldu cache prune --max-gb X`, or " if full else ""
-        raise ValueError(
-            f"cannot write to the factor cache {folder}: {reason}; {free}give another folder with --cache DIR"
-        ) from error
-    finally:
-        with suppress(OSError):
-            temporary.unlink()
+        with replacing(file) as temporary:
+            write(temporary)
 
 
 def _file(folder: Path, key: str) -> Path:

@@ -11,7 +11,6 @@ and adding it to the nf4 weight and rounding again 2.688 (float32: 2.618).
 
 from __future__ import annotations
 
-import errno
 import functools
 import json
 import math
@@ -36,6 +35,7 @@ from adapters.checkpoint_names import Conversion, model_tensors
 from adapters.config import FactorConfig
 from adapters.layer import FactorLayer
 from launcher.factorization.targets import skeleton
+from launcher.files import allow_by_umask, disk_errors
 from launcher.inference.checks import compare, loss_change, plain
 from launcher.inference.heldout import held_out
 from launcher.inference.sources import DTYPES, Kind, Source, adapter_config, attach, choose_device, find, load_model
@@ -215,15 +215,11 @@ def new_folder(out: Path, option: str) -> Iterator[Path]:
         raise ValueError(f"{option} {out} is there already and not empty: give another folder, or remove it first")
     partial = out.with_name(f".{out.name}.{os.getpid()}.tmp")
     try:
-        partial.mkdir(parents=True)
-        yield partial
-        os.replace(partial, out)
-    except OSError as error:
-        if error.errno in (errno.ENOSPC, errno.EDQUOT):
-            raise ValueError(f"no space left for {option} {out}: free some, or take another disk") from None
-        if isinstance(error, (PermissionError, FileExistsError, NotADirectoryError)):
-            raise ValueError(f"{option} {out} cannot be written ({error.strerror}): give another folder") from None
-        raise
+        with disk_errors("the result", out, f"give another folder with {option}", reads=True):
+            partial.mkdir(parents=True)
+            yield partial
+            allow_by_umask(partial)
+            os.replace(partial, out)
     finally:
         shutil.rmtree(partial, ignore_errors=True)
 

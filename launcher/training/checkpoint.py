@@ -10,7 +10,6 @@ A reader of any world size takes the rows it needs. No pickle.
 
 from __future__ import annotations
 
-import errno
 import hashlib
 import json
 import logging
@@ -19,18 +18,19 @@ import re
 import shutil
 import threading
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
+from contextlib import AbstractContextManager
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError, safe_open
+from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
+from launcher.files import allow_by_umask, digest, disk_errors, sync
 from launcher.processes import Communicator
 
 log = logging.getLogger(__name__)
@@ -106,6 +106,7 @@ def save(
             return {}
         with _disk_errors(root):
             save_file({name: piece.rows.detach().cpu().contiguous() for name, piece in pieces.items()}, partial / file)
+            allow_by_umask(partial / file)
             if not comm.ranks.is_main:  # rank 0 does it with the index
                 sync(partial / file)
             return {
@@ -245,16 +246,6 @@ def set_aside_after(root: Path, step: int) -> None:
             log.warning("set %s aside as %s", path, aside.name)
 
 
-def write_atomically(path: Path, text: str) -> None:
-    """Replace a small file so that readers and crashes see the old text or the new."""
-    partial = path.with_name(f".{path.name}.tmp")
-    with open(partial, "w") as file:
-        file.write(text)
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(partial, path)
-
-
 def _seal(
     partial: Path, final: Path, step: int, written: list[dict[str, Any]], meta: Any, before: Callable[[], None]
 ) -> None:
@@ -279,34 +270,5 @@ def _seal(
         sync(final.parent)
 
 
-def digest(path: Path) -> str:
-    """sha256 (hex) of a file."""
-    sha = hashlib.sha256()
-    with open(path, "rb") as file:
-        while block := file.read(1 << 20):
-            sha.update(block)
-    return sha.hexdigest()
-
-
-def sync(path: Path) -> None:
-    """Return once a file's bytes, or a folder's names, are on the disk."""
-    handle = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)
-
-
-@contextmanager
-def _disk_errors(folder: Path) -> Iterator[None]:
-    """Turns a full or read-only disk into the user's mistake, with a remedy."""
-    try:
-        yield
-    except Exception as error:
-        full = isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT)
-        if full or "No space left" in str(error):  # safetensors wraps it
-            remedy = "free some, or give --output elsewhere"
-            raise ValueError(f"no space left for checkpoints in {folder}: {remedy}") from None
-        if isinstance(error, (OSError, SafetensorError)):
-            raise ValueError(f"cannot write checkpoints to {folder}: {error}") from None
-        raise
+def _disk_errors(root: Path) -> AbstractContextManager[None]:
+    return disk_errors("checkpoints", root, "give --output elsewhere")

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from launcher.config import Config
+from launcher.files import allow_by_umask, digest, read_or_empty, sync, write_atomically
 from launcher.processes import Communicator, Ranks, nodes_without
 from launcher.training import checkpoint
 
@@ -26,7 +27,7 @@ class State:
 
     def write(self, state: str) -> None:
         if self.ranks.is_main and self.folder is not None:
-            checkpoint.write_atomically(self.folder / "state", state + "\n")
+            write_atomically(self.folder / "state", state + "\n")
 
 
 def prepare(config: Config, output: Path, identity: dict[str, Any], comm: Communicator) -> checkpoint.Checkpoint | None:
@@ -119,8 +120,7 @@ def _short(value: Any) -> str:
 
 def finished(config: Config, output: Path, resume: checkpoint.Checkpoint, steps: int) -> bool:
     """Whether nothing is left to do: the last step is saved, and what it made lies there as it was written."""
-    state = output / "state"
-    if resume.step < steps or not state.exists() or state.read_text(errors="replace").strip() != "finished":
+    if resume.step < steps or read_or_empty(output / "state") != "finished":
         return False
     damaged = _damaged(_final_folder(config, output))
     for text in damaged:
@@ -134,14 +134,14 @@ def _final_folder(config: Config, output: Path) -> Path:
 
 def _checksums(folder: Path) -> dict[str, str]:
     files = sorted(file for file in folder.iterdir() if file.is_file() and file.name != CHECKSUMS)
-    return {file.name: checkpoint.digest(file) for file in files}
+    return {file.name: digest(file) for file in files}
 
 
 def _damaged(folder: Path) -> list[str]:
     """What in a finished folder is not as it was written."""
     if not (folder / CHECKSUMS).is_file():
         return [f"{folder} is not whole"]
-    lines = (folder / CHECKSUMS).read_text(errors="replace").splitlines()
+    lines = read_or_empty(folder / CHECKSUMS).splitlines()
     written, found = dict(line.split(maxsplit=1)[::-1] for line in lines if " " in line), _checksums(folder)
     differ = sorted(name for name in written.keys() | found.keys() if written.get(name) != found.get(name))
     why = {name: "differs from its checksum" if name in written else "has no checksum" for name in differ}
@@ -156,10 +156,11 @@ def save_final(model: Any, whole: dict[str, Any], output: Path, config: Config) 
     model.save_pretrained(str(partial), state_dict=whole)
     lines = (f"{checksum}  {name}\n" for name, checksum in _checksums(partial).items())
     (partial / CHECKSUMS).write_text("".join(lines))
+    allow_by_umask(partial)
     for written in (*partial.iterdir(), partial):
-        checkpoint.sync(written)
+        sync(written)
     if final.exists():
         os.replace(final, final.with_suffix(f".before-{time.time_ns()}"))
     os.replace(partial, final)
-    checkpoint.sync(output)
+    sync(output)
     return final

@@ -20,7 +20,7 @@ from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 from rich.table import Table
 from rich.text import Text
 
-from launcher.training.checkpoint import write_atomically
+from launcher.files import write_atomically
 
 log = logging.getLogger(__name__)
 LINE_EVERY_S = 5.0

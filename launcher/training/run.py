@@ -32,13 +32,13 @@ from launcher.exit_codes import DONE, FAILED, MISTAKE, STOPPED
 from launcher.factorization.make import FactorRequest, factors_of, fingerprint
 from launcher.factorization.share import factorize
 from launcher.factorization.targets import targets_of
+from launcher.files import write_atomically
 from launcher.models.build import build
 from launcher.models.files import context_length, load_tokenizer
 from launcher.models.quantize import base_size, size
 from launcher.models.skeleton import bare_skeleton, stored_base
 from launcher.processes import Communicator, Ranks, Stopped, connect, same_everywhere, say_mistake
 from launcher.tasks.base import Samples
-from launcher.training import checkpoint
 from launcher.training.first_gradients import FirstStep, check_frozen
 from launcher.training.folder import State, finished, prepare, save_final
 from launcher.training.loop import Callbacks, Event, Training, evaluation_of, train
@@ -335,7 +335,7 @@ def _introduce(start: Start, plan: _Plan, samples: Samples, engine: Engine, step
             "device": torch.cuda.get_device_name(chosen.device) if chosen.device.type == "cuda" else "cpu",
         }  # fmt: skip
         whole = {"config": as_dict(config), "resolved": resolved, "identity": plan.identity, "versions": versions()}
-        checkpoint.write_atomically(start.output / "config.json", json.dumps(whole, indent=2) + "\n")
+        write_atomically(start.output / "config.json", json.dumps(whole, indent=2) + "\n")
     quantized = config.model.quantize != "none"
     precision = f"{config.model.quantize} computed in {chosen.dtype}" if quantized else chosen.dtype
     say(f"{config.model.model}: {total:,} parameters, {trained:,} trained ({config.adapter.method}, {precision})")

@@ -15,6 +15,7 @@ from pathlib import Path
 from types import FrameType
 from typing import Any
 
+from launcher.files import read_or_empty
 from launcher.processes import Stopped
 
 SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR2)
@@ -44,7 +45,7 @@ class StopRequest:
     def __exit__(self, *_: object) -> None:
         for number, handler in self._before.items():
             signal.signal(number, handler)
-        if self.control is not None and _read(self.control) == "stop":
+        if self.control is not None and read_or_empty(self.control) == "stop":
             with suppress(OSError):  # where this fails the next start stops once more, and says so
                 self.control.write_text("run\n")
 
@@ -53,7 +54,7 @@ class StopRequest:
 
         So none is lost that comes while Python starts, and who clears it for a new start is who started it.
         """
-        if _read(control) != "stop":
+        if read_or_empty(control) != "stop":
             control.write_text("run\n")
         self.control = control
 
@@ -65,7 +66,7 @@ class StopRequest:
         """Looks at the clock and the control file as well, and listens to the other ranks."""
         if self.reason is None and self._deadline is not None and time.monotonic() > self._deadline:
             self.reason = "its time limit"
-        if self.reason is None and self.control is not None and _read(self.control) == "stop":
+        if self.reason is None and self.control is not None and read_or_empty(self.control) == "stop":
             self.reason = "the control file"
         if self.store is not None and time.monotonic() - self._heard > LISTEN_S:
             self._heard = time.monotonic()
@@ -88,10 +89,3 @@ class StopRequest:
             signal.signal(number, signal.SIG_DFL)
             os.kill(os.getpid(), number)
         self.request(signal.Signals(number).name)
-
-
-def _read(path: Path) -> str:
-    try:
-        return path.read_text(errors="replace").strip()
-    except OSError:
-        return ""

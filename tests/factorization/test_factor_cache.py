@@ -231,7 +231,7 @@ def test_a_folder_that_is_not_writable_is_an_error_with_the_remedy(tmp_path):
     blocked = tmp_path / "file"
     blocked.write_text("not a folder")
 
-    with pytest.raises(ValueError, match=r"cannot write to the factor cache .*/file/cache: .*--cache DIR"):
+    with pytest.raises(ValueError, match=r"cannot write cache files to .*/file/cache: .*--cache DIR"):
         stored(blocked / "cache")
 
     assert cache.find(blocked / "cache", KEY) is None

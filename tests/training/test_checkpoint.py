@@ -91,7 +91,9 @@ def test_a_full_disk_is_the_users_mistake_and_keeps_the_older_checkpoint(tmp_pat
     write(tmp_path, 1)
     monkeypatch.setattr(os, "fsync", lambda handle: (_ for _ in ()).throw(OSError(28, "No space left on device")))
 
-    with pytest.raises(ValueError, match=r"no space left for checkpoints in .*--output"):
+    with pytest.raises(
+        ValueError, match=r"cannot write checkpoints to .*: no space is left; free some, or give --output elsewhere"
+    ):
         write(tmp_path, 2)
 
     monkeypatch.undo()

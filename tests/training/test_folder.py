@@ -1,8 +1,11 @@
 """The run folder before there is a run in it, and after."""
 
 import hashlib
+import os
+from dataclasses import replace
 
 import pytest
+from launching import Runs
 
 from launcher.config import Config
 from launcher.processes import Communicator, Ranks
@@ -38,3 +41,19 @@ def test_a_finished_run_is_left_as_it_is_unless_a_file_of_its_result_is_not_as_w
 
     assert done == (name is None)
     assert (f"{result}/{warned}: made again from {tmp_path}" in caplog.text) == (name is not None)
+
+
+@pytest.mark.parametrize("umask", [0o022, 0o077])
+def test_every_file_of_a_run_is_readable_as_the_umask_says(stories, alpaca_file, tmp_path, umask):
+    """A colleague on the same cluster can read a run; safetensors alone would make its files private."""
+    before = os.umask(umask)
+    try:
+        runs = Runs(tmp_path, stories, alpaca_file)
+        runs.alone("run", change=lambda config: replace(config, optimizer=replace(config.optimizer, max_steps=1)))
+    finally:
+        os.umask(before)
+
+    files = [path for path in (tmp_path / "run").rglob("*") if path.is_file()]
+
+    assert len([file for file in files if file.suffix == ".safetensors"]) == 2  # a checkpoint's and the adapter's
+    assert {file.stat().st_mode & 0o777 for file in files} == {0o666 & ~umask}
