@@ -5,9 +5,12 @@ import re
 import subprocess
 import sys
 from collections.abc import Iterator
+from dataclasses import fields
 from pathlib import Path
 
+from launcher.config import DataConfig
 from launcher.engines.registry import ENGINES
+from launcher.tasks import REGISTERED
 
 PROJECT = Path(__file__).resolve().parents[1]
 SMALL = {"launcher.config", "launcher.files", "launcher.engines.registry", "launcher.exit_codes", "launcher.processes"}
@@ -110,3 +113,45 @@ def test_the_registry_is_read_without_torch():
     code = "import sys, launcher.engines.registry, launcher.config; assert 'torch' not in sys.modules"
 
     subprocess.run([sys.executable, "-c", code], cwd=PROJECT, check=True)
+
+
+def files_outside(folder: str) -> list[Path]:
+    return [file for file in (PROJECT / "launcher").rglob("*.py") if file.parent.name != folder]
+
+
+def fields_that_choose_a_task() -> set[str]:
+    """The settings that the `wants` of the registered tasks read."""
+    wants = [
+        node
+        for name in REGISTERED
+        for node in ast.walk(ast.parse((PROJECT / "launcher" / "tasks" / f"{name}.py").read_text()))
+        if isinstance(node, ast.FunctionDef) and node.name == "wants"
+    ]
+    read = [node for want in wants for node in ast.walk(want) if isinstance(node, ast.Attribute)]
+    of_a_part = {node.attr for node in read if isinstance(node.value, ast.Attribute)}  # config.PART.SETTING
+    return of_a_part & {field.name for field in fields(DataConfig)}
+
+
+def task_names(file: Path) -> Iterator[str]:
+    """Where a file imports a task, compares a task's name, or reads a setting that chooses one."""
+    chosen, where = fields_that_choose_a_task(), file.relative_to(PROJECT)
+    for name in imported(file):
+        if any(name == f"launcher.tasks.{task}" or name.startswith(f"launcher.tasks.{task}.") for task in REGISTERED):
+            yield f"{where} imports {name}"
+    for node in ast.walk(ast.parse(file.read_text())):
+        if isinstance(node, ast.Attribute) and node.attr in chosen:
+            yield f"{where}:{node.lineno} reads the setting {node.attr}"
+        elif isinstance(node, ast.Compare):
+            compared = {each.value for each in ast.walk(node) if isinstance(each, ast.Constant)}
+            if compared & {*REGISTERED}:
+                yield f"{where}:{node.lineno} compares a task: {ast.unparse(node)}"
+
+
+def test_only_the_folder_of_tasks_names_a_task():
+    """Everything else calls the task that `task_of` returns. The settings are checked where they are defined."""
+    files = [file for file in files_outside("tasks") if file.name != "config.py"]
+
+    found = [place for file in files for place in task_names(file)]
+
+    assert not found
+    assert list(task_names(PROJECT / "launcher" / "tasks" / "label.py"))  # the rule sees settings

@@ -5,6 +5,7 @@ A task holds no state: one object serves every run. The training loop and the co
 
 from __future__ import annotations
 
+import shlex
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -130,6 +131,18 @@ class NextToken(Task, Protocol):
 
         (total,) = evaluation.total(by_length(held_out), loss, size=evaluation.batch_size)
         return {"eval_loss": float(total) / target_tokens(held_out, range(len(held_out)))}
+
+    def next_steps(self, config: Config, output: Path, saved: Path) -> list[str]:
+        chat, merged, lora = map(shlex.quote, map(str, (output, output / "merged", output / "lora")))
+        if config.adapter.method == "full":
+            return [f"Chat with the model: loldu chat {chat}"]
+        adapter = shlex.quote(str(saved))
+        return [
+            "Next steps:",
+            f"  loldu chat {chat}",
+            f"  loldu merge {adapter} --out {merged}",
+            f"  loldu export-lora {adapter} --out {lora}",
+        ]
 
 
 def by_length(data: Encoded) -> list[int]:

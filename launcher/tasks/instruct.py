@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import shlex
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -69,18 +68,6 @@ class Instruct(NextToken):
                 before = write_answers(evaluation, shown)
         rows = [[q.prompt, q.expected, b, a] for q, b, a in zip(shown, before, after, strict=True)]
         return Table("Answers", ["question", "expected", "before", "after"], rows)
-
-    def next_steps(self, config: Config, output: Path, saved: Path) -> list[str]:
-        chat, merged, lora = map(shlex.quote, map(str, (output, output / "merged", output / "lora")))
-        if config.adapter.method == "full":
-            return [f"Chat with the model: loldu chat {chat}"]
-        adapter = shlex.quote(str(saved))
-        return [
-            "Next steps:",
-            f"  loldu chat {chat}",
-            f"  loldu merge {adapter} --out {merged}",
-            f"  loldu export-lora {adapter} --out {lora}",
-        ]
 
 
 TASK: Task = Instruct()

@@ -39,7 +39,7 @@ class Callbacks:
 
     on_step(training, event) follows each update, before a checkpoint of that step is written. event is the step's line
     in events.jsonl: step, loss, lr, grad_norm, tokens. on_evaluation(training, event) follows each evaluation, with
-    step, eval_loss and the task's metrics. `training.stop.request(reason)` saves and stops the run at this step.
+    step, eval_loss and the task's metrics. `training.stop.request(reason)` ends the run, saved, after the next step.
     """
 
     on_step: Callable[[Training, Event], None] = lambda training, event: None

@@ -65,6 +65,30 @@ def test_a_run_leaves_a_complete_folder(small):
     assert saved["identity"]["base"]
 
 
+def test_callbacks_get_each_step_and_evaluation_as_it_is_recorded(small):
+    """In the order of the run, with what it trains."""
+    seen = []
+
+    def note(training, event):
+        assert training.task is not None
+        assert training.engine.parameters
+        seen.append(event)
+
+    assert run(small, "test", on_step=note, on_evaluation=note) == 0
+
+    assert seen == events(small)
+
+
+def test_an_exception_in_a_callback_ends_the_run_as_failed(small, capsys):
+    def broken(training, event):
+        raise KeyError("mine")
+
+    assert run(small, "test", on_step=broken) == 1
+
+    assert (Path(small.run.output) / "state").read_text().strip() == "failed"
+    assert "KeyError: 'mine'" in capsys.readouterr().err
+
+
 def test_a_run_that_goes_on_may_ask_for_more_than_it_began_with(small, capsys):
     """Its first evaluation has no exact match to show beside the last one's."""
     begun = replace(small, optimizer=replace(small.optimizer, max_steps=2))
