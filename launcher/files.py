@@ -1,15 +1,19 @@
-"""Files on shared disks: written whole or not at all, with a remedy where the disk is full. Imports no torch."""
+"""Files on shared disks: written whole or not at all, and read without trust in what they are. Imports no torch."""
 
 from __future__ import annotations
 
 import errno
 import hashlib
+import json
 import os
+import stat
 import uuid
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
+from typing import Any, BinaryIO
 
+MOST_BYTES = 1 << 20  # of a small file, such as a state, an index entry or a job.json
 FULL = (errno.ENOSPC, errno.EDQUOT)
 
 
@@ -39,14 +43,47 @@ def write_atomically(file: Path, text: str) -> None:
 
 
 def read_or_empty(file: Path) -> str:
-    """The stripped text; empty where the file is missing or cannot be read. Damaged characters become `\\ufffd`.
+    """The stripped text (of at most MOST_BYTES); empty where the file is missing or cannot be read. Damaged characters
+    become `\\ufffd`.
 
     Opening a file makes a network file system look again for what another machine wrote.
     """
     try:
-        return file.read_text(encoding="utf-8", errors="replace").strip()
-    except OSError:
+        with open_regular(file) as opened:
+            return opened.read(MOST_BYTES).decode(errors="replace").strip()
+    except (OSError, ValueError):
         return ""
+
+
+def open_regular(file: Path) -> BinaryIO:
+    """Open a file for reading. Raises OSError for anything else, such as a FIFO, whose opening would wait forever."""
+    descriptor = os.open(file, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)
+    if not stat.S_ISREG(os.fstat(descriptor).st_mode):
+        os.close(descriptor)
+        raise OSError(errno.EINVAL, "not a regular file", str(file))
+    return os.fdopen(descriptor, "rb")
+
+
+def read_text(file: Path, most_bytes: int = MOST_BYTES) -> str:
+    """The text of a file. Raises OSError as `open_regular` does, and ValueError if it is longer or not UTF-8."""
+    with open_regular(file) as opened:
+        data = opened.read(most_bytes + 1)
+    if len(data) > most_bytes:
+        raise ValueError(f"it is longer than {most_bytes} bytes")
+    return data.decode()
+
+
+def read_json(file: Path, most_bytes: int = MOST_BYTES) -> Any:
+    """The JSON value in a file. Raises OSError as `open_regular` does, and ValueError for anything that is not JSON."""
+    return parse_json(read_text(file, most_bytes))
+
+
+def parse_json(text: str) -> Any:
+    """The JSON value of a text. Raises ValueError also for too deep nesting, where json raises RecursionError."""
+    try:
+        return json.loads(text)
+    except RecursionError:
+        raise ValueError("it is nested too deeply") from None
 
 
 def allow_by_umask(path: Path) -> None:

@@ -9,10 +9,24 @@ from typing import Any
 # Control characters other than newline and tab, Unicode line separators, bidirectional overrides, lone surrogates.
 UNSAFE = re.compile("[\x00-\x08\x0b-\x1f\x7f-\x9f\u061c\u200e\u200f\u2028-\u202e\u2066-\u2069\ud800-\udfff]")
 
+COLOUR = re.compile(r"\x1b\[[0-9;:]*m")
+
 
 def printable(text: str) -> str:
     r"""The text with control characters written out: an escape sequence shows as \x1b[2J and does nothing."""
     return UNSAFE.sub(lambda found: found[0].encode("unicode_escape").decode("ascii"), text)
+
+
+def one_line(text: str, limit: int | None = None) -> str:
+    """`printable` text on one line, cut to a number of characters."""
+    if limit is not None and len(text) > limit:
+        text = text[: limit - 1] + "…"
+    return printable(text).replace("\n", "\\n")
+
+
+def without_colours(text: str) -> str:
+    """The text without the colour codes that progress bars and loggers write."""
+    return COLOUR.sub("", text)
 
 
 def json_line(value: Any) -> str:

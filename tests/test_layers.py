@@ -38,7 +38,7 @@ MAY_IMPORT = {  # beside itself; in the order in which data flows
     "launcher.inference": {"adapters", "launcher.text", *SMALL, *ROOMS},
     "launcher.reports": {"launcher.exit_codes"},  # reads what runs wrote, without torch
     # starts commands; of what they do it knows how they end and which packages they need
-    "launcher.cluster": {"launcher.exit_codes", "launcher.files", "launcher.engines.registry"},
+    "launcher.cluster": {"launcher.exit_codes", "launcher.files", "launcher.engines.registry", "launcher.text"},
     "launcher.cli": BELOW_TRAINING | {"launcher.training", "launcher.inference", "launcher.cluster"},
     "launcher.__main__": {"loldu"},
     "launcher": set(),

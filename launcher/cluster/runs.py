@@ -7,7 +7,6 @@ A run folder holds `state` (running, stopped, finished, failed), `control` (run,
 
 from __future__ import annotations
 
-import json
 import os
 import re
 import time
@@ -15,11 +14,14 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from launcher.files import read_or_empty, write_atomically
+from launcher.files import disk_errors, open_regular, parse_json, read_json, read_or_empty, write_atomically
+from launcher.text import one_line
 
 RUNS = Path("runs")
 PROJECT = Path(__file__).resolve().parents[2]
-STEP = re.compile(r"step-(\d{6,})")
+STEP = re.compile(r"step-(\d{6,})", re.ASCII)
+OUR_FILES = {"control", "events", "events.jsonl", "job.json", "job.sbatch", "logs", "state"}
+OUR_PATTERN = re.compile(r"slurm-.*|task-\d+|\..*\.(tmp|probe)", re.ASCII)
 
 
 def safe_name(name: str) -> str:
@@ -55,7 +57,13 @@ def run_folder(name: str | None, recipe: Path, options: Sequence[str]) -> Path:
     output = option("--output", options)
     if output is not None and name is not None:
         raise ValueError(f"--name {name} and the recipe's --output {output} both set the run folder: give one of them")
-    folder = Path(output) if output is not None else RUNS / safe_name(default_name(recipe) if name is None else name)
+    if output is None:
+        folder = RUNS / safe_name(default_name(recipe) if name is None else name)
+    else:
+        try:
+            folder = Path(output).expanduser()
+        except RuntimeError:
+            raise ValueError(f"--output {output}: there is no such home directory; give an absolute path") from None
     return Path(os.path.abspath(folder))
 
 
@@ -64,24 +72,60 @@ def default_name(recipe: Path) -> str:
 
 
 def with_output(options: Sequence[str], folder: Path) -> tuple[str, ...]:
-    """The recipe's options including --output."""
+    """The recipe's options including an absolute --output."""
     if option("--resume", options) == "never":
         raise ValueError(
             "--resume never would start over after each interruption: leave it out and give a new --name instead"
         )
-    return (*options, *(() if option("--output", options) is not None else (f"--output={folder}",)))
+    return (*options, *(() if option("--output", options) == str(folder) else (f"--output={folder}",)))
 
 
 def write(file: Path, text: str) -> None:
-    """Replace a small file, whole or not at all, and make its folder where there is none."""
-    file.parent.mkdir(parents=True, exist_ok=True)
-    write_atomically(file, text)
+    """Replace a small file, whole or not at all, and make its folder where there is none.
+
+    A symbolic link is replaced, not followed. Raises ValueError naming the file if it cannot be written.
+    """
+    with disk_errors(file.name, file.parent, "check who owns the folder"):
+        file.parent.mkdir(parents=True, exist_ok=True)
+        write_atomically(file, text)
+
+
+def check_folder(folder: Path) -> None:
+    """Raises ValueError unless the folder is missing, empty or a run folder, and none of its files is a link.
+
+    Otherwise submit and launch would write among the files of somebody else.
+    """
+    try:
+        names = sorted(os.listdir(folder))
+    except FileNotFoundError:
+        return
+    except OSError as error:
+        raise ValueError(f"cannot read {folder}: {error.strerror}; give another --output or --name") from error
+    if links := [name for name in names if name in OUR_FILES and (folder / name).is_symlink()]:
+        raise ValueError(f"{folder / links[0]} is a symbolic link: remove it, or give another --output or --name")
+    foreign = [name for name in names if name not in OUR_FILES and not OUR_PATTERN.fullmatch(name)]
+    if foreign and not is_run(folder):
+        raise ValueError(f"{folder} is not a run folder and not empty: give another --output or --name")
 
 
 def job_of(run: Path) -> dict[str, Any]:
-    """The job.json that `loldu submit` wrote; empty without one."""
-    text = read_or_empty(run / "job.json")
-    return json.loads(text) if text else {}
+    """The job.json that `loldu submit` wrote, with job_id and cluster as text; empty without one.
+
+    Raises ValueError if it is damaged.
+    """
+    text, file = read_or_empty(run / "job.json"), run / "job.json"
+    if not text:
+        return {}
+    try:
+        known = parse_json(text)
+    except ValueError:
+        raise ValueError(f"{file} is damaged: it is not JSON") from None
+    job_id, cluster = (known.get("job_id"), known.get("cluster") or "") if isinstance(known, dict) else (None, "")
+    if not re.fullmatch(r"\d{1,20}", str(job_id), re.ASCII):
+        raise ValueError(f"{file} is damaged: it has no job id")
+    if not re.fullmatch(r"[A-Za-z0-9_.][A-Za-z0-9_.-]*|", str(cluster)):
+        raise ValueError(f"{file} is damaged: its cluster is not a name")
+    return {**known, "job_id": str(job_id), "cluster": str(cluster)}
 
 
 def checkpoint_step(run: Path) -> int:
@@ -91,45 +135,84 @@ def checkpoint_step(run: Path) -> int:
 
 
 def last_step(run: Path) -> dict[str, Any]:
-    """The last training step in events.jsonl, {"step": 12, "loss": …}, or {}. Reads only the end of the file."""
+    """The last training step in events.jsonl, {"step": 12, "loss": …}, or {}. Reads only the end of the file.
+
+    Lines without numbers in step and loss are skipped: they are damaged, or still being written.
+    """
     try:
-        with open(run / "events.jsonl", "rb") as file:
+        with open_regular(run / "events.jsonl") as file:
             file.seek(max(0, file.seek(0, os.SEEK_END) - 65536))
             lines = file.read().decode(errors="replace").splitlines()
     except OSError:
         return {}
     for line in reversed(lines):
         try:
-            event = json.loads(line)
-        except json.JSONDecodeError:
-            continue  # a line that is still being written
-        if isinstance(event, dict) and "loss" in event:
+            event = parse_json(line)
+        except ValueError:
+            continue
+        if isinstance(event, dict) and _is_number(event.get("step"), int) and _is_number(event.get("loss"), int, float):
             return event
     return {}
 
 
+def _is_number(value: Any, *kinds: type) -> bool:
+    return type(value) in kinds and (isinstance(value, float) or abs(value) < 1 << 63)
+
+
 def is_run(folder: Path) -> bool:
-    """Whether a run, or a cluster command, has written to this folder."""
-    return any((folder / name).exists() for name in ("job.json", "state", "config.json", "control"))
+    """Whether a run, or a cluster command, has written to this folder.
+
+    A model's folder also has a config.json; that of a run records which run it is.
+    """
+    if any(os.path.exists(folder / name) for name in ("job.json", "state", "control")):
+        return True
+    try:
+        recorded = read_json(folder / "config.json")
+    except (OSError, ValueError):
+        return False
+    return isinstance(recorded, dict) and {"config", "identity"} <= recorded.keys()
+
+
+def tasks_of(folder: Path) -> list[Path]:
+    """The folders task-0, task-1 … of an array, in the order of their numbers."""
+    found = [path for path in folder.glob("task-*") if re.fullmatch(r"task-\d{1,9}", path.name, re.ASCII)]
+    return sorted((path for path in found if os.path.isdir(path)), key=lambda path: int(path.name[5:]))
 
 
 def all_runs(root: Path = RUNS) -> list[Path]:
     """The run folders under root, oldest first."""
-    found = [path for path in root.iterdir() if path.is_dir() and is_run(path)] if root.is_dir() else []
-    return sorted(found, key=lambda path: (path / "job.json" if (path / "job.json").exists() else path).stat().st_mtime)
+    try:
+        found = [path for path in root.iterdir() if os.path.isdir(path) and is_run(path)]
+    except FileNotFoundError:
+        return []
+    except OSError as error:
+        raise ValueError(f"cannot read {root}: {error.strerror}") from error
+    return sorted(found, key=lambda path: changed(path / "job.json") or changed(path))
+
+
+def changed(path: Path) -> float:
+    """When a file was last changed, as time.time(); 0 if there is none."""
+    try:
+        return path.stat().st_mtime
+    except OSError:
+        return 0.0
 
 
 def find_run(given: str, root: Path = RUNS) -> Path:
     """The run folder for a name, a folder or a job id. Raises ValueError listing the runs in root."""
     for folder in (Path(given), root / given, root / re.sub(r"[^A-Za-z0-9._-]+", "-", given).strip(".-")[:100]):
-        if given and folder != root and folder.is_dir() and is_run(folder):
+        if given and folder != root and os.path.isdir(folder) and is_run(folder):
             return Path(os.path.abspath(folder))
     base, _, task = given.partition("_")
     for folder in reversed(all_runs(root)) if base.isdigit() else ():
-        if str(job_of(folder).get("job_id")) == base:
+        try:
+            job_id = job_of(folder).get("job_id")
+        except ValueError:  # another run's file
+            continue
+        if job_id == base:
             part = folder / f"task-{task}"
-            return Path(os.path.abspath(part if task and part.is_dir() else folder))
-    known = [path.name for path in all_runs(root)][-8:]
+            return Path(os.path.abspath(part if task and os.path.isdir(part) else folder))
+    known = [one_line(path.name, limit=60) for path in all_runs(root)][-8:]
     raise ValueError(
         f"no run {given!r}: expected a run folder, a job id or a name in {root}/ ({', '.join(known) or 'empty'})"
     )

@@ -22,6 +22,7 @@ from typing import Any, Literal
 
 from launcher.cluster import runs
 from launcher.files import read_or_empty
+from launcher.text import one_line
 
 RANK_ENTRY = Path(__file__).resolve().with_name("rank.py")
 STARTS_WITHOUT_A_STEP = 3
@@ -173,6 +174,9 @@ set -uo pipefail                       # not -e: `wait` returns more than 128 wh
 cd @FOLDER@ || exit 1
 run=@RUN@
 restart=${SLURM_RESTART_COUNT:-0}
+for file in control events logs state; do
+  [ ! -L "$run/$file" ] || { echo "loldu: $run/$file is a symbolic link: remove it" >&2; exit 1; }
+done
 mkdir -p "$run/logs" || exit 1
 note() { echo "$EPOCHREALTIME batch@$HOSTNAME $*" >>"$run/events"; }
 state() { cat "$run/state" 2>/dev/null; }
@@ -326,7 +330,8 @@ def submit(
         print(text, end="")
         return 0
     ask(["sbatch", "--version"], run)
-    running = job_state(runs.job_of(folder), run) if folder.exists() else None
+    runs.check_folder(folder)
+    running = job_state(runs.job_of(folder), run)
     shown = shlex.quote(folder.name if folder.parent == Path(os.path.abspath(runs.RUNS)) else str(folder))
     if running is not None and running.alive:
         raise ValueError(
@@ -334,7 +339,10 @@ def submit(
             f"cancel it with loldu cancel {shown}, or give another --name"
         )
     runs.write(folder / "job.sbatch", text)
-    (folder / "logs").mkdir(exist_ok=True)
+    try:
+        (folder / "logs").mkdir(exist_ok=True)
+    except OSError as error:
+        raise ValueError(f"cannot make {folder / 'logs'}: {error.strerror}") from error
     environ, words = clean_environment(os.environ), ["sbatch", "--parsable", str(folder / "job.sbatch")]
     for tried in (["sbatch", "--test-only", words[-1]], words):  # a request that no node can meet would pend forever
         answer = ask(tried, run, env=environ)
@@ -347,7 +355,7 @@ def submit(
     }  # fmt: skip
     runs.write(folder / "job.json", json.dumps(known, indent=2) + "\n")
     print(f"job {job_id}: {resources.nodes} x {resources.processes} processes{f', {len(tasks)} runs' if tasks else ''}")
-    print(f"folder   {folder}\nscript   {folder / 'job.sbatch'}")
+    print(f"folder   {one_line(str(folder))}\nscript   {one_line(str(folder / 'job.sbatch'))}")
     print(f"follow   loldu logs -f {shown}\nstate    loldu status {shown}\ncancel   loldu cancel {shown}")
     return 0
 
@@ -412,9 +420,15 @@ def _sort_in(found: dict[int, JobState], left: dict[int, tuple[str, str | None]]
 
 
 def _holds(tasks: str, task: str) -> bool:
-    """Whether Slurm's list of array tasks, `3` or `0-4,7%2`, contains this task. No list means the whole job."""
-    ends = [part.split("-") for part in tasks.strip("[]").partition("%")[0].split(",")]
-    return tasks == "" or any(int(end[0]) <= int(task) <= int(end[-1]) for end in ends)
+    """Whether Slurm's list of array tasks, `3`, `0-4,7%2` or `0-8:2`, has this task. No list means the whole job."""
+    if tasks == "":
+        return True
+    for part in tasks.strip("[]").partition("%")[0].split(","):
+        if match := re.fullmatch(r"(\d+)(?:-(\d+)(?::(\d+))?)?", part, re.ASCII):
+            first, last, step = int(match[1]), int(match[2] or match[1]), int(match[3] or 1)
+            if first <= int(task) <= last and (int(task) - first) % max(step, 1) == 0:
+                return True
+    return False
 
 
 def job_state(known: Mapping[str, Any], run: Run = subprocess.run, task: str | None = None) -> JobState | None:
@@ -423,15 +437,19 @@ def job_state(known: Mapping[str, Any], run: Run = subprocess.run, task: str | N
 
 
 def parse_scontrol(text: str) -> list[JobState]:
-    """Parse `scontrol -o show job`: one line of Name=value words for each job or array task."""
+    """Parse `scontrol -o show job`: one line of Name=value words for each job or array task.
+
+    Other users choose the names of their jobs, which may look like further fields: the name is skipped.
+    """
     found = []
-    for line in text.splitlines():
+    for line in text.split("\n"):
+        line = re.sub(r"\sJobName=.*\sUserId=", " UserId=", line)
         fields = dict(re.findall(r"(?:^|\s)([A-Za-z]+)=(\S*)", line)[::-1])  # a name's first value counts
-        if "JobState" in fields:
+        if "JobState" in fields and ("JobId" in fields or {"ArrayJobId", "ArrayTaskId"} <= fields.keys()):
             task = fields.get("ArrayTaskId")
             job_id = f"{fields['ArrayJobId']}_{task}" if task else fields["JobId"]
             told = {name: value for name, value in fields.items() if value not in ("None", "(null)")}
-            reason, nodes, restarts = told.get("Reason", ""), told.get("NodeList", ""), int(told.get("Restarts", 0))
+            reason, nodes, restarts = told.get("Reason", ""), told.get("NodeList", ""), _whole(told.get("Restarts"))
             found.append(JobState(job_id, fields["JobState"], reason, nodes, restarts))
     return found
 
@@ -442,9 +460,13 @@ def parse_sacct(text: str) -> list[JobState]:
     for line in text.splitlines():
         job_id, state, nodes, *rest = [*line.split("|"), "", ""]
         if state:
-            restarts = int(rest[0]) if rest[0].isdigit() else 0
-            found.append(JobState(job_id, state.split()[0], "", nodes.replace("None assigned", ""), restarts))
+            state, *_ = state.split() or [""]
+            found.append(JobState(job_id, state, "", nodes.replace("None assigned", ""), _whole(rest[0])))
     return found
+
+
+def _whole(text: str | None) -> int:
+    return int(text) if text and re.fullmatch(r"\d{1,9}", text, re.ASCII) else 0
 
 
 def task_of(folder: Path) -> tuple[Path, str | None]:
@@ -461,20 +483,21 @@ def state_of(folder: Path, run: Run = subprocess.run) -> JobState | None:
 
 
 def status(given: Sequence[str] = (), *, as_json: bool = False, run: Run = subprocess.run) -> int:
-    """Print the state of the given runs, or of all runs in runs/. Returns an exit code."""
-    folders = [runs.find_run(one) for one in given] if given else runs.all_runs()
-    tops = {
-        folder: top
-        for top in folders
-        for folder in sorted(top.glob("task-*"), key=lambda path: int(path.name[5:])) or [top]
-    }
+    """Print the state of the given runs, or of all runs in runs/. Returns an exit code.
+
+    A damaged run is one row that says so; the other rows are unaffected.
+    """
+    tops = [runs.find_run(one) for one in given] if given else runs.all_runs()
+    folders = {folder: top for top in tops for folder in runs.tasks_of(top) or [top]}
+    jobs, damaged = _jobs_of(list(folders))
+    states = _states_for_a_table(jobs, run)
     rows: list[dict[str, Any]] = []
-    for (folder, top), state in zip(tops.items(), _states_for_a_table(list(tops), run), strict=True):
-        step = runs.last_step(folder)
+    for folder, top in folders.items():
+        state, step = states.get(folder), runs.last_step(folder)
         rows.append(
             {
                 "run": folder.name if folder == top else f"{top.name}/{folder.name}",
-                "state": read_or_empty(folder / "state") or _before_its_start(state),
+                "state": damaged.get(folder) or read_or_empty(folder / "state") or _before_its_start(state),
                 "step": step.get("step"), "loss": step.get("loss"), "saved_step": runs.checkpoint_step(folder),
                 "job": state.job_id if state else None, "slurm": state.state if state else None,
                 "reason": state.reason if state else "", "nodes": state.nodes if state else "",
@@ -483,10 +506,14 @@ def status(given: Sequence[str] = (), *, as_json: bool = False, run: Run = subpr
         )  # fmt: skip
     if as_json:
         print(json.dumps(rows, indent=2))
-        return 0
-    if not rows:
+    elif not rows:
         print(f"no runs in {runs.RUNS}/: start one with loldu submit or loldu launch")
-        return 0
+    else:
+        _print_table(rows)
+    return 0
+
+
+def _print_table(rows: Sequence[Mapping[str, Any]]) -> None:
     from rich.console import Console
     from rich.table import Table
 
@@ -494,11 +521,25 @@ def status(given: Sequence[str] = (), *, as_json: bool = False, run: Run = subpr
     for row in rows:
         known = row["slurm"] if row["slurm"] != "UNKNOWN" else ""
         reason = f"({row['reason']})" if row["reason"] else ""
-        row["slurm"] = f"{known or ''} {reason}".strip()
-        row["loss"] = f"{row['loss']:.4f}" if row["loss"] is not None else ""
-        table.add_row(*("" if row[name] is None else str(row[name]) for name in COLUMNS))
-    Console(width=None if sys.stdout.isatty() else 160).print(table)
-    return 0
+        loss = f"{row['loss']:.4f}" if row["loss"] is not None else ""
+        shown = {**row, "slurm": f"{known or ''} {reason}".strip(), "loss": loss}
+        cells = ("" if shown[name] is None else str(shown[name]) for name in COLUMNS)
+        table.add_row(*(one_line(cell, limit=80) for cell in cells))
+    # What runs and users wrote is text: "[/b]" in a state is neither markup nor an error.
+    console = Console(width=None if sys.stdout.isatty() else 160, markup=False, highlight=False, emoji=False)
+    console.print(table)
+
+
+def _jobs_of(folders: Sequence[Path]) -> tuple[dict[Path, dict[str, Any]], dict[Path, str]]:
+    """The job.json of each run folder that Slurm started, and for each damaged one the reason."""
+    jobs, damaged = {}, {}
+    for folder in folders:
+        try:
+            if known := runs.job_of(task_of(folder)[0]):
+                jobs[folder] = known
+        except ValueError as error:
+            damaged[folder] = str(error).rpartition("/")[2]
+    return jobs, damaged
 
 
 def _before_its_start(state: JobState | None) -> str:
@@ -507,15 +548,13 @@ def _before_its_start(state: JobState | None) -> str:
     return "unknown"
 
 
-def _states_for_a_table(folders: Sequence[Path], run: Run) -> list[JobState | None]:
-    """state_of for each folder. On a machine without Slurm the table still shows what the run folders hold."""
-    known = [(runs.job_of(top), task) for top, task in map(task_of, folders)]
-    jobs = [job for job in known if job[0]]
+def _states_for_a_table(jobs: Mapping[Path, dict[str, Any]], run: Run) -> dict[Path, JobState]:
+    """The state of each job. On a machine without Slurm the table still shows what the run folders hold."""
     try:
-        states = iter(job_states(jobs, run))
+        states = job_states([(known, task_of(folder)[1]) for folder, known in jobs.items()], run) if jobs else []
     except ValueError:
-        states = iter(JobState(job["job_id"], "UNKNOWN", "no answer from Slurm here") for job, _ in jobs)
-    return [next(states) if job else None for job, _ in known]
+        states = [JobState(known["job_id"], "UNKNOWN", "no answer from Slurm here") for known in jobs.values()]
+    return dict(zip(jobs, states, strict=True))
 
 
 def cancel(given: str, *, run: Run = subprocess.run) -> int:
@@ -528,7 +567,10 @@ def cancel(given: str, *, run: Run = subprocess.run) -> int:
                 f"{folder} is not running: its state is {read_or_empty(folder / 'state') or 'not written'}"
             )
         runs.write(folder / "control", "stop\n")
-        print(f"asked {folder} to save and stop; loldu status {shlex.quote(str(folder))} shows when it has stopped")
+        print(
+            f"asked {one_line(str(folder))} to save and stop; see when it has stopped with: "
+            f"loldu status {shlex.quote(str(folder))}"
+        )
         return 0
     if not state.alive:
         raise ValueError(f"job {state.job_id} is not running: Slurm says {state.state}")

@@ -11,6 +11,8 @@ one valid file remains. With one file per index entry, concurrent writers cannot
 Every header holds a checksum of itself and a sha256 for each MiB of rows, so a rank that reads a few rows of `write`
 verifies only those rows. A file that fails is renamed to *.damaged with a warning and counts as missing, so the caller
 computes it again. A file's modification time is the time of its last use. Nothing is pickled.
+
+Only files of these folders whose names are keys are ever renamed or removed. The file MARK marks a folder as a cache.
 """
 
 from __future__ import annotations
@@ -19,6 +21,7 @@ import hashlib
 import json
 import logging
 import os
+import re
 import time
 from collections.abc import Callable, Mapping
 from contextlib import suppress
@@ -28,7 +31,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple, TypeVar
 import safetensors
 from safetensors import SafetensorError, safe_open
 
-from launcher.files import disk_errors, replacing
+from launcher.files import disk_errors, parse_json, read_json, replacing
 
 if TYPE_CHECKING:  # `loldu cache ls` reads headers alone, and torch takes seconds to import
     from torch import Tensor
@@ -41,6 +44,16 @@ T = TypeVar("T")
 FORMAT = 1  # part of every key, so that two versions of this file never read each other's entries
 BLOCK_BYTES = 1 << 20  # about the bytes under one checksum: 90 of them for 11008 x 4096 in bfloat16
 KINDS = ("factors", "tokenised")
+FOLDERS = (*KINDS, "index")
+MARK = ".loldu-cache"
+MARK_TEXT = "A cache of loldu: factors and tokenised data. Remove files with `loldu cache prune`.\n"
+KEY = re.compile(r"[0-9a-f]{64}")
+ENTRY = re.compile(r"[0-9a-f]{64}\.safetensors")
+LEFT_OVER = re.compile(r"[0-9a-f]{64}\.damaged|\.[0-9a-f]{64}\.(safetensors|json)\.[0-9a-f]{32}\.tmp")
+TYPES: Mapping[str, type | tuple[type, ...]] = {  # of a header's fields
+    "key": str, "checksums": dict, "name": str, "method": str, "dtype": str, "rank": int, "shape": list,
+    "residual": (int, float), "versions": dict,
+}  # fmt: skip
 ABANDONED_S = 3600.0  # a temporary file this old belongs to a process that was killed
 
 
@@ -63,7 +76,30 @@ class Pruned(NamedTuple):
 def default_folder(environ: Mapping[str, str] = os.environ) -> Path:
     """$XDG_CACHE_HOME/loldu, or ~/.cache/loldu where that is unset or, against its specification, a relative path."""
     base = Path(environ.get("XDG_CACHE_HOME", ""))
-    return (base if base.is_absolute() else Path.home() / ".cache") / "loldu"
+    try:
+        return (base if base.is_absolute() else Path.home() / ".cache") / "loldu"
+    except RuntimeError:
+        raise ValueError(
+            f"HOME is not set and user {os.getuid()} has no home directory: give a cache folder with --cache DIR"
+        ) from None
+
+
+def check_folder(folder: Path) -> None:
+    """Raises ValueError unless the folder is missing, empty or a factor cache: it has MARK, or only a cache's folders.
+
+    Caches that were made before MARK existed have only these folders.
+    """
+    try:
+        names = sorted(os.listdir(folder))
+    except FileNotFoundError:
+        return
+    except OSError as error:
+        raise ValueError(f"cannot read the factor cache {folder}: {error.strerror}") from error
+    foreign = [name for name in names if name not in FOLDERS]
+    if foreign and MARK not in names:
+        raise ValueError(
+            f"{folder} is not a factor cache (it holds {foreign[0]!r}): give the folder that runs use, with --cache DIR"
+        )
 
 
 def content_key(recipe: Mapping[str, Any], *contents: Tensor) -> str:
@@ -78,6 +114,8 @@ def content_key(recipe: Mapping[str, Any], *contents: Tensor) -> str:
 
 def find(folder: Path, key: str) -> Entry | None:
     """The entry of a key, read from its header; None where there is none, or where it was damaged (now set aside)."""
+    if not _is_key(key):
+        return None
     return _reading(_file(folder, key), lambda opened, entry: entry, framework="np")
 
 
@@ -93,7 +131,7 @@ def load(folder: Path, key: str, rows: slice = slice(None)) -> Factors | None:
             *(_rows(opened, entry, name, rows if name == "write" else slice(None)) for name in Factors._fields)
         )
 
-    return _reading(_file(folder, key), read)
+    return _reading(_file(folder, key), read) if _is_key(key) else None
 
 
 def store(folder: Path, key: str, factors: Factors, about: Mapping[str, Any]) -> Entry:
@@ -118,13 +156,13 @@ def recall(folder: Path, identity: Mapping[str, Any]) -> Any | None:
     """The value that the index holds for an identity; None where it has none, or where its file is damaged (logged)."""
     file, wanted = _index_file(folder, identity)
     try:
-        text, checksum = json.loads(file.read_text())
-        found, value = json.loads(text)
+        text, checksum = read_json(file)
+        found, value = parse_json(text)
         if checksum != _checksum(text) or found != wanted:
             raise ValueError("its checksum or its identity does not match")
     except (FileNotFoundError, NotADirectoryError):
         return None
-    except (ValueError, TypeError) as error:
+    except (ValueError, TypeError, AttributeError, OSError) as error:
         log.warning("the index entry %s is damaged (%s) and will be written again", file, error)
         return None
     with suppress(OSError):
@@ -141,7 +179,7 @@ def remember(folder: Path, identity: Mapping[str, Any], value: Any) -> None:
 
 def entries(folder: Path) -> list[Entry]:
     """Every entry, read from the headers, most recently used first; damaged files are set aside."""
-    files = sorted((folder / "factors").glob("*.safetensors"), key=_used, reverse=True)
+    files = sorted(_files(folder / "factors", ENTRY), key=_used, reverse=True)
     return [
         entry for file in files if (entry := _reading(file, lambda opened, entry: entry, use=False, framework="np"))
     ]
@@ -154,38 +192,40 @@ def verify(folder: Path, on_entry: Callable[[Entry], None] = lambda entry: None)
     """
 
     def read(opened: Any, entry: Entry) -> None:
-        for name in entry.about["checksums"]:
-            for start in range(0, opened.get_slice(name).get_shape()[0], 4096):  # bounded memory
+        for name in opened.keys():  # noqa: SIM118 (a file of safetensors, not a dict)
+            for start in range(0, _length(opened, name), 4096):  # bounded memory
                 _rows(opened, entry, name, slice(start, start + 4096))
         on_entry(entry)
 
-    before = set((folder / "factors").glob("*.damaged"))
-    for file in sorted((folder / "factors").glob("*.safetensors")):
+    before = set(_files(folder / "factors", LEFT_OVER))
+    for file in sorted(_files(folder / "factors", ENTRY)):
         _reading(file, read, use=False)
-    return sorted(set((folder / "factors").glob("*.damaged")) - before)
+    return sorted(set(_files(folder / "factors", LEFT_OVER)) - before)
 
 
 def prune(folder: Path, max_bytes: float | None = None, older_than_s: float | None = None) -> Pruned:
     """Remove files unused for older_than_s seconds, then the least recently used until at most max_bytes are left.
 
     Damaged files, abandoned temporary files and index entries without a file are removed too. A job that uses the cache
-    at the same time computes again whatever it then misses.
+    at the same time computes again whatever it then misses. Raises ValueError for a folder that is not a cache, and
+    where a file cannot be removed.
     """
+    check_folder(folder)
     now, removed, freed = time.time(), 0, 0
-    for file in sorted(folder.glob("*/*.damaged")) + sorted(folder.glob("*/.*.tmp")):
+    for file in sorted(file for name in FOLDERS for file in _files(folder / name, LEFT_OVER)):
         if file.suffix == ".damaged" or now - _used(file) > ABANDONED_S:
             removed, freed = removed + 1, freed + _remove(file)
-    files = sorted((file for kind in KINDS for file in (folder / kind).glob("*.safetensors")), key=_used)
+    files = sorted((file for kind in KINDS for file in _files(folder / kind, ENTRY)), key=_used)
     left = sum(_size(file) for file in files)
     for file in files:
         too_old = older_than_s is not None and now - _used(file) > older_than_s
         if too_old or (max_bytes is not None and left > max_bytes):
             size = _remove(file)
             removed, freed, left = removed + 1, freed + size, left - size
-    kept = {file.stem for file in (folder / "factors").glob("*.safetensors")}
-    for file in (folder / "index").glob("*.json"):
-        with suppress(OSError, ValueError, TypeError):
-            _, value = json.loads(json.loads(file.read_text())[0])
+    kept = {file.stem for file in _files(folder / "factors", ENTRY)}
+    for file in _files(folder / "index", re.compile(r"[0-9a-f]{64}\.json")):
+        with suppress(OSError, ValueError, TypeError, KeyError, IndexError):
+            _, value = parse_json(read_json(file)[0])
             stale = older_than_s is not None and now - _used(file) > older_than_s
             if stale or (isinstance(value, str) and value not in kept):
                 _remove(file)
@@ -200,6 +240,8 @@ def _reading(file: Path, read: Callable[[Any, Entry], T], use: bool = True, fram
     for attempt in range(10):
         try:
             before = _version(file)
+            if not file.is_file():  # opening a FIFO would wait forever
+                raise _Damaged("it is not a regular file")
             with safe_open(file, framework=framework) as opened:
                 result = read(opened, _header(opened, file))
             break
@@ -232,10 +274,27 @@ def _header(opened: Any, file: Path) -> Entry:
     text = header.get("about", "")
     if header.get("seal") != _checksum(text):
         raise _Damaged("its header does not match its checksum")
-    about = json.loads(text)
+    try:
+        about = parse_json(text)
+    except ValueError as error:
+        raise _Damaged(f"its header is not JSON: {error}") from error
+    if not isinstance(about, dict) or not {"key", "checksums"} <= about.keys():
+        raise _Damaged("its header has no key or no checksums")
+    if wrong := [name for name, kind in TYPES.items() if name in about and not isinstance(about[name], kind)]:
+        raise _Damaged(f"{', '.join(wrong)} in its header is of the wrong type")
+    if not all(isinstance(each, list) for each in about["checksums"].values()):
+        raise _Damaged("its header has no lists of checksums")
     if about["key"] != file.stem:
-        raise _Damaged(f"it holds the factors of key {about['key'][:12]}")
+        raise _Damaged(f"it holds the factors of key {about['key'][:12]!r}")
     return Entry(about["key"], file, about)
+
+
+def _length(opened: Any, name: str) -> int:
+    """The number of rows of a tensor."""
+    shape = opened.get_slice(name).get_shape()
+    if not shape:
+        raise _Damaged(f"{name} is a single number")
+    return int(shape[0])
 
 
 def _rows(opened: Any, entry: Entry, name: str, rows: slice) -> Tensor:
@@ -261,9 +320,26 @@ def put(folder: Path, file: Path, write: Callable[[Path], Any]) -> None:
     """Write a file of this cache through write(temporary name), then rename it. Raises ValueError as `store` does."""
     free = "free some with `loldu cache prune --max-gb X`"
     with disk_errors("cache files", folder, "give another folder with --cache DIR", free=free):
+        # For its owner alone: to share a cache, make its folder with the permissions that it should have.
+        folder.mkdir(mode=0o700, parents=True, exist_ok=True)
+        with suppress(FileExistsError), open(folder / MARK, "x") as mark:
+            mark.write(MARK_TEXT)
         file.parent.mkdir(parents=True, exist_ok=True)
         with replacing(file) as temporary:
             write(temporary)
+
+
+def _files(folder: Path, pattern: re.Pattern[str]) -> list[Path]:
+    """The files of a folder whose names match: nothing else is ours."""
+    try:
+        return [folder / name for name in os.listdir(folder) if pattern.fullmatch(name)]
+    except OSError:
+        return []
+
+
+def _is_key(key: Any) -> bool:
+    """Whether a key, which may come from a damaged index, is one; a path such as ../x is not."""
+    return isinstance(key, str) and KEY.fullmatch(key) is not None
 
 
 def _file(folder: Path, key: str) -> Path:

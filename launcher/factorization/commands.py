@@ -11,11 +11,13 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from rich.box import SIMPLE
 from rich.console import Console
+from rich.markup import escape
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from rich.table import Table
 
 from launcher.factorization import cache
 from launcher.processes import Communicator, Ranks, connect
+from launcher.text import one_line
 
 if TYPE_CHECKING:
     from launcher.factorization.make import Factored, FactorRequest
@@ -110,10 +112,10 @@ def factorize(
     headings = ("module", "shape", "rank", "weights", "computed now", "residual", "on disk")
     _show(console, headings, _kinds(requests, done, folder))
     made = sum(how.made for how in done.values())
-    console.print(
+    _print(
+        console,
         f"{len(done)} weights factored, {made} of them now, in {time.monotonic() - started:.1f} s with "
         f"{comm.ranks.world_size} process{'es' * (comm.ranks.world_size > 1)}; cache folder {folder}",
-        soft_wrap=True,
     )
     return 0
 
@@ -141,19 +143,20 @@ def cache_ls(cache_folder: str | None = None, console: Console | None = None) ->
         cache_folder: Cache folder; default: the user's cache directory.
     """
     console, folder = console or Console(), _folder(cache_folder)
+    cache.check_folder(folder)
     total, found, rows = 0, cache.entries(folder), []
     for entry in found:
-        about, stat = entry.about, entry.file.stat()
+        about, stat = dict.fromkeys(cache.TYPES, "?") | {"shape": []} | entry.about, entry.file.stat()
         total += stat.st_size
         marks = "".join(f" {word}" for word in ("normalize", "embedding", "transposed") if about.get(word))
         used = time.strftime("%Y-%m-%d %H:%M", time.localtime(stat.st_mtime))
         shape = " x ".join(map(str, about["shape"])) + marks
         of, size = (about["name"], about["method"], shape, str(about["rank"]), about["dtype"]), _bytes(stat.st_size)
-        rows.append((used, *of, size, entry.key[:8]))
+        rows.append((used, *map(one_line, of), size, entry.key[:8]))
     _show(console, ("used", "name", "method", "shape", "rank", "dtype", "size", "key"), rows)
     tokenised = [file.stat().st_size for file in (folder / "tokenised").glob("*.safetensors")]
     data = f", {len(tokenised)} tokenised data sets, {_bytes(sum(tokenised))}" if tokenised else ""
-    console.print(f"{len(found)} weights, {_bytes(total)}{data} in {folder}", soft_wrap=True)
+    _print(console, f"{len(found)} weights, {_bytes(total)}{data} in {folder}")
     return 0
 
 
@@ -169,13 +172,14 @@ def cache_verify(cache_folder: str | None = None, console: Console | None = None
     def count(entry: cache.Entry) -> None:
         nonlocal good
         good += 1
-        bar(good, total, entry.about["name"])
+        bar(good, total, one_line(entry.about.get("name", "?")))
 
+    cache.check_folder(folder)
     total = len(list((folder / "factors").glob("*.safetensors")))
     with _bar(console, "verifying") as bar:
         damaged = cache.verify(folder, count)
     for file in damaged:
-        console.print(f"damaged: {file}", soft_wrap=True)
+        _print(console, f"damaged: {file}")
     again = "; damaged factors are computed again when a run needs them" if damaged else ""
     console.print(f"{good} weights are good, {len(damaged)} damaged{again}")
     return 1 if damaged else 0
@@ -204,15 +208,23 @@ def cache_prune(
     console, folder = console or Console(), _folder(cache_folder)
     days = None if older_than_days is None else older_than_days * 86400
     pruned = cache.prune(folder, None if max_gb is None else max_gb * GB, days)
-    console.print(
+    _print(
+        console,
         f"removed {pruned.files} files ({_bytes(pruned.freed_bytes)}); {_bytes(pruned.left_bytes)} left in {folder}",
-        soft_wrap=True,
     )
     return 0
 
 
 def _folder(cache_folder: str | None) -> Path:
-    return Path(cache_folder).expanduser() if cache_folder else cache.default_folder()
+    try:
+        return Path(cache_folder).expanduser() if cache_folder else cache.default_folder()
+    except RuntimeError:
+        raise ValueError(f"--cache {cache_folder}: there is no such home directory; give an absolute path") from None
+
+
+def _print(console: Console, text: str) -> None:
+    """Print one line literally: names of folders and weights are neither markup nor escape sequences."""
+    console.print(one_line(text), soft_wrap=True, markup=False, highlight=False)
 
 
 def _show(console: Console, columns: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
@@ -220,7 +232,7 @@ def _show(console: Console, columns: Sequence[str], rows: Sequence[Sequence[str]
     if console.is_terminal and rows:
         table = Table(*columns, box=SIMPLE)
         for row in rows:
-            table.add_row(*row)
+            table.add_row(*map(escape, row))
         console.print(table)
     elif rows:
         for row in [columns, *rows]:
@@ -237,7 +249,7 @@ def _bar(console: Console, what: str = "factoring") -> Iterator[OnProgress]:
             nonlocal printed
             if time.monotonic() - printed > LINE_EVERY_S:
                 printed = time.monotonic()
-                console.print(f"{what}: {done} of {total} weights, now {weight}", soft_wrap=True)
+                _print(console, f"{what}: {done} of {total} weights, now {weight}")
 
         yield print_line
         return
@@ -246,7 +258,7 @@ def _bar(console: Console, what: str = "factoring") -> Iterator[OnProgress]:
         BarColumn(),
         MofNCompleteColumn(),
         TimeRemainingColumn(),
-        TextColumn("{task.fields[weight]}"),
+        TextColumn("{task.fields[weight]}", markup=False),
     )
     with Progress(*columns, console=console, transient=True) as progress:
         task = progress.add_task(what, total=None, weight="")

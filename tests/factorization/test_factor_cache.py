@@ -305,13 +305,14 @@ def test_pruning_by_age_counts_from_the_last_use_and_listing_is_not_a_use(tmp_pa
 def test_pruning_removes_damaged_and_abandoned_files_but_not_one_being_written(tmp_path):
     kept = stored(tmp_path)
     folder = kept.parent
-    for name in ("x.damaged", ".x.safetensors.1.tmp", ".y.safetensors.2.tmp"):
+    old, new = (f".{KEY}.safetensors.{digit * 32}.tmp" for digit in "12")
+    for name in (f"{'c' * 64}.damaged", old, new):
         (folder / name).write_bytes(b"123")
-    os.utime(folder / ".x.safetensors.1.tmp", (time.time() - 7200,) * 2)
+    os.utime(folder / old, (time.time() - 7200,) * 2)
 
     pruned = cache.prune(tmp_path, max_bytes=1e9)
 
-    assert {file.name for file in folder.iterdir()} == {kept.name, ".y.safetensors.2.tmp"}
+    assert {file.name for file in folder.iterdir()} == {kept.name, new}
     assert (pruned.files, pruned.freed_bytes) == (2, 6)
 
 
@@ -362,3 +363,108 @@ def test_the_default_folder_follows_xdg(tmp_path):
     assert cache.default_folder({"XDG_CACHE_HOME": str(tmp_path)}) == tmp_path / "loldu"
     assert cache.default_folder({}) == Path.home() / ".cache" / "loldu"
     assert cache.default_folder({"XDG_CACHE_HOME": "relative"}) == Path.home() / ".cache" / "loldu"
+
+
+@pytest.mark.parametrize(
+    "name", ["factors/mine.damaged", "sub/.x.tmp", "factors/model.safetensors", "index/notes.json", "notes/x.damaged"]
+)
+def test_pruning_removes_only_files_that_are_named_as_the_cache_names_them(tmp_path, name):
+    stored(tmp_path)
+    foreign = tmp_path / name
+    foreign.parent.mkdir(exist_ok=True)
+    foreign.write_text("years of work")
+    os.utime(foreign, (0, 0))
+
+    cache.verify(tmp_path)
+    cache.prune(tmp_path, max_bytes=0, older_than_s=0)
+
+    assert foreign.read_text() == "years of work"
+    assert cache.entries(tmp_path) == []
+
+
+def test_a_folder_that_is_not_a_cache_is_refused_and_stays_as_it_was(tmp_path):
+    model = tmp_path / "model"
+    (model / "factors").mkdir(parents=True)
+    (model / "config.json").write_text("{}")
+    (model / "factors" / f"{KEY}.safetensors").write_text("a weight")
+
+    with pytest.raises(ValueError, match=r"model is not a factor cache \(it holds 'config.json'\).*--cache DIR"):
+        cache.prune(model, max_bytes=0)
+
+    assert (model / "factors" / f"{KEY}.safetensors").exists()
+
+
+def test_a_cache_of_an_earlier_version_without_the_mark_is_still_one(tmp_path):
+    file = stored(tmp_path)
+    (tmp_path / cache.MARK).unlink()
+
+    pruned = cache.prune(tmp_path, max_bytes=0)
+
+    assert pruned.files == 1
+    assert not file.exists()
+
+
+def test_a_new_cache_belongs_to_its_owner_alone_and_an_existing_folder_keeps_its_permissions(tmp_path):
+    shared = tmp_path / "shared"
+    shared.mkdir()
+    shared.chmod(0o2770)
+
+    stored(tmp_path / "own")
+    stored(shared)
+
+    assert (tmp_path / "own").stat().st_mode & 0o777 == 0o700
+    assert shared.stat().st_mode & 0o7777 == 0o2770
+
+
+HEADERS = [
+    "[]", "3", '"x"', "{}", "[" * 100_000, "{", '{"key": 3, "checksums": {}}', '{"key": "KEY", "checksums": []}',
+    '{"key": "KEY", "checksums": {"write": 3}}', '{"key": "KEY", "checksums": {"nothing": []}}',
+    '{"key": "KEY", "checksums": {}, "rank": "six"}', '{"key": "KEY", "checksums": {}, "shape": 3}',
+    '{"key": "KEY", "checksums": {}, "name": ["\\u001b[2J"]}',
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("header", HEADERS)
+def test_a_header_that_lies_is_damage_and_no_traceback(tmp_path, header):
+    """Its checksum is right: whoever wrote it computed a new one."""
+    from safetensors.numpy import save_file
+
+    file = stored(tmp_path)
+    text = header.replace("KEY", KEY)
+    tensors = {name: tensor.float().numpy() for name, tensor in some_factors()._asdict().items()}
+    save_file(tensors, file, {"about": text, "seal": cache._checksum(text)})
+
+    assert cache.load(tmp_path, KEY) is None
+    assert not file.exists()
+
+
+@pytest.mark.timeout(20)
+def test_a_fifo_in_the_cache_is_damage_and_never_waited_for(tmp_path):
+    file = stored(tmp_path)
+    cache.remember(tmp_path, {"rank": 4}, KEY)
+    (index,) = (tmp_path / "index").iterdir()
+    for path in (file, index):
+        path.unlink()
+        os.mkfifo(path)
+
+    assert cache.recall(tmp_path, {"rank": 4}) is None
+    assert cache.entries(tmp_path) == []
+    cache.prune(tmp_path, max_bytes=0)
+
+
+@pytest.mark.parametrize("key", ["../../secret", "x", "", 3, None, ["a"], {"a": 1}, "A" * 64])
+def test_an_index_that_points_outside_the_cache_finds_nothing(tmp_path, key):
+    cache.remember(tmp_path, {"rank": 4}, key)
+
+    assert cache.find(tmp_path, cache.recall(tmp_path, {"rank": 4})) is None
+    assert cache.load(tmp_path, cache.recall(tmp_path, {"rank": 4})) is None
+
+
+def test_without_a_home_directory_the_error_names_the_option(monkeypatch):
+    def no_home():
+        raise RuntimeError("Could not determine home directory.")
+
+    monkeypatch.setattr(Path, "home", no_home)
+
+    with pytest.raises(ValueError, match=r"HOME is not set.*--cache DIR"):
+        cache.default_folder({})
