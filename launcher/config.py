@@ -7,6 +7,7 @@ found before a GPU or the network is touched, on every rank alike. On the comman
 from __future__ import annotations
 
 import dataclasses
+import datetime
 import difflib
 import math
 from dataclasses import dataclass, field
@@ -52,6 +53,9 @@ class DataConfig:
     prompt_template: str = "auto"
     """auto (the model's chat template for conversations, else alpaca), short, alpaca, chat, or a FILE with
     {instruction} and {input} (a part in [square brackets] is left out without input), or FILE.jinja: a chat template"""
+    template_date: str = "2024-07-26"
+    """Today's date (YYYY-MM-DD) for chat templates that write it; fixed, so that a run has the same tokens when it is
+    resumed on another day."""
     max_length: int = 512
     """Tokens in a sample; a longer one loses the end of its answer, one whose prompt alone does not fit is dropped and
     counted."""
@@ -59,6 +63,9 @@ class DataConfig:
     """Which tokens carry loss."""
     packing: bool = False
     """Put several samples in one row of max_length tokens, with no attention across samples."""
+    on_bad_record: Literal["error", "skip"] = "error"
+    """What records that cannot be used do: end the run with a list of the first ten and the count of each kind of
+    fault, or be left out and logged in the same way."""
     text_columns: tuple[str, ...] = ()
     """Sequence classification: the one or two columns that get a label, in place of instructions."""
     label_column: str = "label"
@@ -72,6 +79,10 @@ class DataConfig:
         _at_least("data.eval_records", self.eval_records, 0)
         _at_least("data.max_length", self.max_length, 8)
         _at_least("data.answer_tokens", self.answer_tokens, 1)
+        try:
+            datetime.date.fromisoformat(self.template_date)
+        except ValueError:
+            raise ValueError(f"--template-date is a date such as 2024-07-26, got {self.template_date!r}") from None
         if len(self.text_columns) > 2:
             raise ValueError(f"data.text_columns are one or two, got {' '.join(self.text_columns)}")
         if self.exact_match and not (self.eval_records or self.eval_data):

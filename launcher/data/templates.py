@@ -7,9 +7,13 @@ empty.
 from __future__ import annotations
 
 import re
+from functools import lru_cache
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from launcher.config import DataConfig
+from launcher.data.bad_records import BadRecord
+from launcher.data.chat import TEMPLATE_DATE, Chat, Rendered, Sample, compiled, samples_of
 from launcher.data.records import Record
 
 SHORT = "### Instruction:\n{instruction}[\n### Input:\n{input}]\n### Response:\n"
@@ -38,12 +42,10 @@ class Template(NamedTuple):
     with_input: str = ""
     without_input: str = ""
     jinja: str | None = None  # set: a chat template
+    date: str = TEMPLATE_DATE  # what a chat template writes for today
 
 
-Pieces = list[tuple[str, bool]]  # (text, whether it is an answer), in order; tokenised one by one
-
-
-def load_template(setting: str, tokenizer: Any, *, conversations: bool) -> Template:
+def load_template(setting: str, tokenizer: Any, *, conversations: bool, date: str = TEMPLATE_DATE) -> Template:
     """The template that `setting` (CHOICES) names, checked against the tokenizer and the kind of records.
 
     Raises ValueError for an unknown name, a file without {instruction}, a chat template the tokenizer does not have,
@@ -59,10 +61,10 @@ def load_template(setting: str, tokenizer: Any, *, conversations: bool) -> Templ
                 + ": take a model that has one, or give --prompt-template FILE.jinja"
                 + ("" if conversations else ", short or alpaca")
             )
-        return Template("chat", jinja=tokenizer.get_chat_template())
+        return _checked(Template("chat", jinja=tokenizer.get_chat_template(), date=date))
     path = Path(setting).expanduser()
     if path.suffix == ".jinja" and path.is_file():
-        return Template(setting, jinja=path.read_text(encoding="utf-8"))
+        return _checked(Template(setting, jinja=path.read_text(encoding="utf-8"), date=date))
     if setting == "alpaca":
         template = Template(setting, ALPACA_WITH_INPUT, ALPACA_WITHOUT_INPUT)
     elif setting == "short":
@@ -73,6 +75,21 @@ def load_template(setting: str, tokenizer: Any, *, conversations: bool) -> Templ
         raise ValueError(f"--prompt-template {setting}: no such file and no such template; expected {CHOICES}")
     if conversations:
         raise ValueError(f"--prompt-template {setting} has no turns, and the records are conversations: give chat")
+    return template
+
+
+def template_of(config: DataConfig, record: Record, tokenizer: Any) -> Template:
+    """The template of a run whose records are like this one."""
+    conversations = "messages" in record
+    return load_template(config.prompt_template, tokenizer, conversations=conversations, date=config.template_date)
+
+
+def _checked(template: Template) -> Template:
+    """Raises ValueError for Jinja that does not compile."""
+    try:
+        compiled(template.jinja or "", template.date)
+    except ValueError as error:
+        raise ValueError(f"--prompt-template {template.name}: {error}") from None
     return template
 
 
@@ -94,20 +111,20 @@ def _from_text(name: str, text: str) -> Template:
 def render_prompt(record: Record, template: Template, tokenizer: Any) -> str:
     """All that the model reads before it answers; of a conversation, up to its last answer if it has that already."""
     if template.jinja is not None:
-        messages = _messages(record)
-        return _chat(
-            messages[:-1] if messages[-1]["role"] == "assistant" else messages, template, tokenizer, prompt=True
-        )
+        conversation = as_conversation(record)
+        answered = conversation["messages"][-1]["role"] == "assistant"
+        return _chat(template, tokenizer).render(conversation, -1 if answered else None, prompt=True)
     if record["input"] and "{input}" not in template.with_input:
-        raise ValueError(
-            f"--prompt-template {template.name} has no {{input}}, but a record has one: {record['input']!r:.60}"
+        raise BadRecord(
+            "an input that the template has no place for",
+            f"--prompt-template {template.name} has no {{input}}, but a record has one: {record['input']!r:.60}",
         )
     text = template.with_input if record["input"] else template.without_input
     return re.sub(r"\{(instruction|input)\}", lambda match: record[match[1]], text)  # in one pass: data may hold braces
 
 
 def prompt_ids(record: Record, template: Template, tokenizer: Any) -> list[int]:
-    """Token ids to generate from: the same that stood before the answer in training."""
+    """Token ids to generate from: those that stand before the answer in training."""
     ids = tokenizer(render_prompt(record, template, tokenizer), add_special_tokens=False, verbose=False)["input_ids"]
     return frame(template, tokenizer)[0] + ids
 
@@ -121,64 +138,34 @@ def frame(template: Template, tokenizer: Any) -> tuple[list[int], list[int]]:
     return [] if tokenizer.bos_token_id is None else [tokenizer.bos_token_id], [tokenizer.eos_token_id]
 
 
-def pieces(record: Record, template: Template, tokenizer: Any) -> Pieces:
-    """The sample's text, cut where an answer begins or ends.
+def render(record: Record, template: Template, tokenizer: Any) -> Rendered:
+    """The record's samples as text: one, or one for each answer where a chat template rewrites earlier turns.
 
-    A chat template with {% generation %} blocks says itself what the answers are. For any other, the text up to each
-    answer must be a beginning of the text that includes it, which is checked.
+    Raises BadRecord where the template cannot carry the record.
     """
     if template.jinja is None:
-        return [(render_prompt(record, template, tokenizer), False), (record["output"], True)]
-    messages, result = _messages(record), []
-    if re.search(r"\{%-?\s*generation\b", template.jinja):
-        text, spans = _chat(messages, template, tokenizer, prompt=False, spans=True)
-        end = 0
-        for start, stop in spans:
-            result += [(text[end:start], False), (text[start:stop], True)]
-            end = stop
-        return [*result, (text[end:], False)]
-    seen = ""
-    for i, message in enumerate(messages):
-        if message["role"] == "assistant":
-            before = _chat(messages[:i], template, tokenizer, prompt=True)
-            after = _chat(messages[: i + 1], template, tokenizer, prompt=False)
-            if not (before.startswith(seen) and after.startswith(before)):
-                raise ValueError(
-                    f"the chat template rewrites earlier turns (at turn {i} of a conversation that begins "
-                    f"{messages[0]['content']!r:.50}), so its answers cannot be found: use a template with "
-                    "{% generation %} blocks (--prompt-template FILE.jinja), or conversations of one answer"
-                )
-            result += [(before[len(seen) :], False), (after[len(before) :], True)]
-            seen = after
-    return result
+        prompt = render_prompt(record, template, tokenizer)
+        text = prompt + record["output"]
+        return Rendered([Sample(text, ((len(prompt), len(text)),))])
+    return samples_of(as_conversation(record), _chat(template, tokenizer), _marks(tokenizer))
 
 
-def _messages(record: Record) -> list[dict[str, str]]:
+@lru_cache(maxsize=4)
+def _marks(tokenizer: Any) -> tuple[str, ...]:
+    """The texts of the special tokens, which can end a turn."""
+    return tuple(token.content for token in tokenizer.added_tokens_decoder.values() if token.special)
+
+
+def as_conversation(record: Record) -> Record:
+    """An Alpaca record as one question and, where there is one, its answer."""
     if "messages" in record:
-        return record["messages"]
+        return record
     question = "\n\n".join(part for part in (record["instruction"], record["input"]) if part)
     turns = [{"role": "user", "content": question}]
-    return [*turns, {"role": "assistant", "content": record["output"]}] if record.get("output") else turns
+    answer = [{"role": "assistant", "content": record["output"]}] if record.get("output") else []
+    return {"messages": turns + answer}
 
 
-def _chat(
-    messages: list[dict[str, str]], template: Template, tokenizer: Any, *, prompt: bool, spans: bool = False
-) -> Any:
-    """The rendered text; with spans also the (start, stop) characters of its {% generation %} blocks."""
-    from jinja2.exceptions import TemplateError
-    from transformers.utils.chat_template_utils import render_jinja_template
-
-    try:
-        rendered: Any = render_jinja_template(  # annotated -> str, returns (texts, spans)
-            conversations=[messages],
-            chat_template=template.jinja,
-            add_generation_prompt=prompt,
-            return_assistant_tokens_mask=spans,
-            date_string="26 Jul 2024",  # Llama 3.1's default; later templates would put today's date into the data
-            **tokenizer.special_tokens_map,
-        )
-    except TemplateError as error:
-        begin = messages[0]["content"]
-        raise ValueError(f"the chat template refuses the conversation that begins {begin!r:.50}: {error}") from error
-    texts, marked = rendered
-    return (texts[0], marked[0]) if spans else texts[0]
+def _chat(template: Template, tokenizer: Any) -> Chat:
+    assert template.jinja is not None
+    return Chat(template.jinja, template.date, tokenizer.special_tokens_map)

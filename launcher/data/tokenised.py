@@ -1,7 +1,7 @@
-"""Tokenised data on disk: what `encode` makes of records is made once, by one process of a machine, and found again.
+"""Tokenised data on disk: one process of each machine tokenises, and later starts read its result.
 
-One file per answer in the folder of the factor cache, tokenised/<key>.safetensors; the key is a hash of all that the
-tokens depend on, and the file is compared with its own digest when it is read.
+Each result is one file in the folder of the factor cache, tokenised/<key>.safetensors. The key is a hash of everything
+that the tokens depend on, and the file is compared with its own digest when it is read.
 """
 
 from __future__ import annotations
@@ -22,53 +22,54 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
 from launcher.config import DataConfig
-from launcher.data.encode import DataReport, Encoded, encode
+from launcher.data.encode import DataReport, Encoded, encode, stop_ids
 from launcher.data.records import Record
-from launcher.data.templates import frame, load_template
+from launcher.data.templates import frame, template_of
 from launcher.factorization.cache import put
 
 log = logging.getLogger(__name__)
-FORMAT = 1  # another one whenever `encode` gives other tokens for the same records
+FORMAT = 2  # changes whenever `encode` gives other tokens for the same records
 TENSORS = ("ids", "loss", "offsets", "targets")
 
 
 def encode_once(records: Sequence[Record], tokenizer: Any, config: DataConfig, folder: Path) -> Encoded:
-    """`encode`, from the cache in folder where it was done before. A cache that cannot be written is said, and left."""
+    """`encode`, or its result from the cache in folder. Warns where the cache cannot be written."""
     if not hasattr(tokenizer, "backend_tokenizer"):
-        return encode(records, tokenizer, config)  # pure Python: nothing tells one of them from another
+        return encode(records, tokenizer, config)  # a pure Python tokenizer has no content to make a key of
     file = folder / "tokenised" / f"{_key(records, tokenizer, config)}.safetensors"
     if (found := _read(file)) is not None:
+        found.report.log()
         return found
     made = encode(records, tokenizer, config)
     about = {"report": json.dumps(dataclasses.asdict(made.report)), "digest": _digest(made)}
     try:
         put(folder, file, lambda partial: save_file({name: getattr(made, name) for name in TENSORS}, partial, about))
     except ValueError as error:
-        _say_once(f"the tokenised data are not kept for the next start: {error}")
+        _warn_once(f"the tokenised data cannot be kept for the next start: {error}")
     return made
 
 
 @cache
-def _say_once(text: str) -> None:
+def _warn_once(text: str) -> None:
     log.warning("%s", text)
 
 
 def _read(file: Path) -> Encoded | None:
-    """The file's content; None where it is missing, or damaged, which is said."""
+    """The file's content; None where it is missing or, with a warning, damaged."""
     try:
         with safe_open(file, framework="pt") as opened:
             about = opened.metadata()
-            found = Encoded(
-                **{name: opened.get_tensor(name) for name in TENSORS}, report=DataReport(**json.loads(about["report"]))
-            )
+            report = json.loads(about["report"])
+            report["notes"] = tuple(report["notes"])
+            found = Encoded(**{name: opened.get_tensor(name) for name in TENSORS}, report=DataReport(**report))
         if _digest(found) != about["digest"]:
-            raise ValueError("its tokens do not fit their digest")
+            raise ValueError("its tokens differ from their digest")
     except FileNotFoundError:
         return None
     except (SafetensorError, OSError, ValueError, KeyError, TypeError) as error:
         log.warning("%s is damaged (%s): the data are tokenised again", file, error)
         return None
-    with suppress(OSError):  # the time of its last use, by which the cache is pruned
+    with suppress(OSError):  # the cache is pruned by the time of last use
         os.utime(file)
     return found
 
@@ -78,9 +79,10 @@ def _digest(encoded: Encoded) -> str:
 
 
 def _key(records: Sequence[Record], tokenizer: Any, config: DataConfig) -> str:
-    template = load_template(config.prompt_template, tokenizer, conversations="messages" in records[0])
+    template = template_of(config, records[0], tokenizer)
     depends_on = [
         FORMAT, tokenizers.__version__, tokenizer.backend_tokenizer.to_str(), str(tokenizer.special_tokens_map),
-        template, frame(template, tokenizer), config.max_length, config.loss_on, list(records),
+        template, frame(template, tokenizer), sorted(stop_ids(tokenizer)), config.max_length, config.loss_on,
+        config.on_bad_record, list(records),
     ]  # fmt: skip
     return hashlib.sha256(json.dumps(depends_on, sort_keys=True).encode()).hexdigest()

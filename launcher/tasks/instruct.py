@@ -28,7 +28,7 @@ class Instruct(NextToken):
     def read(self, config: Config, tokenizer: Any, cache: Path) -> Samples:
         data = config.data
         train, held_out = records.load_splits(data.data, data.eval_data, data.eval_records)
-        template = templates.load_template(data.prompt_template, tokenizer, conversations="messages" in train[0])
+        template = templates.template_of(data, train[0], tokenizer)
         asked = held_out if data.exact_match or config.run.show_samples else []
         return Samples(
             train=encode_once(train, tokenizer, data, cache),

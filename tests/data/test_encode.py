@@ -7,7 +7,7 @@ import math
 
 import pytest
 import torch
-from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors
 from torch.nn.functional import cross_entropy, scaled_dot_product_attention
 from transformers import AutoModelForCausalLM, AutoTokenizer, DataCollatorWithFlattening, PreTrainedTokenizerFast
 from transformers.modeling_utils import AttentionInterface
@@ -15,6 +15,7 @@ from transformers.modeling_utils import AttentionInterface
 from launcher.config import DataConfig
 from launcher.data import batches, records, templates
 from launcher.data import encode as encoding
+from launcher.data.limits import Limits, limits
 
 ALPACA = {"instruction": "Add.", "input": "1 2", "output": "3"}
 CHAT = [
@@ -393,8 +394,8 @@ def test_chat_templates_that_hide_their_answers_are_refused():
     strict = "{{ raise_exception('no system role') }}"
 
     for chat_template, expected in [
-        (forgetful, r"rewrites earlier turns \(at turn 2 of a conversation that begins 'Be brief\.'"),
-        (unmarked, r"sample 0 has no token of an answer"),
+        (forgetful, r"does not begin answer 2 of the conversation that begins 'Be brief\.' as it begins"),
+        (unmarked, r"sample that begins 'Be brief\..* has no token of an answer"),
         (strict, r"the chat template refuses the conversation that begins 'Be brief\.': no system role"),
     ]:
         with pytest.raises(ValueError, match=expected):
@@ -462,6 +463,277 @@ def test_chunks_do_not_show_in_the_result(monkeypatch):
 
     assert chunked.digest() == whole.digest()
     assert encode(rows[:-1]).digest() != whole.digest()
+
+
+# --- whole texts ---
+
+
+def sentencepiece_tokenizer(**special):
+    """Like Llama 2's: a mark before every text, blanks as marks, and merges across the end of a prompt."""
+    letters = [*"abcdefghijklmnopqrstuvwxyz:-\n\u2581", "ho", ":-", "\u2581ho"]
+    marks = ["<unk>", "<s>", "</s>"]
+    merges = [("h", "o"), (":", "-"), ("\u2581", "ho")]
+    backend = Tokenizer(models.BPE(vocab={token: i for i, token in enumerate(marks + letters)}, merges=merges))
+    backend.pre_tokenizer = pre_tokenizers.Metaspace(prepend_scheme="always", split=False)
+    return PreTrainedTokenizerFast(tokenizer_object=backend, bos_token="<s>", eos_token="</s>", **special)
+
+
+def pieces_of(encoded, tokenizer, sample=0):
+    """The tokens of a sample and those that carry loss, as the vocabulary writes them."""
+    span = slice(*encoded.offsets[sample : sample + 2].tolist())
+    ids = encoded.ids[span]
+    return tokenizer.convert_ids_to_tokens(ids), tokenizer.convert_ids_to_tokens(ids[encoded.loss[span]])
+
+
+def test_an_answer_is_tokenised_with_its_prompt(tmp_path):
+    """Alone it would begin with the mark that SentencePiece tokenizers put before a text."""
+    tokenizer, path = sentencepiece_tokenizer(), write(tmp_path, "prompt.txt", "{instruction}:\n")
+
+    encoded = encode([{"instruction": "a", "input": "", "output": "ho"}], tokenizer, prompt_template=path)
+
+    assert pieces_of(encoded, tokenizer) == (["<s>", "\u2581", "a", ":", "\n", "ho", "</s>"], ["ho", "</s>"])
+
+
+def test_an_answer_that_would_merge_with_its_prompt_is_kept_apart(tmp_path):
+    """Generation starts from the tokens of the prompt alone, so training does too."""
+    tokenizer, path = sentencepiece_tokenizer(), write(tmp_path, "prompt.txt", "{instruction}:")
+    record = {"instruction": "a", "input": "", "output": "-ho"}
+    template = templates.load_template(path, tokenizer, conversations=False)
+
+    encoded = encode([record], tokenizer, prompt_template=path)
+
+    assert pieces_of(encoded, tokenizer) == (["<s>", "\u2581", "a", ":", "-", "ho", "</s>"], ["-", "ho", "</s>"])
+    assert encoded.ids.tolist()[:4] == templates.prompt_ids(record, template, tokenizer)
+    assert not encoded.report.notes
+
+
+def test_an_answer_that_merges_with_a_chat_prompt_is_logged(caplog):
+    """A chat template's tokens are those of apply_chat_template, also where generation starts from others."""
+    tokenizer = sentencepiece_tokenizer()
+    tokenizer.chat_template = (
+        "{% for m in messages %}{{ m.content }}{{ ':' if m.role == 'user' else '</s>' }}{% endfor %}"
+    )
+    messages = [{"role": "user", "content": "a"}, {"role": "assistant", "content": "-ho"}]
+
+    encoded = encode([{"messages": messages}], tokenizer, prompt_template="chat")
+
+    assert encoded.ids.tolist() == tokenizer.apply_chat_template(messages, return_dict=False)
+    assert pieces_of(encoded, tokenizer)[1] == [":-", "ho", "</s>"]
+    assert "in 1 of 1 answers the tokenizer joins the end of the prompt" in caplog.text
+    assert "(the first: 'a:' and '-ho</s>')" in caplog.text
+
+
+def test_offsets_that_leave_out_blanks_do_not_move_the_border(tmp_path):
+    """RoBERTa's tokenizers trim their offsets."""
+    tokenizer = byte_tokenizer()
+    backend = tokenizer.backend_tokenizer
+    backend.post_processor = processors.ByteLevel(trim_offsets=True)
+    path = write(tmp_path, "prompt.txt", "{instruction}")
+
+    encoded = encode([{"instruction": "a ", "input": "", "output": "  b "}], tokenizer, prompt_template=path)
+
+    assert shown(encoded, tokenizer) == ("<s>a   b </s>", "  b </s>")
+
+
+class WithoutOffsets:
+    """A tokenizer in pure Python, around another one."""
+
+    is_fast = False
+
+    def __init__(self, tokenizer):
+        self.inner = tokenizer
+
+    def __getattr__(self, name):
+        return getattr(self.inner, name)
+
+    def __call__(self, *texts, **settings):
+        assert "return_offsets_mapping" not in settings
+        return self.inner(*texts, **settings)
+
+
+def test_a_tokenizer_without_offsets_gives_the_same_samples():
+    tokenizer = byte_tokenizer(CHATML)
+
+    for rows, setting in [([ALPACA], "short"), ([{"messages": CHAT}], "chat")]:
+        expected = encode(rows, tokenizer, prompt_template=setting)
+        assert encode(rows, WithoutOffsets(tokenizer), prompt_template=setting).digest() == expected.digest()
+
+
+def test_a_tokenizer_without_offsets_is_refused_where_a_border_cannot_be_proven():
+    tokenizer = sentencepiece_tokenizer()
+    tokenizer.chat_template = "{% for m in messages %}{{ m.content }}{{ ':' if m.role == 'user' else '' }}{% endfor %}"
+    messages = [{"role": "user", "content": "a"}, {"role": "assistant", "content": "-ho"}]
+
+    with pytest.raises(ValueError, match=r"gives no offsets .* joins the end of a prompt .* at 'a:-ho'"):
+        encode([{"messages": messages}], WithoutOffsets(tokenizer), prompt_template="chat")
+
+
+# --- the end of an answer ---
+
+
+@pytest.mark.parametrize(
+    "template",
+    [
+        CHATML.replace("</s>", "</s>\n"),
+        CHATML.replace("</s>", "</s>\n \n"),
+        "{% for m in messages %}<|{{ m.role }}|>\n\n{{ m.content }}</s>{% endfor %}{{ '<|assistant|>\n\n' }}",
+    ],
+    ids=["a line break follows", "blank lines follow", "the header of another answer follows"],
+)
+def test_the_loss_ends_with_the_token_that_ends_the_turn(template):
+    """Qwen, ChatML and Gemma write a line break after it, Llama 3 a new header after the whole conversation."""
+    tokenizer = byte_tokenizer(template)
+
+    encoded = encode([{"messages": CHAT}], tokenizer, prompt_template="chat")
+
+    assert encoded.ids.tolist() == tokenizer.apply_chat_template(CHAT, return_dict=False)
+    assert shown(encoded, tokenizer)[1] == "Ho.</s>No.</s>"
+    assert not encoded.report.notes
+
+
+def test_a_generation_block_that_includes_the_line_break_after_the_end_does_not_teach_it():
+    tokenizer = byte_tokenizer(CHATML_WITH_BLOCKS.replace("</s>{% endgeneration", "</s>\n{% endgeneration"))
+
+    encoded = encode([{"messages": CHAT}], tokenizer, prompt_template="chat")
+
+    assert shown(encoded, tokenizer)[1] == "Ho.</s>No.</s>"
+
+
+@pytest.mark.parametrize(
+    "template",
+    [
+        "{% for m in messages %}<|{{ m.role }}|>{{ m.content }}\n{% endfor %}"
+        "{% if add_generation_prompt %}<|assistant|>{% endif %}",
+        CHATML_WITH_BLOCKS.replace("</s>{% endgeneration %}", "{% endgeneration %}</s>"),
+    ],
+    ids=["no end", "a block that ends before it"],
+)
+def test_answers_that_never_end_in_a_token_that_stops_are_a_warning(template, caplog):
+    encode([{"messages": CHAT}], byte_tokenizer(template), prompt_template="chat")
+
+    assert "no answer ends in a token that stops generation ('</s>')" in caplog.text
+
+
+# --- templates that rewrite earlier turns ---
+
+FORGETS_THINKING = (  # Qwen 3's way: thinking is written in the last answer alone
+    "{% for m in messages %}<|{{ m.role }}|>{% if m.role == 'assistant' and loop.last and not add_generation_prompt %}"
+    "<think>{{ m.reasoning_content }}</think>{% endif %}{{ m.content }}</s>\n{% endfor %}"
+    "{% if add_generation_prompt %}<|assistant|>{% endif %}"
+)
+OPENS_THINKING = (  # R1's way: the prompt opens the thinking, and no answer shows it
+    "{% for m in messages %}<|{{ m.role }}|>{{ m.content.split('</think>')[-1] }}</s>{% endfor %}"
+    "{% if add_generation_prompt %}<|assistant|><think>\n{% endif %}"
+)
+
+
+def thinking(*answers, in_content=False):
+    messages = []
+    for reasoning, content in answers:
+        messages.append({"role": "user", "content": "?"})
+        messages.append({"role": "assistant", "content": content})
+        if in_content:
+            messages[-1]["content"] = f"<think>\n{reasoning}\n</think>\n\n{content}"
+        else:
+            messages[-1]["reasoning_content"] = reasoning
+    return {"messages": messages}
+
+
+def test_each_answer_is_a_sample_where_the_template_rewrites_earlier_turns(caplog):
+    tokenizer = byte_tokenizer(FORGETS_THINKING)
+
+    encoded = encode([thinking(("r", "a"), ("s", "b"))], tokenizer, prompt_template="chat")
+
+    assert [shown(encoded, tokenizer, i) for i in range(len(encoded))] == [
+        ("<|user|>?</s>\n<|assistant|><think>r</think>a</s>\n", "<think>r</think>a</s>"),
+        (
+            "<|user|>?</s>\n<|assistant|>a</s>\n<|user|>?</s>\n<|assistant|><think>s</think>b</s>\n",
+            "<think>s</think>b</s>",
+        ),
+    ]
+    assert "1 conversations became one sample for each answer" in caplog.text
+    assert encoded.report.records == encoded.report.kept == 2
+
+
+@pytest.mark.parametrize("in_content", [False, True])
+def test_a_prompt_that_opens_the_thinking_is_followed_by_thinking(in_content):
+    tokenizer = byte_tokenizer(OPENS_THINKING)
+
+    record = thinking(("r", "a"), ("s", "b"), in_content=in_content)
+    encoded = encode([record], tokenizer, prompt_template="chat")
+
+    blanks = "\n\n" if in_content else ""
+    assert [shown(encoded, tokenizer, i)[1] for i in range(2)] == ["r\n</think>\n\na</s>", "s\n</think>\n\nb</s>"]
+    assert shown(encoded, tokenizer, 1)[0].startswith(
+        f"<|user|>?</s><|assistant|>{blanks}a</s><|user|>?</s><|assistant|><think>\ns"
+    )
+    template = templates.load_template("chat", tokenizer, conversations=True)
+    ids = encoded.ids[: encoded.offsets[1]].tolist()
+    prompt = templates.prompt_ids({"messages": record["messages"][:1]}, template, tokenizer)
+    assert ids[: len(prompt)] == prompt
+
+
+# --- templates as programs ---
+
+
+@pytest.mark.parametrize(
+    ("template", "expected"),
+    [
+        ("{{ messages[0]['content'] + 1 }}", r"the chat template fails on the conversation .*: TypeError"),
+        ("{{ 'a'.split()[3] }}|{{ messages[9].content }}", r"refuses|fails"),
+        ("{{ 1 // 0 }}", r"fails on the conversation that begins 'Be brief\.': ZeroDivisionError"),
+        ("{% macro m() %}{{ m() }}{% endmacro %}{{ m() }}", r"fails on the conversation .*: RecursionError"),
+        ("{{ 3 ** 10 ** 9 }}", r"line 1 of the chat template uses \*\*"),
+        ("{% for m in messages %}", r"--prompt-template chat: line 1 of the chat template is not Jinja"),
+        ("{{ '%99999999999s' % 'a' }}", r"takes too much memory: .*LOLDU_TEMPLATE_BYTES"),
+        ("{{ 'a' * 10000000000 }}", r"takes too much memory"),
+        (
+            "{% set ns = namespace(t='aa') %}{% for i in range(99) %}{% set ns.t = ns.t ~ ns.t %}{% endfor %}",
+            r"takes more than 0\.5 seconds|takes too much memory",
+        ),
+        (
+            "{% for a in range(99999) %}{% for b in range(99999) %}{% endfor %}{% endfor %}",
+            r"takes more than 0\.5 seconds: the limit is 0\.5; raise it with LOLDU_TEMPLATE_SECONDS",
+        ),
+        (
+            "{% for a in range(99999) %}{% for b in range(9999) %}x{% endfor %}{% endfor %}",
+            r"takes more than 0\.5 seconds|takes too much memory",
+        ),
+        ("{{ 'a' * 20000000 }}", r"writes 20,000,000 characters for one conversation: .*LOLDU_TEMPLATE_CHARACTERS"),
+    ],
+)
+def test_a_template_that_fails_or_takes_too_much_is_refused(template, expected, monkeypatch):
+    monkeypatch.setattr("launcher.data.limits.limits", lambda: Limits(template_seconds=0.5))
+
+    with pytest.raises(ValueError, match=expected):
+        encode([{"messages": CHAT}], byte_tokenizer(template), prompt_template="chat")
+
+
+def test_many_conversations_may_take_longer_than_the_limit_of_one(monkeypatch):
+    monkeypatch.setattr("launcher.data.limits.limits", lambda: Limits(template_seconds=0.4))
+    busy = "{% for a in range(300000 // 4) %}{% endfor %}" * 4
+
+    encoded = encode([{"messages": CHAT}] * 60, byte_tokenizer(busy + CHATML), prompt_template="chat")
+
+    assert len(encoded) == 60
+
+
+def test_limits_are_raised_by_environment_variables(monkeypatch):
+    monkeypatch.setenv("LOLDU_TEMPLATE_SECONDS", "9.5")
+    assert limits.__wrapped__().template_seconds == 9.5
+
+    monkeypatch.setenv("LOLDU_TEMPLATE_BYTES", "much")
+    with pytest.raises(ValueError, match="LOLDU_TEMPLATE_BYTES=much is not a number"):
+        limits.__wrapped__()
+
+
+def test_the_memory_limit_is_lifted_after_rendering():
+    import resource
+
+    before = resource.getrlimit(resource.RLIMIT_AS)
+    encode([{"messages": CHAT}], byte_tokenizer(CHATML), prompt_template="chat")
+
+    assert resource.getrlimit(resource.RLIMIT_AS) == before
 
 
 # --- order ---

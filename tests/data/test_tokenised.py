@@ -52,6 +52,7 @@ def test_the_second_start_reads_what_the_first_one_tokenised(tokenizer, encoded,
         (RECORDS, replace(SETTINGS, max_length=49)),
         (RECORDS, replace(SETTINGS, prompt_template="alpaca", max_length=400)),
         (RECORDS, replace(SETTINGS, loss_on="all")),
+        (RECORDS, replace(SETTINGS, on_bad_record="skip")),
     ],
 )
 def test_whatever_changes_the_tokens_is_tokenised_again(tokenizer, encoded, tmp_path, records, settings):
@@ -72,6 +73,19 @@ def test_another_tokenizer_is_not_given_the_ids_of_the_first(tokenizer, babyllam
     assert len(encoded) == 2
 
 
+def test_what_was_logged_of_the_data_is_logged_again_when_they_are_read(tokenizer, tmp_path, caplog):
+    """A chat template without an end of turn."""
+    tokenizer.chat_template = "{% for m in messages %}{{ m.role }}: {{ m.content }}\n{% endfor %}"
+    settings = replace(SETTINGS, prompt_template="chat")
+    first = encode_once(RECORDS, tokenizer, settings, tmp_path)
+    caplog.clear()
+
+    second = encode_once(RECORDS, tokenizer, settings, tmp_path)
+
+    assert second.report == first.report
+    assert "no answer ends in a token that stops generation" in caplog.text
+
+
 @pytest.mark.parametrize("damage", [lambda whole: whole[:-9], lambda whole: whole[:-1] + bytes([whole[-1] ^ 1])])
 def test_a_damaged_file_is_named_and_made_again(tokenizer, encoded, tmp_path, damage, caplog):
     first = encode_once(RECORDS, tokenizer, SETTINGS, tmp_path)
@@ -87,13 +101,13 @@ def test_a_damaged_file_is_named_and_made_again(tokenizer, encoded, tmp_path, da
     assert len(encoded) == 2
 
 
-def test_where_nothing_can_be_kept_that_is_said_and_training_goes_on(tokenizer, tmp_path, caplog):
+def test_a_cache_that_cannot_be_written_is_a_warning(tokenizer, tmp_path, caplog):
     (tmp_path / "a file").touch()
 
     made = encode_once(RECORDS, tokenizer, SETTINGS, tmp_path / "a file")
 
     assert len(made) == len(RECORDS)
-    assert "not kept for the next start" in caplog.text
+    assert "cannot be kept for the next start" in caplog.text
 
 
 def test_pruning_the_cache_takes_them_too(tokenizer, tmp_path):
