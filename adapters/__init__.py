@@ -1,15 +1,43 @@
-"""Adapters whose frozen factors come from the base weights and whose trained core is tiny, as PEFT methods."""
+"""Adapters whose frozen factors come from the base weights and whose trained core is tiny, as PEFT methods.
 
-import adapters.tuner  # noqa: F401 (registers them)
-from adapters.config import LoLDUConfig, LoLDUXSConfig, LoRASBConfig, LoRAXSConfig, SVFitConfig, SVFTConfig
+To add a method, write one file as base.py describes, and add its config to `METHODS`.
+"""
+
+from collections.abc import Mapping
+
+from peft import PeftConfig
+
+from adapters.allora import ALLoRAConfig
+from adapters.base import FactorConfig
 from adapters.factors import Factors
 from adapters.layer import BasePrecisionWarning, factors_from
-from adapters.lora_sb import factors_from_gradients
+from adapters.loldu import LoLDUConfig, LoLDUXSConfig
+from adapters.lora_sb import LoRASBConfig, factors_from_gradients
+from adapters.svd import LoRAXSConfig, SVFitConfig, SVFTConfig
+from adapters.tuner import register
 
 PROJECT = "loldu-launcher"  # tells this package from another one named adapters
 
+METHODS: Mapping[str, type[PeftConfig]] = {
+    config.method: config
+    for config in (
+        LoLDUConfig,
+        LoLDUXSConfig,
+        SVFitConfig,
+        SVFTConfig,
+        LoRAXSConfig,
+        LoRASBConfig,
+        ALLoRAConfig,
+    )
+}
+for _config in METHODS.values():
+    if issubclass(_config, FactorConfig):  # ALLoRA is a variant of PEFT's own LoRA
+        register(_config)
+
 __all__ = [
+    "METHODS",
     "BasePrecisionWarning",
+    "FactorConfig",
     "Factors",
     "LoLDUConfig",
     "LoLDUXSConfig",

@@ -14,7 +14,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass, field, fields
-from typing import Any, NoReturn
+from typing import Any, ClassVar, NoReturn
 
 import torch
 import torch.nn.functional as F
@@ -39,6 +39,7 @@ class ALLoRAConfig(LoraConfig):
     eta: float = field(
         default=1.0, metadata={"help": "factor of the gradient where B A is zero still", "is_lora_variant": True}
     )
+    method: ClassVar[str] = "allora"  # PEFT knows it as LoRA
     lora_alpha: int | None = field(default=None, metadata={"help": "r, a scaling of one"})  # type: ignore[assignment]
 
     def __post_init__(self) -> None:

@@ -19,8 +19,8 @@ from peft.utils.quantization_utils import resolve_quantization_backend
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
+from adapters.base import FactorConfig
 from adapters.checkpoint_names import local_weights
-from adapters.config import FactorConfig
 from adapters.factors import Factors, delta_weight, lora_pair, probe_digest
 from adapters.functions import add_rows, in_blocks, lower_linear, take_rows
 
@@ -99,6 +99,14 @@ class FactorMap(nn.Module):
         self.write = nn.Parameter(factors.write.to(device, self.write.dtype).contiguous(), requires_grad=False)
         self.read = nn.Parameter(factors.read.to(device, self.read.dtype), requires_grad=False)
         self.set_origin(factors)
+
+    def start(self) -> None:
+        """Set the core to what training starts from."""
+        self.core.data = self.starting_core().to(self.core)
+
+    def starting_core(self) -> Tensor:
+        """What training starts from, whole and on the CPU."""
+        return self.config.start_core(self.values.cpu())
 
     def set_origin(self, factors: Factors) -> None:
         """Note what the maps follow from; for maps that are filled from elsewhere, shard by shard."""
@@ -237,6 +245,8 @@ class FactorLayer(nn.Module, BaseTunerLayer):
         factor_map = FactorMap(out, r, config, self.frozen_dtype, weight.device, embedding=self.embedding)
         if factors is not None:
             factor_map.set_factors(factors)
+            if not weight.is_meta:
+                factor_map.start()
         self._put(adapter_name, factor_map)
         return r
 
@@ -350,7 +360,7 @@ class FactorLayer(nn.Module, BaseTunerLayer):
 
     def _saved_factors(self, adapter_name: str, factor_map: FactorMap) -> Factors:
         W, config, saved, probe = self.matrix(), factor_map.config, factor_map.factors, factor_map.probe.cpu()
-        r, bound = len(saved.values), config.rebuilt_bound
+        r, how = len(saved.values), config.factorization()
         if torch.equal(probe_digest(W, self.shape), probe):
             return self._factor(config, W, r, saved)
         for full in self._checkpoint_matrices():
@@ -358,11 +368,14 @@ class FactorLayer(nn.Module, BaseTunerLayer):
                 _warn("this base differs from the adapter's in precision: factors come from the checkpoint")
                 return self._factor(config, full, r, saved)
         try:
-            error = config.rebuilt_error(W, saved)
-            why = f"the factors of {self.name} rebuilt from its weight are off by {error:.2g} (at most {bound})"
+            error = how.rebuilt_error(W, saved)
+            why = (
+                f"the factors of {self.name} rebuilt from its weight are off by {error:.2g} (at most "
+                f"{how.rebuilt_bound})"
+            )
         except ValueError as failed:
             error, why = math.inf, f"{self.name}: {failed}"
-        if not error <= bound:
+        if not error <= how.rebuilt_bound:
             raise ValueError(
                 f"adapter {adapter_name} does not fit this base: {why}. Load it on the base it was trained on; for the "
                 "same base in 4 bits keep its full-precision checkpoint on this machine (looked for: "
@@ -373,7 +386,9 @@ class FactorLayer(nn.Module, BaseTunerLayer):
 
     def _factor(self, config: FactorConfig, W: Tensor, r: int | None, saved: Factors | None = None) -> Factors:
         try:
-            made = config.factors(W, r, embedding=self.embedding, saved=saved)
+            how = config.factorization()
+            rows = lambda indices: W[indices.long()]  # noqa: E731
+            made = how.factors(how.panel(W, r), r, rows=rows, embedding=self.embedding, saved=saved)
         except ValueError as error:
             raise ValueError(f"{self.name}: {error}; leave the layer out (exclude_modules) or lower the rank") from None
         return made._replace(probe=probe_digest(W, self.shape))

@@ -1,39 +1,211 @@
-"""The page of maths: frozen factors from the leading singular vectors of the weight; SVFit and its relatives.
+"""SVFit and its relatives: frozen factors from the leading singular vectors of the weight. Maths, factors and configs.
 
-Letters: W (m, n) = out x in, k = min(m, n), r <= k the rank, y0 = W x. scale is left out of the formulas.
+Letters: W (m, n) = out x in, k = min(m, n), r <= k the rank, y0 = W x. The factor scale is left out of the formulas.
 
     W = U diag(s) V^T                          s descending; the largest entry of each u_i is positive
-    V_r^T x = diag(1/s_r) U_r^T (W x)          for U_r^T W is diag(s_r) V_r^T
+    V_r^T x = diag(1/s_r) U_r^T (W x)          because U_r^T W is diag(s_r) V_r^T
 
     SVFit (arXiv 2409.05926)      W' = W + U_r diag(delta) V_r^T         delta = s' - s: r trained numbers
     SVFT, banded (2405.19597)     W' = W + U_r M V_r^T                   M: the diagonals -b .. b
     LoRA-XS (2405.17604)          W' = W + U_r R diag(s_r) V_r^T         R: r x r
 
 All start at zero. The adapted layer reads its own base output through the matrix it writes through: SVFit's is y = y0 +
-U_r (delta * h) with h = (U_r^T y0) / s_r, and LoRA-XS needs no division. V_r is never stored, W is never written: r m
-frozen numbers. Directions have norm one, so delta's unit is that of W's singular values, while R has none. At r = k
+U_r (delta * h) with h = (U_r^T y0) / s_r, and LoRA-XS needs no division. V_r is never stored and W is never written:
+r m frozen numbers. Directions have norm one, so delta has the unit of W's singular values, while R has none. At r = k
 SVFit is SVFT-plain and SVF (2206.06122). LoRA-XS's s_r stands where its authors' code has it.
 
-LoRA-SB (arXiv 2411.19557) takes the singular vectors of another matrix, the first step of full fine-tuning: lora_sb.py.
-
-There is no panel here as for LU: the leading singular vectors follow from the whole weight.
+Unlike LU, which needs a panel, leading singular vectors need the whole weight.
 """
 
 from __future__ import annotations
 
 import logging
 import math
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
 
+from adapters.base import DenseCore, FactorConfig, Factorization
 from adapters.factors import Factors
 
 log = logging.getLogger(__name__)
 
-METHODS = ("auto", "exact", "block")
+ALGORITHMS = ("auto", "exact", "block")
 BLOCK_ERROR = 0.01  # largest angle by which a direction of `leading_block` may be off
-BLOCK_FROM, BLOCK_SHARE = 1024, 1 / 8  # where auto tries it: weights so large, ranks up to this share of k
+BLOCK_FROM, BLOCK_SHARE = 1024, 1 / 8  # auto tries block on weights of at least this side, up to this share of k
+
+
+@dataclass(frozen=True)
+class LeadingSVD(Factorization):
+    """The leading singular vectors of W; for an embedding those of W^T."""
+
+    energy: float | None = None  # choose the least rank that holds this share of |W|^2
+    svd: str = "auto"
+    divide: bool = True  # whether the read map divides by s_r; without it the update is U_r M diag(s_r) V_r^T
+
+    algorithm = ("svd", 1)
+    # Measured as for PanelLU (71 weights): the error is the predicted one to a factor of 2. bf16 stays below 0.13 (and
+    # the update's true error below 0.07), NF4 exceeds 0.19 on all weights from rank 8 up, another base is at 1.4. int8
+    # is accepted on two weights of three, with a true error of up to 0.2.
+    rebuilt_bound = 0.2
+
+    def recipe(self) -> dict[str, Any]:
+        """Named after the two methods that divide and do not, as in every cache so far."""
+        how = "svfit" if self.divide else "loraxs"
+        return {"method": how, "algorithm": list(self.algorithm), "energy": self.energy, "svd": self.svd}
+
+    @property
+    def chooses_rank(self) -> bool:
+        return self.energy is not None
+
+    def factors(
+        self,
+        panel: Tensor,
+        r: int | None,
+        *,
+        rows: Callable[[Tensor], Tensor],
+        embedding: bool = False,
+        saved: Factors | None = None,
+    ) -> Factors:
+        W, pivots = panel.T if embedding else panel, saved.pivots if saved else None
+        return svd_factors(W, r, energy=self.energy or 1.0, method=self.svd, pivots=pivots, divide=self.divide)
+
+    def cost(self, shape: tuple[int, int], r: int, *, embedding: bool = False) -> float:
+        return svd_cost(shape, r, exact=self.chooses_rank or self.svd == "exact")
+
+    def residual(self, panel: Tensor, factors: Factors, *, embedding: bool = False) -> float:
+        return svd_residual(panel.T if embedding else panel, factors)
+
+    def rebuilt_error(self, W: Tensor, saved: Factors) -> float:
+        return rebuilt_error(W, saved.values)
+
+
+@dataclass
+class SVDConfig(FactorConfig):
+    """What the methods on singular vectors share."""
+
+    energy: float | None = field(
+        default=None,
+        metadata={"help": "choose each weight's rank instead of r: the least that holds this share of its |W|^2"},
+    )
+    normalize_directions: bool = field(
+        default=True, metadata={"help": "u v^T has norm one; without, LoRA-XS takes the paper's u s v^T"}
+    )
+    svd: str = field(default="auto", metadata={"help": f"algorithm of the SVD: {', '.join(ALGORITHMS)}"})
+    ranks: dict[str, int] | None = field(default=None, metadata={"help": "the ranks that energy chose, by module"})
+
+    may_keep_norms: ClassVar[bool] = False  # whether normalize_directions=False is supported
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.energy is not None and not 0 < self.energy < 1:
+            raise ValueError(
+                f"{type(self).__name__}.energy is a share between 0 and 1, got {self.energy}; give r for all of it"
+            )
+        if not (self.normalize_directions or self.may_keep_norms):
+            raise ValueError(
+                "normalize_directions=false works only with loraxs: these singular vectors already have norm one"
+            )
+        check_algorithm(self)
+
+    def factorization(self) -> LeadingSVD:
+        return LeadingSVD(energy=self.energy, svd=self.svd, divide=self.normalize_directions)
+
+    @property
+    def usual_learning_rate(self) -> float | None:
+        return 3e-2
+
+    def rank_of(self, module: str, shape: tuple[int, int]) -> int | None:
+        return super().rank_of(module, shape) if self.energy is None else (self.ranks or {}).get(module)
+
+    def note_rank(self, module: str, r: int) -> None:
+        if self.energy is not None:
+            self.ranks = {**(self.ranks or {}), module: r}
+
+
+@dataclass
+class SVFitConfig(SVDConfig):
+    """SVFit (arXiv 2409.05926): W' = W + scale U_r diag(delta) V_r^T, delta (r,) trained from zero.
+
+    delta is the paper's s' - s: its unit is that of the singular values, and every direction has norm one.
+    """
+
+    method = "svfit"
+
+
+@dataclass
+class SVFTConfig(SVDConfig):
+    """SVFT, banded (arXiv 2405.19597): W' = W + scale U_r M V_r^T, M's diagonals -b .. b trained from zero.
+
+    The core holds them one after the other, r (2 b + 1) - b (b + 1) numbers. The paper has r = k.
+    """
+
+    off_diagonals: int = field(default=2, metadata={"help": "b: diagonals on either side of the main one"})
+
+    method = "svft"
+
+    @property
+    def usual_learning_rate(self) -> float | None:
+        return 1e-2
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if type(self.off_diagonals) is not int or self.off_diagonals < 0:
+            raise ValueError(f"SVFTConfig.off_diagonals is a whole number of at least 0, got {self.off_diagonals!r}")
+
+    def _bands(self, r: int) -> list[tuple[int, int]]:
+        """(offset above the main diagonal, numbers) of each diagonal that an r x r matrix has."""
+        b = min(self.off_diagonals, r - 1)
+        return [(above, r - abs(above)) for above in range(-b, b + 1)]
+
+    def core_shape(self, r: int) -> tuple[int, ...]:
+        return (sum(count for _, count in self._bands(r)),)
+
+    def multiply(self, h: Tensor, core: Tensor) -> Tensor:
+        r, total = h.shape[-1], torch.zeros_like(h)
+        bands = self._bands(r)
+        for (above, count), band in zip(bands, core.split([count for _, count in bands]), strict=True):
+            row, column = max(0, -above), max(0, above)
+            total[..., row : row + count] += h[..., column : column + count] * band
+        return total
+
+    def core_matrix(self, core: Tensor, r: int) -> Tensor:
+        return self.multiply(torch.eye(r).to(core), core).T
+
+
+@dataclass
+class LoRAXSConfig(DenseCore, SVDConfig):
+    """LoRA-XS (arXiv 2405.17604): W' = W + scale U_r R diag(s_r) V_r^T, R (r, r) trained from zero.
+
+    The paper draws R from N(0, 1e-10); zero is the same start to rounding, and keeps the function exactly.
+    """
+
+    normalize_directions: bool = field(default=False, metadata={"help": "leave diag(s_r) out"})
+
+    method = "loraxs"
+    may_keep_norms = True
+
+
+def check_algorithm(config: Any) -> None:
+    """Raises ValueError where a config's svd is none of `ALGORITHMS`."""
+    if config.svd not in ALGORITHMS:
+        raise ValueError(f"{type(config).__name__}.svd is one of {', '.join(ALGORITHMS)}, got {config.svd!r}")
+
+
+def svd_cost(shape: tuple[int, int], r: int, *, exact: bool) -> float:
+    """About 10 m n k multiplications, or 16 m n r by the block method, which auto takes up to an eighth of k."""
+    m, n = shape
+    return m * n * (10 * min(m, n) if exact or 8 * r > min(m, n) else 16 * r)
+
+
+def svd_residual(W: Tensor, factors: Factors) -> float:
+    """The largest |W v - s u| over s_1, with v = W^T u / s."""
+    W = W.to(factors.write)
+    s = factors.values.to(W)
+    return float((W @ (W.T @ factors.write) / s - factors.write * s).norm(dim=0).max() / s[0])
 
 
 def svd_factors(
@@ -47,9 +219,9 @@ def svd_factors(
 ) -> Factors:
     """Factors of W (m, n), probe left empty; r None: of the least rank that holds this share of |W|^2.
 
-    method auto tries block where it is quicker, and takes exact where block's directions are not good enough, which the
-    log says. pivots (r,) are the rows where directions are positive, saved ones: in a rounded W another entry may be
-    the largest, and to all cores but a diagonal the sign matters. divide=False reads U_r^T y0.
+    method auto tries block where it is quicker and falls back to exact, logging why, where block's directions are not
+    accurate enough. pivots (r,) are saved rows where directions are positive: in a rounded W another entry may be the
+    largest, and the sign matters to every core but a diagonal. divide=False reads U_r^T y0.
 
     Raises ValueError for NaN or infinite entries, a rank above that of W, or too large an error of method block.
     """
@@ -77,19 +249,6 @@ def svd_factors(
     return Factors(U.to(dtype).contiguous(), read.to(dtype), chosen.to(torch.int32), s.float(), probe)
 
 
-def first_step_factors(gradient: Tensor, r: int, *, method: str = "auto") -> Factors:
-    """LoRA-SB's factors from a weight's summed gradient (m, n): write U_r (m, r), read V_r^T (r, n), values s (r,).
-
-    Of -sign(gradient), the direction of AdamW's first step; probe is left empty. Raises ValueError where the gradient
-    is zero, is not finite, or its signs have no r directions.
-    """
-    step = -gradient.sign().where(gradient.isfinite(), gradient)
-    if not step.any():
-        raise ValueError("its gradient is zero: no sample reaches it")
-    factors = svd_factors(step, r, method=method)
-    return factors._replace(read=factors.read[:, None] * (factors.write.T @ step.to(factors.write)))
-
-
 def leading_exact(W: Tensor, r: int | None, energy: float = 1.0) -> tuple[Tensor, Tensor]:
     """U_r (m, r) and s_r (r,) in float64, from the symmetric eigenproblem of the smaller Gram matrix; r as above.
 
@@ -107,7 +266,7 @@ def leading_block(W: Tensor, r: int) -> tuple[Tensor, Tensor, float]:
     """U_r (m, r) and s_r (r,) in float64 from a block Krylov space, and the largest angle a direction may be off.
 
     Q (m, d) is an orthonormal basis of the span of W O, (W W^T) W O, ... for a random O, and Z = W^T Q. Where the angle
-    of the best directions in it is above the bound, the basis grows once before it is given up.
+    of the best directions in it is above the bound, the basis is enlarged once.
     """
     A, (m, n) = W.float(), W.shape
     small = min(max(7 * r // 2, 2 * r + 128), m, n)
@@ -151,11 +310,11 @@ def _best_within(A: Tensor, Q: Tensor, Z: Tensor, W: Tensor, r: int) -> tuple[Te
 
 
 def rebuilt_error(W: Tensor, values: Tensor) -> float:
-    """How far an update through directions of this W is from one through those the values (r,) were saved with.
+    """Estimated error of an update through directions of this W against one through those saved with values (r,).
 
-    Rounding a weight adds an E whose entries u_i^T E v_j are all of one size, and the diagonal ones among them are the
-    changes of the singular values. So their mean size is measured on values, and what it turns each direction by, the
-    sum over all others of (e / distance)^2, is known without having the saved directions. W is (m, n) or (n, m).
+    Rounding a weight adds an E whose entries u_i^T E v_j are all of about one size e, and the diagonal entries are the
+    changes of the singular values. So e is measured on the values, and the angle by which it turns each direction, the
+    sum over all others of (e / distance)^2, follows without the saved directions. W is (m, n) or (n, m).
     """
     s = torch.linalg.eigvalsh(_gram(W)).flip(0).clamp(min=0).sqrt()
     saved, r = values.to(s), len(values)

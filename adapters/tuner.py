@@ -1,4 +1,4 @@
-"""The family as PEFT methods: one tuner for all, and their registration, which happens at import."""
+"""The PEFT tuner that all methods share, and the function that registers a method with PEFT."""
 
 from __future__ import annotations
 
@@ -9,17 +9,17 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
 
-from peft import TaskType
+from peft import PeftType, TaskType
 from peft.tuners.tuners_utils import BaseTuner
 from peft.utils import TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING, register_peft_method
 from peft.utils.error import NoMatchingPeftModuleError
 from torch import nn
 from transformers.pytorch_utils import Conv1D
 
-from adapters.config import FAMILY, FactorConfig
+from adapters.base import FactorConfig
 from adapters.factors import base_fingerprint, probe_digest
+from adapters.input_layer import InputLinear
 from adapters.layer import BasePrecisionWarning, FactorLayer, FactorLinear, matrix_shape
-from adapters.lora_sb import InputLinear
 
 log = logging.getLogger(__name__)
 
@@ -50,8 +50,8 @@ class FactorTuner(BaseTuner):
             self._take_back(model, adapter_name)
             raise
         chosen = ", ".join(f"{r} on {count} weights" for r, count in sorted(self._ranks.items()) if r != config.r)
-        if getattr(config, "energy", None) is not None:
-            log.info("energy %g chose the ranks: %s", config.energy, chosen)
+        if config.factorization().chooses_rank:
+            log.info("ranks chosen from the weights: %s", chosen)
         elif chosen:
             log.warning("rank %d is larger than some weights' smaller side and is clamped there: %s", config.r, chosen)
         self._check_fingerprint(model, config)
@@ -152,6 +152,13 @@ def adaptable_modules(model: nn.Module) -> list[str]:
     return sorted(names - {"base_layer"})
 
 
-for _config in FAMILY:
-    _tuner = type(f"{_config.__name__.removesuffix('Config')}Tuner", (FactorTuner,), {"prefix": f"{_config.method}_"})
-    register_peft_method(name=_config.method, config_cls=_config, model_cls=_tuner)
+def register(config: type[FactorConfig]) -> None:
+    """Make a method known to PEFT under its name: `PeftType`, the config and a tuner class of its own."""
+    name = config.method.upper()
+    member = str.__new__(PeftType, name)  # a closed enum, and PEFT offers no other way in for a method from outside
+    member._name_, member._value_ = name, name
+    PeftType._member_map_[name] = PeftType._value2member_map_[name] = member
+    PeftType._member_names_.append(name)
+    type.__setattr__(PeftType, name, member)
+    tuner = type(f"{config.__name__.removesuffix('Config')}Tuner", (FactorTuner,), {"prefix": f"{config.method}_"})
+    register_peft_method(name=config.method, config_cls=config, model_cls=tuner)

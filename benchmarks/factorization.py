@@ -27,7 +27,7 @@ import torch
 from rich.console import Console
 from rich.table import Table
 
-from adapters.factors import loldu_factors, lu_of_panel
+from adapters.loldu import loldu_factors, lu_of_panel
 
 SHAPES = ((4096, 4096), (11008, 4096), (4096, 11008))
 RANKS = (64, 256, 1024)

@@ -44,10 +44,11 @@ from rich.table import Table
 from safetensors.torch import load_file, save_file
 from transformers import LlamaConfig, LlamaForCausalLM
 
+from adapters import LoLDUConfig
 from benchmarks.factorization import RESULTS, about, spread, timed
 from benchmarks.sharded_memory import MIB, Watch
 from launcher.factorization.make import FactorRequest
-from launcher.factorization.share import cost, factorize, share_out
+from launcher.factorization.share import factorize, share_out
 from launcher.factorization.targets import targets_of
 from launcher.processes import Communicator, Ranks
 
@@ -120,7 +121,9 @@ def ours(folder: Path, ranks: Sequence[int], repetitions: int) -> dict[str, Any]
     """Everything but PEFT: a row for each rank r and number of processes."""
     threads = "threads shared out among our processes, all for torch.linalg.lu"
     header = about(repetitions, "two layers of Llama-2-7B factored by 1, 2 and 4 processes", threads)
-    requests = {r: targets_of(folder, ("all-linear",), (), r, dtype="bfloat16") for r in ranks}
+    requests = {
+        r: targets_of(folder, ("all-linear",), (), r, LoLDUConfig().factorization(), dtype="bfloat16") for r in ranks
+    }
     files = sorted(folder.glob("*.safetensors"))
     reads: dict[int, list[float]] = {r: [] for r in ranks}
     found: dict[tuple[int, int], list[list[dict[str, float]]]] = {(r, world): [] for r in ranks for world in WORLDS}
@@ -176,7 +179,7 @@ def row(
 
 def balance(requests: list[FactorRequest], times: int, world: int) -> float:
     """Largest cost of a process over the mean, for so many times these layers."""
-    costs = {f"{number}.{request.module}": cost(request) for number in range(times) for request in requests}
+    costs = {f"{number}.{request.module}": request.cost for number in range(times) for request in requests}
     loads = [0.0] * world
     for name, owner in zip(costs, share_out(costs, world), strict=True):
         loads[owner] += costs[name]

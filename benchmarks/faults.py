@@ -42,6 +42,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 import torch
 from safetensors.torch import load_file
 
+from adapters import LoLDUConfig
 from launcher.config import AdapterConfig, Config, DataConfig, ModelConfig, OptimizerConfig, RunConfig
 from launcher.factorization import cache
 from launcher.factorization.share import factorize
@@ -232,7 +233,9 @@ class Bench:
         return {"exit code": 2, "last good step": kept.step, "equal afterwards": True}
 
     def shared_cache(self, times: int = 20) -> dict[str, Any]:
-        requests = targets_of(Path(self.config.model.model), ("all-linear",), (), 16, dtype="float32")
+        requests = targets_of(
+            Path(self.config.model.model), ("all-linear",), (), 16, LoLDUConfig().factorization(), dtype="float32"
+        )
         for number in range(times):
             folder = self.folder / f"shared-{number}"
             jobs = [

@@ -336,8 +336,8 @@ def read_precisions(plan: Plan, r: int) -> dict[str, float]:
 
     And in float32 by blocks, as the layer multiplies it, whose numbers are the same to rounding.
     """
-    from adapters.factors import loldu_factors
     from adapters.functions import lower_linear
+    from adapters.loldu import loldu_factors
 
     dtype = getattr(torch, plan.dtype)
     generator = torch.Generator(plan.device).manual_seed(0)
@@ -361,7 +361,7 @@ def read_precisions(plan: Plan, r: int) -> dict[str, float]:
 
 
 def factor_times(plan: Plan) -> Steps:
-    from adapters.factors import loldu_factors
+    from adapters.loldu import loldu_factors
 
     for m, n in ((plan.hidden, plan.hidden), (plan.inner, plan.hidden)):
         for r in (*plan.ranks, plan.hidden):

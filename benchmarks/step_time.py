@@ -37,8 +37,8 @@ from torch import Tensor, nn
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from adapters import LoLDUConfig
-from adapters.factors import loldu_factors
 from adapters.functions import blocks, in_blocks
+from adapters.loldu import loldu_factors
 
 LAYERS, HIDDEN, INNER, VOCABULARY, TOKENS = 4, 1024, 2752, 512, 512
 RANKS = (16, 64, 256, 1024)  # 1024 is the smaller side of every weight: full rank

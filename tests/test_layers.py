@@ -25,7 +25,9 @@ MAY_IMPORT = {  # beside itself; in the order in which data flows
     "launcher.processes": {"launcher.engines.registry", "launcher.text"},
     "launcher.text": set(),
     "launcher.availability": {"adapters"},
-    "launcher.factorization": {"adapters", "launcher.files", "launcher.processes", "launcher.text"},
+    "launcher.factorization": {
+        "adapters", "launcher.config", "launcher.files", "launcher.processes", "launcher.text",
+    },
     "launcher.data": {"launcher.config", "launcher.factorization"},
     "launcher.models": {"adapters", "launcher.config", "launcher.engines.registry", "launcher.text"},
     "launcher.tasks": {"adapters", "launcher.config", "launcher.data", "launcher.models"},

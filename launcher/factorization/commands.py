@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import shlex
 import time
 from collections.abc import Iterator, Mapping, Sequence
@@ -15,11 +16,13 @@ from rich.markup import escape
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from rich.table import Table
 
+from launcher.config import AdapterConfig
 from launcher.factorization import cache
 from launcher.processes import Communicator, Ranks, connect
 from launcher.text import one_line
 
 if TYPE_CHECKING:
+    from adapters.base import Factorization
     from launcher.factorization.make import Factored, FactorRequest
     from launcher.factorization.watch import OnProgress
 
@@ -33,7 +36,7 @@ def factorize(
     rank: int = 64,
     targets: Sequence[str] = ("q_proj", "v_proj"),
     exclude: Sequence[str] = (),
-    method: Literal["loldu", "lolduxs", "svfit", "svft", "loraxs"] = "loldu",
+    method: str = AdapterConfig.method,
     normalize: bool = False,
     energy: float | None = None,
     svd: Literal["auto", "exact", "block"] = "auto",
@@ -52,11 +55,11 @@ def factorize(
         rank: Trained parameters per weight, at most its smaller dimension.
         targets: Last parts of module names, or all-linear.
         exclude: Modules to leave out.
-        method: The --method of the run.
-        normalize: For runs of loldu and lolduxs with --options normalize_directions=true.
-        energy: For runs of the other methods with --options energy=X: each weight gets the rank that holds this share
-            of its squared singular values.
-        svd: For runs of the other methods with --options svd=X.
+        method: The --method of the run: one of ours whose factors come from the weights.
+        normalize: For runs with --options normalize_directions=true.
+        energy: For runs with --options energy=X: each weight gets the least rank that holds this share of its squared
+            singular values.
+        svd: For runs with --options svd=X.
         dtype: The --dtype of the run.
         cache_folder: Cache folder; default: the user's cache directory.
         cache_per_node: The cache folder is a different one on each node, and each node computes all factors.
@@ -69,7 +72,6 @@ def factorize(
     is not writable.
     """
     from adapters.checkpoint_files import local_folder  # with torch and transformers, which take seconds to import
-    from adapters.config import FAMILY
     from launcher.factorization import share
     from launcher.factorization.targets import targets_of
 
@@ -83,14 +85,7 @@ def factorize(
         "energy": energy,
         "svd": None if svd == "auto" else svd,
     }
-    config: Any = next(known for known in FAMILY if known.method == method)
-    try:
-        how = config(**{name: value for name, value in options.items() if value is not None}).factor_options()
-    except TypeError:
-        raise ValueError(
-            f"--method {method} does not take this option: --normalize works with loldu and lolduxs, "
-            "--energy and --svd with the other methods"
-        ) from None
+    how = _factorization(method, {name: value for name, value in options.items() if value is not None})
 
     def look() -> list[FactorRequest]:
         path = local_folder(model)
@@ -99,10 +94,10 @@ def factorize(
                 f"there is no model {model}, neither as a folder nor in the hub cache; fetch it with: "
                 f"hf download {shlex.quote(model)}"
             )
-        return targets_of(path, targets, exclude, rank, dtype=dtype, trust_remote_code=trust_remote_code, **how)
+        return targets_of(path, targets, exclude, rank, how, dtype=dtype, trust_remote_code=trust_remote_code)
 
     requests = comm.each("the weights to factor", look)  # a node without the model ends all, with its name
-    if energy is None and (clamped := [request for request in requests if request.rank < rank]):
+    if not how.chooses_rank and (clamped := [request for request in requests if request.rank < rank]):
         console.print(f"--rank {rank} is reduced to the smaller dimension of {len(clamped)} weights")
     with _bar(console) as on_progress:
         done = share.factorize(requests, folder, comm, on_progress, verify_base=verify_base, per_node=cache_per_node)
@@ -118,6 +113,23 @@ def factorize(
         f"{comm.ranks.world_size} process{'es' * (comm.ranks.world_size > 1)}; cache folder {folder}",
     )
     return 0
+
+
+def _factorization(method: str, options: dict[str, Any]) -> Factorization:
+    """How the method factors weights. Raises ValueError for an unknown method or an option that it does not have."""
+    from adapters import METHODS, FactorConfig
+
+    known = {name: config for name, config in METHODS.items() if issubclass(config, FactorConfig)}
+    if method not in known:
+        raise ValueError(f"--method {method} has no factors to make; these have: {', '.join(known)}")
+    fields = {field.name for field in dataclasses.fields(known[method])}
+    flags = {"normalize_directions": "--normalize"}
+    if missing := [flags.get(name, f"--{name}") for name in options if name not in fields]:
+        raise ValueError(f"--method {method} does not have the option {', '.join(missing)}: leave it out")
+    config = known[method](**options)
+    if config.factors_from_gradients:
+        raise ValueError(f"--method {method} makes its factors from gradients of the data, when a run starts")
+    return config.factorization()
 
 
 def _kinds(requests: Sequence[FactorRequest], done: Mapping[str, Factored], folder: Path) -> list[tuple[str, ...]]:

@@ -17,15 +17,10 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from adapters.base import Factorization
 from adapters.checkpoint_files import TensorInfo, open_tensor
-from adapters.factors import Factors, base_fingerprint, loldu_factors, probe_digest
-from adapters.svd import first_step_factors, svd_factors
+from adapters.factors import Factors, base_fingerprint, probe_digest
 from launcher.factorization import cache
-
-ALGORITHMS = {
-    "loldu": ("loldu-panel-lu", 3), "svfit": ("svd", 1), "loraxs": ("svd", 1), "lorasb": ("svd-of-first-step", 1)
-}  # fmt: skip
-
 
 READ_BYTES = 1 << 20
 
@@ -36,17 +31,12 @@ class FactorRequest:
 
     module: str
     tensor: TensorInfo
-    rank: int  # at most min(m, n)
+    rank: int  # at most min(m, n); exactly that where the method chooses each weight's rank
+    method: Factorization
     transposed: bool = False  # transformers' Conv1D stores W as (in, out)
     embedding: bool = False
-    normalize: bool = False  # loldu
     dtype: str = "float32"  # of the stored write map
-    method: str = "loldu"  # whose factors: loldu, svfit, loraxs or lorasb
-    energy: float | None = (
-        None  # of the SVD: rank is then min(m, n), and the factors have the rank that holds this share
-    )
-    svd: str = "auto"  # how
-    gradients: str | None = None  # lorasb: digest of all that the weight's gradient depends on
+    gradients: str | None = None  # digest of all that the gradient depends on, for factors that come from it
 
     @property
     def shape(self) -> tuple[int, int]:
@@ -57,7 +47,12 @@ class FactorRequest:
     @property
     def needs_all(self) -> bool:
         """Whether the factors depend on more of W than its panel W[:, :r]."""
-        return self.method != "loldu" or self.normalize or self.embedding
+        return self.method.needs_whole_weight(embedding=self.embedding)
+
+    @property
+    def cost(self) -> float:
+        """Multiplications that making the factors takes."""
+        return self.method.cost(self.shape, self.rank, embedding=self.embedding)
 
 
 class Factored(NamedTuple):
@@ -100,14 +95,21 @@ def make(
         where = (
             f"{request.module} ({request.tensor.name} in {request.tensor.file}, {' x '.join(map(str, request.shape))})"
         )
-        if request.method == "lorasb":
-            if gradient is None:  # asked for while the model is being built
-                raise ValueError(f"{where}: its factors were lost, and only a new start makes them: run this again")
-            on_device = gradient().to(device)
-        else:
-            on_device = W.to(device) if request.method != "loldu" else W[:, : request.rank].to(device)
+        method, rank = request.method, None if request.method.chooses_rank else request.rank
+        if not method.from_gradients:
+            panel = method.panel(W, rank).to(device)
+        elif gradient is not None:
+            panel = gradient().to(device)
+        else:  # asked for while the model is being built
+            raise ValueError(
+                f"{where}: its factors are gone from the cache, and only a new start can make them: run this again"
+            )
+
+        def rows(indices: Tensor) -> Tensor:
+            return W[indices.cpu().long()].to(panel.device)
+
         try:
-            factors = _factors(request, W, on_device)
+            factors = method.factors(panel, rank, rows=rows, embedding=request.embedding)
         except ValueError as error:
             raise ValueError(
                 f"{where}: {error}; leave the layer out with --exclude {request.module}, or lower --rank"
@@ -117,13 +119,13 @@ def make(
             "tensor": request.tensor.name,
             "file": str(request.tensor.file),
             "rank": len(factors.values),
-            "residual": _residual(request, on_device, factors),
+            "residual": method.residual(panel, factors, embedding=request.embedding),
             "norms": {
-                "panel": _norm(on_device),
+                "panel": _norm(panel),
                 "write": float(factors.write.norm()),
                 "read": float(factors.read.norm()),
             },
-            "device": torch.cuda.get_device_name(on_device.device) if on_device.is_cuda else "cpu",
+            "device": torch.cuda.get_device_name(panel.device) if panel.is_cuda else "cpu",
         }
         write = factors.write.to(getattr(torch, request.dtype), memory_format=torch.contiguous_format)
         factors = factors._replace(write=write, probe=probe)  # the wide one goes before the file is written
@@ -200,33 +202,17 @@ def _open_matrix(info: TensorInfo) -> Any:
     return open_tensor(info) if len(info.shape) == 2 else open_tensor(info)[:].flatten(1)
 
 
-def _factors(request: FactorRequest, W: Tensor, on_device: Tensor) -> Factors:
-    """By the request's method, from W (m, n) on the CPU and what of it is on the device."""
-    if request.method == "loldu":
-        return loldu_factors(
-            on_device,
-            lambda pivots: W[pivots.cpu().long()].to(on_device.device),
-            normalize=request.normalize,
-            embedding=request.embedding,
-        )
-    if request.method == "lorasb":
-        return first_step_factors(on_device, request.rank, method=request.svd)
-    outputs = on_device.T if request.embedding else on_device
-    r = request.rank if request.energy is None else None
-    divide = request.method != "loraxs"
-    return svd_factors(outputs, r, energy=request.energy or 1.0, method=request.svd, divide=divide)
-
-
 def rank_in_cache(folder: Path, key: str) -> int:
     entry = cache.find(folder, key)
     return entry.about["rank"] if entry else 0
 
 
 def _recipe(request: FactorRequest) -> dict[str, Any]:
-    own = {"loldu": ("normalize",), "lorasb": ("svd", "gradients", "module")}.get(request.method, ("energy", "svd"))
-    names = ("rank", "embedding", "transposed", "dtype", "method", *own)
-    how = {name: getattr(request, name) for name in names}
-    return how | {"algorithm": list(ALGORITHMS[request.method]), "shape": list(request.tensor.shape)}
+    """All that decides the factors besides the weight. Changing what it returns makes every cache start anew."""
+    recipe = {name: getattr(request, name) for name in ("rank", "embedding", "transposed", "dtype")}
+    if request.method.from_gradients:  # equal weights at two places have different gradients
+        recipe |= {"gradients": request.gradients, "module": request.module}
+    return recipe | request.method.recipe() | {"shape": list(request.tensor.shape)}
 
 
 def _identity(request: FactorRequest) -> dict[str, Any]:
@@ -236,28 +222,6 @@ def _identity(request: FactorRequest) -> dict[str, Any]:
 def _file_identity(file: Path) -> dict[str, Any]:
     stat = os.stat(file)
     return {"file": os.path.realpath(file), "size": stat.st_size, "mtime_ns": stat.st_mtime_ns}
-
-
-def _residual(request: FactorRequest, weight: Tensor, factors: Factors) -> float:
-    """How well the maps fit W, before `write` is rounded.
-
-    loldu: max |L11 diag(d) L11^-1 C - C| over max |C|, with read for diag(1/d) L11^-1, for up to 64 columns C of
-    panel[pivots], the first and the last among them. Else: the largest |W v - s u| over s_1 with v = W^T u / s.
-    """
-    if request.method != "loldu":
-        W = (weight.T if request.embedding else weight).to(factors.write)
-        W = W.sign() if request.method == "lorasb" else W
-        s = factors.values.to(W)
-        return float((W @ (W.T @ factors.write) / s - factors.write * s).norm(dim=0).max() / s[0])
-    pivots, r = factors.pivots.long(), len(factors.values)
-    some = torch.linspace(0, r - 1, min(r, 64), device=pivots.device).long()
-    if request.embedding:
-        C, square = weight[pivots[some]].T.to(factors.read), factors.write[:r]
-    else:
-        C, square = weight[pivots[:, None], some].to(factors.read), factors.write.T.index_select(1, pivots).T
-    scale = square.diagonal() * factors.read.diagonal()  # 1/d; where normalize divided the maps, by that as well
-    again = square @ (factors.read @ C / scale[:, None])
-    return float((again - C).abs().max() / C.abs().max())
 
 
 def _norm(W: Tensor) -> float:

@@ -34,18 +34,6 @@ GradientOf = Callable[[Sequence[str]], Tensor]
 AHEAD = 6  # so many weights are read and factored beyond the one that is waited for
 
 
-def cost(request: FactorRequest) -> float:
-    """Multiplications of the panel's LU (m r^2, and r^2 n for norms), and m n for the pages a disk serves anyway.
-
-    Of the SVD about 10 m n k, and 16 m n r by the block method.
-    """
-    m, n = request.shape
-    if request.method != "loldu":
-        exact = request.energy is not None or request.svd == "exact" or 8 * request.rank > min(m, n)
-        return m * n * (10 * min(m, n) if exact else 16 * request.rank)
-    return m * request.rank**2 + m * n + (n * request.rank**2 if request.needs_all else 0)
-
-
 def share_out(costs: Mapping[str, float], world: int) -> list[int]:
     """The owner of each name, in the mapping's order: largest cost first, each to the least loaded rank.
 
@@ -94,7 +82,7 @@ def factorize(
         return {name: key for name, request in by_module.items() if (key := lookup(request, folder))}
 
     found = comm.together("factors in the cache", look_up)[group[0]]
-    missing = {name: cost(request) for name, request in by_module.items() if name not in found}
+    missing = {name: request.cost for name, request in by_module.items() if name not in found}
     owners = share_out(missing, len(group))
     mine = [by_module[name] for name, owner in zip(missing, owners, strict=True) if group[owner] == ranks.rank]
     nodes = ranks.local_world_size < world

@@ -6,7 +6,6 @@ import difflib
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
 
 import torch
 import transformers
@@ -15,6 +14,7 @@ from peft.tuners.tuners_utils import _maybe_include_all_linear_layers, check_tar
 from torch import nn
 from transformers.pytorch_utils import Conv1D
 
+from adapters.base import Factorization
 from adapters.checkpoint_files import TensorInfo, list_tensors
 from adapters.checkpoint_names import model_tensors
 from launcher.factorization.make import FactorRequest
@@ -44,18 +44,17 @@ def targets_of(
     targets: Sequence[str],
     exclude: Sequence[str],
     rank: int,
+    method: Factorization,
     *,
     dtype: str = "float32",
     modules_to_save: Sequence[str] = (),
     model: nn.Module | None = None,
     trust_remote_code: bool = False,
-    **options: Any,
 ) -> list[FactorRequest]:
     """One request per module that PEFT would adapt, in the model's order, from config.json and tensor headers alone.
 
-    model is the skeleton where it has been built already. options are those of `FactorRequest` (method, normalize,
-    energy, svd); where energy decides, rank does not count. Stricter than PEFT in one thing: a name in targets or
-    exclude that matches no module is an error, not half a success.
+    model is the skeleton, where it has been built already. Where the method chooses each weight's rank, `rank` is
+    ignored. Stricter than PEFT in one respect: a name in targets or exclude that matches no module is an error.
 
     Raises ValueError listing the names there are, or naming a module that has no factors and why.
     """
@@ -73,10 +72,10 @@ def targets_of(
         transposed, embedding = isinstance(module, Conv1D), isinstance(module, nn.Embedding)
         twins = [f"{name}.weight", *same[id(module.weight)]]
         info = next((tensors[twin] for twin in twins if twin in tensors), None)
-        request = FactorRequest(name, _checked(name, module, info, model_folder), rank, transposed, embedding)
+        info = _checked(name, module, info, model_folder)
+        request = FactorRequest(name, info, rank, method, transposed, embedding, dtype)
         most = min(request.shape)
-        clamped = most if options.get("energy") is not None else min(rank, most)
-        requests.append(replace(request, rank=clamped, dtype=dtype, **options))
+        requests.append(replace(request, rank=most if method.chooses_rank else min(rank, most)))
     return requests
 
 

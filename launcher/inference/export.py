@@ -7,7 +7,7 @@ from pathlib import Path
 
 from rich.console import Console
 
-from adapters.config import FactorConfig
+from adapters.base import FactorConfig
 from adapters.lora_export import export_lora as write_lora
 from launcher.inference.checks import probe_logits, quantised_gap
 from launcher.inference.merge import new_folder

@@ -30,9 +30,9 @@ from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeR
 from safetensors import safe_open
 from torch import Tensor, nn
 
+from adapters.base import FactorConfig
 from adapters.checkpoint_files import TensorInfo, list_tensors
 from adapters.checkpoint_names import Conversion, model_tensors
-from adapters.config import FactorConfig
 from adapters.layer import FactorLayer
 from launcher.factorization.targets import skeleton
 from launcher.files import allow_by_umask, disk_errors

@@ -79,15 +79,15 @@ def _fill_maps(
     parts: Parts,
     place: Callable[[Any, Tensor], nn.Parameter],
 ) -> None:
-    """The adapters of the family: their frozen maps, and cores of zero."""
+    """Our adapters: their frozen maps, and their cores as they start."""
     for layer in [module for module in model.modules() if isinstance(module, FactorLayer)]:
         for factor_map in layer.maps.values():
             frozen = factors(layer.name, parts.rows(factor_map.write))
             factor_map.set_origin(frozen)
             factor_map.write = place(factor_map.write, frozen.write)
             factor_map.read = place(factor_map.read, frozen.read[parts.rows(factor_map.read)])
-            zeros = torch.zeros(factor_map.core.shape)
-            factor_map.core = place(factor_map.core, zeros[parts.rows(factor_map.core)])
+            core = factor_map.starting_core()
+            factor_map.core = place(factor_map.core, core[parts.rows(factor_map.core)])
 
 
 def _fill_base(

@@ -22,8 +22,8 @@ from peft import PeftType
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
+from adapters.base import FactorConfig
 from adapters.checkpoint_files import list_tensors
-from adapters.config import FactorConfig
 
 OLDEST = (0, 50)  # of bitsandbytes: the first that multiplies by 4-bit weights with 8-bit scales on every backend
 READABLE = ("F64", "F32", "F16", "BF16")  # as safetensors names them

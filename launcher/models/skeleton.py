@@ -15,9 +15,9 @@ from torch import Tensor, nn
 from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSequenceClassification, GenerationConfig
 from transformers.core_model_loading import build_glob_alternation
 
+from adapters.base import FactorConfig
 from adapters.checkpoint_files import TensorInfo, list_tensors, open_tensor
 from adapters.checkpoint_names import ignored_when_missing, model_tensors
-from adapters.config import FactorConfig
 from launcher.config import ModelConfig
 from launcher.engines.registry import give_first
 from launcher.models.quantize import Quantised, linear_layers, quantize_skeleton

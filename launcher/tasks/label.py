@@ -18,7 +18,6 @@ import torch
 from peft import PeftConfig
 from torch import Tensor
 
-from adapters.config import LoRASBConfig
 from launcher.config import Config, DataConfig
 from launcher.data import records
 from launcher.data.encode import DataReport, Encoded
@@ -64,7 +63,7 @@ class Label(Task):
             raise ValueError("--text-columns asks for labels: leave --packing and --exact-match out")
         if config.run.show_samples:
             raise ValueError("--text-columns asks for labels, not for answers to show: leave --show-samples out")
-        if isinstance(adapter, LoRASBConfig):
+        if getattr(adapter, "factors_from_gradients", False):
             raise ValueError(
                 f"--method {config.adapter.method} takes gradients before training, when the new head of "
                 "--text-columns is still random: choose another method"

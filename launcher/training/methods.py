@@ -1,4 +1,4 @@
-"""`--method`: the PEFT config of what is trained, ours or PEFT's own, and what the training loop cannot carry."""
+"""`--method`: the PEFT config of what is trained, ours or PEFT's own, and the methods that cannot be trained here."""
 
 from __future__ import annotations
 
@@ -12,30 +12,29 @@ from huggingface_hub.dataclasses import type_validator
 from peft import PeftConfig, PromptLearningConfig
 from peft.mapping import PEFT_TYPE_TO_CONFIG_MAPPING
 
-import adapters  # noqa: F401 (registers our methods with PEFT)
-from adapters.allora import ALLoRAConfig
+from adapters import METHODS, FactorConfig
 from launcher.config import AdapterConfig, nearest
 
-# Names that are options of another of PEFT's methods.
+# Names for options of one of PEFT's methods.
 VARIANTS: Mapping[str, tuple[str, dict[str, Any]]] = {
     "dora": ("lora", {"use_dora": True}),
     "rslora": ("lora", {"use_rslora": True}),
     "pissa": ("lora", {"init_lora_weights": "pissa"}),
     "olora": ("lora", {"init_lora_weights": "olora"}),
 }
-PROMPTS = "it puts trained tokens before each sample, which positions, masks and token counts here do not expect"
-DATA_START = "its start needs a pass over data that PEFT leaves to a script of one's own"
-# What the loop cannot carry, by method or by LoRA's init_lora_weights, and why.
+PROMPTS = "it puts trained tokens before each sample, which positions, masks and token counts here do not support"
+DATA_START = "its initialisation needs a pass over data that PEFT leaves to a script of your own"
+# Not supported, by method or by LoRA's init_lora_weights, and why.
 REFUSED: Mapping[str, str] = {
-    "adalora": "it moves ranks from weight to weight on a schedule that its checkpoints would have to hold",
+    "adalora": "it moves ranks between weights on a schedule that checkpoints do not hold",
     "adaption_prompt": PROMPTS,
     "poly": "it needs a task number with each sample",
     "xlora": "it mixes LoRA adapters that are trained already",
     "eva": DATA_START,
     "corda": DATA_START,
     "lora_ga": DATA_START,
-    "loftq": "it changes the quantised base, which a loaded adapter would not find again",
-    "pissa_niter": "it changes the base by a random decomposition, another one at each loading: give pissa",
+    "loftq": "it changes the quantised base, and a loaded adapter would meet an unchanged one",
+    "pissa_niter": "it changes the base by a random decomposition, a different one at each loading: give pissa",
 }
 # Methods that are not for linear layers, and what to give them.
 OWN_TARGETS: Mapping[str, str] = {
@@ -43,25 +42,21 @@ OWN_TARGETS: Mapping[str, str] = {
     "trainable_tokens": "rows of the embedding: --targets embed_tokens --options token_indices=[5,6]",
     "shadow": "decoder layers: --options target_modules='.*layers[.][0-9]+$'",
 }
-# Rates at which our methods' cores trained best over two small Llamas and three tasks (the last two on one of these
-# alone; benchmarks/README.md).
-USUAL_RATES: Mapping[str, float] = {"loldu": 1e-3, "svfit": 3e-2, "loraxs": 3e-2, "svft": 1e-2, "lorasb": 1e-3}
-NORMALIZED_RATE = 3e-2
 NOT_A_RANK = ("oft",)  # methods whose r is something else, here the number of blocks
 
 
 def peft_config(config: AdapterConfig, task_type: str = "CAUSAL_LM") -> PeftConfig | None:
     """The PEFT config of the adapter, ours or PEFT's own; None for full fine-tuning. task_type as PEFT names it.
 
-    Raises ValueError for an unknown method (all names, the nearest first), one that the training loop cannot carry (the
-    reason), an unknown option or an option of the wrong type.
+    Raises ValueError for an unknown method (all names, the nearest first), one that is not supported (the reason), an
+    unknown option, or an option of the wrong type.
     """
     if config.method == "full":
         return None
     kinds: dict[str, Any] = {str(kind.value).lower(): cls for kind, cls in PEFT_TYPE_TO_CONFIG_MAPPING.items()}
-    kinds["allora"] = ALLoRAConfig  # to PEFT a LoRA
+    kinds |= METHODS  # some are variants of PEFT's own methods, which PEFT does not know by name
     name, values = VARIANTS.get(config.method, (config.method, {}))
-    if name not in kinds and name.replace("_", "") in kinds:  # lora_xs
+    if name not in kinds and name.replace("_", "") in kinds:  # ours are written without underscores
         name = name.replace("_", "")
     refused = {kind: PROMPTS for kind, cls in kinds.items() if issubclass(cls, PromptLearningConfig)} | dict(REFUSED)
     if name in refused:
@@ -100,14 +95,16 @@ def peft_config(config: AdapterConfig, task_type: str = "CAUSAL_LM") -> PeftConf
         raise ValueError(f"--method {config.method}: {error}") from None
 
 
-def odd_rate(config: AdapterConfig, rate: float) -> str | None:
-    """What to say of a learning rate more than ten times off the one that trained this method's core best, if it is."""
-    adapter: Any = peft_config(config)
-    method = getattr(adapter, "method", "")
-    usual = NORMALIZED_RATE if getattr(adapter, "normalize_directions", False) else USUAL_RATES.get(method)
-    if usual is None or 0.099 < rate / usual < 10.1:
+def unusual_learning_rate(config: AdapterConfig, learning_rate: float) -> str | None:
+    """A warning where the learning rate is more than ten times off the one at which this core trained best."""
+    adapter = peft_config(config)
+    usual = adapter.usual_learning_rate if isinstance(adapter, FactorConfig) else None
+    if usual is None or 0.099 < learning_rate / usual < 10.1:
         return None
-    return f"--learning-rate {rate:g} is far from {usual:g}, at which {method} trained best on small models"
+    return (
+        f"--learning-rate {learning_rate:g} is far from {usual:g}, at which {config.method} trained best on small "
+        "models"
+    )
 
 
 def _typed(field: str, text: str, hint: Any, method: str) -> Any:

@@ -11,7 +11,6 @@ from typing import Any
 import torch
 from peft import PeftConfig
 
-from adapters.config import LoRASBConfig
 from launcher.config import Config
 from launcher.data import batches
 from launcher.engines.choose import Demands, check_carries, check_offload, check_sharding
@@ -89,7 +88,7 @@ def check_carried(config: Config, adapter: PeftConfig | None, sharding: str) -> 
     demands = Demands(
         method=config.adapter.method,
         quantize=quantize,
-        from_gradients=isinstance(adapter, LoRASBConfig),
+        from_gradients=getattr(adapter, "factors_from_gradients", False),
         reads_4bit_class=getattr(adapter, "peft_type", "").lower() in READ_4BIT_CLASS,
     )
     check_carries(sharding, demands)

@@ -21,7 +21,6 @@ import torch.distributed as dist
 import transformers
 
 from adapters.checkpoint_files import list_tensors
-from adapters.config import FactorConfig, LoRASBConfig
 from launcher.availability import unavailable
 from launcher.config import Config, as_dict
 from launcher.data import batches
@@ -29,20 +28,19 @@ from launcher.data.encode import Encoded
 from launcher.engines.engine import Engine, ModelSource, engine_class
 from launcher.engines.registry import ENGINES
 from launcher.exit_codes import DONE, FAILED, MISTAKE, STOPPED
-from launcher.factorization.make import FactorRequest, factors_of, fingerprint
-from launcher.factorization.share import factorize
-from launcher.factorization.targets import targets_of
+from launcher.factorization.make import factors_of, fingerprint
 from launcher.files import write_atomically
 from launcher.models.build import build
 from launcher.models.files import context_length, load_tokenizer
 from launcher.models.quantize import base_size, size
-from launcher.models.skeleton import bare_skeleton, stored_base
+from launcher.models.skeleton import bare_skeleton
 from launcher.processes import Communicator, Ranks, Stopped, connect, same_everywhere, say_mistake
 from launcher.tasks.base import Samples
-from launcher.training.first_gradients import FirstStep, check_frozen
+from launcher.training import factoring
+from launcher.training.factoring import Factoring
 from launcher.training.folder import State, finished, prepare, save_final
 from launcher.training.loop import Callbacks, Event, Training, evaluation_of, train
-from launcher.training.methods import odd_rate
+from launcher.training.methods import unusual_learning_rate
 from launcher.training.report import Screen, open_trackers, read_events
 from launcher.training.resolve import Resolved, check_context, resolve
 from launcher.training.start import Start, begin
@@ -146,19 +144,19 @@ def _run(
         stop.watch(start.output / "control")
 
     # 3. The factors of our own methods, by all ranks together, and the model.
-    if plan.requests:
-        _factor(start, plan)
+    if plan.factoring.requests:
+        plan = plan._replace(factoring=_factor(start, plan.factoring))
     model = comm.each("model", lambda: _load(start, plan))
     engine = comm.each("engine", lambda: _engine(start, model))
-    comm.together("the factors", lambda: check_frozen(model, plan.identity, resume))
+    identity = comm.each("the factors", lambda: factoring.identify_factors(model, plan.identity, resume))
     check_context(config, model.config, context_length(model))
-    _introduce(start, plan, samples, engine, steps)
+    _introduce(start, identity, samples, engine, steps)
 
     # 4. Train.
     trackers = open_trackers(config.run.trackers, start.output, as_dict(config)) if ranks.is_main else []
     training = Training(
         config=config, task=resolved.task, engine=engine, tokenizer=tokenizer, samples=samples, rows=rows, steps=steps,
-        attention=resolved.attention, device=resolved.device, output=start.output, identity=plan.identity, comm=comm,
+        attention=resolved.attention, device=resolved.device, output=start.output, identity=identity, comm=comm,
         stop=stop, screen=screen, trackers=trackers, callbacks=callbacks,
     )  # fmt: skip
     model.train()
@@ -203,38 +201,22 @@ def _rows(config: Config, encoded: Encoded) -> Sequence[Any]:
 class _Plan(NamedTuple):
     """What is trained, and of what it is made."""
 
-    adapter: Any  # a PEFT config; None for full fine-tuning
+    factoring: Factoring  # the adapter and what it is made of
     head: dict[str, Any] | None  # settings of a classification head
-    requests: list[FactorRequest]  # none for methods that are not ours
     identity: dict[str, Any]  # a run with another identity is another run
-    first_step: FirstStep | None  # LoRA-SB's gradients
 
 
 def _plan(start: Start, train_data: Encoded, tokenizer: Any) -> _Plan:
     resolved, comm, base = start.resolved, start.comm, start.base
     config, how, cache = resolved.config, resolved.how, resolved.cache
     head = resolved.task.head(train_data, tokenizer)
-    adapter: Any = copy.deepcopy(resolved.adapter)
-    ours = isinstance(adapter, FactorConfig)
+    adapter = copy.deepcopy(resolved.adapter)  # PEFT completes it in place
     labels_model: Any = None
     if head is not None:
         plain = replace(config.model, quantize="none")
         labels_model = comm.each("head", lambda: bare_skeleton(plain, base, adapter, **how, head=head))
-    requests: list[FactorRequest] = []
-    if ours:
-        requests = comm.each(
-            "targets",
-            lambda: targets_of(
-                base,
-                config.adapter.targets,
-                config.adapter.exclude,
-                config.adapter.rank,
-                dtype=resolved.dtype,
-                modules_to_save=config.adapter.modules_to_save,
-                model=start.bare if labels_model is None else labels_model,
-                **adapter.factor_options(),
-            ),
-        )
+    known = start.bare if labels_model is None else labels_model
+    requested = factoring.request_factors(config, adapter, base, resolved.dtype, comm, known)
     identity = {
         "base": same_everywhere(
             comm,
@@ -249,54 +231,32 @@ def _plan(start: Start, train_data: Encoded, tokenizer: Any) -> _Plan:
         "batch_size": config.optimizer.batch_size,
         "seed": config.optimizer.seed,
     }
-    if ours and head is None:
-        adapter.base_fingerprint = identity["base"]
-    elif ours:  # a head for words is no part of this base, and neither is a new one for labels
-        of_base = stored_base(labels_model)
-        adapter.base_fingerprint = comm.from_main("fingerprint", lambda: fingerprint(of_base, cache))
-    first_step = None
-    if isinstance(adapter, LoRASBConfig):
-        adapter.step = adapter.step or config.optimizer.learning_rate
-        first_step = FirstStep(
-            config, adapter, resolved.task, train_data, identity, pad_id=tokenizer.pad_token_id or 0,
-            load=lambda: build(config.model, base, None, factors=lambda name: None, device=resolved.device, **how),
-        )  # fmt: skip
-        requests = [replace(request, gradients=first_step.digest) for request in requests]
-    return _Plan(adapter, head, requests, identity, first_step)
+    completed = factoring.complete(
+        requested, resolved, train_data, identity, comm,
+        load=lambda: build(config.model, base, None, factors=lambda name: None, device=resolved.device, **how),
+        pad_id=tokenizer.pad_token_id or 0, labels_model=labels_model,
+    )  # fmt: skip
+    return _Plan(completed, head, identity)
 
 
-def _factor(start: Start, plan: _Plan) -> None:
-    """Make the factors that the cache lacks, and note their ranks in the adapter's config."""
-    config, cache, screen = start.resolved.config, start.resolved.cache, start.screen
-    with screen.bar("factors", len(plan.requests)) as bar:
+def _factor(start: Start, planned: Factoring) -> Factoring:
+    """Make the factors that the cache lacks; returns the plan with their ranks in the adapter's config."""
+    with start.screen.bar("factors", len(planned.requests)) as bar:
 
         def progress(done: int, total: int, weight: str) -> None:
             bar(done, weight)
             start.stop.before_training()
 
-        factored = factorize(
-            plan.requests,
-            cache,
-            start.comm,
-            progress,
-            verify_base=config.run.verify_base,
-            per_node=config.run.cache_per_node,
-            gradient_of=plan.first_step,
-        )
-    if plan.first_step is not None:
-        plan.first_step.free()
-    for module, entry in factored.items():
-        plan.adapter.note_rank(module, entry.rank)
-    made = sum(entry.made for entry in factored.values())
-    screen.say(f"factors of {len(factored)} weights: {made} made, {len(factored) - made} from {cache}")
-    if len(ranks_made := sorted({entry.rank for entry in factored.values()})) > 1:
-        screen.say(f"their ranks: {ranks_made[0]} to {ranks_made[-1]}")
+        made, factored = factoring.make_factors(planned, start.resolved, start.comm, progress)
+    for line in factoring.summary(factored, start.resolved.cache):
+        start.screen.say(line)
+    return made
 
 
 def _load(start: Start, plan: _Plan) -> Any:
     """The model with its adapter: whole, or this rank's part of it, as the engine has it."""
     resolved, cache = start.resolved, start.resolved.cache
-    by_module = {request.module: request for request in plan.requests}
+    by_module = {request.module: request for request in plan.factoring.requests}
 
     def factors(module: str, rows: slice = slice(None)) -> Any:
         return factors_of(by_module[module], cache, rows) if module in by_module else None
@@ -310,8 +270,9 @@ def _load(start: Start, plan: _Plan) -> Any:
             bar(done, of=total)
 
         source = ModelSource(
-            config=resolved.config, folder=start.base, adapter=plan.adapter, how={**resolved.how, "head": plan.head},
-            factors=factors, device=resolved.device, ranks=resolved.ranks, progress=progress,
+            config=resolved.config, folder=start.base, adapter=plan.factoring.adapter,
+            how={**resolved.how, "head": plan.head}, factors=factors, device=resolved.device,
+            ranks=resolved.ranks, progress=progress,
         )  # fmt: skip
         return engine_class(resolved.sharding).load(source, ENGINES[resolved.sharding])
 
@@ -322,7 +283,7 @@ def _engine(start: Start, model: Any) -> Engine:
     return engine_class(info.name)(model, config.optimizer, resolved.ranks, info, cpu_offload=offload)
 
 
-def _introduce(start: Start, plan: _Plan, samples: Samples, engine: Engine, steps: int) -> None:
+def _introduce(start: Start, identity: dict[str, Any], samples: Samples, engine: Engine, steps: int) -> None:
     """Write config.json, complete, and show what is about to run."""
     chosen, ranks, say = start.resolved, start.comm.ranks, start.screen.say
     config = chosen.config
@@ -334,7 +295,7 @@ def _introduce(start: Start, plan: _Plan, samples: Samples, engine: Engine, step
             "sharding": chosen.sharding, "base_folder": str(start.base.resolve()), "trained": trained,
             "device": torch.cuda.get_device_name(chosen.device) if chosen.device.type == "cuda" else "cpu",
         }  # fmt: skip
-        whole = {"config": as_dict(config), "resolved": resolved, "identity": plan.identity, "versions": versions()}
+        whole = {"config": as_dict(config), "resolved": resolved, "identity": identity, "versions": versions()}
         write_atomically(start.output / "config.json", json.dumps(whole, indent=2) + "\n")
     quantized = config.model.quantize != "none"
     precision = f"{config.model.quantize} computed in {chosen.dtype}" if quantized else chosen.dtype
@@ -343,8 +304,8 @@ def _introduce(start: Start, plan: _Plan, samples: Samples, engine: Engine, step
     processes = f"{ranks.world_size} x {chosen.device.type}"
     attention = f"{chosen.attention} ({chosen.attention_reason})"
     say(f"{steps} steps of {config.optimizer.batch_size} on {processes}, attention {attention}")
-    if ranks.is_main and (odd := odd_rate(config.adapter, config.optimizer.learning_rate)):
-        log.warning(odd)
+    if ranks.is_main and (unusual := unusual_learning_rate(config.adapter, config.optimizer.learning_rate)):
+        log.warning(unusual)
 
 
 def _report(training: Training, saved: Path, seconds: float) -> None:

@@ -10,8 +10,8 @@ from torch import nn
 from transformers.pytorch_utils import Conv1D
 
 from adapters import LoRASBConfig, factors_from, factors_from_gradients
-from adapters.lora_sb import gradient_sums, groups_of
-from adapters.svd import first_step_factors
+from adapters.gradients import gradient_sums, groups_of
+from adapters.lora_sb import first_step_factors
 
 NAMES = [
     f"model.layers.{i}.{part}" for i in range(2) for part in ("self_attn.q_proj", "self_attn.v_proj", "mlp.up_proj")

@@ -625,7 +625,7 @@ def test_clamped_ranks_are_saved_and_loaded(method, base, tmp_path):
         ({"scale": float("nan")}, "scale is a finite number"),
         ({"init_delta": "zeros"}, "'zeros' replaces the pretrained function at step 0; choose one of lu, uniform"),
         ({"init_delta": "lucky"}, "'lucky' is unknown; choose one of lu"),
-        ({"layers_pattern": "layers"}, "layers_to_transform, which is missing"),
+        ({"layers_pattern": "layers"}, "layers_to_transform counts: give both"),
     ],
 )
 def test_a_wrong_setting_is_refused_on_construction(options, said):

@@ -5,11 +5,11 @@ from peft import PeftModel, get_peft_model
 from torch import nn
 from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM
 
-from adapters.config import FAMILY
+from adapters import METHODS, FactorConfig
 from adapters.layer import FactorLayer
-from adapters.svd import first_step_factors
+from adapters.lora_sb import first_step_factors
 
-CONFIGS = {cls.method: cls for cls in FAMILY}
+CONFIGS = {name: cls for name, cls in METHODS.items() if issubclass(cls, FactorConfig)}
 METHOD = "loldu"  # the fixture `method` puts in another
 RANK = 8  # of the last config
 

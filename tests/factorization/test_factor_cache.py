@@ -13,7 +13,8 @@ import pytest
 import torch
 from safetensors import SafetensorError
 
-from adapters.factors import Factors, loldu_factors
+from adapters.factors import Factors
+from adapters.loldu import loldu_factors
 from launcher.factorization import cache
 
 KEY = "a" * 64

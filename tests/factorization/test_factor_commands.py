@@ -73,8 +73,12 @@ def test_svfits_factors_are_made_and_listed_with_the_ranks_that_energy_chose(bab
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"energy": 0.9}, "--method loldu does not take this option"),
-        ({"svd": "exact"}, "--method loldu does not take this option"),
+        ({"energy": 0.9}, "--method loldu does not have the option --energy"),
+        ({"svd": "exact"}, "--method loldu does not have the option --svd"),
+        ({"method": "svft", "normalize": True, "svd": "x"}, r"svd is one of auto, exact, block"),
+        ({"method": "lorasb", "normalize": True}, "--method lorasb does not have the option --normalize"),
+        ({"method": "lorasb"}, "--method lorasb makes its factors from gradients"),
+        ({"method": "lora"}, "--method lora has no factors to make; these have: loldu, .*loraxs"),
         ({"method": "svfit", "energy": 1.5}, "energy is a share between 0 and 1"),
     ],
 )

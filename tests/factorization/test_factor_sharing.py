@@ -17,12 +17,14 @@ from communicators import together
 from safetensors.torch import load_file, save_file
 from torch.distributed.distributed_c10d import _get_default_store
 
+from adapters import METHODS
 from adapters.checkpoint_files import TensorInfo, list_tensors
-from adapters.factors import Factors, base_fingerprint, loldu_factors, probe_digest
+from adapters.factors import Factors, base_fingerprint, probe_digest
+from adapters.loldu import loldu_factors
 from adapters.svd import svd_factors
 from launcher.factorization import cache, make, share, watch
 from launcher.factorization.make import FactorRequest, factors_of
-from launcher.factorization.share import cost, factorize, share_out
+from launcher.factorization.share import factorize, share_out
 from launcher.processes import Communicator, Ranks, Stopped
 
 ALONE = Communicator(Ranks())
@@ -36,9 +38,17 @@ def write_model(folder: Path, shapes: dict[str, tuple[int, ...]], dtype: torch.d
     return folder
 
 
-def requests_for(model: Path, rank: int = 4, **options: Any) -> list[FactorRequest]:
-    tensors = list_tensors(model)
-    return [FactorRequest(name.removesuffix(".weight"), tensors[name], rank, **options) for name in sorted(tensors)]
+def factorization(method: str = "loldu", **options: Any) -> Any:
+    config: Any = METHODS[method]
+    return config(**options).factorization()
+
+
+LU = factorization()
+
+
+def requests_for(model: Path, rank: int = 4, method: Any = LU, **options: Any) -> list[FactorRequest]:
+    names = list_tensors(model)
+    return [FactorRequest(name.removesuffix(".weight"), names[name], rank, method, **options) for name in sorted(names)]
 
 
 SIX = {f"layers.{i}.{part}": shape for i in range(3) for part, shape in {"q": (16, 12), "up": (40, 16)}.items()}
@@ -96,7 +106,9 @@ def test_factors_from_the_panel_on_disk_are_those_of_the_lu_of_the_whole(tmp_pat
     ],
 )
 def test_every_kind_of_layer_gets_the_factors_of_its_matrix(tmp_path, folder, shape, options):
-    (request,) = requests_for(write_model(tmp_path, {"w": shape}), 5, **options)
+    how = factorization(normalize_directions=options.get("normalize", False))
+    layout = {name: value for name, value in options.items() if name != "normalize"}
+    (request,) = requests_for(write_model(tmp_path, {"w": shape}), 5, how, **layout)
     stored = load_file(tmp_path / "model.safetensors")["w.weight"]
     W = stored.T if options.get("transposed") else stored.flatten(1)
     maths = {name: value for name, value in options.items() if name != "transposed"}
@@ -117,7 +129,7 @@ def test_every_kind_of_layer_gets_the_factors_of_its_matrix(tmp_path, folder, sh
 @pytest.mark.parametrize("energy", [None, 0.8])
 def test_every_kind_of_layer_gets_svfits_factors_of_its_matrix(tmp_path, folder, shape, options, energy):
     model = write_model(tmp_path, {"w": shape})
-    (request,) = requests_for(model, 5, method="svfit", energy=energy, **options)
+    (request,) = requests_for(model, 5, factorization("svfit", energy=energy), **options)
     stored = load_file(tmp_path / "model.safetensors")["w.weight"]
     W = stored.T if options.get("transposed") else stored.flatten(1)
     outputs = W.T if options.get("embedding") else W
@@ -145,7 +157,7 @@ def test_a_whole_weight_of_svfit_is_the_key_and_not_its_panel(tmp_path, folder):
     assert torch.equal(probe_digest(first, first.shape), probe_digest(second, second.shape))
     save_file({"a.weight": first, "b.weight": second}, tmp_path / "model.safetensors")
 
-    keys = {make.make(request, folder).key for request in requests_for(tmp_path, method="svfit")}
+    keys = {make.make(request, folder).key for request in requests_for(tmp_path, method=factorization("svfit"))}
     panels = {make.make(request, folder).key for request in requests_for(tmp_path)}
 
     assert (len(keys), len(panels)) == (2, 1)
@@ -183,7 +195,7 @@ def test_a_copied_checkpoint_is_read_but_not_factored_again(model, folder, tmp_p
     factorize(requests_for(model), folder, ALONE)
     write_model(tmp_path / "copy", SIX)
 
-    monkeypatch.setattr(make, "loldu_factors", no_reading)
+    monkeypatch.setattr(type(LU), "factors", no_reading)
     again = factorize(requests_for(tmp_path / "copy"), folder, ALONE)
 
     assert not any(how.made for how in again.values())
@@ -194,8 +206,12 @@ def test_another_rank_dtype_option_or_weight_has_another_key(model, folder, tmp_
     other = write_model(tmp_path / "other", dict(reversed(SIX.items())))  # same shapes, other numbers
     variants = [
         request,
-        *(requests_for(model, **options)[0] for options in ({"rank": 3}, {"dtype": "bfloat16"}, {"normalize": True})),
-        *(requests_for(model, method="svfit", **options)[0] for options in ({}, {"energy": 0.9}, {"svd": "exact"})),
+        *(requests_for(model, **options)[0] for options in ({"rank": 3}, {"dtype": "bfloat16"})),
+        requests_for(model, method=factorization(normalize_directions=True))[0],
+        *(
+            requests_for(model, method=factorization("svfit", **options))[0]
+            for options in ({}, {"energy": 0.9}, {"svd": "exact"})
+        ),
         requests_for(other)[0],
         requests_for(model)[2],
     ]
@@ -277,7 +293,8 @@ def llama_2_7b(rank: int) -> dict[str, float]:
     parts = dict.fromkeys("qkvo", square) | {"gate": tall, "up": tall, "down": wide}
     shapes = {f"{layer}.{part}": shape for layer in range(32) for part, shape in parts.items()}
     where = Path("model.safetensors")
-    return {name: cost(FactorRequest(name, TensorInfo(where, name, s, "BF16"), rank)) for name, s in shapes.items()}
+    tensors = {name: TensorInfo(where, name, shape, "BF16") for name, shape in shapes.items()}
+    return {name: FactorRequest(name, tensor, rank, LU).cost for name, tensor in tensors.items()}
 
 
 @pytest.mark.parametrize("world", [1, 2, 4, 8])

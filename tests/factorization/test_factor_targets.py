@@ -10,9 +10,12 @@ from peft import LoraConfig, get_peft_model
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, BertConfig, BertModel, GPT2Config, GPT2LMHeadModel
 
+from adapters import LoLDUConfig, SVFitConfig
 from adapters.factors import probe_digest
 from launcher.factorization.make import factors_of
 from launcher.factorization.targets import skeleton, targets_of
+
+LU, SVD = LoLDUConfig().factorization(), SVFitConfig().factorization()
 
 
 @pytest.fixture
@@ -43,7 +46,7 @@ def test_the_modules_are_those_peft_adapts(babyllama, targets, exclude):
     model = AutoModelForCausalLM.from_pretrained(babyllama)
     peft = get_peft_model(model, LoraConfig(r=4, target_modules=wanted, exclude_modules=exclude or None))
 
-    requests = targets_of(babyllama, targets, exclude, 8)
+    requests = targets_of(babyllama, targets, exclude, 8, LU)
 
     assert sorted(request.module for request in requests) == sorted(peft.targeted_module_names)
 
@@ -51,18 +54,18 @@ def test_the_modules_are_those_peft_adapts(babyllama, targets, exclude):
 def test_nothing_is_loaded_and_ranks_are_clamped(babyllama):
     model = skeleton(babyllama)
 
-    requests = targets_of(babyllama, ["k_proj", "up_proj"], [], 100, model=model, normalize=True, dtype="bfloat16")
+    requests = targets_of(babyllama, ["k_proj", "up_proj"], [], 100, SVD, model=model, dtype="bfloat16")
 
     assert all(parameter.is_meta for parameter in model.parameters())
     assert {(request.shape, request.rank) for request in requests} == {((64, 128), 64), ((352, 128), 100)}
-    assert all(request.normalize and request.dtype == "bfloat16" for request in requests)
+    assert all(request.method is SVD and request.dtype == "bfloat16" for request in requests)
 
 
 def test_conv1d_is_transposed_and_the_prefix_of_the_base_may_be_missing(gpt2):
     weights = {name.removeprefix("transformer."): w for name, w in load_file(gpt2 / "model.safetensors").items()}
     save_file(weights, gpt2 / "model.safetensors", {"format": "pt"})
 
-    requests = targets_of(gpt2, ["c_attn"], [], 8)
+    requests = targets_of(gpt2, ["c_attn"], [], 8, LU)
 
     assert [request.module for request in requests] == ["transformer.h.0.attn.c_attn", "transformer.h.1.attn.c_attn"]
     assert [request.tensor.name for request in requests] == ["h.0.attn.c_attn.weight", "h.1.attn.c_attn.weight"]
@@ -71,7 +74,7 @@ def test_conv1d_is_transposed_and_the_prefix_of_the_base_may_be_missing(gpt2):
 
 
 def test_a_tied_head_and_the_embedding_come_from_the_one_tensor_there_is(gpt2, tmp_path):
-    head, embedding = targets_of(gpt2, ["lm_head"], [], 4) + targets_of(gpt2, ["wte"], [], 4)
+    head, embedding = targets_of(gpt2, ["lm_head"], [], 4, LU) + targets_of(gpt2, ["wte"], [], 4, LU)
     stored = load_file(gpt2 / "model.safetensors")["transformer.wte.weight"]
 
     factors = factors_of(head, tmp_path / "cache")
@@ -86,7 +89,7 @@ def test_a_model_without_a_causal_head_is_built_by_its_architecture(tmp_path):
     BertModel(BertConfig(vocab_size=40, **shape)).save_pretrained(tmp_path)
     config = json.loads((tmp_path / "config.json").read_text())
 
-    requests = targets_of(tmp_path, ["query"], [], 4)
+    requests = targets_of(tmp_path, ["query"], [], 4, LU)
 
     assert config["architectures"] == ["BertModel"]
     assert [request.tensor.name for request in requests] == ["encoder.layer.0.attention.self.query.weight"]
@@ -109,12 +112,12 @@ def test_a_model_without_a_causal_head_is_built_by_its_architecture(tmp_path):
 )
 def test_targets_that_cannot_be_met_say_what_there_is(babyllama, targets, exclude, message):
     with pytest.raises(ValueError, match=message):
-        targets_of(babyllama, targets, exclude, 4)
+        targets_of(babyllama, targets, exclude, 4, LU)
 
 
 def test_a_folder_without_a_configuration_is_named(tmp_path):
     with pytest.raises(ValueError, match=r"has no config.json: give the folder of a Hugging Face model"):
-        targets_of(tmp_path, ["q_proj"], [], 4)
+        targets_of(tmp_path, ["q_proj"], [], 4, LU)
 
 
 @pytest.mark.parametrize("text", ["{", '{"model_type": "no-such-model"}', "{}"])
@@ -122,7 +125,7 @@ def test_a_configuration_that_is_none_is_named(tmp_path, text):
     (tmp_path / "config.json").write_text(text)
 
     with pytest.raises(ValueError, match=str(tmp_path)):
-        targets_of(tmp_path, ["q_proj"], [], 4)
+        targets_of(tmp_path, ["q_proj"], [], 4, LU)
 
 
 def test_a_quantised_a_missing_and_a_misshapen_tensor_are_named(copy):
@@ -137,4 +140,4 @@ def test_a_quantised_a_missing_and_a_misshapen_tensor_are_named(copy):
     for message, weights in cases.items():
         save_file(weights, file, {"format": "pt"})
         with pytest.raises(ValueError, match=message):
-            targets_of(copy, ["q_proj"], [], 4)
+            targets_of(copy, ["q_proj"], [], 4, LU)

@@ -10,6 +10,7 @@ import torch
 from communicators import together
 from safetensors.torch import save_file
 
+from adapters import LoLDUConfig
 from adapters.checkpoint_files import list_tensors
 from launcher import processes
 from launcher.factorization import cache, share
@@ -29,7 +30,7 @@ def requests(tmp_path) -> list[FactorRequest]:
     draw = torch.Generator().manual_seed(0)
     save_file({f"{name}.weight": torch.randn(16, 12, generator=draw) for name in NAMES}, tmp_path / "model.safetensors")
     tensors = list_tensors(tmp_path)
-    return [FactorRequest(name, tensors[f"{name}.weight"], 4) for name in NAMES]
+    return [FactorRequest(name, tensors[f"{name}.weight"], 4, LoLDUConfig().factorization()) for name in NAMES]
 
 
 @pytest.fixture

@@ -18,7 +18,7 @@ from launcher.factorization import cache
 from launcher.models.build import build
 from launcher.processes import Ranks
 from launcher.training import checkpoint
-from launcher.training.methods import odd_rate, peft_config
+from launcher.training.methods import peft_config, unusual_learning_rate
 from launcher.training.run import run
 
 PROJECTIONS = ("q_proj", "v_proj", "down_proj")
@@ -160,7 +160,7 @@ def test_two_processes_train_what_one_does(stories, alpaca_file, tmp_path):
     [
         ({"method": "lorra"}, "unknown --method lorra; there are, the nearest first: lora, "),
         ({"method": "prefix_tuning"}, "cannot be trained here: it puts trained tokens before each sample"),
-        ({"method": "adalora"}, "adalora cannot be trained here: it moves ranks from weight to weight"),
+        ({"method": "adalora"}, "adalora cannot be trained here: it moves ranks between weights"),
         ({"method": "poly"}, "poly cannot be trained here: it needs a task number"),
         ({"method": "lora", "options": ("init_lora_weights=eva",)}, "init_lora_weights=eva cannot .* a pass over data"),
         ({"method": "lora", "options": ("init_lora_weights=pissa_niter_4",)}, "at each loading: give pissa"),
@@ -206,7 +206,7 @@ def test_names_and_options_become_pefts_fields(method, options, expected):
     ],
 )
 def test_a_rate_far_from_the_one_that_trained_best_is_said_of_our_methods(method, options, rate, usual):
-    said = odd_rate(AdapterConfig(method=method, options=options), rate)
+    said = unusual_learning_rate(AdapterConfig(method=method, options=options), rate)
 
     assert said == (
         usual and f"--learning-rate {rate:g} is far from {usual}, at which {method} trained best on small models"

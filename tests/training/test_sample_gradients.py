@@ -9,12 +9,11 @@ import torch
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from adapters import LoRASBConfig
 from launcher.config import AdapterConfig, Config, DataConfig, ModelConfig, OptimizerConfig, RunConfig
 from launcher.data import batches, encode, records
 from launcher.tasks import task_of
-from launcher.training.first_gradients import FirstStep
 from launcher.training.run import run
+from launcher.training.sample_gradients import SampleGradients
 
 MODULES = [f"model.layers.{i}.self_attn.{part}_proj" for i in range(2) for part in "qv"]
 IDENTITY = {"base": "b", "dtype": "float32", "quantize": "none", "data": "d"}
@@ -42,7 +41,7 @@ def first_step(config, stories, **changes):
         "load": lambda: AutoModelForCausalLM.from_pretrained(stories),
         **changes,
     }
-    return FirstStep(config, LoRASBConfig(samples=10), task_of(config), train, **values)
+    return SampleGradients(config, 10, task_of(config), train, **values)
 
 
 def test_gradients_are_those_of_the_mean_loss_over_the_samples(small, stories):
@@ -116,8 +115,8 @@ def test_a_run_whose_factors_were_lost_and_differ_when_made_again_does_not_go_on
     longer = replace(small, optimizer=replace(small.optimizer, max_steps=2))
     assert run(small, "test") == 0
     shutil.rmtree(tmp_path / "cache")
-    sums = FirstStep.__call__
-    monkeypatch.setattr(FirstStep, "__call__", lambda self, modules: sums(self, modules).roll(1, 0))
+    sums = SampleGradients.__call__
+    monkeypatch.setattr(SampleGradients, "__call__", lambda self, modules: sums(self, modules).roll(1, 0))
 
     lost = run(longer, "test")
     said = capsys.readouterr().err

@@ -1,0 +1,141 @@
+"""The factors of a run: which weights need some, what they come from, and the adapter's config once they are made.
+
+Plain functions for `run`. None changes its arguments; each returns what the next step needs.
+"""
+
+from __future__ import annotations
+
+import copy
+import dataclasses
+import hashlib
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+from torch import nn
+
+from adapters import FactorConfig
+from adapters.layer import FactorMap
+from launcher.config import Config
+from launcher.data.encode import Encoded
+from launcher.factorization.make import Factored, FactorRequest, fingerprint
+from launcher.factorization.share import factorize
+from launcher.factorization.targets import targets_of
+from launcher.factorization.watch import OnProgress
+from launcher.models.skeleton import stored_base
+from launcher.processes import Communicator
+from launcher.training.checkpoint import Checkpoint
+from launcher.training.resolve import Resolved
+from launcher.training.sample_gradients import SampleGradients
+
+
+class Factoring(NamedTuple):
+    """What the run has to factor."""
+
+    adapter: Any  # the PEFT config; None for full fine-tuning
+    requests: list[FactorRequest]  # empty for PEFT's own methods
+    gradients: SampleGradients | None = None  # for methods whose factors come from gradients
+
+
+def request_factors(
+    config: Config, adapter: Any, base: Path, dtype: str, comm: Communicator, model: nn.Module | None = None
+) -> Factoring:
+    """The weights of the base that this adapter needs factors of. model: its skeleton, where it has been built.
+
+    Raises ValueError on all ranks where the targets do not fit the base.
+    """
+    if not isinstance(adapter, FactorConfig):
+        return Factoring(adapter, [])
+
+    def look() -> list[FactorRequest]:
+        own = config.adapter
+        return targets_of(
+            base, own.targets, own.exclude, own.rank, adapter.factorization(),
+            dtype=dtype, modules_to_save=own.modules_to_save, model=model,
+        )  # fmt: skip
+
+    return Factoring(adapter, comm.each("targets", look))
+
+
+def complete(
+    factoring: Factoring,
+    resolved: Resolved,
+    train: Encoded,
+    identity: Mapping[str, Any],
+    comm: Communicator,
+    *,
+    load: Callable[[], nn.Module],
+    pad_id: int,
+    labels_model: nn.Module | None = None,
+) -> Factoring:
+    """With the base's fingerprint and the learning rate in the adapter's config, and gradients where they are needed.
+
+    load() returns the plain base on this rank's device. labels_model is the skeleton of a model that labels.
+    """
+    if not isinstance(factoring.adapter, FactorConfig):
+        return factoring
+    config = resolved.config
+    adapter = copy.copy(factoring.adapter.for_training(config.optimizer.learning_rate))
+    if labels_model is None:
+        adapter.base_fingerprint = identity["base"]
+    else:  # neither the checkpoint's language modelling head nor a new one for labels is part of this base
+        of_base = stored_base(labels_model)
+        adapter.base_fingerprint = comm.from_main("fingerprint", lambda: fingerprint(of_base, resolved.cache))
+    if not adapter.factors_from_gradients:
+        return factoring._replace(adapter=adapter)
+    samples: int = adapter.samples  # type: ignore[attr-defined]
+    gradients = SampleGradients(config, samples, resolved.task, train, identity, load, pad_id)
+    requests = [dataclasses.replace(request, gradients=gradients.digest) for request in factoring.requests]
+    return Factoring(adapter, requests, gradients)
+
+
+def make_factors(
+    factoring: Factoring, resolved: Resolved, comm: Communicator, on_progress: OnProgress
+) -> tuple[Factoring, dict[str, Factored]]:
+    """Have all factors in the cache; returns them by module, and the config with the ranks that they decided."""
+    run = resolved.config.run
+    factored = factorize(
+        factoring.requests,
+        resolved.cache,
+        comm,
+        on_progress,
+        verify_base=run.verify_base,
+        per_node=run.cache_per_node,
+        gradient_of=factoring.gradients,
+    )
+    if factoring.gradients is not None:
+        factoring.gradients.free()
+    ranks = {module: entry.rank for module, entry in factored.items()}
+    return factoring._replace(adapter=factoring.adapter.with_ranks(ranks)), factored
+
+
+def summary(factored: Mapping[str, Factored], folder: Path) -> list[str]:
+    """What the screen shows of the factors."""
+    made = sum(entry.made for entry in factored.values())
+    lines = [f"factors of {len(factored)} weights: {made} made, {len(factored) - made} from {folder}"]
+    if len(ranks := sorted({entry.rank for entry in factored.values()})) > 1:
+        lines.append(f"their ranks: {ranks[0]} to {ranks[-1]}")
+    return lines
+
+
+def identify_factors(model: nn.Module, identity: Mapping[str, Any], resume: Checkpoint | None) -> dict[str, Any]:
+    """The run's identity, with a digest of the model's factors where these come from gradients.
+
+    Checkpoints hold the cores alone. Raises ValueError where those of `resume` belong to other factors: the cache was
+    lost, and another kernel or device rounds the gradients differently.
+    """
+    sha = hashlib.sha256()
+    maps = [(name, each) for name, each in model.named_modules() if isinstance(each, FactorMap)]
+    maps = [(name, each) for name, each in maps if each.config.factors_from_gradients]
+    for name, each in maps:
+        sha.update(name.encode())
+        for frozen in (each.write, each.read):
+            sha.update(frozen.detach().cpu().contiguous().view(torch.uint8).numpy().data)
+    found = {**identity, "factors": sha.hexdigest()} if maps else dict(identity)
+    if resume is not None and found.get("factors") != resume.meta["identity"].get("factors"):
+        raise ValueError(
+            f"the factors that {resume.folder} belongs to are gone from the cache, and made again they differ: bring "
+            "that cache back (--cache), or start over with --resume never"
+        )
+    return found
