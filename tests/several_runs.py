@@ -7,6 +7,7 @@ PLAN is a JSON list of runs, each a whole run of its own in the processes that a
     code        the exit code that every process must end with (0)
     nodes       whether each process counts as a node, with its rank added to the name of the cache folder
     offload     whether --cpu-offload is to be carried out although there is no GPU
+    poison      the sample in whose backward pass every gradient becomes NaN
     blocks      whether frozen triangles are multiplied in blocks of four rows, as large ones are in larger blocks
 """
 
@@ -22,9 +23,10 @@ import torch
 from adapters import functions
 from launcher import processes as ranks_module
 from launcher.config import Config, from_dict
-from launcher.training import resolve
+from launcher.training import loop, resolve
 from launcher.training import run as run_module
 
+batch_loss = loop.batch_loss
 SMALL = {"SMALLEST": 4, "FROM": 4, "TOKENS": 1}
 LARGE = {name: getattr(functions, name) for name in SMALL}
 
@@ -46,6 +48,7 @@ def main(plan: list[dict]) -> int:
         resolve.check_offload = (lambda *_, **__: None) if entry.get("offload") else check_offload
         if source := entry.get("copy_of"):
             comm.from_main("copy", lambda source=source, config=config: copy(source, config))
+        loop.batch_loss = batch_loss if (sample := entry.get("poison")) is None else poisoned(sample)
         code = run_module.run(config, "several")
         if code != entry.get("code", 0):
             print(f"run {number} of the plan, {config.run}, ended with {code}", file=sys.stderr)
@@ -53,6 +56,28 @@ def main(plan: list[dict]) -> int:
     torch.distributed.barrier()
     torch.distributed.destroy_process_group()
     return 0
+
+
+class NaNBackward(torch.autograd.Function):
+    """The number as it is; its gradient is NaN."""
+
+    @staticmethod
+    def forward(_, loss):
+        return loss.clone()
+
+    @staticmethod
+    def backward(_, gradient):
+        return gradient * float("nan")
+
+
+def poisoned(sample: int):
+    """The loop's batch_loss, with a NaN in the backward pass of one sample: its loss stays finite."""
+
+    def loss_of(training, rows, targets):
+        loss = batch_loss(training, rows, targets)
+        return NaNBackward.apply(loss) if sample in rows else loss
+
+    return loss_of
 
 
 def copy(source: dict, config: Config) -> None:

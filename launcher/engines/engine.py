@@ -32,6 +32,14 @@ class ModelSource:
     progress: OnFill
 
 
+class NonFinite(ArithmeticError):
+    """A gradient is NaN or infinite, so the step was not taken."""
+
+    def __init__(self, names: Sequence[str]):
+        which = f"the gradient of {shortened(names)} is" if names else "the norm of all gradients together is"
+        super().__init__(f"{which} NaN or infinite")
+
+
 class Engine(Protocol):
     """One engine of a run. Every method is called by all ranks, in the same order."""
 
@@ -63,7 +71,14 @@ class Engine(Protocol):
         ...
 
     def update(self, learning_rate: float) -> float:
-        """Clip, step, clear; returns the gradient norm before clipping."""
+        """Clip, step, clear; returns the gradient norm before clipping.
+
+        Raises NonFinite, on all ranks alike, where a gradient is NaN or infinite. Nothing is updated then.
+        """
+        ...
+
+    def nonfinite(self) -> list[str]:
+        """The trained parameters whose gradient is NaN or infinite on any rank; clears the gradients."""
         ...
 
     def pieces(self) -> dict[str, Piece]:
@@ -77,6 +92,12 @@ class Engine(Protocol):
     def whole_state(self) -> dict[str, Tensor]:
         """The trained parameters and the saved buffers in full, by name, on rank 0; nothing on the others."""
         ...
+
+
+def shortened(names: Sequence[str], most: int = 4) -> str:
+    """Parameter names as the base model has them; the first few of many."""
+    shown = ", ".join(name.removeprefix("base_model.model.") for name in names[:most])
+    return shown + f" and {len(names) - most} more" * (len(names) > most)
 
 
 def engine_class(name: str) -> type[Engine]:

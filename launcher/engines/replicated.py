@@ -7,6 +7,7 @@ and compute the same step.
 
 from __future__ import annotations
 
+import logging
 import math
 from collections.abc import Sequence
 from typing import Any
@@ -17,12 +18,13 @@ from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
 from launcher.config import OptimizerConfig
-from launcher.engines.engine import ModelSource
+from launcher.engines.engine import ModelSource, NonFinite, shortened
 from launcher.engines.registry import ENGINES, EngineInfo
 from launcher.models.build import build
 from launcher.processes import Ranks
 from launcher.training.checkpoint import Checkpoint, Piece
 
+log = logging.getLogger(__name__)
 ADAM_STATE = ("exp_avg", "exp_avg_sq")  # torch.optim.AdamW's names
 
 
@@ -56,6 +58,7 @@ class Replicated:
         first = {id(p): name for name, p in self.parameters.items()}
         every = model.named_parameters(remove_duplicate=False)
         self.names = {name: first[id(p)] for name, p in every if id(p) in first}
+        self._checked = False  # whether every parameter was looked at for a gradient, after the first step
         self.optimizer = torch.optim.AdamW(
             self.parameters.values(),
             lr=config.learning_rate,
@@ -74,16 +77,54 @@ class Replicated:
     def reduce(self, extra: Sequence[Tensor]) -> list[Tensor]:
         """After the last backward of a step: sum gradients and the extra numbers over all ranks."""
         mine = [] if self.info.averages else list(self.parameters.values())
-        return sum_over_ranks(mine, extra, self.ranks.world_size)
+        reached = [] if self._checked else self._reached()  # in the same collective, so that it costs none
+        summed = sum_over_ranks(mine, [*extra, *reached], self.ranks.world_size)
+        if not self._checked:
+            self._checked = True
+            self._warn_of_unreached(summed[len(extra) :])
+        return summed[: len(extra)]
 
     def update(self, learning_rate: float) -> float:
-        """Clip, step, clear; returns the gradient norm before clipping."""
+        """Clip, step, clear; returns the gradient norm before clipping. Raises NonFinite in place of a step."""
         for group in self.optimizer.param_groups:
             group["lr"] = learning_rate
-        norm: Any = nn.utils.clip_grad_norm_(self.parameters.values(), self.clip_norm)
+        total: Any = nn.utils.get_total_norm([p.grad for p in self.parameters.values() if p.grad is not None])
+        norm = float(total.full_tensor() if isinstance(total, DTensor) else total)
+        if not math.isfinite(norm):
+            raise NonFinite(self.nonfinite())
+        nn.utils.clip_grads_with_norm_(self.parameters.values(), self.clip_norm, total)
         self.optimizer.step()
         self.optimizer.zero_grad()
-        return float(norm.full_tensor() if isinstance(norm, DTensor) else norm)
+        return norm
+
+    def nonfinite(self) -> list[str]:
+        """The trained parameters whose gradient is NaN or infinite on any rank; clears the gradients."""
+        flags = torch.stack(self._nonfinite())
+        if self.ranks.world_size > 1:
+            dist.all_reduce(flags)
+        self.optimizer.zero_grad()
+        return [name for name, flag in zip(self.parameters, flags.tolist(), strict=True) if flag]
+
+    def _nonfinite(self) -> list[Tensor]:
+        """For each trained parameter 1 where this rank's part of its gradient is NaN or infinite, else 0."""
+        nothing = torch.zeros((), device=next(iter(self.parameters.values())).device)
+        gradients = [parameter.grad for parameter in self.parameters.values()]
+        parts = [each.to_local() if isinstance(each, DTensor) else each for each in gradients]
+        return [nothing if part is None else (~part.isfinite()).any().float() for part in parts]
+
+    def _reached(self) -> list[Tensor]:
+        """For each trained parameter 1 where this rank's backward passes gave it a gradient, else 0."""
+        return [torch.tensor(float(p.grad is not None), device=p.device) for p in self.parameters.values()]
+
+    def _warn_of_unreached(self, reached: Sequence[Tensor]) -> None:
+        """A layer whose weight the model reads without calling the layer never trains."""
+        names = [name for name, count in zip(self.parameters, reached, strict=True) if not count]
+        if names and self.ranks.is_main:
+            log.warning(
+                "no gradient reached %s in the first step. An expert that got no token trains later; a layer whose "
+                "weight the model reads without calling the layer never trains: leave it out with --exclude",
+                shortened(names),
+            )
 
     def pieces(self) -> dict[str, Piece]:
         """This rank's rows of the trained state: model/NAME, and optimizer/NAME/exp_avg and exp_avg_sq after a step."""

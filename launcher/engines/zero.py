@@ -12,6 +12,7 @@ Its own checkpoints hold for one number of processes, so ours are written instea
 
 from __future__ import annotations
 
+import functools
 import logging
 import math
 import os
@@ -21,7 +22,7 @@ import torch
 from torch import Tensor, nn
 
 from launcher.config import OptimizerConfig
-from launcher.engines.engine import ModelSource
+from launcher.engines.engine import ModelSource, NonFinite
 from launcher.engines.registry import EngineInfo, give_first
 from launcher.models.fill import fill
 from launcher.models.skeleton import skeleton
@@ -83,6 +84,7 @@ class Zero2(Replicated):
                 f"--dtype float32, or {give_first(lambda other: other.holds_base == info.holds_base)}"
             )
         open_alone(next(model.parameters()).device)
+        self._watch()
         how = settings(config, ranks, self.stage, cpu_offload=cpu_offload)
         self.forward: Any = deepspeed.initialize(
             model=model, optimizer=self.optimizer, config=how, dist_init_required=False
@@ -94,8 +96,39 @@ class Zero2(Replicated):
     def update(self, learning_rate: float) -> float:
         for group in self.optimizer.param_groups:
             group["lr"] = learning_rate
-        self.forward.step()
-        return float(self.forward.get_global_grad_norm())
+        self.forward.step()  # DeepSpeed takes no step where a gradient is NaN or infinite, and drops all gradients
+        norm = float(self.forward.get_global_grad_norm())
+        if self.forward.optimizer.overflow or not math.isfinite(norm):
+            raise NonFinite(self.nonfinite())
+        self._nan.zero_()
+        return norm
+
+    def nonfinite(self) -> list[str]:
+        found = super().nonfinite()
+        self._nan.zero_()
+        return found
+
+    def _nonfinite(self) -> list[Tensor]:
+        return list(self._nan.float())
+
+    def _reached(self) -> list[Tensor]:
+        return [torch.tensor(float(name in self._seen), device=self._nan.device) for name in self.parameters]
+
+    def _watch(self) -> None:
+        """Note of each trained parameter whether it got a gradient, and whether that was finite.
+
+        DeepSpeed keeps gradients to itself, flat and cut, so they are looked at as they arrive.
+        """
+        self._seen: set[str] = set()
+        device = next(iter(self.parameters.values())).device
+        self._nan = torch.zeros(len(self.parameters), dtype=torch.bool, device=device)
+
+        def note(gradient: Tensor, at: int, name: str) -> None:
+            self._seen.add(name)
+            self._nan[at] |= (~gradient.isfinite()).any()
+
+        for at, (name, parameter) in enumerate(self.parameters.items()):
+            parameter.register_hook(functools.partial(note, at=at, name=name))
 
     def pieces(self) -> dict[str, Piece]:
         """The whole trained state, for rank 0 to write. Called by all ranks."""

@@ -21,7 +21,7 @@ from torch import Tensor
 from launcher.config import Config, OptimizerConfig
 from launcher.data.batches import batch_indices, share, target_tokens
 from launcher.data.encode import Encoded
-from launcher.engines.engine import Engine
+from launcher.engines.engine import Engine, NonFinite
 from launcher.engines.replicated import sum_over_ranks
 from launcher.processes import Communicator
 from launcher.tasks.base import Layout, Samples, Task, on_device
@@ -151,11 +151,12 @@ class _Loop:
         number, started, batches_s = state.step + 1, time.perf_counter(), clock.batches_s
         learning_rate = learning_rate_at(number, training.steps, self.config.optimizer)
         loss, tokens, asked = gradients(training, number)
-        if not math.isfinite(loss):
-            raise ValueError(
-                f"the loss is {loss} at step {number}: lower --learning-rate {self.config.optimizer.learning_rate}"
-            )
-        norm = training.engine.update(learning_rate)
+        try:
+            if not math.isfinite(loss):
+                raise NonFinite(training.engine.nonfinite())
+            norm = training.engine.update(learning_rate)
+        except NonFinite as error:
+            raise ValueError(self.diverged(number, loss, error)) from None
         clock.steps_s += time.perf_counter() - started
         clock.waited_s += clock.batches_s - batches_s
         state.step, state.tokens = number, state.tokens + tokens
@@ -165,6 +166,17 @@ class _Loop:
         self.bar(number, f"loss {loss:.4f}  {speed:,.{0 if speed >= 10 else 1}f} tokens/s  {memory_gib():.1f} GiB")
         training.callbacks.on_step(training, event)
         return asked
+
+    def diverged(self, number: int, loss: float, error: NonFinite) -> str:
+        """What to tell of a step that was not taken. Called by all ranks."""
+        numbers = suspects(self.training, number)
+        samples = ", ".join(map(str, numbers[:8])) + f" and {len(numbers) - 8} more" * (len(numbers) > 8)
+        kept = len(self.training.samples.train)
+        where = f"samples {samples} (from 0, of the {kept} kept)" if numbers else "no sample alone is to blame"
+        return (
+            f"the loss is {loss:.4g} at step {number} and {error}; {where}. Nothing was updated, and what is saved is "
+            f"sound: lower --learning-rate {self.config.optimizer.learning_rate}, or take such samples out"
+        )
 
     def evaluate(self) -> bool:
         """Evaluate on the held-out samples; returns False where a rank was asked to stop meanwhile."""
@@ -229,6 +241,24 @@ def gradients(training: Training, step: int) -> tuple[float, int, bool]:
     asked = torch.tensor(float(training.stop.asked()), device=training.device)
     total, stops = training.engine.reduce([total, asked])
     return float(total), tokens_in(data, rows), bool(stops > 0)
+
+
+def suspects(training: Training, step: int) -> list[int]:
+    """The samples of global batch `step` whose gradients alone are NaN or infinite, in order. Called by all ranks.
+
+    Each rank takes its samples one by one. Several ranks take a pass together, so all samples of that pass are named.
+    """
+    optimizer, ranks = training.config.optimizer, training.comm.ranks
+    chosen = batch_indices(optimizer.seed, step - 1, optimizer.batch_size, len(training.rows))
+    rows = [training.rows[i] for i in chosen]
+    shares = [share(rows, rank, ranks.world_size) for rank in range(ranks.world_size)]
+    targets, found = target_tokens(training.samples.train, rows), []
+    for together in zip(*shares, strict=True):
+        loss = batch_loss(training, [together[ranks.rank]], targets)
+        training.engine.backward(loss)
+        if training.engine.nonfinite():
+            found += [sample for row in together for sample in (row if isinstance(row, list) else [row])]
+    return sorted(found)
 
 
 def batch_loss(training: Training, rows: Sequence[Any], targets: int) -> Tensor:
