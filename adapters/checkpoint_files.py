@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from safetensors import SafetensorError, safe_open
+from torch import Tensor
 
 
 class TensorInfo(NamedTuple):
@@ -74,6 +75,14 @@ def open_tensor(info: TensorInfo) -> Any:
 
         return Converted(info)
     return safe_open(info.file, framework="pt").get_slice(info.name)
+
+
+def read_tensor(info: TensorInfo) -> Tensor:
+    """The whole tensor; one without dimensions has no slices."""
+    if info.conversion is not None:
+        return open_tensor(info)[:]
+    with safe_open(info.file, framework="pt") as opened:
+        return opened.get_tensor(info.name)
 
 
 def _header(file: Path) -> list[tuple[str, tuple[int, ...], str]]:

@@ -31,7 +31,7 @@ from transformers.core_model_loading import (
     rename_source_key,
 )
 
-from adapters.checkpoint_files import TensorInfo, list_tensors, local_folder, open_tensor
+from adapters.checkpoint_files import TensorInfo, list_tensors, local_folder, read_tensor
 
 log = logging.getLogger(__name__)
 
@@ -84,7 +84,7 @@ class Conversion:
 
     def make(self, experts: slice = slice(None), *, meta: bool = False) -> dict[str, Tensor]:
         """The model's parameters by name; with meta their shapes and dtypes alone."""
-        return self.apply({info.name: _meta(info) if meta else open_tensor(info)[:] for info in self._some(experts)})
+        return self.apply({info.name: _meta(info) if meta else read_tensor(info) for info in self._some(experts)})
 
     def apply(self, stored: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """The model's parameters by name, made of those of the checkpoint's tensors that `stored` holds."""
@@ -199,7 +199,7 @@ def local_weights(models: Iterable[str], module: str) -> Iterator[Tensor]:
             continue
         info = tensors.get(f"{module}.weight")
         if info is not None and info.dtype.startswith(("F", "BF")):
-            yield open_tensor(info)[:]
+            yield read_tensor(info)
 
 
 @lru_cache(maxsize=4)

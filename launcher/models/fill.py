@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from adapters import Factors
-from adapters.checkpoint_files import TensorInfo, open_tensor
+from adapters.checkpoint_files import TensorInfo, open_tensor, read_tensor
 from adapters.layer import FactorLayer
 from launcher.engines.registry import give_first
 from launcher.models.quantize import Quantised
@@ -104,7 +104,7 @@ def _fill_base(
         for name, buffer in module._buffers.items():
             if buffer is not None:
                 info = tensors.get(f"{PEFT_PARTS.sub('', prefix)}.{name}".removeprefix("."))
-                module._buffers[name] = (open_tensor(info)[:].to(buffer.dtype) if info else buffer).to(device)
+                module._buffers[name] = (read_tensor(info).to(buffer.dtype) if info else buffer).to(device)
     for shared in places.values():
         modules = [PEFT_PARTS.sub("", prefix) for _, _, prefix in shared]
         owner, name, prefix = shared[0]
@@ -125,7 +125,7 @@ def _fill_base(
                 f"the model's {modules[0]}.{name} {expected} cannot be filled from {folder}, which {here}: "
                 f"this architecture's files are laid out differently; give {' and '.join(asked)}"
             )
-        stored = open_tensor(info)
+        stored: Any = open_tensor(info) if info.shape else _Scalar(read_tensor(info))
         if packed:
             stored = packed.pack(stored, device)
         elif dora is not None:
@@ -135,6 +135,16 @@ def _fill_base(
             setattr(owner, name, filled)
         if packed and isinstance(parts, Whole):
             packed.keep(filled)
+
+
+class _Scalar:
+    """A tensor without dimensions, which no slice can be taken of."""
+
+    def __init__(self, stored: Tensor):
+        self.stored = stored
+
+    def __getitem__(self, rows: slice) -> Tensor:
+        return self.stored
 
 
 class _RowNorms:

@@ -1,0 +1,337 @@
+"""Which of transformers' architectures this project trains: `python benchmarks/architectures.py [TYPE ...]`.
+
+For each type of language model that transformers knows, a random model of a few hundred thousand parameters is made
+and put through everything that a user does with it: train, shard, quantise, resume, generate, merge, export, pack. Each
+answer is "works", "refused: why" or "fails: how"; where two ways must agree, "works" means that their losses do.
+Writes benchmarks/results/architectures.json and docs/architectures.md; --table writes the page alone.
+"""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import json
+import multiprocessing
+import os
+import platform
+import re
+import shutil
+import sys
+import tempfile
+import time
+import traceback
+import warnings
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+os.environ.setdefault("HF_HUB_OFFLINE", "1")
+os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+
+import torch
+import transformers
+from transformers import CONFIG_MAPPING, AutoModelForCausalLM, AutoModelForImageTextToText
+from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
+
+REPO = Path(__file__).resolve().parents[1]
+sys.path.insert(0, str(REPO))
+
+from launcher.config import AdapterConfig, Config, DataConfig, ModelConfig, OptimizerConfig, RunConfig  # noqa: E402
+from launcher.inference.export import export_lora  # noqa: E402
+from launcher.inference.merge import merge  # noqa: E402
+from launcher.inference.sources import find, load  # noqa: E402
+from launcher.models.generation import answer  # noqa: E402
+from launcher.training.run import run  # noqa: E402
+
+RESULTS = REPO / "benchmarks" / "results" / "architectures.json"
+PAGE = REPO / "docs" / "architectures.md"
+TOKENIZER = REPO / "recipes" / "tiny" / "model"
+VOCABULARY = 384
+SAME = 2e-4  # two ways of computing one loss, in float32; measured below 2e-6 where they agree
+LIMIT_S = 300
+
+# Types whose checkpoints hold more than a language model, trained on text alone.
+MULTIMODAL = (
+    "aya_vision", "gemma3", "gemma3n", "gemma4", "glm4v", "idefics3", "internvl", "llama4", "llava", "llava_next",
+    "mistral3", "mllama", "paligemma", "qwen2_5_vl", "qwen2_vl", "qwen3_5", "qwen3_vl", "qwen3_vl_moe", "smolvlm",
+)  # fmt: skip
+# Not decoders of text that anybody would tune so: parts of speech and image models, and encoders.
+LEFT_OUT = (
+    "bart", "bert", "bert-generation", "big_bird", "bigbird_pegasus", "blenderbot", "blenderbot-small", "camembert",
+    "data2vec-text", "electra", "emu3", "ernie", "fuyu", "git", "got_ocr2", "marian", "mbart", "megatron-bert", "moshi",
+    "moss_transcribe_diarize", "musicgen", "musicgen_melody", "mvp", "pegasus", "phi4_multimodal", "plbart",
+    "prophetnet", "reformer", "rembert", "roberta", "roberta-prelayernorm", "roc_bert", "roformer", "trocr", "whisper",
+    "xlm", "xlm-roberta", "xlm-roberta-xl", "xlnet", "xmod", "gemma4_assistant", "gemma4_unified_assistant", "beam",
+)  # fmt: skip
+
+# A value is taken where a type's config has a field of that name.
+SIZES: dict[str, Any] = {
+    name: value
+    for names, value in (
+        ("hidden_size d_model n_embd embedding_dim embedding_size dim attention_hidden_size word_embed_proj_dim "
+         "lru_width", 64),
+        ("intermediate_size ffn_dim n_inner decoder_ffn_dim encoder_ffn_dim d_ff ffn_hidden_size "
+         "dense_intermediate_size intermediate_size_mlp block_ff_dim dff", 96),
+        ("num_hidden_layers n_layer n_layers num_layers decoder_layers encoder_layers depth", 2),
+        ("num_attention_heads n_head n_heads num_heads decoder_attention_heads encoder_attention_heads "
+         "attention_heads swa_num_attention_heads linear_num_key_heads num_experts num_local_experts "
+         "n_routed_experts moe_num_experts", 4),
+        ("num_key_value_heads n_kv_heads num_kv_heads swa_num_key_value_heads multi_query_group_num "
+         "num_experts_per_tok moe_k num_experts_per_token moe_topk index_n_heads", 2),
+        ("head_dim d_head attention_head_dim d_kv mamba_d_head mamba_head_dim swa_head_dim swa_v_head_dim v_head_dim "
+         "linear_key_head_dim linear_value_head_dim global_head_dim dim_head kv_channels q_lora_rank kv_lora_rank "
+         "o_lora_rank hidden_size_per_layer_input laurel_rank gate_low_rank_dim qk_head_dim index_topk", 16),
+        ("vocab_size vocab_size_per_layer_input first_vocab_size", VOCABULARY),
+        ("max_position_embeddings n_positions context_length n_ctx max_seq_len max_seq_length max_sequence_length "
+         "max_target_positions max_source_positions seq_length", 192),
+        ("moe_intermediate_size shared_expert_intermediate_size expert_intermediate_size shared_intermediate_size "
+         "expert_ffn_hidden_size expert_dim moe_ffn_hidden_size image_size", 32),
+        ("qk_rope_head_dim qk_nope_head_dim index_head_dim mamba_d_state state_size ssm_state_size mamba_n_heads "
+         "mamba_num_heads n_mamba_heads linear_num_value_heads rotary_dim patch_size", 8),
+        ("n_group topk_group n_groups mamba_n_groups mamba_ngroups n_shared_experts num_shared_experts", 1),
+        ("sliding_window attention_chunk_size window_size attention_window_size", 24),
+        ("pad_token_id pad_token_index", 2), ("eos_token_id", 1), ("bos_token_id decoder_start_token_id", 0),
+        ("is_decoder", True),
+    )
+    for name in names.split()
+}  # fmt: skip
+FULL_HEADS = {"num_key_value_heads": 4}  # latent attention
+SLIDING = {"num_hidden_layers": 2, "layer_types": ["sliding_attention", "full_attention"]}
+MAMBA = {"num_hidden_layers": 4, "layer_types": ["mamba", "hybrid", "mamba", "hybrid"]}
+OWN: dict[str, dict[str, Any]] = {
+    **dict.fromkeys(("axk2", "deepseek_v32", "glm_moe_dsa", "dots3_note_text"), FULL_HEADS),
+    "longcat_flash": FULL_HEADS | {"head_dim": 8},
+    "falcon_h1": {"mamba_d_ssm": 128},
+    "mamba2": {"num_heads": 8},
+    "gpt_neo": {"attention_types": [[["global", "local"], 1]]},
+    "gemma3n_text": {
+        "num_hidden_layers": 5, "num_kv_shared_layers": 0, "intermediate_size": [96] * 5,
+        "activation_sparsity_pattern": [0.0] * 5, "layer_types": [*["sliding_attention"] * 4, "full_attention"],
+    },
+    "lfm2_moe": {"layer_types": ["conv", "full_attention"], "num_dense_layers": 1},
+    "zaya": {"num_experts_per_tok": 1},
+    "zamba": MAMBA | {"attention_hidden_size": 128, "attention_head_dim": 32},
+    "zamba2": {"num_hidden_layers": 4, "layers_block_type": MAMBA["layer_types"], "num_mem_blocks": 1},
+    "jamba": {"num_hidden_layers": 4, "attn_layer_period": 2, "attn_layer_offset": 1, "expert_layer_period": 2,
+              "expert_layer_offset": 1},
+    **dict.fromkeys(("gemma2", "gemma3_text", "gpt_oss", "cohere2", "exaone4", "olmo3"), SLIDING),
+    "mistral": {"sliding_window": 24},
+    "dbrx": {"ffn_config": {"moe_num_experts": 4, "moe_top_k": 2, "ffn_hidden_size": 96, "hidden_size": 64},
+             "attn_config": {"kv_n_heads": 2, "clip_qkv": 8.0, "rope_theta": 10000.0}},
+}  # fmt: skip
+
+CASES = ("train", "fsdp2", "nf4", "int8", "resume", "generate", "merge", "export", "packing")
+
+
+def shrunk(kind: Any, **own: Any) -> Any:
+    """The config of a type at a size that trains in a second, its parts likewise."""
+    fields = {field.name for field in dataclasses.fields(kind)}
+    parts = {}
+    for name, part in kind.sub_configs.items():
+        if name in fields and name not in own:
+            if part is transformers.AutoConfig:
+                default = getattr(kind(), name)
+                part = type(default) if default is not None else None
+            if part is not None:
+                parts[name] = shrunk(part, **OWN.get(part.model_type, {})).to_dict()
+    plain = {name: value for name, value in SIZES.items() if name in fields}
+    return kind(**plain | parts | own)
+
+
+def make(kind: str, folder: Path) -> int:
+    """A random checkpoint of that type with the embedded model's tokenizer; its number of parameters."""
+    torch.manual_seed(0)
+    config = shrunk(CONFIG_MAPPING[kind], **OWN.get(kind, {}))
+    causal = type(config) in AutoModelForCausalLM._model_mapping
+    model: Any = (AutoModelForCausalLM if causal else AutoModelForImageTextToText).from_config(config)
+    with torch.no_grad():  # initial weights of 0.02 hide what goes wrong between tokens
+        for parameter in model.parameters():
+            if parameter.ndim > 1:
+                parameter.normal_(std=0.1)
+    model.save_pretrained(folder, max_shard_size="500KB")
+    for file in ("tokenizer.json", "tokenizer_config.json", "generation_config.json"):
+        shutil.copyfile(TOKENIZER / file, folder / file)
+    return sum(parameter.numel() for parameter in model.parameters())
+
+
+class Trial:
+    """One model and what is tried with it."""
+
+    def __init__(self, folder: Path):
+        self.folder = folder
+        records = json.loads((REPO / "recipes" / "tiny" / "instructions" / "train.json").read_text())
+        short = sorted(records, key=lambda record: len(str(record)))
+        (folder / "data.json").write_text(json.dumps(short[:40]))
+        (folder / "two.json").write_text(json.dumps(short[:2]))
+        self.base = Config(
+            model=ModelConfig(model=str(folder / "model"), dtype="float32"),
+            data=DataConfig(data=str(folder / "data.json"), prompt_template="short", max_length=96),
+            adapter=AdapterConfig(rank=4, targets=("all-linear",)),
+            optimizer=OptimizerConfig(learning_rate=1e-3, batch_size=2, max_steps=2),
+            run=RunConfig(save_every=1, cache=str(folder / "cache")),
+        )
+
+    def losses(self, name: str, change: Callable[[Config], Config] = lambda config: config) -> list[float]:
+        """Of a run of that name. Raises ValueError with the run's own words where it is refused."""
+        out = self.folder / name
+        config = change(replace(self.base, run=replace(self.base.run, output=str(out))))
+        code = run(config, name)
+        if code:
+            raise Refused() if code == 2 else RuntimeError(f"exit code {code}")
+        events = [json.loads(line) for line in (out / "events.jsonl").read_text().splitlines()]
+        return [event["loss"] for event in events if "loss" in event]
+
+    def train(self) -> None:
+        found = self.losses("train")
+        assert len(found) == 2, found
+        assert all(loss == loss and abs(loss) < 1e6 for loss in found), found
+
+    def fsdp2(self) -> None:
+        self._same(self.losses("fsdp2", _running(sharding="fsdp2")), self.losses("train"))
+
+    def nf4(self) -> None:
+        self.losses("nf4", _quantised("nf4"))
+
+    def int8(self) -> None:
+        self.losses("int8", _quantised("int8"))
+
+    def resume(self) -> None:
+        shutil.copytree(self.folder / "train", self.folder / "resume")
+        shutil.rmtree(self.folder / "resume" / "checkpoints" / "step-000002")
+        shutil.rmtree(self.folder / "resume" / "adapter")
+        (self.folder / "resume" / "state").write_text("stopped\n")
+        wanted = self.losses("train")
+        found = self.losses("resume")
+        assert found == wanted, f"losses {found} after a resume, {wanted} without"
+
+    def generate(self) -> None:
+        """The first tokens are those of whole forward passes: no cache, no padding."""
+        model, tokenizer = load(find(str(self.folder / "train")))
+        prompts = [tokenizer(text)["input_ids"] for text in ("Reverse the word lomi", "Sort: dca")]
+        written = answer(model, tokenizer, prompts, max_tokens=4, stop_ids=[])
+        for prompt, ids in zip(prompts, written, strict=True):
+            so_far = list(prompt)
+            for token in ids:
+                with torch.no_grad():
+                    logits = model(input_ids=torch.tensor([so_far]), use_cache=False).logits[0, -1]
+                gap = float(logits.max() - logits[token])
+                assert gap < 1e-3, f"token {token} is {gap:.2g} below the likeliest one of a whole forward pass"
+                so_far.append(token)
+
+    def merge(self) -> None:
+        merge(str(self.folder / "train"), out=str(self.folder / "merged"))
+
+    def export(self) -> None:
+        export_lora(str(self.folder / "train"), out=str(self.folder / "lora"))
+
+    def packing(self) -> None:
+        """Two samples in one row give the loss of the two apart."""
+
+        def two(*, packing: bool, batch: int) -> Callable[[Config], Config]:
+            return lambda c: replace(
+                c,
+                data=replace(c.data, data=str(self.folder / "two.json"), packing=packing, max_length=192),
+                optimizer=replace(c.optimizer, batch_size=batch),
+            )
+
+        self._same(self.losses("packed", two(packing=True, batch=1)), self.losses("apart", two(packing=False, batch=2)))
+
+    @staticmethod
+    def _same(found: list[float], wanted: list[float]) -> None:
+        apart = max(abs(a - b) for a, b in zip(found, wanted, strict=True))
+        assert apart < SAME, f"losses {found}, expected {wanted}"
+
+
+class Refused(Exception):
+    """A run ended with the exit code of a mistake; its words are on stderr."""
+
+
+def _quantised(kind: Any) -> Callable[[Config], Config]:
+    return lambda config: replace(config, model=replace(config.model, quantize=kind))
+
+
+def _running(**values: Any) -> Callable[[Config], Config]:
+    return lambda config: replace(config, run=replace(config.run, **values))
+
+
+def attempt(kind: str, folder: Path, cases: tuple[str, ...]) -> dict[str, Any]:
+    """What each case gave. Runs in a process of its own, whose output goes to a file."""
+    torch.set_num_threads(1)
+    warnings.filterwarnings("ignore")
+    transformers.logging.set_verbosity_error()
+    found: dict[str, Any] = {}
+    log = folder / "log.txt"
+    place = os.open(log, os.O_WRONLY | os.O_CREAT)
+    for stream in (1, 2):
+        os.dup2(place, stream)
+    try:
+        found["parameters"] = make(kind, folder / "model")
+    except Exception as error:
+        return {"made": f"{type(error).__name__}: {_short(str(error))}"}
+    trial = Trial(folder)
+    for case in cases:
+        before, started = log.stat().st_size, time.monotonic()
+        try:
+            getattr(trial, case)()
+            found[case] = "works"
+        except Refused:
+            sys.stderr.flush()
+            said = log.read_bytes()[before:].decode(errors="replace")
+            found[case] = "refused: " + _short(said.rpartition("error: ")[2])
+        except ValueError as error:
+            found[case] = "refused: " + _short(str(error))
+        except Exception as error:
+            traceback.print_exc()
+            said = log.read_bytes()[before:].decode(errors="replace")
+            lines = [line for line in said.splitlines() if re.match(r"^[\w.]*(Error|Exception)\b", line)]
+            found[case] = "fails: " + _short(lines[0] if lines and not str(error).strip("() ") else repr(error))
+        found.setdefault("seconds", {})[case] = round(time.monotonic() - started, 1)
+        if case == "train" and found[case] != "works":
+            break
+    return found
+
+
+def _short(text: str) -> str:
+    text = re.sub(r"\S*/(model|train|lora|merged)\b", "MODEL", " ".join(text.split()))
+    return text if len(text) < 300 else text[:297] + "..."
+
+
+def _child(kind: str, folder: Path, cases: tuple[str, ...], pipe: Any) -> None:
+    pipe.send(attempt(kind, folder, cases))
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("kinds", nargs="*", metavar="TYPE", help="default: all; the results of others are kept")
+    parser.add_argument("--cases", nargs="+", default=CASES, choices=CASES)
+    parser.add_argument("--keep", metavar="DIR", help="keep models, runs and logs there")
+    parser.add_argument("--out", type=Path, default=RESULTS)
+    parser.add_argument("--table", action="store_true", help="write the page from the results that are there")
+    args = parser.parse_args()
+    results = json.loads(args.out.read_text()) if args.out.exists() else {"types": {}}
+    every = dict.fromkeys([*MODEL_FOR_CAUSAL_LM_MAPPING_NAMES, *MULTIMODAL])
+    kinds = args.kinds or [kind for kind in every if kind not in LEFT_OUT]
+    fork = multiprocessing.get_context("fork")
+    for kind in () if args.table else kinds:
+        with tempfile.TemporaryDirectory() as scratch:
+            folder = Path(args.keep or scratch) / kind
+            shutil.rmtree(folder, ignore_errors=True)
+            folder.mkdir(parents=True)
+            mine, theirs = fork.Pipe()
+            child = fork.Process(target=_child, args=(kind, folder, tuple(args.cases), theirs))
+            child.start()
+            found = mine.recv() if mine.poll(LIMIT_S) else {"train": f"fails: no answer in {LIMIT_S} s"}
+            child.kill()
+            child.join()
+        if tuple(args.cases) != CASES:
+            found = results["types"].get(kind, {}) | found
+        results["types"][kind] = found
+        results["versions"] = {"transformers": transformers.__version__, "torch": torch.__version__}
+        results["machine"] = platform.processor() or platform.machine()
+        args.out.write_text(json.dumps(results, indent=1, sort_keys=True) + "\n")
+        print(kind, {case: found.get(case, found.get("made", "-")) for case in args.cases}, flush=True)
+
+
+if __name__ == "__main__":
+    main()
