@@ -6,10 +6,15 @@ and adapter_model.safetensors in float32, rank and alpha per layer (alpha = rank
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 from peft import LoraConfig, PeftModel, get_peft_model_state_dict
+from peft.utils.transformers_weight_conversion import (
+    _MOE_TARGET_MODULE_MAPPING,
+    convert_peft_config_for_transformers,
+)
 from safetensors.torch import save_file
 from torch import Tensor
 from transformers.pytorch_utils import Conv1D
@@ -56,7 +61,27 @@ def as_lora(model: PeftModel, adapter_name: str = "default") -> tuple[LoraConfig
         base_model_name_or_path=ours.base_model_name_or_path,
         inference_mode=True,
     )
+    _keep_from_experts(config, model.get_base_model(), set(ranks))
     return config, tensors
+
+
+def _keep_from_experts(config: Any, base: Any, names: set[str]) -> None:
+    """Let PEFT find these layers in a mixture of experts as well, in place.
+
+    PEFT takes target modules named like a projection of transformers 4's experts (gate_proj, also of a dense layer) for
+    the fused experts, and adapts those instead. Named as parameters (NAME.weight) it finds the layers.
+    """
+    seen = replace(config, target_modules=set(names))
+    try:
+        convert_peft_config_for_transformers(seen, base, None)
+        taken = names - set(seen.target_modules)
+    except ValueError:  # a part of the fused projections alone
+        last = {old for mapping in _MOE_TARGET_MODULE_MAPPING.values() for old in mapping}
+        taken = {name for name in names if name.rpartition(".")[2] in last}
+    config.target_modules = names - taken
+    config.target_parameters = sorted(f"{name}.weight" for name in taken) or None
+    for pattern in (config.rank_pattern, config.alpha_pattern):
+        pattern |= {f"{name}.weight": pattern[name] for name in taken if name in pattern}
 
 
 def export_lora(model: PeftModel, out: Path, adapter_name: str = "default") -> None:

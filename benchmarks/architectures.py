@@ -99,8 +99,15 @@ SIZES: dict[str, Any] = {
 FULL_HEADS = {"num_key_value_heads": 4}  # latent attention
 SLIDING = {"num_hidden_layers": 2, "layer_types": ["sliding_attention", "full_attention"]}
 MAMBA = {"num_hidden_layers": 4, "layer_types": ["mamba", "hybrid", "mamba", "hybrid"]}
+LATENT_ATTENTION = (
+    "axk1", "axk2", "deepseek_v2", "deepseek_v3", "deepseek_v32", "dots3_note_text", "glm4_moe_lite", "glm_moe_dsa",
+)  # fmt: skip
+HYBRIDS = (
+    "qwen3_next", "bailing_hybrid", "kimi_linear", "olmo_hybrid", "minimax", "granitemoehybrid", "bamba", "lfm2",
+    "qwen3_5_text", "qwen3_5_moe_text", "recurrent_gemma", "nemotron_h",
+)  # fmt: skip
 OWN: dict[str, dict[str, Any]] = {
-    **dict.fromkeys(("axk2", "deepseek_v32", "glm_moe_dsa", "dots3_note_text"), FULL_HEADS),
+    **dict.fromkeys(LATENT_ATTENTION, FULL_HEADS),
     "longcat_flash": FULL_HEADS | {"head_dim": 8},
     "falcon_h1": {"mamba_d_ssm": 128},
     "mamba2": {"num_heads": 8},
@@ -110,11 +117,13 @@ OWN: dict[str, dict[str, Any]] = {
         "activation_sparsity_pattern": [0.0] * 5, "layer_types": [*["sliding_attention"] * 4, "full_attention"],
     },
     "lfm2_moe": {"layer_types": ["conv", "full_attention"], "num_dense_layers": 1},
+    "cohere_compass_text": {"layer_types": ["full_attention"] * 2},
     "zaya": {"num_experts_per_tok": 1},
     "zamba": MAMBA | {"attention_hidden_size": 128, "attention_head_dim": 32},
     "zamba2": {"num_hidden_layers": 4, "layers_block_type": MAMBA["layer_types"], "num_mem_blocks": 1},
     "jamba": {"num_hidden_layers": 4, "attn_layer_period": 2, "attn_layer_offset": 1, "expert_layer_period": 2,
               "expert_layer_offset": 1},
+    **{kind: {"num_hidden_layers": 4} for kind in HYBRIDS},
     **dict.fromkeys(("gemma2", "gemma3_text", "gpt_oss", "cohere2", "exaone4", "olmo3"), SLIDING),
     "mistral": {"sliding_window": 24},
     "dbrx": {"ffn_config": {"moe_num_experts": 4, "moe_top_k": 2, "ffn_hidden_size": 96, "hidden_size": 64},

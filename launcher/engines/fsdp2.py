@@ -90,7 +90,9 @@ def shard(model: nn.Module, mesh: DeviceMesh, *, cpu_offload: bool = False) -> N
 def decoder_layers(base: Any) -> list[nn.Module]:
     """The modules of the classes that the model says must not be split."""
     classes = set(getattr(base, "_no_split_modules", None) or ())
-    layers = [module for module in base.modules() if type(module).__name__ in classes]
+    named = [(name, module) for name, module in base.named_modules() if type(module).__name__ in classes]
+    inside = tuple(f"{name}." for name, _ in named)  # Mamba names its blocks and the mixers in them: blocks are units
+    layers = [module for name, module in named if not name.startswith(inside)]
     if not layers:
         lists = [module for module in base.modules() if isinstance(module, nn.ModuleList)]
         candidates = sorted({type(child).__name__ for children in lists for child in children})

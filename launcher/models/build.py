@@ -18,6 +18,7 @@ import adapters
 from launcher.config import ModelConfig
 from launcher.models.files import first_line
 from launcher.models.fill import OnFill, Whole, fill
+from launcher.models.quantize import check_share
 from launcher.models.skeleton import bare_skeleton, check_saved, check_weights, in_head, misfit, prepare_base
 
 
@@ -67,6 +68,7 @@ def settle_base(
             lacking.append(f"{name}: {first_line(error)}")
             continue
         check_weights(base, folder, labels=labels)
+        check_share(base, config.quantize)
         return base, name, reason if name == attention else f"this model has no {attention}"
     asked = {"flash_attention_2": "flash"}.get(attention, attention)
     raise ValueError(

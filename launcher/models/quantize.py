@@ -20,10 +20,10 @@ from typing import Any, Protocol, runtime_checkable
 import torch
 from peft import PeftType
 from torch import Tensor, nn
-from transformers.pytorch_utils import Conv1D
 
 from adapters.base import FactorConfig
 from adapters.checkpoint_files import list_tensors
+from launcher.models.suitable import is_plain, read_by_parents
 
 OLDEST = (0, 50)  # of bitsandbytes: the first that multiplies by 4-bit weights with 8-bit scales on every backend
 READABLE = ("F64", "F32", "F16", "BF16")  # as safetensors names them
@@ -102,16 +102,32 @@ def check_base(folder: Path, kind: str) -> None:
 
 
 def linear_layers(base: Any, trained_whole: Iterable[str] = ()) -> dict[str, Any]:
-    """The layers that are quantised, by name: every linear one but the output head and those that are trained whole.
+    """The layers that are quantised, by name: linear ones but the output head and those that are trained whole.
 
-    trained_whole: last parts of names of modules that keep their precision, since they are trained.
+    A layer of another class than torch's is quantised where it computes the same, and none whose weight other code
+    reads. trained_whole: last parts of names of modules that keep their precision.
     """
-    head, whole = base.get_output_embeddings(), set(trained_whole)
+    head, whole, read = base.get_output_embeddings(), set(trained_whole), read_by_parents(base)
     return {
         name: module
         for name, module in base.named_modules()
-        if type(module) in (nn.Linear, Conv1D) and module is not head and not whole & set(name.split("."))
+        if is_plain(module) and module is not head and name not in read and not whole & set(name.split("."))
     }
+
+
+def check_share(base: Any, kind: str) -> None:
+    """Raises ValueError where nothing of this model would be quantised."""
+    if kind != "none" and not linear_layers(base):
+        raise ValueError(
+            f"--quantize {kind} finds no linear layer in a {type(base).__name__}, so it would save no memory: leave "
+            "--quantize out"
+        )
+
+
+def quantised_share(model: Any) -> float:
+    """What part of the base's numbers is quantised."""
+    packed: list[Any] = [module for module in model.modules() if isinstance(module, Quantised)]
+    return sum(layer.in_features * layer.out_features for layer in packed) / base_size(model)
 
 
 def quantize_skeleton(base: Any, layers: Mapping[str, Any], kind: str, dtype: torch.dtype) -> None:

@@ -51,7 +51,7 @@ def request_factors(
     def look() -> list[FactorRequest]:
         own = config.adapter
         return targets_of(
-            base, own.targets, own.exclude, own.rank, adapter.factorization(),
+            base, own.targets, list(adapter.exclude_modules or ()), own.rank, adapter.factorization(),
             dtype=dtype, modules_to_save=own.modules_to_save, model=model,
         )  # fmt: skip
 

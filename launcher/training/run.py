@@ -32,8 +32,9 @@ from launcher.factorization.make import factors_of, fingerprint
 from launcher.files import write_atomically
 from launcher.models.build import build
 from launcher.models.files import context_length, load_tokenizer
-from launcher.models.quantize import base_size, size
+from launcher.models.quantize import base_size, quantised_share, size
 from launcher.models.skeleton import bare_skeleton
+from launcher.models.suitable import leave_out, reach, unmatched
 from launcher.processes import Communicator, Ranks, Stopped, connect, same_everywhere, say_mistake
 from launcher.tasks.base import Samples
 from launcher.training import factoring
@@ -216,6 +217,9 @@ def _plan(start: Start, train_data: Encoded, tokenizer: Any) -> _Plan:
         plain = replace(config.model, quantize="none")
         labels_model = comm.each("head", lambda: bare_skeleton(plain, base, adapter, **how, head=head))
     known = start.bare if labels_model is None else labels_model
+    if adapter is not None and hasattr(adapter, "exclude_modules"):
+        more = comm.each("targets", lambda: leave_out(known, config.adapter, labels=head is not None))
+        adapter.exclude_modules = [*config.adapter.exclude, *more] or None
     requested = factoring.request_factors(config, adapter, base, resolved.dtype, comm, known)
     identity = {
         "base": same_everywhere(
@@ -298,8 +302,15 @@ def _introduce(start: Start, identity: dict[str, Any], samples: Samples, engine:
         whole = {"config": as_dict(config), "resolved": resolved, "identity": identity, "versions": versions()}
         write_atomically(start.output / "config.json", json.dumps(whole, indent=2) + "\n")
     quantized = config.model.quantize != "none"
-    precision = f"{config.model.quantize} computed in {chosen.dtype}" if quantized else chosen.dtype
+    precision = chosen.dtype
+    if quantized:
+        share = quantised_share(engine.model)
+        precision = f"{share:.0%} of them in {config.model.quantize}, computed in {chosen.dtype}"
     say(f"{config.model.model}: {total:,} parameters, {trained:,} trained ({config.adapter.method}, {precision})")
+    if plan.adapter is not None:
+        say(reach(engine.model, start.bare))
+        if ranks.is_main and (without := unmatched(engine.model, config.adapter.targets)):
+            log.warning("--targets %s: this model has no such module", " ".join(without))
     say(f"{config.data.data}: {samples.train.report}")
     processes = f"{ranks.world_size} x {chosen.device.type}"
     attention = f"{chosen.attention} ({chosen.attention_reason})"

@@ -146,7 +146,7 @@ def everywhere(folder, dtype="float32"):
     plain = build(config, folder, None, factors=lambda name: None, device=device, **how)
     sharded = skeleton(config, folder, None, **how)
     open_alone(device)
-    shard(sharded, shard_mesh("fsdp2", Ranks(0, 1, 0, 1), device))
+    shard(sharded, shard_mesh(Ranks(0, 1, 0, 1), device, 1))
     fill(sharded, folder, lambda *_: None, Rows(), device)
     quantised = build(replace(config, quantize="int8"), folder, None, factors=lambda n: None, device=device, **how)
     return {"plain": plain, "fsdp2": sharded, "int8": quantised}
