@@ -55,7 +55,8 @@ def read_by_parents(model: nn.Module) -> dict[str, tuple[str, Literal["numbers",
     """Linear layers whose weight other code reads, by name: the class that does it, and what it reads."""
     found = {}
     for prefix, parent in model.named_modules():
-        for child, what in raw_reads(type(parent)).items():
+        kind: Any = type(parent)
+        for child, what in raw_reads(kind).items():
             try:
                 layer = parent.get_submodule(child)
             except AttributeError:

@@ -307,7 +307,7 @@ def _introduce(start: Start, identity: dict[str, Any], samples: Samples, engine:
         share = quantised_share(engine.model)
         precision = f"{share:.0%} of them in {config.model.quantize}, computed in {chosen.dtype}"
     say(f"{config.model.model}: {total:,} parameters, {trained:,} trained ({config.adapter.method}, {precision})")
-    if plan.adapter is not None:
+    if hasattr(engine.model, "get_base_model"):
         say(reach(engine.model, start.bare))
         if ranks.is_main and (without := unmatched(engine.model, config.adapter.targets)):
             log.warning("--targets %s: this model has no such module", " ".join(without))
