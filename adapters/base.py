@@ -12,6 +12,7 @@ from __future__ import annotations
 import copy
 import dataclasses
 import math
+import zlib
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
@@ -23,6 +24,8 @@ from peft import PeftConfig, PeftType
 from torch import Tensor
 
 from adapters.factors import Factors
+
+RANDOM_CORE = 0.1  # standard deviation of a random core
 
 
 class Factorization(ABC):
@@ -102,6 +105,9 @@ class FactorConfig(PeftConfig, ABC):
     layers_to_transform: list[int] | int | None = field(default=None, metadata={"help": "layer numbers to adapt"})
     layers_pattern: list[str] | str | None = field(default=None, metadata={"help": "name of the list of layers"})
     base_fingerprint: str | None = field(default=None, metadata={"help": "of the base the adapter was made for"})
+    init_weights: bool = field(
+        default=True, metadata={"help": "start the core as the method does; False: random, so that tests see an effect"}
+    )
 
     method: ClassVar[str]  # name in lower case; PEFT's type is the same in capitals
     # How the layer reads the r numbers h that the core multiplies:
@@ -158,6 +164,14 @@ class FactorConfig(PeftConfig, ABC):
     def core_shape(self, r: int) -> tuple[int, ...]:
         """Shape of the trained core; by default the diagonal of an r x r matrix."""
         return (r,)
+
+    def random_core(self, r: int, name: str) -> Tensor:
+        """The core where init_weights is False: drawn from torch's seed and the module's name.
+
+        So it is the same on every rank and under every sharding.
+        """
+        generator = torch.Generator().manual_seed((torch.initial_seed() + zlib.crc32(name.encode())) % 2**63)
+        return RANDOM_CORE * torch.randn(self.core_shape(r), generator=generator)
 
     def start_core(self, values: Tensor) -> Tensor:
         """The core before training, from the factors' values (r,). Zero: training starts at the base model."""

@@ -71,7 +71,7 @@ class InputLinear(FactorLinear):
         factor_map = InputMap(self.shape, r, config, self.frozen_dtype, weight.device)
         if source is not None and (factors := source(self.name, self.shape)) is not None:
             factor_map.set_factors(factors._replace(probe=probe_digest(self.matrix(), self.shape)))
-            factor_map.start()
+            factor_map.start(self.name)
         self._put(adapter_name, factor_map)
         return r
 

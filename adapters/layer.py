@@ -100,12 +100,14 @@ class FactorMap(nn.Module):
         self.read = nn.Parameter(factors.read.to(device, self.read.dtype), requires_grad=False)
         self.set_origin(factors)
 
-    def start(self) -> None:
-        """Set the core to what training starts from."""
-        self.core.data = self.starting_core().to(self.core)
+    def start(self, name: str) -> None:
+        """Set the core of the module of this name to what training starts from."""
+        self.core.data = self.starting_core(name).to(self.core)
 
-    def starting_core(self) -> Tensor:
+    def starting_core(self, name: str) -> Tensor:
         """What training starts from, whole and on the CPU."""
+        if not self.config.init_weights:
+            return self.config.random_core(len(self.values), name)
         return self.config.start_core(self.values.cpu())
 
     def set_origin(self, factors: Factors) -> None:
@@ -208,6 +210,7 @@ class FactorLayer(nn.Module, BaseTunerLayer):
         self.merged_adapters: list[str] = []
         self._unmerged: Tensor | None = None
         self.shape = matrix_shape(self.base, name)
+        self.in_features, self.out_features = features(self.base, self.shape)  # as PEFT's own layers have them
         self.embedding = isinstance(self.base, nn.Embedding)
         self.quantization_backend = resolve_quantization_backend(self.base)
         self.register_load_state_dict_post_hook(type(self).refresh)
@@ -246,7 +249,7 @@ class FactorLayer(nn.Module, BaseTunerLayer):
         if factors is not None:
             factor_map.set_factors(factors)
             if not weight.is_meta:
-                factor_map.start()
+                factor_map.start(self.name)
         self._put(adapter_name, factor_map)
         return r
 
@@ -421,6 +424,14 @@ def matrix_shape(base: nn.Module, name: str) -> tuple[int, int]:
         f"{name} is a {type(base).__name__}{groups}; adapters of this family go on Linear, Conv1D, Embedding and "
         "Conv2d with groups 1: leave it out (exclude_modules) or name other target_modules"
     )
+
+
+def features(base: nn.Module, shape: tuple[int, int]) -> tuple[int, int]:
+    """(in, out) as PEFT's LoRA layers name them: rows and width of an embedding, channels of a convolution."""
+    if isinstance(base, nn.Conv2d):
+        return base.in_channels, base.out_channels
+    m, n = shape
+    return (m, n) if isinstance(base, nn.Embedding) else (n, m)
 
 
 def _relative_distance(a: Tensor, b: Tensor) -> float:

@@ -8,6 +8,7 @@ from collections.abc import Iterator
 from dataclasses import fields
 from pathlib import Path
 
+from adapters import METHODS
 from launcher.config import DataConfig
 from launcher.engines.registry import ENGINES
 from launcher.tasks import REGISTERED
@@ -109,6 +110,38 @@ def test_only_the_engines_room_names_an_engine():
 
     assert not found
     assert list(engine_names(PROJECT / "launcher" / "engines" / "registry.py"))  # the rule sees names
+
+
+COMMAND = "loldu"  # also a method, so its name alone proves nothing
+METHOD_CLASSES = {config.__name__ for config in METHODS.values()}
+METHOD_MODULES = {config.__module__ for config in METHODS.values()}
+METHOD_NAMES = re.compile(  # spelled as in code or as in papers: lorasb, lora_sb, LoRA-SB
+    "|".join("[-_]?".join(name) for name in METHODS if name != COMMAND), re.IGNORECASE
+)
+
+
+def method_names(file: Path) -> Iterator[str]:
+    """Where a file names one of our methods: in code, strings, comments or imports, or by comparing with the command's
+    name."""
+    text, where = file.read_text(), file.relative_to(PROJECT)
+    for number, line in enumerate(text.splitlines(), 1):
+        for found in METHOD_NAMES.finditer(line):
+            yield f"{where}:{number} names the method {found[0]}"
+    for name in imported(file):
+        if METHOD_MODULES & {name, name.rpartition(".")[0]} or name.rpartition(".")[2] in METHOD_CLASSES:
+            yield f"{where} imports {name}"
+    for node in ast.walk(ast.parse(text)):
+        if isinstance(node, ast.Compare) and f"'{COMMAND}'" in ast.unparse(node):
+            yield f"{where}:{node.lineno} compares a method: {ast.unparse(node)}"
+
+
+def test_only_the_settings_and_the_recipes_name_a_method_of_ours():
+    """The launcher asks a method what it needs, so that a new one is one file in adapters/."""
+    files = [file for file in (PROJECT / "launcher").rglob("*.py") if file != PROJECT / "launcher" / "config.py"]
+
+    assert not [place for file in files for place in method_names(file)]
+    seen = {place.rpartition(" ")[2] for place in method_names(PROJECT / "adapters" / "__init__.py")}
+    assert seen >= {"LoRASB", "lora_sb", "ALLoRA", "adapters.loldu.LoLDUConfig"}  # the rule sees every spelling
 
 
 def test_the_registry_is_read_without_torch():

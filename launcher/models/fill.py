@@ -86,7 +86,7 @@ def _fill_maps(
             factor_map.set_origin(frozen)
             factor_map.write = place(factor_map.write, frozen.write)
             factor_map.read = place(factor_map.read, frozen.read[parts.rows(factor_map.read)])
-            core = factor_map.starting_core()
+            core = factor_map.starting_core(layer.name)
             factor_map.core = place(factor_map.core, core[parts.rows(factor_map.core)])
 
 
