@@ -155,7 +155,12 @@ def test_empty_answers_are_left_out_and_named(tmp_path, caplog):
         ("a.json", b"\xff\xfe\x00", r"is not UTF-8 text \(byte 0\)"),
         ("a.json.gz", gzip.compress(b"[]" * 999)[:20], r"a\.json\.gz cannot be read"),
         ("a.parquet", "PAR0", r"a\.parquet is not a parquet file"),
-        ("a.csv", "instruction,output", r"data is read from \.json, .* not from \.csv"),
+        ("a.xlsx", "instruction,output", r"data is read from \.json, .* not from \.xlsx"),
+        ("a.csv", "instruction,output", r"a\.csv holds no records"),
+        ("a.csv", "instruction,output\nAdd.,3\nAdd,5,8", r"a\.csv, line 3, has 3 columns, and the first line names 2"),
+        ("a.csv", "instruction,output\nAdd.", r"a\.csv, line 2, has 1 columns, and the first line names 2"),
+        ("a.csv", 'instruction,output\nAdd.,"3', r"a\.csv is not CSV"),
+        ("a.csv", "a,a\n1,2", r"names the columns, each once; it has a, a"),
         (
             "a.json",
             json.dumps([ALPACA, {"question": "?"}]),
@@ -170,7 +175,7 @@ def test_empty_answers_are_left_out_and_named(tmp_path, caplog):
         (
             "a.json",
             json.dumps([ALPACA, {"messages": CHAT}]),
-            r"record 1 of .* 'messages', but record 0 has 'instruction'",
+            r"record 1 of .* 'messages', but the records before it have 'instruction'",
         ),
         ("a.json", json.dumps([{"messages": "hi"}]), r"record 0 of .*'messages' is a list of \{role, content\}"),
         (
@@ -196,12 +201,13 @@ def test_a_bad_file_is_refused_with_the_place_of_the_mistake(tmp_path, name, con
     [
         ("{folder}/alpca.json", r"alpca\.json: there is no such file; did you mean alpaca\.json\?"),
         ("./nowhere/data", r"there is no such file; give FILE\.json"),
-        ("{folder}", r"is a folder: give one of its files \(alpaca\.json\)"),
+        ("{folder}/empty", r"is a folder without a file that can be read"),
         ("not a name", r"--data 'not a name' is neither a file nor the name of a hub dataset"),
     ],
 )
 def test_a_missing_file_is_named_without_asking_the_network(tmp_path, monkeypatch, source, expected):
     write(tmp_path, "alpaca.json", "[]")
+    (tmp_path / "empty").mkdir()
     monkeypatch.setattr("datasets.load_dataset", lambda *a, **k: pytest.fail("asked the hub for a local file"))
 
     with pytest.raises(ValueError, match=expected):
@@ -223,7 +229,7 @@ def test_a_hub_name_is_read_through_datasets_and_a_failure_says_both_ways(monkey
 
     loaded = records.load_records("someone/set")
     with pytest.raises(
-        ValueError, match=r"--eval-data no/such: no such file here.*DatasetNotFoundError.*doesn't exist\)"
+        ValueError, match=r"--eval-data no/such: there is no such file.*DatasetNotFoundError.*doesn't exist\)"
     ):
         records.load_records("no/such", option="--eval-data")
 
