@@ -4,6 +4,7 @@ import gzip
 import json
 import logging
 import math
+import time
 
 import pytest
 import torch
@@ -15,7 +16,7 @@ from transformers.modeling_utils import AttentionInterface
 from launcher.config import DataConfig
 from launcher.data import batches, records, templates
 from launcher.data import encode as encoding
-from launcher.data.limits import Limits, limits
+from launcher.data.limits import Limits, bounded, limits
 
 ALPACA = {"instruction": "Add.", "input": "1 2", "output": "3"}
 CHAT = [
@@ -709,19 +710,27 @@ def test_a_prompt_that_opens_the_thinking_is_followed_by_thinking(in_content):
     ],
 )
 def test_a_template_that_fails_or_takes_too_much_is_refused(template, expected, monkeypatch):
-    monkeypatch.setattr("launcher.data.limits.limits", lambda: Limits(template_seconds=0.5))
+    seconds = 0.5 if "0\\.5 seconds" in expected else 60
+    monkeypatch.setattr("launcher.data.limits.limits", lambda: Limits(template_seconds=seconds))
 
     with pytest.raises(ValueError, match=expected):
         encode([{"messages": CHAT}], byte_tokenizer(template), prompt_template="chat")
 
 
-def test_many_conversations_may_take_longer_than_the_limit_of_one(monkeypatch):
-    monkeypatch.setattr("launcher.data.limits.limits", lambda: Limits(template_seconds=0.4))
-    busy = "{% for a in range(300000 // 4) %}{% endfor %}" * 4
+def loop_for_ever():
+    while True:
+        time.sleep(0.01)
 
-    encoded = encode([{"messages": CHAT}] * 60, byte_tokenizer(busy + CHATML), prompt_template="chat")
 
-    assert len(encoded) == 60
+def test_the_time_counts_for_each_conversation(monkeypatch):
+    monkeypatch.setattr("launcher.data.limits.limits", lambda: Limits(template_seconds=1.5))
+
+    with bounded("rendering") as clock:
+        for _ in range(3):
+            time.sleep(0.6)
+            clock.restart()
+    with pytest.raises(ValueError, match=r"rendering takes more than 1\.5 seconds"), bounded("rendering"):
+        loop_for_ever()
 
 
 def test_limits_are_raised_by_environment_variables(monkeypatch):
