@@ -16,8 +16,8 @@ searched on the validation split with seed 0, three other seeds on the test spli
 
 from __future__ import annotations
 
+import argparse
 import json
-import sys
 import tempfile
 import time
 import zlib
@@ -102,8 +102,10 @@ def directions(choice: str, name: str, W: Tensor, gradient: Tensor, moments: Ten
 
 
 def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("folder", nargs="?", type=Path, default=methods.REPO.parent / "shared" / "data")
+    shared = parser.parse_args().folder
     torch.set_num_threads(1)
-    shared = Path(sys.argv[1]) if len(sys.argv) > 1 else methods.REPO.parent / "shared" / "data"
     found: list[dict[str, Any]] = json.loads(FILE.read_text())["runs"] if FILE.exists() else []
     plain = running.factors_of
     with tempfile.TemporaryDirectory() as temporary:

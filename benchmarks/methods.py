@@ -19,6 +19,7 @@ held before it: both include everything a user would pay, and neither minds a bu
 
 from __future__ import annotations
 
+import argparse
 import ctypes
 import gc
 import io
@@ -378,6 +379,14 @@ def spread(runs: list[dict[str, Any]], key: str) -> str:
     return f"{mean(values):.3f} ± {stdev(values):.3f}" if all(map(math.isfinite, values)) else "diverged"
 
 
+STYLE = (  # readable on a white and on a dark page
+    "text{fill:#333}.grid{stroke:#8884}.ours{fill:#b3261e;stroke:#b3261e}.others{fill:#1f4e9c;stroke:#1f4e9c}"
+    ".ours text,text.ours{fill:#b3261e;stroke:none}.others text{fill:#1f4e9c;stroke:none}"
+    "@media(prefers-color-scheme:dark){text{fill:#ccc}.ours{fill:#ff8a80;stroke:#ff8a80}"
+    ".others{fill:#82b1ff;stroke:#82b1ff}.ours text,text.ours{fill:#ff8a80}.others text{fill:#82b1ff}}"
+)
+
+
 def plot(campaign: Campaign) -> str:
     """Held-out loss against trained numbers on the first cell, as SVG: a bar from the best to the worst seed."""
     tested = {name: runs for name in METHODS if (runs := campaign.tested(name, *CELLS[0]))}
@@ -391,36 +400,43 @@ def plot(campaign: Campaign) -> str:
     y = lambda loss: 20 + 340 * (high - loss) / (high - low)  # noqa: E731
     parts = [
         '<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 820 410" font-family="sans-serif" font-size="12">',
-        '<rect width="820" height="410" fill="white"/>',
+        f"<style>{STYLE}</style>",
         '<text x="285" y="400" text-anchor="middle">trained numbers</text>',
         f'<text x="50" y="12">held-out loss, {" on ".join(CELLS[0])}, {STEPS} steps</text>',
+        '<text x="535" y="12" class="ours">red: a core between frozen factors</text>',
     ]
     for power in range(first, last + 1):
         at = x(10**power)
-        parts.append(f'<path d="M{at:.0f} 20V360" stroke="#ddd"/><text x="{at:.0f}" y="378" text-anchor="middle">10<tspan dy="-5" font-size="9">{power}</tspan></text>')  # fmt: skip  # noqa: E501
+        parts.append(f'<path d="M{at:.0f} 20V360" class="grid"/><text x="{at:.0f}" y="378" text-anchor="middle">10<tspan dy="-5" font-size="9">{power}</tspan></text>')  # fmt: skip  # noqa: E501
     for tenth in range(round(low * 10), round(high * 10) + 1):
         at = y(tenth / 10)
-        parts.append(f'<path d="M50 {at:.0f}H520" stroke="#ddd"/><text x="44" y="{at + 4:.0f}" text-anchor="end">{tenth / 10:.1f}</text>')  # fmt: skip  # noqa: E501
-    for place, name in enumerate(order):
+        parts.append(f'<path d="M50 {at:.0f}H520" class="grid"/><text x="44" y="{at + 4:.0f}" text-anchor="end">{tenth / 10:.1f}</text>')  # fmt: skip  # noqa: E501
+    line = 382.0  # of the last label: each stands as near its point as the one below it lets it
+    for name in reversed(order):
         at, found = x(tested[name][0]["trained"]), losses[name]
         ours = METHODS[name].get("method", "loldu") in OURS
-        color, line = ("#b3261e" if ours else "#1f4e9c"), 30 + 22 * place
+        line = min(line - 17, y(mean(found)) + 4)
         parts += [
-            f'<path d="M{at:.1f} {y(min(found)):.1f}V{y(max(found)):.1f}" stroke="{color}" stroke-width="2"/>',
-            f'<circle cx="{at:.1f}" cy="{y(mean(found)):.1f}" r="4" fill="{color}"/>',
-            f'<path d="M{at + 5:.1f} {y(mean(found)):.1f}L532 {line - 4}" stroke="{color}" stroke-width="0.4"/>',
-            f'<text x="535" y="{line}" fill="{color}">{mean(found):.3f}  {name}</text>',
+            f'<g class="{"ours" if ours else "others"}">'
+            f'<path d="M{at:.1f} {y(min(found)):.1f}V{y(max(found)):.1f}" stroke-width="2"/>'
+            f'<circle cx="{at:.1f}" cy="{y(mean(found)):.1f}" r="4"/>'
+            f'<path d="M{at + 5:.1f} {y(mean(found)):.1f}L532 {line - 4:.1f}" stroke-width="0.4"/>'
+            f'<text x="535" y="{line:.1f}">{mean(found):.3f}  {name}</text></g>',
         ]
     return "\n".join([*parts, "</svg>\n"])
 
 
 def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("folder", nargs="?", type=Path, default=REPO.parent / "shared" / "data")
+    parser.add_argument("--left", action="store_true", help="print what is left to run")
+    parser.add_argument("--table", action="store_true", help="print the tables and draw the plot from the results")
+    chosen = parser.parse_args()
     torch.set_num_threads(1)
-    folders = [Path(argument) for argument in sys.argv[1:] if not argument.startswith("--")]
-    campaign = Campaign(folders[0] if folders else REPO.parent / "shared" / "data")
-    if not {"--left", "--table"} & {*sys.argv}:
+    campaign = Campaign(chosen.folder)
+    if not (chosen.left or chosen.table):
         campaign.run_all()
-    if "--left" not in sys.argv:
+    if not chosen.left:
         print(tables(campaign))
         RESULTS.with_suffix(".svg").write_text(plot(campaign))
     print(campaign.left())

@@ -11,6 +11,7 @@ full-precision weight plus update, and, for comparison, by adding the update to 
 
 from __future__ import annotations
 
+import argparse
 import json
 import platform
 import shutil
@@ -267,8 +268,12 @@ def table(found: list[dict[str, Any]]) -> str:
 
 
 def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("folder", nargs="?", type=Path, default=REPO.parent / "shared" / "data")
+    parser.add_argument("models", nargs="*", metavar="MODEL", help=f"any of {', '.join(PLANS)}; all without it")
+    chosen = parser.parse_args()
+    shared: Path = chosen.folder
     torch.set_num_threads(1)
-    shared = Path(sys.argv[1] if len(sys.argv) > 1 else REPO.parent / "shared" / "data")
     commit = subprocess.run(["git", "rev-parse", "HEAD"], capture_output=True, text=True, cwd=REPO).stdout.strip()
     found = {one["model"]: one for one in json.loads(RESULTS.read_text())} if RESULTS.exists() else {}
     with tempfile.TemporaryDirectory() as temporary:
@@ -276,7 +281,7 @@ def main() -> None:
         kept = json.loads((shared / "instruction" / "alpaca_5000.json").read_text())
         fits = [record for record in kept if record["output"] and len(record["instruction"] + record["input"]) < 60]
         (work / "records.json").write_text(json.dumps(fits[:1500]))
-        for name in sys.argv[2:] or PLANS:
+        for name in chosen.models or PLANS:
             folder, started = shared / "models" / name, time.monotonic()
             if not folder.exists():
                 folder = random_spectrum(work / "random", shared / "models" / "stories260K")

@@ -8,6 +8,7 @@ One 2048 x 2048 Gaussian weight, bfloat16, 256 tokens, one thread; sharded over 
 
 from __future__ import annotations
 
+import argparse
 import importlib.metadata
 import sys
 import tempfile
@@ -146,9 +147,12 @@ def sharded(rank: int, name: str, folder: str) -> None:
 
 
 def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("backends", nargs="*", metavar="BACKEND", help=f"any of {', '.join(BACKENDS)}; all without it")
+    chosen = parser.parse_args().backends
     torch.set_num_threads(1)
     print({name: importlib.metadata.version(name) for name in ("torch", "bitsandbytes", "torchao")})
-    for name in sys.argv[1:] or BACKENDS:
+    for name in chosen or BACKENDS:
         try:
             row: dict[str, Any] = alone(name)
         except Exception as error:  # as above
