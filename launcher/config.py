@@ -44,12 +44,8 @@ class ModelConfig:
 class DataConfig:
     """The samples, and what of them carries loss."""
 
-    data: str | tuple[str, ...] = "tatsu-lab/alpaca"
-    """JSON, JSONL, CSV or parquet file, folder, or hub dataset name: instructions, prompts with completions, or
-    conversations. Several can be given, each with a weight: a.jsonl b.parquet:0.3 (below 1 the share of its records
-    that is used, above 1 how often they are used)."""
-    columns: tuple[str, ...] = ()
-    """Columns of other names, as prompt=question answer=solution; also input, system, history, messages, tools."""
+    data: str = "tatsu-lab/alpaca"
+    """JSON, JSONL or parquet file, or a hub dataset name: Alpaca records, or messages / ShareGPT conversations."""
     eval_data: str | None = None
     """Held-out file of the same form; without it, eval_records are held out of data."""
     eval_records: int = 0
@@ -80,10 +76,6 @@ class DataConfig:
     """Most tokens a generated answer may have when exact_match is counted."""
 
     def __post_init__(self) -> None:
-        if not isinstance(self.data, str):
-            if not self.data:
-                raise ValueError("--data (data.data) is empty: give a file, a folder or a hub dataset")
-            object.__setattr__(self, "data", self.data[0] if len(self.data) == 1 else tuple(self.data))
         _at_least("data.eval_records", self.eval_records, 0)
         _at_least("data.max_length", self.max_length, 8)
         _at_least("data.answer_tokens", self.answer_tokens, 1)
@@ -236,11 +228,6 @@ class Config:
                 f"full fine-tuning writes the base, which --quantize {self.model.quantize} makes read-only: "
                 "train an adapter, or give --quantize none"
             )
-
-
-def data_name(data: str | tuple[str, ...]) -> str:
-    """The sources of a run in one line."""
-    return data if isinstance(data, str) else " ".join(data)
 
 
 def as_dict(config: Any) -> dict[str, Any]:
