@@ -42,6 +42,6 @@ def recipe(name: str, default: Any, tiny: Any, **callbacks: Any) -> int:
     callbacks are on_step and on_evaluation, as `launcher.training.loop.Callbacks` describes them.
     """
     check_packages()
-    from launcher.cli import run_recipe
+    from launcher.start import run_recipe
 
-    return run_recipe(name, default, tiny, sys.argv[1:], **callbacks)
+    return run_recipe(name, default, tiny, sys.argv[1:], prog=sys.argv[0], **callbacks)

@@ -48,7 +48,7 @@ sys.path.insert(0, {str(REPO / "recipes")!r})
 sys.modules["bitsandbytes"] = None  # as the recipe does before it imports the next line
 import launcher.training.run as run
 import torch
-from launcher.cli import run_recipe
+from launcher.start import run_recipe
 from llama2_alpaca_loldu import llama2_alpaca, tiny
 
 def first_step(job, resume):

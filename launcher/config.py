@@ -1,7 +1,7 @@
 """What a run is: frozen dataclasses, checked completely on construction.
 
 Nothing here imports torch or transformers, reads a file or looks at the machine, so `--help` is quick and a mistake is
-found before a GPU or the network is touched, on every rank alike. On the command line the nesting disappears: `--rank`.
+found before a GPU or the network is touched, on every rank alike. The command line is flat: adapter.rank is `--rank`.
 """
 
 from __future__ import annotations
@@ -9,104 +9,143 @@ from __future__ import annotations
 import dataclasses
 import datetime
 import difflib
+import functools
 import math
+import types
+from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any, Literal, get_type_hints
+from typing import TYPE_CHECKING, Annotated, Any, Literal, Union, get_args, get_origin, get_type_hints
 
 from launcher.engines.registry import ENGINES
 
 if TYPE_CHECKING:
     Sharding = str
 else:
-    Sharding = Literal[tuple(ENGINES)]  # so that --help and a mistyped name list what the registry has
+    Sharding = Literal[tuple(ENGINES)]  # --help and the error for a wrong name list what the registry has
+
+
+@dataclass(frozen=True)
+class Range:
+    """The values that a number may have. above and below exclude the bound itself."""
+
+    low: float = 0
+    high: float = math.inf
+    above: bool = False
+    below: bool = False
+
+    def problem(self, value: float) -> str | None:
+        """What is wrong with a number; None if it lies in the range."""
+        if value < self.low or (self.above and value == self.low):
+            return f"must be {'above' if self.above else 'at least'} {self.low:g}"
+        if value > self.high or (self.below and value == self.high):
+            return f"must be {'below' if self.below else 'at most'} {self.high:,.12g}"
+        return None
+
+
+Count = Annotated[int, Range(1)]
+CountOrZero = Annotated[int, Range(0)]
+Share = Annotated[float, Range(0, 1, below=True)]
+
+
+class Checked:
+    """A config dataclass whose fields are checked against their types and ranges on construction."""
+
+    def __post_init__(self) -> None:
+        cls: Any = type(self)
+        section = cls.__name__.removesuffix("Config").lower()
+        for name, hint in _hints(cls).items():
+            if problem := _problem(hint, getattr(self, name)):
+                value = getattr(self, name)
+                raise ValueError(f"--{name.replace('_', '-')} ({section}.{name}) {problem}, got {value!r:.100}")
 
 
 @dataclass(frozen=True, kw_only=True)
-class ModelConfig:
-    """The frozen base."""
+class ModelConfig(Checked):
+    """The frozen base model."""
 
     model: str = "meta-llama/Llama-2-7b-hf"
-    """Hugging Face directory or hub name of the base model."""
+    """Hugging Face folder or hub name of the base model."""
     dtype: Literal["auto", "float32", "bfloat16"] = "auto"
-    """Compute and storage dtype of the base; auto is bfloat16 on a GPU that has it, else float32. Trained cores are
-    float32 always."""
+    """Dtype of the base weights and of computation; auto is bfloat16 on a GPU that supports it, else float32. Trained
+    cores are always float32."""
     attention: Literal["auto", "flash", "sdpa", "eager"] = "auto"
-    """flash needs flash-attn and a GPU; auto takes the best that this machine and the model have, and logs which."""
+    """Attention implementation; flash needs flash-attn and a GPU. auto takes the fastest that works here."""
     quantize: Literal["none", "int8", "nf4", "fp4"] = "none"
     """Precision of the frozen base weights."""
     gradient_checkpointing: bool = False
     """Recompute each decoder layer in the backward pass: less memory, about a third more time."""
     trust_remote_code: bool = False
-    """Run Python code that comes with the model. Only for sources you trust."""
+    """Run Python code from the model's folder. Only for models that you trust."""
 
 
 @dataclass(frozen=True, kw_only=True)
-class DataConfig:
-    """The samples, and what of them carries loss."""
+class DataConfig(Checked):
+    """The training samples, and which of their tokens carry loss."""
 
     data: str = "tatsu-lab/alpaca"
-    """JSON, JSONL or parquet file, or a hub dataset name: Alpaca records, or messages / ShareGPT conversations."""
+    """JSON, JSONL or parquet file, or a hub dataset: Alpaca records, or messages / ShareGPT conversations."""
     eval_data: str | None = None
-    """Held-out file of the same form; without it, eval_records are held out of data."""
-    eval_records: int = 0
-    """How many held-out records to evaluate on; 0 without eval_data: no evaluation."""
+    """File with held-out records of the same form. Without it, eval_records are held out of data."""
+    eval_records: CountOrZero = 0
+    """Number of held-out records for evaluation; 0 without eval_data means no evaluation."""
     prompt_template: str = "auto"
-    """auto (the model's chat template for conversations, else alpaca), short, alpaca, chat, or a FILE with
-    {instruction} and {input} (a part in [square brackets] is left out without input), or FILE.jinja: a chat template"""
+    """auto (the model's chat template for conversations, else alpaca), short, alpaca, chat, a FILE with {instruction}
+    and {input} (a part in [square brackets] is left out if there is no input), or FILE.jinja: a chat template."""
     template_date: str = "2024-07-26"
     """Today's date (YYYY-MM-DD) for chat templates that write it; fixed, so that a run has the same tokens when it is
     resumed on another day."""
-    max_length: int = 512
-    """Tokens in a sample; a longer one loses the end of its answer, one whose prompt alone does not fit is dropped and
-    counted."""
+    max_length: Annotated[int, Range(8)] = 512
+    """Maximum tokens per sample. A longer answer is cut at its end; a sample whose prompt alone is longer is dropped,
+    and the number of dropped samples is logged."""
     loss_on: Literal["answers", "all"] = "answers"
     """Which tokens carry loss."""
     packing: bool = False
-    """Put several samples in one row of max_length tokens, with no attention across samples."""
+    """Put several samples into one row of max_length tokens, without attention between samples."""
     on_bad_record: Literal["error", "skip"] = "error"
-    """What records that cannot be used do: end the run with a list of the first ten and the count of each kind of
-    fault, or be left out and logged in the same way."""
+    """error ends the run with a list of the first ten records that cannot be used and a count of each kind of fault;
+    skip leaves them out and logs the same list."""
     text_columns: tuple[str, ...] = ()
-    """Sequence classification: the one or two columns that get a label, in place of instructions."""
+    """Train a text classifier: the one or two columns with the text to classify."""
     label_column: str = "label"
-    """With text_columns: a class (whole number from 0, or name), or a number with a fraction to predict."""
+    """With text_columns: the column with a class (whole number from 0, or name), or a fraction to predict."""
     exact_match: bool = False
-    """At each evaluation also write every held-out answer greedily and count those that match to the letter."""
-    answer_tokens: int = 64
-    """Most tokens a generated answer may have when exact_match is counted."""
+    """At each evaluation, also generate every held-out answer greedily and count exact matches."""
+    answer_tokens: Count = 64
+    """Maximum tokens of an answer that is generated for exact_match."""
 
     def __post_init__(self) -> None:
-        _at_least("data.eval_records", self.eval_records, 0)
-        _at_least("data.max_length", self.max_length, 8)
-        _at_least("data.answer_tokens", self.answer_tokens, 1)
+        super().__post_init__()
         try:
             datetime.date.fromisoformat(self.template_date)
         except ValueError:
-            raise ValueError(f"--template-date is a date such as 2024-07-26, got {self.template_date!r}") from None
+            raise ValueError(
+                f"--template-date (data.template_date) must be a date such as 2024-07-26, got {self.template_date!r}"
+            ) from None
         if len(self.text_columns) > 2:
-            raise ValueError(f"data.text_columns are one or two, got {' '.join(self.text_columns)}")
+            raise ValueError(f"--text-columns (data.text_columns) takes one or two, got {' '.join(self.text_columns)}")
         if self.exact_match and not (self.eval_records or self.eval_data):
-            raise ValueError("exact_match counts held-out answers: give --eval-records N or --eval-data FILE as well")
+            raise ValueError("--exact-match needs held-out records: give --eval-records N or --eval-data FILE as well")
 
 
 @dataclass(frozen=True, kw_only=True)
-class AdapterConfig:
-    """What is trained. `method` is one of ours (loldu) or any PEFT method's name; `full` trains the base itself."""
+class AdapterConfig(Checked):
+    """What is trained."""
 
     method: str = "loldu"
-    rank: int = 64
-    """Trained diagonal entries per weight, clamped to the weight's smaller side."""
+    """loldu or another method of this project, the name of any PEFT method, or full: train the base model itself."""
+    rank: Count = 64
+    """Trained diagonal entries per weight, at most the weight's smaller side."""
     targets: tuple[str, ...] = ("q_proj", "v_proj")
-    """Last parts of module names, or the one word all-linear."""
+    """Last parts of the names of the modules to adapt, or the single word all-linear."""
     exclude: tuple[str, ...] = ()
-    """Modules left out although targets matches them."""
+    """Modules that are not adapted although targets matches them."""
     modules_to_save: tuple[str, ...] = ()
-    """Modules trained and saved whole beside the adapter, for example a new classification head."""
+    """Modules that are trained in full and saved with the adapter, such as a new classification head."""
     options: tuple[str, ...] = ()
-    """Further fields of the method's PEFT config as name=value, the value in JSON: scale=2, lora_alpha=16."""
+    """Further fields of the method's PEFT config as name=value, with the value in JSON: scale=2, lora_alpha=16."""
 
     def __post_init__(self) -> None:
-        _at_least("adapter.rank", self.rank, 1)
+        super().__post_init__()
         if not self.targets:
             raise ValueError(
                 "--targets (adapter.targets) is empty: give --targets q_proj v_proj, or --targets all-linear"
@@ -114,103 +153,95 @@ class AdapterConfig:
         for option in self.options:
             if "=" not in option:
                 raise ValueError(
-                    f"--options (adapter.options) are written name=value (--options scale=2), got {option!r}"
+                    f"--options (adapter.options) has the form name=value (--options scale=2), got {option!r}"
                 )
         if "all-linear" in self.targets and len(self.targets) > 1:
-            raise ValueError(f"--targets all-linear stands alone, got {' '.join(self.targets)}")
+            raise ValueError(f"--targets all-linear cannot be combined with names, got {' '.join(self.targets)}")
 
 
 @dataclass(frozen=True, kw_only=True)
-class OptimizerConfig:
+class OptimizerConfig(Checked):
     """AdamW and its schedule; every value is a pure function of the step."""
 
-    learning_rate: float = 1e-3
-    """LoLDU's as published. With normalize_directions=true, and for SVFit and LoRA-XS, 3e-2 cost least where measured
-    (README)."""
-    batch_size: int = 128
-    """Samples (rows, when packing) per optimizer step, over all processes."""
-    micro_batch_size: int = 0
-    """At most so many samples in one forward pass of a process; 0: its whole share of the batch at once."""
-    max_steps: int = 0
-    """Optimizer steps; 0: as many as epochs ask for."""
-    epochs: float = 3.0
-    """Passes over the data, when max_steps is 0."""
+    learning_rate: Annotated[float, Range(0, 1e3, above=True)] = 1e-3
+    """Peak learning rate. 1e-3 is LoLDU's published value; 3e-2 was best in our measurements for SVFit, LoRA-XS and
+    LoLDU with normalize_directions=true."""
+    batch_size: Annotated[int, Range(1, 10**7)] = 128
+    """Samples (rows, when packing) per optimizer step, summed over all processes."""
+    micro_batch_size: CountOrZero = 0
+    """Maximum samples per forward pass of a process; 0 means the process's whole share of the batch."""
+    max_steps: CountOrZero = 0
+    """Number of optimizer steps; 0 means as many as epochs needs."""
+    epochs: Annotated[float, Range(0, 1e6)] = 3.0
+    """Passes over the data, if max_steps is 0."""
     schedule: Literal["cosine", "linear", "constant"] = "cosine"
-    warmup_ratio: float = 0.0
-    """Share of the steps in which the rate rises from zero."""
-    weight_decay: float = 0.0
-    """Decoupled decay; on our cores it pulls towards the base model."""
-    adam_beta1: float = 0.9
-    adam_beta2: float = 0.999
-    clip_norm: float = 1.0
-    """Largest gradient norm; 0: no clipping."""
-    seed: int = 42
-    """Decides the order of samples, dropout and random starting values."""
+    """How the learning rate changes after the warm-up."""
+    warmup_ratio: Share = 0.0
+    """Share of the steps in which the learning rate rises from zero."""
+    weight_decay: Annotated[float, Range(0, 1e3)] = 0.0
+    """Decoupled weight decay; on trained cores it pulls the model towards the base model."""
+    adam_beta1: Share = 0.9
+    """Decay rate of AdamW's first moment."""
+    adam_beta2: Share = 0.999
+    """Decay rate of AdamW's second moment."""
+    clip_norm: Annotated[float, Range(0, 1e9)] = 1.0
+    """Maximum gradient norm; 0 turns clipping off."""
+    seed: CountOrZero = 42
+    """Determines the order of samples, dropout and random initial values."""
 
     def __post_init__(self) -> None:
-        if not (math.isfinite(self.learning_rate) and self.learning_rate > 0):
-            raise ValueError(f"{_flag('optimizer.learning_rate')} is a positive number, got {self.learning_rate}")
-        _at_least("optimizer.batch_size", self.batch_size, 1)
-        _at_least("optimizer.micro_batch_size", self.micro_batch_size, 0)
-        _at_least("optimizer.max_steps", self.max_steps, 0)
-        _at_least("optimizer.weight_decay", self.weight_decay, 0)
-        _at_least("optimizer.clip_norm", self.clip_norm, 0)
-        _at_least("optimizer.seed", self.seed, 0)
-        for name in ("adam_beta1", "adam_beta2", "warmup_ratio"):
-            if not 0 <= getattr(self, name) < 1:
-                raise ValueError(f"{_flag(f'optimizer.{name}')} lies in [0, 1), got {getattr(self, name)}")
+        super().__post_init__()
         if self.max_steps == 0 and not self.epochs > 0:
             raise ValueError(f"nothing to train: --max-steps is 0 and --epochs is {self.epochs}; give one of them")
 
 
 @dataclass(frozen=True, kw_only=True)
-class RunConfig:
-    """Where the run lives, how it is spread, when it saves and stops."""
+class RunConfig(Checked):
+    """Where the run is stored, how it is distributed, when it saves and stops."""
 
     output: str | None = None
-    """Run folder; without it runs/<recipe>-<time>."""
+    """Run folder. Default: runs/NAME-TIME, NAME being that of the recipe or file."""
     sharding: Sharding | None = None
-    """How base and factors lie over the processes; without it none for one process, ddp for several."""
-    shard_size: int = 0
-    """With hsdp: processes that share one copy of the model; 0: those of a node."""
+    """How the base model is distributed over the processes. Default: none for one process, ddp for several."""
+    shard_size: CountOrZero = 0
+    """With hsdp: number of processes that share one copy of the model; 0 means those of one node."""
     cpu_offload: bool = False
-    """Keep in main memory, between their uses on the GPU, what a process holds of all parameters (fsdp2, hsdp, zero3)
-    and of the optimizer's state (these and zero2)."""
+    """Keep parameters (fsdp2, hsdp, zero3) and optimizer state (these and zero2) in main memory while the GPU does not
+    need them."""
     cache: str | None = None
-    """Folder of the factor cache, one for all nodes; without it the user's cache directory (XDG_CACHE_HOME/loldu)."""
+    """Folder of the factor cache, shared by all nodes. Default: the user's cache folder (XDG_CACHE_HOME/loldu)."""
     cache_per_node: bool = False
-    """The cache folder is another one on each node: each makes all factors for itself."""
+    """The cache folder is local to each node: each node computes all factors itself."""
     verify_base: bool = False
-    """Hash the base weights again instead of trusting file size and time when factors are looked up."""
-    save_every: int = 0
-    """Steps between checkpoints; 0: one at the end, or when stopped."""
+    """Hash the base weights again when factors are looked up, instead of trusting file size and time."""
+    save_every: CountOrZero = 0
+    """Steps between checkpoints; 0 saves only at the end, or when the run is stopped."""
     async_save: bool = False
-    """Write checkpoints in the background while training goes on; a kill may then cost one checkpoint more."""
-    keep_last: int = 0
-    """Checkpoints kept, besides the best one; 0: all."""
-    eval_every: int = 0
-    """Steps between evaluations besides those at the start and the end; 0: none."""
-    patience: int = 0
-    """Stop after so many evaluations without a better loss; 0: never."""
-    max_seconds: float = 0.0
-    """Save and stop by itself after this time; 0: no limit."""
+    """Write checkpoints in the background while training continues. A kill can then lose one more checkpoint."""
+    keep_last: CountOrZero = 0
+    """Number of checkpoints to keep besides the best one; 0 keeps all."""
+    eval_every: CountOrZero = 0
+    """Steps between evaluations, besides those at the start and the end; 0 means none."""
+    patience: CountOrZero = 0
+    """Stop after this many evaluations without a lower loss; 0 turns this off."""
+    max_seconds: Annotated[float, Range(0, 1e9)] = 0.0
+    """Save and stop after this many seconds; 0 means no limit."""
     resume: str = "auto"
-    """auto: go on from the newest good checkpoint in output; never: a fresh run; or the path of a checkpoint."""
+    """auto resumes from the newest good checkpoint in output; never starts afresh; or the path of a checkpoint."""
     trackers: tuple[Literal["tensorboard", "wandb"], ...] = ()
-    """Besides events.jsonl."""
-    show_samples: int = 0
-    """Held-out questions answered on the screen before and after training."""
+    """Where to log besides events.jsonl."""
+    show_samples: CountOrZero = 0
+    """Number of held-out questions to answer on the screen before and after training."""
 
     def __post_init__(self) -> None:
-        for name in ("shard_size", "save_every", "keep_last", "eval_every", "patience", "max_seconds", "show_samples"):
-            _at_least(f"run.{name}", getattr(self, name), 0)
+        super().__post_init__()
         if self.patience and not self.eval_every:
-            raise ValueError(f"--patience {self.patience} needs evaluations to watch: give --eval-every N")
+            raise ValueError(f"--patience {self.patience} needs regular evaluations: give --eval-every N")
 
 
 @dataclass(frozen=True, kw_only=True)
 class Config:
-    """One complete run. A recipe returns it; a variation is the same with a field replaced."""
+    """One complete run. A recipe returns it; a variation replaces a field."""
 
     model: ModelConfig = field(default_factory=ModelConfig)
     data: DataConfig = field(default_factory=DataConfig)
@@ -225,7 +256,7 @@ class Config:
                 raise ValueError(f"--{flag} {value} needs held-out records: give --eval-records N or --eval-data FILE")
         if self.adapter.method == "full" and self.model.quantize != "none":
             raise ValueError(
-                f"full fine-tuning writes the base, which --quantize {self.model.quantize} makes read-only: "
+                f"--method full trains the base weights, which --quantize {self.model.quantize} makes read-only: "
                 "train an adapter, or give --quantize none"
             )
 
@@ -237,31 +268,76 @@ def as_dict(config: Any) -> dict[str, Any]:
     )
 
 
-def from_dict(cls: type, values: dict[str, Any], where: str = "") -> Any:
-    """Build a config dataclass from JSON data; an unknown name is an error that lists the nearest valid ones."""
-    hints, known = get_type_hints(cls), {f.name for f in dataclasses.fields(cls)}
+def from_dict(cls: type, values: Any, where: str = "") -> Any:
+    """Build a config dataclass from JSON data.
+
+    Raises ValueError for an unknown name, with the path of the nearest valid one, and for a value of a wrong type.
+    """
+    if not isinstance(values, Mapping):
+        raise ValueError(f"{where.rstrip('.') or 'the file'} must hold settings (name: value), got {values!r:.100}")
+    hints = _hints(cls)
     built = {}
     for name, value in values.items():
-        if name not in known:
-            raise ValueError(f"unknown setting {where}{name}; {nearest(name, known)}")
-        hint = hints[name]
-        if dataclasses.is_dataclass(hint):
-            value = from_dict(hint, value, f"{where}{name}.")  # type: ignore[arg-type]
+        if name not in hints:
+            raise ValueError(f"unknown setting {where}{name}; {nearest_setting(where, str(name))}")
+        if dataclasses.is_dataclass(hints[name]):
+            value = from_dict(hints[name], value, f"{where}{name}.")
         built[name] = tuple(value) if isinstance(value, list) else value
     return cls(**built)
 
 
+def nearest_setting(where: str, name: str) -> str:
+    """What to write instead of an unknown setting: a name of the same section, or the section where it belongs."""
+    paths = {f"{section}.{name}" for section, hint in _hints(Config).items() for name in _hints(hint)}
+    valid = {path.removeprefix(where) for path in paths if path.startswith(where)} if where else set(_hints(Config))
+    near = [where + match for match in difflib.get_close_matches(name, valid, n=3, cutoff=0.6)]
+    if not near:
+        ends = {path.rpartition(".")[2]: path for path in paths}
+        near = [ends[match] for match in difflib.get_close_matches(name, ends, n=1, cutoff=0.6)]
+    if near:
+        return f"did you mean {' or '.join(near)}?"
+    return f"valid names: {', '.join(where + known for known in sorted(valid))}"
+
+
 def nearest(name: str, known: set[str]) -> str:
     """What to type instead of a misspelled name."""
-    near = difflib.get_close_matches(name, known, n=3, cutoff=0.5)
+    near = difflib.get_close_matches(name, known, n=3, cutoff=0.7)
+    near = near or difflib.get_close_matches(name, known, n=1, cutoff=0.5)
     return f"did you mean {' or '.join(near)}?" if near else f"valid names: {', '.join(sorted(known))}"
 
 
-def _at_least(name: str, value: float, low: float) -> None:
-    if not value >= low:  # written so that NaN fails too
-        raise ValueError(f"{_flag(name)} is at least {low}, got {value}")
+@functools.cache
+def _hints(cls: Any) -> dict[str, Any]:
+    """The fields of a dataclass with their types, ranges included."""
+    return get_type_hints(cls, include_extras=True)
 
 
-def _flag(name: str) -> str:
-    """A setting as it is typed, and as a recipe writes it."""
-    return f"--{name.rpartition('.')[2].replace('_', '-')} ({name})"
+def _problem(hint: Any, value: Any) -> str | None:
+    """Why a value does not fit a type hint ("must be at least 1"); None if it does."""
+    origin, parts = get_origin(hint), get_args(hint)
+    if origin is Annotated:
+        ranges = (part.problem for part in parts[1:] if isinstance(part, Range))
+        return _problem(parts[0], value) or next((said for problem in ranges if (said := problem(value))), None)
+    if origin in (Union, types.UnionType):
+        problems = [_problem(part, value) for part in parts if part is not type(None)]
+        return None if value is None or None in problems else problems[0]
+    if origin is Literal:
+        return None if isinstance(value, str) and value in parts else f"must be one of {', '.join(parts)}"
+    if origin is tuple:
+        if not isinstance(value, tuple):
+            return "must be a list"
+        return next(
+            (f"must be a list; each entry {said}" for part in value if (said := _problem(parts[0], part))), None
+        )
+    if hint is bool:
+        return None if isinstance(value, bool) else "must be true or false"
+    if hint is int:
+        if not isinstance(value, int) or isinstance(value, bool):
+            return "must be a whole number"
+        return None if abs(value) < 2**63 else "must be below 2^63"
+    if hint is float:
+        if not isinstance(value, (int, float)) or isinstance(value, bool):
+            return "must be a number"
+        return None if abs(value) < math.inf else "must be a finite number"  # written so that NaN fails too
+    assert hint is str, hint
+    return None if isinstance(value, str) else "must be text"

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from launcher import cli
+from launcher import cli, start
 from launcher.config import Config
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "recipes"))
@@ -31,7 +31,7 @@ def train(stories, tmp_path, capfd):
         }  # fmt: skip
         given |= dict(zip(options[::2], options[1::2], strict=True))
         words = [word for pair in given.items() for word in pair if word]
-        code = cli.run_recipe("llama2_alpaca_loldu", llama2_alpaca, tiny, words)
+        code = start.run_recipe("llama2_alpaca_loldu", llama2_alpaca, tiny, words)
         said = capfd.readouterr().err
         if code:
             assert said.startswith("error: ")
@@ -70,10 +70,16 @@ def test_bad_data_is_named_with_the_place(train, tmp_path, text, message):
     [
         ("--data", "missing.json", "missing.json: there is no such file"),
         ("--model", "/no/such/model", "neither a folder here nor in the hub cache"),
-        ("--rank", "0", "--rank (adapter.rank) is at least 1, got 0"),
+        ("--rank", "0", "--rank (adapter.rank) must be at least 1, got 0"),
         ("--rank", "many", "--rank: expected a whole number, got 'many'"),
+        ("--batch-size", "1e30", "--batch-size: expected a whole number, got '1e30'"),
+        ("--batch-size", "9" * 30, "--batch-size (optimizer.batch_size) must be below 2^63"),
+        ("--epochs", "1e300", "--epochs (optimizer.epochs) must be at most 1,000,000, got 1e+300"),
+        ("--epochs", "inf", "--epochs (optimizer.epochs) must be a finite number, got inf"),
+        ("--learning-rate", "1e38", "--learning-rate (optimizer.learning_rate) must be at most 1,000"),
+        ("--seed", str(2**63), "--seed (optimizer.seed) must be below 2^63"),
         ("--rnak", "4", "unknown option --rnak; did you mean --rank"),
-        ("--batch-size", "0", "--batch-size (optimizer.batch_size) is at least 1"),
+        ("--batch-size", "0", "--batch-size (optimizer.batch_size) must be at least 1"),
         ("--sharding", "half", "--sharding half: expected one of"),
         ("--eval-every", "5", "give --eval-records N"),
         ("--resume", "/no/such/checkpoint", "not complete"),

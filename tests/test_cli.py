@@ -13,7 +13,7 @@ import torch
 
 import loldu
 from adapters import Factors
-from launcher import cli, processes
+from launcher import cli, processes, start
 from launcher.config import Config
 from launcher.factorization import cache
 
@@ -23,10 +23,12 @@ REPO = Path(__file__).resolve().parents[1]
 def test_every_command_has_options_and_help(capsys):
     """Each entry of the table names a function whose signature becomes options."""
     for name in cli.COMMANDS:
-        with pytest.raises(SystemExit) as left:
-            cli.main([*name.split(), "--help"])
+        try:
+            code = cli.main([*name.split(), "--help"])
+        except SystemExit as left:
+            code = left.code
 
-        assert left.value.code == 0
+        assert code == 0
         assert f"loldu {name}" in capsys.readouterr().out
 
 
@@ -85,7 +87,7 @@ def test_a_warning_is_a_line_without_the_place_in_our_files(capsys):
     with warnings.catch_warnings():
         warnings.simplefilter("always")
 
-        code = cli.guarded(lambda: warnings.warn("the base is another one", stacklevel=1))
+        code = start.guarded(lambda: warnings.warn("the base is another one", stacklevel=1))
 
     assert code == 0
     assert capsys.readouterr().err == "warning: the base is another one\n"
@@ -96,7 +98,7 @@ def test_of_several_processes_one_says_what_is_wrong_with_the_command_line(rank,
     monkeypatch.setenv("RANK", rank)
     monkeypatch.setattr(processes, "PATIENCE_S", 0)
 
-    code = cli.run_recipe("test", Config, Config, ["--rank=0"])
+    code = start.run_recipe("test", Config, Config, ["--rank=0"])
 
     assert code == 2
     assert capfd.readouterr().err.count("\n") == lines
@@ -153,7 +155,7 @@ def test_what_the_user_names_is_never_replaced(arguments, replaced, monkeypatch)
     ran = []
     monkeypatch.setattr("launcher.training.run.run", lambda config, name, instead: ran.append((config, instead)))
 
-    cli.run_recipe("test", lambda: default, lambda: tiny, arguments)
+    start.run_recipe("test", lambda: default, lambda: tiny, arguments)
 
     [(config, instead)] = ran
     assert config.model.model == {"--tiny": "small", "--model": "mine"}.get("".join(arguments[:1]), default.model.model)

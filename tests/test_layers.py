@@ -23,6 +23,8 @@ MAY_IMPORT = {  # beside itself; in the order in which data flows
     "launcher.config": {"launcher.engines.registry"},
     "launcher.files": set(),
     "launcher.exit_codes": set(),
+    "launcher.config_file": {"launcher.config", "launcher.files"},
+    "launcher.recipes": {"launcher.config_file"},  # finds and starts them
     "launcher.processes": {"launcher.engines.registry", "launcher.text"},
     "launcher.text": set(),
     "launcher.availability": {"adapters"},
@@ -41,11 +43,18 @@ MAY_IMPORT = {  # beside itself; in the order in which data flows
     "launcher.inference": {"adapters", "launcher.text", *SMALL, *ROOMS},
     "launcher.reports": {"launcher.exit_codes"},  # reads what runs wrote, without torch
     # starts commands; of what they do it knows how they end and which packages they need
-    "launcher.cluster": {"launcher.exit_codes", "launcher.files", "launcher.engines.registry", "launcher.text"},
-    "launcher.cli": BELOW_TRAINING | {"launcher.training", "launcher.inference", "launcher.cluster"},
+    "launcher.cluster": {
+        "launcher.exit_codes", "launcher.files", "launcher.engines.registry", "launcher.text", "launcher.recipes",
+        "launcher.start",
+    },
+    "launcher.options": {"launcher.config", "launcher.exit_codes"},
+    "launcher.start": {*SMALL, "launcher.config_file", "launcher.options", "launcher.recipes", "launcher.training"},
+    "launcher.cli": {
+        "launcher.config", "launcher.exit_codes", "launcher.options", "launcher.start", "launcher.cluster",
+    },
     "launcher.__main__": {"loldu"},
     "launcher": set(),
-    "loldu": {"launcher.cli"},
+    "loldu": {"launcher.cli", "launcher.start"},
     "recipes": {"loldu", "launcher.config"},
 }  # fmt: skip
 

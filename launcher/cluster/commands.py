@@ -32,7 +32,8 @@ def submit(
     """Run a recipe on Slurm: loldu submit RECIPE --nodes 2 --gpus-per-node 8 -- RECIPE OPTIONS
 
     Args:
-        recipe: File of the recipe, or its name in recipes/. Put the options of the recipe after --
+        recipe: A recipe by name, a Python file, or a YAML or JSON file of settings, as for loldu train. Put its
+            options after --
         resources: The resources of the job.
         name: Name of the run; its folder is runs/NAME.
         dry_run: Print the job script and submit nothing.
@@ -99,7 +100,8 @@ def launch(
     finished, 75 stopped and saved (the same command resumes), 1 failed, 2 invalid options or hosts.
 
     Args:
-        recipe: File of the recipe, or its name in recipes/. Everything after it are options of the recipe.
+        recipe: A recipe by name, a Python file, or a YAML or JSON file of settings, as for loldu train. Its options
+            follow it.
         hosts: The hosts and how to reach them.
         name: Name of the run; its folder is runs/NAME.
         recipe_options: Everything after the recipe.

@@ -21,6 +21,7 @@ from launcher.cluster.fleet import Fleet, over_ssh
 from launcher.cluster.hostfile import Host, Hosts
 from launcher.exit_codes import DONE, FAILED, INTERRUPTED, MISTAKE, STOPPED
 from launcher.files import read_or_empty
+from launcher.recipes import find_recipe
 
 GREET_S = 60.0
 FACTS_S = 120.0
@@ -34,7 +35,7 @@ FORWARDED = (
 def launch(recipe: str, hosts: Hosts, recipe_options: Sequence[str] = (), *, name: str | None = None) -> int:
     """Run a recipe on all hosts; returns the exit code. Nothing is started unless every host passes every check."""
     chosen = hostfile.choose(hostfile.read(hosts.hostfile), hosts.include, hosts.exclude)
-    file = runs.find_recipe(recipe)
+    file = find_recipe(recipe)
     run = runs.run_folder(name, file, recipe_options)
     output = () if runs.option("--output", recipe_options) is not None else (f"--output={run}",)
     command = (str(file), *recipe_options, *output)

@@ -11,7 +11,6 @@ from __future__ import annotations
 import contextlib
 import json
 import os
-import runpy
 import signal
 import socket
 import sys
@@ -259,26 +258,22 @@ def _visit(rank: int, address: str, port: int, deadline: float, limit_s: float) 
 
 
 def run_recipe(command: list[str]) -> int:
-    """Run the recipe in this process as `python RECIPE OPTIONS` would; returns its exit code."""
+    """Run the recipe or file of settings in this process, as `loldu train` would; returns its exit code."""
     use_project()
-    sys.path.insert(0, os.path.dirname(os.path.abspath(command[0])))
-    sys.argv = list(command)
     try:
-        runpy.run_path(command[0], run_name="__main__")
-    except SystemExit as left:
-        if left.code is None or isinstance(left.code, int):
-            return left.code or 0
-        print(left.code, file=sys.stderr)
-        return 1
+        from launcher.start import train
+
+        return train(command)
     except BaseException:
         traceback.print_exc()
         return 1
-    return 0
 
 
 def starter_command(starter: str, environ: Mapping[str, str], command: list[str]) -> list[str]:
     """The torchrun or accelerate launch command of this node."""
     nodes, each = environ["SLURM_NNODES"], environ["LOLDU_PER_NODE"]
+    if not command[0].endswith(".py"):  # settings, which only `loldu train` reads
+        command = ["-m", "launcher", "train", *command]
     address, port = environ["MASTER_ADDR"], environ["MASTER_PORT"]
     if starter == "torchrun":
         return [

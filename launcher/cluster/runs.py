@@ -15,10 +15,10 @@ from pathlib import Path
 from typing import Any
 
 from launcher.files import disk_errors, open_regular, parse_json, read_json, read_or_empty, write_atomically
+from launcher.recipes import run_name
 from launcher.text import one_line
 
 RUNS = Path("runs")
-PROJECT = Path(__file__).resolve().parents[2]
 STEP = re.compile(r"step-(\d{6,})", re.ASCII)
 OUR_FILES = {"control", "events", "events.jsonl", "job.json", "job.sbatch", "logs", "state"}
 OUR_PATTERN = re.compile(r"slurm-.*|task-\d+|\..*\.(tmp|probe)", re.ASCII)
@@ -30,15 +30,6 @@ def safe_name(name: str) -> str:
     if not safe:
         raise ValueError(f"--name {name!r} has no letters or digits: give a name such as --name alpaca-rank-64")
     return safe
-
-
-def find_recipe(recipe: str) -> Path:
-    """The file of a recipe, given as a path or as its name in recipes/. Raises ValueError listing the recipes."""
-    for path in (Path(recipe), PROJECT / "recipes" / f"{recipe}.py"):
-        if path.suffix == ".py" and path.is_file():
-            return path.resolve()
-    known = sorted(path.stem for path in (PROJECT / "recipes").glob("*.py"))
-    raise ValueError(f"no recipe {recipe!r}: expected a Python file, or one of {', '.join(known) or 'recipes/*.py'}")
 
 
 def option(name: str, options: Sequence[str]) -> str | None:
@@ -68,7 +59,7 @@ def run_folder(name: str | None, recipe: Path, options: Sequence[str]) -> Path:
 
 
 def default_name(recipe: Path) -> str:
-    return f"{recipe.stem}-{time.strftime('%Y%m%d-%H%M%S')}"
+    return f"{run_name(recipe)}-{time.strftime('%Y%m%d-%H%M%S')}"
 
 
 def with_output(options: Sequence[str], folder: Path) -> tuple[str, ...]:

@@ -22,6 +22,7 @@ from typing import Any, Literal
 
 from launcher.cluster import runs
 from launcher.files import read_or_empty
+from launcher.recipes import find_recipe
 from launcher.text import one_line
 
 RANK_ENTRY = Path(__file__).resolve().with_name("rank.py")
@@ -315,7 +316,7 @@ def submit(
     run: Run = subprocess.run,
 ) -> int:
     """Write RUN/job.sbatch and submit it; with dry_run only print it. Returns an exit code."""
-    file = runs.find_recipe(recipe)
+    file = find_recipe(recipe)
     folder = runs.run_folder(name, file, recipe_options)
     tasks = read_tasks(Path(resources.array)) if resources.array else ()
     if tasks and runs.option("--output", recipe_options) is not None:

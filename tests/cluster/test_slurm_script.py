@@ -143,7 +143,7 @@ def test_recipe_options_that_cannot_be_submitted_are_named(options, message):
 
 
 def test_an_unknown_recipe_lists_the_recipes():
-    with pytest.raises(ValueError, match=r"no recipe 'llama'.*llama2_alpaca_loldu"):
+    with pytest.raises(ValueError, match=r"no recipe or file llama; .*llama2_alpaca_loldu"):
         slurm.submit("llama", Resources(), dry_run=True)
 
 

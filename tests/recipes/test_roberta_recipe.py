@@ -13,7 +13,7 @@ from safetensors.torch import load_file
 from transformers import AutoModelForSequenceClassification, AutoTokenizer, BitsAndBytesConfig
 
 from adapters.layer import BasePrecisionWarning
-from launcher import cli
+from launcher import start
 from launcher.inference.sources import find
 from launcher.models.quantize import keep_packing
 
@@ -35,7 +35,9 @@ def train(tiny_roberta, sst2_rows, tmp_path):
 
     def call(name, *more, task="sst2", **changes):
         words = [str(word) for pair in ({**given, **changes, "--output": tmp_path / name}).items() for word in pair]
-        return cli.run_recipe("roberta_glue_loldu", partial(roberta_glue, task), None, [*words, *more]), tmp_path / name
+        return start.run_recipe(
+            "roberta_glue_loldu", partial(roberta_glue, task), None, [*words, *more]
+        ), tmp_path / name
 
     return call
 

@@ -1,0 +1,137 @@
+"""Start a run: from a recipe's functions, or as `loldu train` does from a recipe's name or a file."""
+
+from __future__ import annotations
+
+import logging
+import os
+import sys
+import warnings
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import tyro
+
+from launcher.config import Config
+from launcher.config_file import read_config
+from launcher.exit_codes import DONE, INTERRUPTED, MISTAKE
+from launcher.options import Misread, parse
+from launcher.processes import say_mistake
+from launcher.recipes import find_recipe, recipe_names, run_name, run_python
+
+FLAT = (tyro.conf.OmitArgPrefixes,)
+TRAIN = """usage: loldu train RECIPE|FILE [options]
+
+Train with the settings of a recipe or file. Options that follow replace them: loldu train RECIPE --help lists all.
+
+RECIPE|FILE is one of
+  NAME                    a recipe of this project (below)
+  FILE.py                 a recipe of your own, as for python FILE.py
+  FILE.yaml, FILE.json    settings by name, in the sections model, data, adapter, optimizer, run
+  runs/NAME/config.json   the settings of an earlier run, to repeat it in a new folder
+
+Recipes:
+{recipes}
+
+Several processes: torchrun --nproc-per-node 8 -m launcher train RECIPE, or accelerate launch -m launcher train RECIPE;
+several machines: loldu launch, loldu submit"""
+
+
+def train(arguments: Sequence[str]) -> int:
+    """`loldu train RECIPE|FILE [options]`; returns the exit code of the run."""
+    if arguments[:1] in ([], ["-h"], ["--help"]):
+        print(TRAIN.format(recipes="\n".join(f"  {name}" for name in recipe_names())))
+        return DONE if arguments else MISTAKE
+    given, options = arguments[0], arguments[1:]
+    prog = f"loldu train {given}"
+    found: list[Path] = []
+
+    def find() -> None:
+        if given.startswith("-"):
+            raise Misread(f"the recipe or file comes first: loldu train RECIPE {given} ... (loldu train --help)")
+        found.append(find_recipe(given))
+
+    if code := guarded(find):
+        return code
+    if found[0].suffix == ".py":
+        return run_python(found[0], options, prog)
+    return guarded(
+        lambda: _start(parse(Config, options, prog, default=read_config(found[0]), config=FLAT), run_name(found[0]))
+    )
+
+
+def run_recipe(
+    name: str,
+    default: Callable[[], Config],
+    tiny: Callable[[], Config] | None,
+    arguments: Sequence[str],
+    prog: str | None = None,
+    **callbacks: Callable[..., None],
+) -> int:
+    """Run a recipe with these options; prog is what the user typed before them.
+
+    If the recipe's own base model or data are not available, tiny takes their place and a banner says so. A model or
+    dataset that the user names is never substituted.
+    """
+
+    @dataclass(frozen=True, kw_only=True)
+    class Options(Config):
+        tiny: bool = False
+        """Train the small Llama that comes with the project on its instructions: minutes on a CPU, no network."""
+
+    def read(config: Config) -> Options:
+        return parse(Options, arguments, prog or f"recipes/{name}.py", default=Options(**vars(config)), config=FLAT)
+
+    def plain(options: Options) -> Config:
+        return Config(**{part: value for part, value in vars(options).items() if part != "tiny"})
+
+    def act() -> int:
+        options = read(tiny() if tiny and "--tiny" in arguments else default())
+        if options.tiny and tiny is None:
+            raise Misread("this recipe has no embedded model: give --model DIR --data FILE --eval-data FILE")
+        named = any(word.partition("=")[0] in ("--model", "--data", "--tiny") for word in arguments)
+        instead = None if named or tiny is None else lambda: plain(read(tiny()))
+        return _start(plain(options), name, instead=instead, **callbacks)
+
+    return guarded(act)
+
+
+def _start(config: Config, name: str, **settings: Any) -> int:
+    if config.model.quantize == "none":
+        # PEFT imports bitsandbytes wherever it is installed, a quarter of the start-up. Here it counts as missing.
+        sys.modules.setdefault("bitsandbytes", None)  # type: ignore[arg-type]
+    from launcher.training.run import run
+
+    return run(config, name, **settings)
+
+
+def guarded(act: Callable[[], Any]) -> int:
+    """Call act; a ValueError, which is the user's mistake, becomes one line and exit code 2. None means success."""
+    logging.getLogger("bitsandbytes.backends.cpu.ops").addFilter(_no_advertisement)
+    os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")  # we log and show progress ourselves
+    os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
+    warnings.filterwarnings("ignore", category=FutureWarning)
+    warnings.showwarning = lambda message, *_: print(f"warning: {message}", file=sys.stderr)
+    try:
+        result = act()
+    except ValueError as error:
+        is_main = os.environ.get("RANK", "0") == "0"
+        say_mistake(error, is_main, shared=isinstance(error, Misread) or _connected())
+        return MISTAKE
+    except KeyboardInterrupt:
+        return INTERRUPTED
+    return result if isinstance(result, int) else DONE
+
+
+def _no_advertisement(record: logging.LogRecord) -> bool:
+    """Lower a warning about an optional package, which bitsandbytes logs even if nothing is quantised, to debug."""
+    if record.getMessage().startswith("Failed to load CPU gemm_4bit_forward"):
+        record.levelno, record.levelname = logging.DEBUG, "DEBUG"
+    return logging.getLogger(record.name).isEnabledFor(record.levelno)
+
+
+def _connected() -> bool:
+    """Whether the processes of a run are connected: they then raise the same error."""
+    distributed: Any = sys.modules.get("torch.distributed")
+    return distributed is not None and distributed.is_initialized()
