@@ -34,12 +34,13 @@ MAY_IMPORT = {  # beside itself; in the order in which data flows
     "launcher.data": {"launcher.config", "launcher.factorization"},
     "launcher.models": {"adapters", "launcher.config", "launcher.engines.registry", "launcher.text"},
     "launcher.tasks": {"adapters", "launcher.config", "launcher.data", "launcher.models"},
-    "launcher.training.checkpoint": {"launcher.files", "launcher.processes"},
+    "launcher.training.checkpoint_index": set(),
+    "launcher.training.checkpoint": {"launcher.files", "launcher.processes", "launcher.training.checkpoint_index"},
     "launcher.engines": {
         "launcher.engines.registry", "launcher.config", "launcher.processes", "launcher.models",
         "launcher.training.checkpoint",
     },
-    "launcher.training": BELOW_TRAINING | {"launcher.training.checkpoint"},
+    "launcher.training": BELOW_TRAINING | {"launcher.training.checkpoint", "launcher.training.checkpoint_index"},
     "launcher.inference": {"adapters", "launcher.text", *SMALL, *ROOMS},
     "launcher.reports": {"launcher.exit_codes"},  # reads what runs wrote, without torch
     # starts commands; of what they do it knows how they end and which packages they need

@@ -49,7 +49,7 @@ class FullyShard(Replicated):
         assert isinstance(rows, DTensor)
         count, start = _local_rows(rows)
         if count:
-            rows.to_local().copy_(found.read(name, start, count))
+            rows.to_local().copy_(found.read(name, rows.shape, start, count))
 
 
 def shard_mesh(ranks: Ranks, device: torch.device, group: int) -> DeviceMesh:

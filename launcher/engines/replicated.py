@@ -170,7 +170,7 @@ class Replicated:
         return Piece.whole(tensor) if self.ranks.is_main else None
 
     def _copy(self, into: Tensor, found: Checkpoint, name: str) -> None:
-        into.data.copy_(found.read(name))
+        into.data.copy_(found.read(name, into.shape))
 
 
 def sum_over_ranks(parameters: Sequence[nn.Parameter], extra: Sequence[Tensor], world_size: int) -> list[Tensor]:

@@ -141,8 +141,9 @@ class Zero2(Replicated):
         return whole
 
     def restore(self, found: Checkpoint) -> None:
+        shapes = {name: getattr(p, "ds_shape", p.shape) for name, p in self.parameters.items()}
         for name, parameter in self.parameters.items():
-            value = found.read(f"model/{name}").to(parameter.device)
+            value = found.read(f"model/{name}", shapes[name]).to(parameter.device)
             if self.stage == 3:
                 part = _part(parameter, value)
                 parameter.ds_tensor.data.copy_(part)  # type: ignore[attr-defined]
@@ -162,7 +163,7 @@ class Zero2(Replicated):
             zero._lazy_init_hp_params_optimizer_state()
         for name, parameter in self.parameters.items():
             for moment in ADAM_STATE:
-                value = found.read(f"optimizer/{name}/{moment}").to(parameter.device)
+                value = found.read(f"optimizer/{name}/{moment}", shapes[name]).to(parameter.device)
                 if self.stage == 3:
                     safe_set_local_optimizer_state(parameter, _part(parameter, value), moment)
                 else:

@@ -18,29 +18,31 @@ import re
 import shutil
 import threading
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import AbstractContextManager
+from contextlib import AbstractContextManager, ExitStack
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
-from launcher.files import allow_by_umask, digest, disk_errors, sync
+from launcher.files import allow_by_umask, digest, disk_errors, open_regular, sync
 from launcher.processes import Communicator
+from launcher.training.checkpoint_index import DTYPES, Index, TensorEntry, read_format, read_index
 
 log = logging.getLogger(__name__)
 
 FORMAT = 1
-FOLDER_NAME = re.compile(r"step-(\d{6,})$")
+FOLDER_NAME = re.compile(r"step-([0-9]{6,12})")
+INDEX_BYTES = 1 << 30  # a longer index.json is not read
 
 
 class NewerFormat(ValueError):
-    """A checkpoint that a later version wrote: to go on from an older one would throw its steps away."""
+    """A checkpoint that a later version wrote: resuming from an older one would discard its steps."""
 
 
 @dataclass(frozen=True)
@@ -62,26 +64,34 @@ class Checkpoint:
 
     folder: Path
     step: int
-    meta: dict[str, Any]
-    tensors: dict[str, dict[str, Any]]
+    meta: dict[str, Any]  # identity, progress, world_size, events
+    tensors: dict[str, TensorEntry]
 
-    def read(self, name: str, start: int = 0, count: int | None = None) -> Tensor:
-        """Rows start .. start + count of a tensor (all by default), whatever files they lie in."""
-        entry = self.tensors[name]
-        shape = entry["shape"]
+    def read(self, name: str, shape: Sequence[int], start: int = 0, count: int | None = None) -> Tensor:
+        """Rows start .. start + count of a tensor of that full shape (all by default), whatever files they lie in.
+
+        Raises ValueError where the checkpoint has no such tensor, has it in another shape, or a number is not finite.
+        """
+        entry = self.tensors.get(name)
+        if entry is None or tuple(entry.shape) != tuple(shape):
+            has = f"has it as {tuple(entry.shape)}" if entry else "has no such tensor"
+            raise ValueError(f"the run trains {name} as {tuple(shape)}, but checkpoint {self.folder} {has}")
         if not shape:
             start, count = 0, 1
         stop = (shape[0] if shape else 1) if count is None else start + count
         found = []
-        for piece in sorted(entry["pieces"], key=lambda piece: piece["start"]):
-            low, high = max(start, piece["start"]), min(stop, piece["start"] + piece["rows"])
+        for piece in sorted(entry.pieces, key=lambda piece: piece.start):
+            low, high = max(start, piece.start), min(stop, piece.start + piece.rows)
             if low < high:
-                with safe_open(self.folder / piece["file"], framework="pt") as opened:
+                with safe_open(self.folder / piece.file, framework="pt") as opened:
                     if shape:
-                        found.append(opened.get_slice(name)[low - piece["start"] : high - piece["start"]])
+                        found.append(opened.get_slice(name)[low - piece.start : high - piece.start])
                     else:
                         found.append(opened.get_tensor(name))
-        return found[0] if len(found) == 1 else torch.cat(found)
+        rows = found[0] if len(found) == 1 else torch.cat(found)
+        if not rows.isfinite().all():
+            raise ValueError(f"checkpoint {self.folder} is damaged: {name} has numbers that are NaN or infinite")
+        return rows
 
 
 def save(
@@ -104,6 +114,11 @@ def save(
     def write() -> dict[str, Any]:
         if not pieces:
             return {}
+        if bad := [name for name, piece in pieces.items() if not piece.rows.isfinite().all()]:
+            raise ValueError(
+                f"{bad[0]} has numbers that are NaN or infinite after step {step} ({len(bad)} tensors have), so no "
+                "checkpoint is written: resume from the one before, with a lower --learning-rate"
+            )
         with _disk_errors(root):
             save_file({name: piece.rows.detach().cpu().contiguous() for name, piece in pieces.items()}, partial / file)
             allow_by_umask(partial / file)
@@ -124,6 +139,7 @@ def save(
             }
 
     def begin() -> None:
+        refuse_links(root)
         with _disk_errors(root):
             for killed in root.glob("step-*.tmp"):
                 shutil.rmtree(killed, ignore_errors=True)
@@ -194,7 +210,7 @@ def newest(root: Path) -> Checkpoint | None:
 
     Raises NewerFormat where a later version wrote one that would be passed over.
     """
-    folders = [(int(match[1]), path) for path in root.glob("step-*") if (match := FOLDER_NAME.match(path.name))]
+    folders = _folders(root)
     for number, (_, folder) in enumerate(sorted(folders, reverse=True), start=1):
         try:
             return load(folder)
@@ -202,45 +218,97 @@ def newest(root: Path) -> Checkpoint | None:
             raise
         except ValueError as error:
             last = number == len(folders)
-            log.warning("%s; %s", error, "none is left" if last else "going back to the checkpoint before it")
+            log.warning("%s; %s", error, "no older one is left" if last else "trying the checkpoint before it")
     return None
 
 
 def load(folder: Path) -> Checkpoint:
     """Open and verify a checkpoint. Raises ValueError naming what is missing or damaged, or NewerFormat."""
+
+    def damaged(what: object) -> ValueError:
+        return ValueError(f"checkpoint {folder} is damaged: {what}")
+
     try:
-        sealed = (folder / "COMPLETE").read_bytes().strip()
-        raw = (folder / "index.json").read_bytes()
+        with open_regular(folder / "COMPLETE") as opened:
+            sealed = opened.read(100).strip()
+        with open_regular(folder / "index.json") as opened:
+            raw = opened.read(INDEX_BYTES + 1)
     except OSError as error:
         raise ValueError(f"checkpoint {folder} is not complete: {error.strerror or error} ({error.filename})") from None
+    if len(raw) > INDEX_BYTES:
+        raise damaged(f"index.json is larger than {INDEX_BYTES} bytes")
     if hashlib.sha256(raw).hexdigest().encode() != sealed:
-        raise ValueError(f"checkpoint {folder} is damaged: index.json differs from its checksum in COMPLETE")
-    index = json.loads(raw)
-    if index["format"] > FORMAT:
-        raise NewerFormat(
-            f"checkpoint {folder} has format {index['format']}, this version reads up to {FORMAT}: a later version "
-            "wrote it; go on with that one, or give another --output"
-        )
-    for name, checksum in index["files"].items():
-        if not (folder / name).is_file():
-            raise ValueError(f"checkpoint {folder} is damaged: {name} is missing")
+        raise damaged("index.json differs from its checksum in COMPLETE")
+    try:
+        if (written := read_format(raw)) > FORMAT:
+            raise NewerFormat(
+                f"checkpoint {folder} has format {written}, this version reads up to {FORMAT}: a later version wrote "
+                "it; resume with that one, or give another --output"
+            )
+        index = read_index(raw)
+    except NewerFormat:
+        raise
+    except ValueError as error:
+        raise damaged(f"index.json: {error}") from None
+    if (match := FOLDER_NAME.fullmatch(folder.name)) and int(match[1]) != index.step:
+        raise damaged(f"its index is that of step {index.step}")
+    for name, checksum in index.files.items():
+        if (folder / name).is_symlink() or not (folder / name).is_file():
+            raise damaged(f"{name} is missing")
         if digest(folder / name) != checksum:
-            raise ValueError(f"checkpoint {folder} is damaged: {name} differs from its checksum")
-    return Checkpoint(folder, index["step"], index["meta"], index["tensors"])
+            raise damaged(f"{name} differs from its checksum")
+    try:
+        _check_files(folder, index)
+    except (ValueError, SafetensorError) as error:
+        raise damaged(error) from None
+    return Checkpoint(folder, index.step, json.loads(raw)["meta"], index.tensors)
+
+
+def _check_files(folder: Path, index: Index) -> None:
+    """Raises ValueError where the files do not hold what the index says."""
+    headers: dict[str, Any] = {}
+    with ExitStack() as stack:
+        for file in index.files:
+            headers[file] = stack.enter_context(safe_open(folder / file, framework="pt"))
+        names = {file: set(opened.keys()) for file, opened in headers.items()}
+        for name, tensor in index.tensors.items():
+            for piece in tensor.pieces:
+                if name not in names[piece.file]:
+                    raise ValueError(f"{piece.file} has no {name}")
+                found, expected = headers[piece.file].get_slice(name), [piece.rows, *tensor.shape[1:]]
+                there = [found.get_shape(), found.get_dtype()]
+                if there != [expected if tensor.shape else [], DTYPES[tensor.dtype]]:
+                    raise ValueError(f"{name} in {piece.file} is {there[1]} {there[0]}, not as the index says")
+
+
+def _folders(root: Path) -> list[tuple[int, Path]]:
+    """The checkpoints' folders with their steps; links are none."""
+    named = ((FOLDER_NAME.fullmatch(path.name), path) for path in root.glob("step-*") if not path.is_symlink())
+    return [(int(match[1]), path) for match, path in named if match]
+
+
+def refuse_links(*folders: Path) -> None:
+    """Raises ValueError for a folder of a run that is a symbolic link: what lies behind it is not ours to delete."""
+    for folder in folders:
+        if folder.is_symlink():
+            raise ValueError(
+                f"{folder} is a symbolic link to {os.readlink(folder)}, where a run would delete old checkpoints and "
+                "results: give --output a folder on that disk, or remove the link"
+            )
 
 
 def prune(root: Path, keep_last: int, best_step: int | None) -> None:
     """Remove all but the last keep_last checkpoints and the best; 0 keeps all."""
-    steps = sorted(int(match[1]) for path in root.glob("step-*") if (match := FOLDER_NAME.match(path.name)))
-    for step in steps[:-keep_last] if keep_last else []:
+    refuse_links(root)
+    for step, folder in sorted(_folders(root))[:-keep_last] if keep_last else []:
         if step != best_step:
-            shutil.rmtree(root / f"step-{step:06d}", ignore_errors=True)
+            shutil.rmtree(folder, ignore_errors=True)
 
 
 def set_aside_after(root: Path, step: int) -> None:
-    """Take the checkpoints after a step out of the row, so that the run can go on from that step."""
-    for path in root.glob("step-*"):
-        if (match := FOLDER_NAME.match(path.name)) and int(match[1]) > step:
+    """Rename the checkpoints after a step, so that the run resumes from that step."""
+    for number, path in _folders(root):
+        if number > step:
             aside = path.with_name(f"{path.name}.before-{time.time_ns()}")
             os.replace(path, aside)
             log.warning("set %s aside as %s", path, aside.name)

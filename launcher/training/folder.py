@@ -11,11 +11,12 @@ from pathlib import Path
 from typing import Any
 
 from launcher.config import Config
-from launcher.files import allow_by_umask, digest, read_or_empty, sync, write_atomically
+from launcher.files import allow_by_umask, digest, read_json, read_or_empty, sync, write_atomically
 from launcher.processes import Communicator, Ranks, nodes_without
 from launcher.training import checkpoint
 
 log = logging.getLogger(__name__)
+CONFIG_BYTES = 64 << 20  # a longer config.json is damaged
 CHECKSUMS = "SHA256SUMS"  # as sha256sum -c reads it
 
 
@@ -40,6 +41,8 @@ def prepare(config: Config, output: Path, identity: dict[str, Any], comm: Commun
             log.warning("--resume never: the run that was in %s now lies in %s", output, aside)
         if output.exists() and not (output / "config.json").exists() and any(_foreign(output)):
             raise ValueError(f"{output} is not a run folder and not empty: give another --output")
+        results = [output / f"{name}{end}" for name in ("adapter", "model") for end in ("", ".tmp")]
+        checkpoint.refuse_links(output / "checkpoints", *results)
         try:
             output.mkdir(parents=True, exist_ok=True)
         except OSError as error:
@@ -83,8 +86,11 @@ def _named_checkpoint(wanted: Path, output: Path) -> checkpoint.Checkpoint:
 
 def _saved_identity(output: Path) -> dict[str, Any]:
     try:
-        return json.loads((output / "config.json").read_text())["identity"]
-    except (ValueError, KeyError, TypeError):
+        identity = read_json(output / "config.json", CONFIG_BYTES)["identity"]
+        if not isinstance(identity, dict):
+            raise TypeError("not an object")
+        return identity
+    except (OSError, ValueError, KeyError, TypeError):
         raise ValueError(
             f"{output / 'config.json'} is damaged and no checkpoint tells which run this was: give another --output, "
             "or --resume never to set it aside"

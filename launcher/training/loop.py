@@ -27,6 +27,7 @@ from launcher.processes import Communicator
 from launcher.tasks.base import Layout, Samples, Task, on_device
 from launcher.tasks.evaluation import Evaluation, Interrupted
 from launcher.training.checkpoint import Checkpoint, Saver, prune
+from launcher.training.checkpoint_index import TrainingState
 from launcher.training.report import Events, Screen, Throughput, memory_gib
 from launcher.training.stop import StopRequest
 
@@ -78,18 +79,6 @@ class Clock:
     waited_s: float = 0.0
 
 
-@dataclass
-class TrainingState:
-    """Where a run stands: a checkpoint holds this, the trained parameters and the optimizer's state."""
-
-    step: int = 0
-    tokens: int = 0
-    best_loss: float = math.inf
-    best_step: int = 0
-    worse: int = 0  # evaluations since the best one
-    evaluated: int = -1  # the step of the last evaluation
-
-
 def learning_rate_at(step: int, steps: int, config: OptimizerConfig) -> float:
     """The learning rate of step 1 .. steps: linear warm-up, then constant, or cosine or linear decay to zero."""
     warmup = round(config.warmup_ratio * steps)
@@ -129,7 +118,7 @@ class _Loop:
                 if evaluation_due(training, state) and not asked:
                     asked = not self.evaluate()
                 early = bool(options.patience) and state.worse >= options.patience
-                ended = state.step == training.steps or early
+                ended = state.step >= training.steps or early
                 due = bool(options.save_every) and state.step % options.save_every == 0
                 if (ended or asked or due) and self.saved != state.step:
                     self.save()

@@ -20,7 +20,7 @@ from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 from rich.table import Table
 from rich.text import Text
 
-from launcher.files import write_atomically
+from launcher.files import open_regular, parse_json, replacing
 
 log = logging.getLogger(__name__)
 LINE_EVERY_S = 5.0
@@ -33,16 +33,17 @@ class Events:
     """
 
     def __init__(self, file: Path, resumed_step: int, seal: dict[str, Any] | None):
-        written = file.read_bytes() if seal and file.exists() else b""
+        written = _bytes_of(file) if seal else b""
         kept = written[: seal["bytes"]] if seal else b""
-        if seal and file.exists() and hashlib.sha256(kept).hexdigest() != seal["sha256"]:
-            lines = [json.dumps(event) + "\n" for event in read_events(file) if event.get("step", 0) <= resumed_step]
+        if seal and hashlib.sha256(kept).hexdigest() != seal["sha256"]:
+            lines = [json.dumps(event) + "\n" for event in read_events(file) if event["step"] <= resumed_step]
             log.warning(
-                "%s was damaged after it was written: %d lines of it can be read and are kept", file, len(lines)
+                "%s is not what it was at the checkpoint: %d lines of it can be read and are kept", file, len(lines)
             )
             kept = "".join(lines).encode()
         self._digest, self._bytes = hashlib.sha256(kept), len(kept)
-        write_atomically(file, kept.decode())
+        with replacing(file) as temporary:
+            temporary.write_bytes(kept)
         self._file = open(file, "ab")  # noqa: SIM115 (open for the whole run)
 
     def write(self, event: dict[str, Any]) -> None:
@@ -65,12 +66,23 @@ class Events:
 
 
 def read_events(file: Path) -> list[dict[str, Any]]:
-    """The events of a run; a line that is cut short or damaged is left out."""
+    """The events of a run. A line that is cut short or damaged, or no object with a step, is left out."""
     events = []
-    for line in file.read_text(errors="replace").splitlines() if file.exists() else []:
-        with suppress(json.JSONDecodeError):
-            events.append(json.loads(line))
+    for line in _bytes_of(file).decode(errors="replace").splitlines():
+        with suppress(ValueError):
+            event = parse_json(line)
+            if isinstance(event, dict) and type(event.get("step")) is int:
+                events.append(event)
     return events
+
+
+def _bytes_of(file: Path) -> bytes:
+    """The bytes of a file; none where there is no regular file."""
+    try:
+        with open_regular(file) as opened:
+            return opened.read()
+    except FileNotFoundError:
+        return b""
 
 
 class Screen:

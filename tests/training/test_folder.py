@@ -11,6 +11,7 @@ from launcher.config import Config
 from launcher.processes import Communicator, Ranks
 from launcher.training import folder
 from launcher.training.checkpoint import Checkpoint
+from launcher.training.report import Events
 
 
 def test_a_start_that_was_killed_before_its_first_file_stood_is_no_foreign_folder(tmp_path):
@@ -57,3 +58,56 @@ def test_every_file_of_a_run_is_readable_as_the_umask_says(stories, alpaca_file,
 
     assert len([file for file in files if file.suffix == ".safetensors"]) == 2  # a checkpoint's and the adapter's
     assert {file.stat().st_mode & 0o777 for file in files} == {0o666 & ~umask}
+
+
+@pytest.mark.parametrize("name", ["checkpoints", "adapter", "adapter.tmp", "model"])
+def test_a_folder_of_a_run_that_is_a_link_is_refused_before_anything_is_touched(tmp_path, name):
+    elsewhere = tmp_path / "elsewhere"
+    elsewhere.mkdir()
+    (elsewhere / "thesis").write_text("years of work")
+    run = tmp_path / "run"
+    run.mkdir()
+    (run / "config.json").write_text("{}")
+    (run / name).symlink_to(elsewhere)
+
+    with pytest.raises(ValueError, match=rf"run/{name} is a symbolic link to .*elsewhere, .*--output"):
+        folder.prepare(Config(), run, {"base": "a"}, Communicator(Ranks()))
+
+    assert (elsewhere / "thesis").read_text() == "years of work"
+
+
+@pytest.mark.parametrize("text", ["[]", "7", '{"identity": []}', '{"identity": "a"}', "{}", "[" * 100_000, "{"])
+def test_a_config_that_cannot_be_read_is_damaged(tmp_path, text):
+    (tmp_path / "config.json").write_text(text)
+
+    with pytest.raises(
+        ValueError, match=r"config\.json is damaged and no checkpoint tells which run this was: .*--output"
+    ):
+        folder.prepare(Config(), tmp_path, {"base": "a"}, Communicator(Ranks()))
+
+
+def test_odd_lines_of_events_are_left_out_on_a_resume(tmp_path, caplog):
+    """The checkpoint's checksum shows that something is wrong; what can be read is kept."""
+    good = ['{"step": 1, "loss": 2.0}', '{"step": 2, "loss": 1.5}', '{"step": 3, "loss": 1.0}']
+    odd = ["[]", "7", "null", '"step"', '{"step": "1"}', '{"step": true}', "{}", "[" * 100_000, '{"step": 2, "lo']
+    file = tmp_path / "events.jsonl"
+    file.write_text("\n".join([good[0], *odd, *good[1:]]))
+
+    events = Events(file, 2, {"bytes": 10, "sha256": "0" * 64})
+    events.close()
+
+    assert file.read_text().splitlines() == good[:2]
+    assert "2 lines of it can be read and are kept" in caplog.text
+
+
+def test_events_that_are_a_link_are_not_written_through(tmp_path):
+    target = tmp_path / "target"
+    target.write_text("mine")
+    (tmp_path / "events.jsonl").symlink_to(target)
+
+    events = Events(tmp_path / "events.jsonl", 0, None)
+    events.write({"step": 1})
+    events.close()
+
+    assert target.read_text() == "mine"
+    assert (tmp_path / "events.jsonl").read_text() == '{"step": 1}\n'

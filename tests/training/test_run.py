@@ -324,7 +324,10 @@ def test_trackers_write_into_the_run_folder(small, monkeypatch):
         (lambda c: replace(c, adapter=replace(c.adapter, options=("scale=0",))), "scale is a finite number"),
         (lambda c: replace(c, data=replace(c.data, max_length=4096)), "context of 512"),
         (lambda c: replace(c, model=replace(c.model, attention="flash")), "--attention flash cannot be used"),
-        (lambda c: with_run(c, sharding="ddp", shard_size=2), "--shard-size 2 goes with --sharding hsdp, not ddp"),
+        (
+            lambda c: with_run(c, sharding="ddp", shard_size=2),
+            "--shard-size 2 works with --sharding hsdp only, not with ddp",
+        ),
         (lambda c: with_run(c, cache="/proc/no-cache-here"), "--cache"),
     ],
 )
