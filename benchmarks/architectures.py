@@ -145,6 +145,7 @@ def shrunk(kind: Any, **own: Any) -> Any:
             if part is not None:
                 parts[name] = shrunk(part, **OWN.get(part.model_type, {})).to_dict()
     plain = {name: value for name, value in SIZES.items() if name in fields}
+    plain |= {name: 0.0 for name in fields if "drop" in name and isinstance(getattr(kind(), name, None), float)}
     return kind(**plain | parts | own)
 
 

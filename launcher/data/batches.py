@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import itertools
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from functools import lru_cache
 from typing import Any, Literal
 
@@ -17,6 +17,7 @@ from torch import Tensor
 
 from launcher.data.encode import Encoded
 
+PackedAs = Literal["sdpa", "eager", "positions", "flash"]  # what a batch of packed rows is laid out for
 NO_LOSS = -100  # torch's cross_entropy and transformers leave this label out
 
 
@@ -92,19 +93,21 @@ def collate(
     *,
     pad_id: int,
     packing: bool = False,
-    attention: Literal["sdpa", "flash"] = "sdpa",
+    attention: PackedAs = "sdpa",
+    windows: Mapping[str, int | None] | None = None,
     multiple_of: int = 1,
 ) -> dict[str, Any]:
     """Arguments of the model's forward for a micro-batch: of samples, or with packing of rows from `pack`.
 
     Unpacked: input_ids, labels, position_ids, attention_mask, all (B, N), padded on the right to a multiple_of.
     Packed for SDPA: the same with attention_mask (B, 1, N, N) bool: a token sees its own sample up to itself.
+    Packed for eager: that mask as float32 numbers to add to the scores: 0 or the lowest of bfloat16.
+    Packed with windows: such a mask for each type of layer, by name, which hides what is a window or more tokens back.
+    Packed as positions: no mask; models that build their own see a border where position_ids start again.
     Packed for flash: all rows flattened to (1, tokens), no padding, no mask, and the borders as cu_seq_lens_* (int32),
     max_length_* as transformers' flash attention takes them. The labels stand unshifted; the model shifts them.
     Call the model with use_cache=False: a cache would count the positions again.
     """
-    # transformers' eager attention would add a bool mask to the scores (True = +1) and hide nothing.
-    assert attention in ("sdpa", "flash"), f"packing has no mask for {attention} attention"
     packed: Any = rows if packing else [[sample] for sample in rows]
     if packing and attention == "flash":
         packed, multiple_of = [list(_flat(rows))], 1
@@ -126,11 +129,16 @@ def collate(
     batch: dict[str, Any] = {"input_ids": input_ids, "labels": labels, "position_ids": position_ids}
     if not packing:
         batch["attention_mask"] = (sample_of >= 0).long()
-    elif attention == "sdpa":
+    elif attention in ("sdpa", "eager"):
         # Padding may look at earlier padding: a row of the mask with nothing in it is NaN in some kernels.
         same_sample = sample_of[:, :, None] == sample_of[:, None, :]
-        batch["attention_mask"] = same_sample.tril()[:, None]
-    else:
+        seen = same_sample.tril()[:, None]
+        back = torch.arange(size[1])[:, None] - torch.arange(size[1])
+        masks = {name: seen & (back < (window or size[1])) for name, window in (windows or {"": None}).items()}
+        if attention == "eager":  # which adds the mask to the scores: a bool one (True = +1) would hide nothing
+            masks = {name: torch.where(mask, 0.0, torch.finfo(torch.bfloat16).min) for name, mask in masks.items()}
+        batch["attention_mask"] = masks if windows else masks[""]
+    elif attention == "flash":
         lengths = [span.stop - span.start for span in spans[0]]
         borders = torch.tensor([0, *itertools.accumulate(lengths)], dtype=torch.int32)
         batch |= {"cu_seq_lens_q": borders, "cu_seq_lens_k": borders}

@@ -9,14 +9,14 @@ import shlex
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal, NamedTuple, Protocol
+from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
 
 import torch
 from peft import PeftConfig
 from torch import Tensor
 
 from launcher.config import Config
-from launcher.data.batches import collate, target_tokens
+from launcher.data.batches import PackedAs, collate, target_tokens
 from launcher.data.encode import Encoded
 
 if TYPE_CHECKING:
@@ -50,7 +50,8 @@ class Layout:
 
     pad_id: int = 0
     packing: bool = False  # a row is a list of samples, which do not attend to each other
-    attention: Literal["sdpa", "flash"] = "sdpa"
+    attention: PackedAs = "sdpa"
+    windows: Mapping[str, int | None] | None = None  # of packed rows, by type of layer
 
 
 class Table(NamedTuple):
@@ -118,7 +119,9 @@ class NextToken(Task, Protocol):
     """Predict each token that carries loss from those before it: collate, loss and evaluation of such tasks."""
 
     def collate(self, data: Encoded, rows: Sequence[Any], layout: Layout) -> Batch:
-        return collate(data, rows, pad_id=layout.pad_id, packing=layout.packing, attention=layout.attention)
+        return collate(
+            data, rows, pad_id=layout.pad_id, packing=layout.packing, attention=layout.attention, windows=layout.windows
+        )
 
     def loss(self, forward: Callable[..., Any], batch: Batch, targets: int) -> Tensor:
         return forward(**batch, num_items_in_batch=targets, use_cache=False).loss
@@ -151,5 +154,11 @@ def by_length(data: Encoded) -> list[int]:
 
 
 def on_device(batch: Mapping[str, Any], device: torch.device) -> Batch:
-    """The batch with its tensors moved; other values stay as they are."""
-    return {name: part.to(device) if isinstance(part, Tensor) else part for name, part in batch.items()}
+    """The batch with its tensors moved, also those of a dictionary in it; other values stay as they are."""
+
+    def moved(part: Any) -> Any:
+        return (
+            part.to(device) if isinstance(part, Tensor) else on_device(part, device) if isinstance(part, dict) else part
+        )
+
+    return {name: moved(part) for name, part in batch.items()}

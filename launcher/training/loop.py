@@ -28,6 +28,7 @@ from launcher.tasks.base import Layout, Samples, Task, on_device
 from launcher.tasks.evaluation import Evaluation, Interrupted
 from launcher.training.checkpoint import Checkpoint, Saver, prune
 from launcher.training.checkpoint_index import TrainingState
+from launcher.training.packing import Way
 from launcher.training.report import Events, Screen, Throughput, memory_gib
 from launcher.training.stop import StopRequest
 
@@ -58,7 +59,7 @@ class Training:
     samples: Samples
     rows: Sequence[Any]  # what batch_size counts: sample numbers, or lists of them when packing
     steps: int
-    attention: str
+    packed_as: Way  # the layout of packed rows
     device: torch.device
     output: Path
     identity: dict[str, Any]
@@ -256,7 +257,7 @@ def batch_loss(training: Training, rows: Sequence[Any], targets: int) -> Tensor:
     layout = Layout(
         pad_id=training.tokenizer.pad_token_id or 0,
         packing=training.config.data.packing,
-        attention="flash" if training.attention == "flash_attention_2" else "sdpa",
+        **training.packed_as._asdict(),
     )
     batch = on_device(task.collate(training.samples.train, rows, layout), training.device)
     training.clock.batches_s += time.perf_counter() - started

@@ -102,6 +102,3 @@ def check_context(config: Config, settings: Any, room: int | None = None) -> Non
     room = room or getattr(settings.get_text_config(), "max_position_embeddings", None) or sys.maxsize
     if config.data.max_length > room:
         raise ValueError(f"--max-length {config.data.max_length} is more than this model's context of {room} tokens")
-    window = getattr(settings, "sliding_window", None)
-    if config.data.packing and window and window < config.data.max_length:
-        raise ValueError(f"packing does not support this model's sliding window of {window}: leave --packing out")

@@ -19,6 +19,7 @@ from typing import Any, NamedTuple
 import torch
 import torch.distributed as dist
 import transformers
+from torch import Tensor
 
 from adapters.checkpoint_files import list_tensors
 from launcher.availability import unavailable
@@ -36,12 +37,13 @@ from launcher.models.quantize import base_size, quantised_share, size
 from launcher.models.skeleton import bare_skeleton
 from launcher.models.suitable import leave_out, reach, unmatched
 from launcher.processes import Communicator, Ranks, Stopped, connect, same_everywhere, say_mistake
-from launcher.tasks.base import Samples
+from launcher.tasks.base import Samples, on_device
 from launcher.training import factoring
 from launcher.training.factoring import Factoring
 from launcher.training.folder import State, finished, prepare, save_final
 from launcher.training.loop import Callbacks, Event, Training, evaluation_of, train
 from launcher.training.methods import unusual_learning_rate
+from launcher.training.packing import Way, candidates, check_packing
 from launcher.training.report import Screen, open_trackers, read_events
 from launcher.training.resolve import Resolved, check_context, resolve
 from launcher.training.start import Start, begin
@@ -151,13 +153,14 @@ def _run(
     engine = comm.each("engine", lambda: _engine(start, model))
     identity = comm.each("the factors", lambda: factoring.identify_factors(model, plan.identity, resume))
     check_context(config, model.config, context_length(model))
+    packed_as = _packed_as(start, engine, samples) if config.data.packing else Way()
     _introduce(start, identity, samples, engine, steps)
 
     # 4. Train.
     trackers = open_trackers(config.run.trackers, start.output, as_dict(config)) if ranks.is_main else []
     training = Training(
         config=config, task=resolved.task, engine=engine, tokenizer=tokenizer, samples=samples, rows=rows, steps=steps,
-        attention=resolved.attention, device=resolved.device, output=start.output, identity=identity, comm=comm,
+        packed_as=packed_as, device=resolved.device, output=start.output, identity=identity, comm=comm,
         stop=stop, screen=screen, trackers=trackers, callbacks=callbacks,
     )  # fmt: skip
     model.train()
@@ -285,6 +288,25 @@ def _engine(start: Start, model: Any) -> Engine:
     resolved, config = start.resolved, start.resolved.config
     info, offload = ENGINES[resolved.sharding], config.run.cpu_offload
     return engine_class(info.name)(model, config.optimizer, resolved.ranks, info, cpu_offload=offload)
+
+
+def _packed_as(start: Start, engine: Engine, samples: Samples) -> Way:
+    """The layout in which this model keeps packed samples apart. Called by all ranks."""
+    resolved, longest = start.resolved, start.resolved.config.data.max_length
+    base: Any = getattr(engine.model, "get_base_model", lambda: engine.model)()
+
+    def collate(tokens: Sequence[Tensor], way: Way | None) -> dict[str, Any]:
+        lengths = torch.tensor([len(part) for part in tokens])
+        ids, offsets = torch.cat(list(tokens)).int(), torch.cat([torch.zeros(1, dtype=torch.int64), lengths.cumsum(0)])
+        known = Encoded(ids, torch.ones(len(ids), dtype=torch.bool), offsets, lengths, samples.train.report)
+        rows: Any = [list(range(len(tokens)))] if way else [0]
+        batch = batches.collate(known, rows, pad_id=0, packing=way is not None, **(way or Way())._asdict())
+        del batch["labels"]
+        return on_device(batch, resolved.device)
+
+    ways = candidates(base.config, resolved.attention, longest)
+    ids = samples.train.ids.long().unique()
+    return start.comm.each("packing", lambda: check_packing(base, engine.forward, ways, collate, ids, longest))
 
 
 def _introduce(start: Start, identity: dict[str, Any], samples: Samples, engine: Engine, steps: int) -> None:

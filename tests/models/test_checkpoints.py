@@ -46,11 +46,11 @@ def rewrite(folder, change):
     save_file(change(tensors), folder / WEIGHTS, {"format": "pt"})
 
 
-def train(folder, out, *, sharding="none", quantize="none", targets=("all-linear",)):
+def train(folder, out, *, sharding="none", quantize="none", targets=("all-linear",), data=None):
     return run(
         Config(
             model=ModelConfig(model=str(folder), dtype="float32", quantize=quantize),
-            data=DataConfig(data=DATA, prompt_template="short", max_length=96),
+            data=data or DataConfig(data=DATA, prompt_template="short", max_length=96),
             adapter=AdapterConfig(rank=4, targets=targets),
             optimizer=OptimizerConfig(batch_size=2, max_steps=1),
             run=RunConfig(output=str(out), cache=str(out.parent / "cache"), sharding=sharding),

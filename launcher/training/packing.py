@@ -1,0 +1,126 @@
+"""`--packing`: how a model is told where one sample of a row ends and the next begins, and whether it heeds that.
+
+Models differ: most take a 4-dimensional mask, those with sliding windows build their own from position ids that start
+again, hybrids with a recurrent state may do neither. So two samples are run packed and apart before training, and what
+does not agree is refused.
+"""
+
+from __future__ import annotations
+
+import math
+import re
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from launcher.data.batches import PackedAs
+
+SHORT = 24  # tokens of a probed sample
+# Allowed difference of the second sample's outputs, packed and apart, as a share of their norm: so much above that of
+# the first sample, which no other can reach, or this floor. Attention across samples moves them by 0.01 to 1 on random
+# models, a recurrent state by 1e-3 and more; rounding by 1e-6 in float32.
+TIMES, FLOOR = 3.0, {torch.float32: 3e-5, torch.float64: 1e-9}
+COARSE = 5e-3
+WINDOW = re.compile(r"window|chunk|top_?k$")
+
+
+def limits(settings: Any, longest: int) -> list[int]:
+    """Windows and chunks below `longest` tokens that a model's config names, in its sub-configs as well."""
+    return sorted(
+        {value for name, value in _numbers(settings.to_dict()) if WINDOW.search(name) and 1 < value < longest}
+    )
+
+
+class Way(NamedTuple):
+    """How a batch of packed rows is laid out; see `launcher.data.batches.collate`."""
+
+    attention: PackedAs = "sdpa"
+    windows: dict[str, int | None] | None = None
+
+
+def candidates(settings: Any, attention: str, longest: int) -> list[Way]:
+    """Ways to lay out packed rows of up to `longest` tokens, the likeliest one first."""
+    if attention.startswith("flash"):
+        return [Way("flash")]
+    if attention == "flex_attention":
+        return [Way("positions")]
+    mask = Way("eager" if attention == "eager" else "sdpa")
+    text = settings.get_text_config()
+    window, types = getattr(text, "sliding_window", None), getattr(text, "layer_types", None) or ()
+    if not limits(settings, longest):
+        return [mask, Way("positions")]
+    by_type = {name: window if "sliding" in name else None for name in sorted(set(types))}
+    return [Way("positions"), *([mask._replace(windows=by_type)] if by_type else []), mask]
+
+
+def check_packing(
+    model: Any,
+    forward: Callable[..., Any],
+    ways: Sequence[Way],
+    collate: Callable[[Sequence[Tensor], Way | None], dict[str, Any]],
+    ids: Tensor,
+    longest: int,
+) -> Way:
+    """The first of the ways in which two samples in one row give what each gives alone.
+
+    forward computes the model's output, on every rank alike. collate(samples, way) makes a batch of token ids: packed
+    in one row, or with None a sample alone. ids are valid tokens to take. Raises ValueError where no way agrees.
+    """
+    settings, training = model.config, model.training
+    second = min(max([SHORT, *(limit + SHORT for limit in limits(settings, longest))]), longest - SHORT // 2)
+    first = min(SHORT // 2, longest - second)
+    tried: list[str] = []
+    model.eval()
+    try:
+        for way in ways:
+            for attempt in range(3):  # a router that is undecided between experts may send one token elsewhere
+                order = torch.randperm(max(first + second, len(ids)), generator=torch.Generator().manual_seed(attempt))
+                drawn = ids[order[: first + second] % len(ids)]
+                try:
+                    reason = _differs(forward, collate, [drawn[:first], drawn[first:]], way)
+                except Exception as error:  # code of a model that expects another mask raises anything
+                    reason = f"{type(error).__name__}: {next(iter(str(error).splitlines()), '')}"
+                if reason is None:
+                    return way
+            tried.append(f"{way.attention}{' by layer type' if way.windows else ''}: {reason}")
+    finally:
+        model.train(training)
+    raise ValueError(
+        f"--packing: a {type(model).__name__} lets one sample of a row see another ({'; '.join(tried)}), so "
+        "training would not be on the samples alone: leave --packing out"
+    )
+
+
+@torch.no_grad()
+def _differs(
+    forward: Callable[..., Any],
+    collate: Callable[[Sequence[Tensor], Way | None], dict[str, Any]],
+    samples: list[Tensor],
+    way: Way,
+) -> str | None:
+    """How far the second sample is from what it gives alone; None where it is not."""
+    together = _logits(forward, collate(samples, way))
+    alone = [_logits(forward, collate([sample], None)) for sample in samples]
+    parts = together[: len(samples[0])], together[len(samples[0]) :][: len(samples[1])]
+    apart = [
+        float((part.float() - one.float()).norm() / one.float().norm()) for part, one in zip(parts, alone, strict=True)
+    ]
+    allowed = max(TIMES * apart[0], FLOOR.get(together.dtype, COARSE))
+    if math.isfinite(apart[1]) and apart[1] <= allowed:
+        return None
+    return f"outputs differ by {apart[1]:.2g}, by {apart[0]:.2g} where none precedes"
+
+
+def _logits(forward: Callable[..., Any], batch: dict[str, Any]) -> Tensor:
+    """(tokens, vocabulary) of a batch of one row."""
+    return forward(**batch, use_cache=False).logits[0]
+
+
+def _numbers(settings: dict[str, Any]) -> Iterator[tuple[str, int]]:
+    for name, value in settings.items():
+        if isinstance(value, dict):
+            yield from _numbers(value)
+        elif isinstance(value, int) and not isinstance(value, bool):
+            yield name, value
