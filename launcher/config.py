@@ -82,8 +82,12 @@ class ModelConfig(Checked):
 class DataConfig(Checked):
     """The training samples, and which of their tokens carry loss."""
 
-    data: str = "tatsu-lab/alpaca"
-    """JSON, JSONL or parquet file, or a hub dataset: Alpaca records, or messages / ShareGPT conversations."""
+    data: str | tuple[str, ...] = "tatsu-lab/alpaca"
+    """JSON, JSONL, CSV or parquet file, folder, or hub dataset name: instructions, prompts with completions, or
+    conversations. Several can be given, each with a weight: a.jsonl b.parquet:0.3 (below 1 the share of its records
+    that is used, above 1 how often they are used)."""
+    columns: tuple[str, ...] = ()
+    """Columns of other names, as prompt=question answer=solution; also input, system, history, messages, tools."""
     eval_data: str | None = None
     """File with held-out records of the same form. Without it, eval_records are held out of data."""
     eval_records: CountOrZero = 0
@@ -115,6 +119,10 @@ class DataConfig(Checked):
 
     def __post_init__(self) -> None:
         super().__post_init__()
+        if not isinstance(self.data, str):
+            if not self.data:
+                raise ValueError("--data (data.data) is empty: give a file, a folder or a hub dataset")
+            object.__setattr__(self, "data", self.data[0] if len(self.data) == 1 else tuple(self.data))
         try:
             datetime.date.fromisoformat(self.template_date)
         except ValueError:
@@ -261,6 +269,11 @@ class Config:
             )
 
 
+def data_name(data: str | tuple[str, ...]) -> str:
+    """The sources of a run in one line."""
+    return data if isinstance(data, str) else " ".join(data)
+
+
 def as_dict(config: Any) -> dict[str, Any]:
     """The config as plain JSON data; tuples become lists."""
     return dataclasses.asdict(
@@ -320,7 +333,7 @@ def _problem(hint: Any, value: Any) -> str | None:
         return _problem(parts[0], value) or next((said for problem in ranges if (said := problem(value))), None)
     if origin in (Union, types.UnionType):
         problems = [_problem(part, value) for part in parts if part is not type(None)]
-        return None if value is None or None in problems else problems[0]
+        return None if (value is None and type(None) in parts) or None in problems else problems[0]
     if origin is Literal:
         return None if isinstance(value, str) and value in parts else f"must be one of {', '.join(parts)}"
     if origin is tuple:

@@ -27,7 +27,7 @@ from torch import Tensor
 from launcher.config import DataConfig
 from launcher.data.bad_records import BadRecord, BadRecords
 from launcher.data.chat import Rendered, Sample, many
-from launcher.data.records import Record
+from launcher.data.forms import Record
 from launcher.data.templates import Template, frame, render, template_of
 
 log = logging.getLogger(__name__)

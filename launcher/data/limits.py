@@ -28,7 +28,8 @@ class Limits:
     template_seconds: float = 5.0  # to render one conversation
     template_bytes: int = 2**30  # of memory, beyond what the process has, while a conversation is rendered
     template_characters: int = 2**24  # of one rendered conversation
-    read_bytes: int = 2**34  # of one data file after decompression
+    read_bytes: int = 2**34  # of one data file
+    read_ratio: int = 100  # times its own size, that a compressed data file may unpack to
 
     def raised(self, name: str) -> str:
         """What to type to raise a limit, for error messages."""

@@ -14,7 +14,7 @@ from typing import Any, NamedTuple
 from launcher.config import DataConfig
 from launcher.data.bad_records import BadRecord
 from launcher.data.chat import TEMPLATE_DATE, Chat, Rendered, Sample, compiled, samples_of
-from launcher.data.records import Record
+from launcher.data.forms import Record, as_conversation
 
 SHORT = "### Instruction:\n{instruction}[\n### Input:\n{input}]\n### Response:\n"
 # The two prompts of github.com/tatsu-lab/stanford_alpaca (train.py, PROMPT_DICT), letter for letter.
@@ -154,16 +154,6 @@ def render(record: Record, template: Template, tokenizer: Any) -> Rendered:
 def _marks(tokenizer: Any) -> tuple[str, ...]:
     """The texts of the special tokens, which can end a turn."""
     return tuple(token.content for token in tokenizer.added_tokens_decoder.values() if token.special)
-
-
-def as_conversation(record: Record) -> Record:
-    """An Alpaca record as one question and, where there is one, its answer."""
-    if "messages" in record:
-        return record
-    question = "\n\n".join(part for part in (record["instruction"], record["input"]) if part)
-    turns = [{"role": "user", "content": question}]
-    answer = [{"role": "assistant", "content": record["output"]}] if record.get("output") else []
-    return {"messages": turns + answer}
 
 
 def _chat(template: Template, tokenizer: Any) -> Chat:

@@ -23,7 +23,7 @@ from safetensors.torch import save_file
 
 from launcher.config import DataConfig
 from launcher.data.encode import DataReport, Encoded, encode, stop_ids
-from launcher.data.records import Record
+from launcher.data.forms import Record
 from launcher.data.templates import frame, template_of
 from launcher.factorization.cache import put
 

@@ -29,7 +29,7 @@ def held_out(source: Source, file: str | None) -> tuple[encode.Encoded, Any]:
         held = records.load_records(file)[:AT_MOST]
     elif settings.get("eval_records") or settings.get("eval_data"):
         config = DataConfig(**settings)
-        held = records.load_splits(config.data, config.eval_data, config.eval_records)[1]
+        held = records.splits_of(config)[1]
     else:
         known = "the run held no records out" if source.data else f"{source.adapter} lies in no run folder"
         raise ValueError(f"there is nothing to measure the loss on, since {known}: give --data FILE")

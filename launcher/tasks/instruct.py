@@ -27,7 +27,7 @@ class Instruct(NextToken):
 
     def read(self, config: Config, tokenizer: Any, cache: Path) -> Samples:
         data = config.data
-        train, held_out = records.load_splits(data.data, data.eval_data, data.eval_records)
+        train, held_out = records.splits_of(data)
         template = templates.template_of(data, train[0], tokenizer)
         asked = held_out if data.exact_match or config.run.show_samples else []
         return Samples(

@@ -94,6 +94,7 @@ class Screen:
         logging.captureWarnings(True)
         if not is_main:
             logging.getLogger().setLevel(logging.ERROR)
+        logging.getLogger("launcher.data").setLevel(logging.INFO if is_main else logging.ERROR)
 
     def say(self, text: str) -> None:
         """A line of plain text; nothing in it is markup."""

@@ -23,7 +23,7 @@ from torch import Tensor
 
 from adapters.checkpoint_files import list_tensors
 from launcher.availability import unavailable
-from launcher.config import Config, as_dict
+from launcher.config import Config, as_dict, data_name
 from launcher.data import batches
 from launcher.data.encode import Encoded
 from launcher.engines.engine import Engine, ModelSource, engine_class
@@ -86,7 +86,9 @@ def run(
             stop.store, connected = comm.store, True
             try:
                 if instead is not None and (
-                    reason := comm.from_main("the hub", lambda: unavailable(config.model.model, config.data.data))
+                    reason := comm.from_main(
+                        "the hub", lambda: unavailable(config.model.model, data_name(config.data.data))
+                    )
                 ):
                     screen.banner(
                         f"{reason}: running the embedded model and instructions instead, as --tiny does.\n"
@@ -233,7 +235,7 @@ def _plan(start: Start, train_data: Encoded, tokenizer: Any) -> _Plan:
         "adapter": as_dict(config.adapter),
         "dtype": resolved.dtype,
         "quantize": config.model.quantize,
-        "data": same_everywhere(comm, f"what {config.data.data} gives", train_data.digest),
+        "data": same_everywhere(comm, f"what {data_name(config.data.data)} gives", train_data.digest),
         "packing": config.data.packing,
         "batch_size": config.optimizer.batch_size,
         "seed": config.optimizer.seed,
@@ -333,7 +335,7 @@ def _introduce(start: Start, identity: dict[str, Any], samples: Samples, engine:
         say(reach(engine.model, start.bare))
         if ranks.is_main and (without := unmatched(engine.model, config.adapter.targets)):
             log.warning("--targets %s: this model has no such module", " ".join(without))
-    say(f"{config.data.data}: {samples.train.report}")
+    say(f"{data_name(config.data.data)}: {samples.train.report}")
     processes = f"{ranks.world_size} x {chosen.device.type}"
     attention = f"{chosen.attention} ({chosen.attention_reason})"
     say(f"{steps} steps of {config.optimizer.batch_size} on {processes}, attention {attention}")

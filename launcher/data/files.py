@@ -1,0 +1,307 @@
+"""Read the rows of a file, a folder or a hub dataset, unchecked.
+
+Local files are read here and not through `datasets`: its Arrow schema fills in missing columns and hides the line of a
+mistake. Nothing local ever touches the network.
+"""
+
+from __future__ import annotations
+
+import csv
+import difflib
+import gzip
+import io
+import json
+import os
+import re
+import stat
+import sys
+import zlib
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from launcher.data.limits import LimitExceeded, limits
+
+TEXT = (".json", ".jsonl", ".ndjson", ".csv", ".tsv")
+SUFFIXES = (*TEXT, ".parquet")
+PACKED = (".gz", ".zst")  # after one of TEXT
+FORMS = (
+    "{instruction, input, output}, {prompt, completion}, {messages: [{role, content}]} or "
+    "{conversations: [{from, value}]}"
+)
+COLUMNS = {"instruction", "messages", "conversations", "conversation", "prompt", "question", "text"}  # of one record
+TRAINING, HELD_OUT = ("train", "training"), ("test", "validation", "valid", "val", "dev", "eval")
+UNPACK_AT_ONCE = 2**24
+SMALL = 2**26  # bytes; smaller files may unpack to any size up to this
+
+
+class Source(NamedTuple):
+    """A file, folder or hub name, and its weight: below 1 the share of its records, above 1 how often they are used."""
+
+    name: str
+    weight: float
+
+
+def source_of(text: str) -> Source:
+    """Split `b.parquet:0.3` into name and weight. Raises ValueError for a weight that is not above 0."""
+    name, _, weight = text.rpartition(":")
+    if not name or Path(text).expanduser().exists() or not re.fullmatch(r"\d+(\.\d*)?|\.\d+", weight):
+        return Source(text, 1.0)
+    if not 0 < float(weight) <= 1000:
+        raise ValueError(f"the weight of {text} lies above 0 and is at most 1000, got {weight}")
+    return Source(name, float(weight))
+
+
+def load_rows(source: str, option: str) -> list[Any]:
+    """The rows of a file, a folder, or a hub dataset NAME[:CONFIGURATION[:SPLIT]], unchecked.
+
+    Raises ValueError naming the option, the file and the line of a mistake.
+    """
+    path = Path(source).expanduser()
+    if not is_local(source):
+        return _read_hub(source, option)
+    return _read_folder(path, option) if path.is_dir() else _read_file(path, option)
+
+
+def is_local(source: str) -> bool:
+    """Whether a source is a path and not the name of a hub dataset."""
+    return (
+        Path(source).expanduser().exists()
+        or _unpacked_name(source).endswith(SUFFIXES)
+        or source.startswith((".", "~", os.sep))
+    )
+
+
+def _unpacked_name(name: str) -> str:
+    name = name.lower()
+    return next((name.removesuffix(ending) for ending in PACKED if name.endswith(ending)), name)
+
+
+def _read_hub(name: str, option: str) -> list[Any]:
+    if not re.fullmatch(r"[\w.-]+(/[\w.-]+)?(:[\w.-]+){0,2}", name):
+        raise ValueError(
+            f"{option} {name!r} is neither a file nor the name of a hub dataset: "
+            "give FILE.json, FILE.jsonl, FILE.parquet, or a name such as tatsu-lab/alpaca"
+        )
+    import datasets
+
+    try:
+        dataset, configuration, split = [*name.split(":"), None, None][:3]
+        return datasets.load_dataset(dataset, configuration, split=split or "train").to_list()
+    except Exception as error:  # the hub, its client and the network have many error classes with no common parent
+        raise ValueError(
+            f"{option} {name}: there is no such file, and the hub dataset of that name cannot be read "
+            f"({type(error).__name__}: {str(error).splitlines()[0] if str(error) else 'no message'}); "
+            "for a local file give its path with the ending: FILE.json, FILE.jsonl or FILE.parquet"
+        ) from error
+
+
+def _read_folder(path: Path, option: str) -> list[Any]:
+    """The rows of a folder that `datasets` saved, or of its files of one split, in the order of their names."""
+    if (path / "dataset_dict.json").is_file() or (path / "state.json").is_file():
+        import datasets
+
+        try:
+            found = datasets.load_from_disk(str(path))
+        except Exception as error:  # damaged Arrow files raise many classes
+            raise ValueError(f"{option} {path} is not a folder that `datasets` saved: {_first_line(error)}") from error
+        if not isinstance(found, datasets.DatasetDict):
+            return found.to_list()
+        return found[_split(list(found), f"{option} {path}", option)].to_list()
+    files = [file for file in sorted(path.rglob("*")) if _unpacked_name(file.name).endswith(SUFFIXES)]
+    files = [file for file in files if not any(part.startswith(".") for part in file.relative_to(path).parts)]
+    if not files:
+        raise ValueError(f"{option} {path} is a folder without a file that can be read: {', '.join(SUFFIXES)}")
+    splits = {file: _split_in_name(str(file.relative_to(path))) for file in files}
+    if all(splits.values()):
+        wanted = _split([split for split in splits.values() if split], f"{option} {path}", option)
+        files = [file for file in files if splits[file] == wanted]
+    elif any(splits.values()):
+        odd = ", ".join(file.name for file in files if not splits[file])
+        raise ValueError(f"{option} {path}: some files are named after a split and others are not ({odd}): give a file")
+    return [row for file in files for row in _read_file(file, option)]
+
+
+def _split_in_name(name: str) -> str | None:
+    words = re.split(r"[^a-z]+", name.lower())
+    return next((word for word in words if word in (*TRAINING, *HELD_OUT)), None)
+
+
+def _split(names: list[str], where: str, option: str) -> str:
+    """Of several splits the one an option means. Raises ValueError listing them where none is."""
+    names = list(dict.fromkeys(names))
+    wanted = HELD_OUT if option == "--eval-data" else TRAINING
+    found = next((name for name in wanted if name in names), names[0] if len(names) == 1 else None)
+    if found is None:
+        raise ValueError(f"{where} has the splits {', '.join(names)}: expected one named {' or '.join(wanted)}")
+    return found
+
+
+def _read_file(path: Path, option: str) -> list[Any]:
+    suffix = Path(_unpacked_name(path.name)).suffix
+    _check_file(path, suffix, option)
+    if suffix == ".parquet":
+        return _read_parquet(path, option)
+    data = _unpack(path, option)
+    try:
+        text = data.decode("utf-8-sig")
+    except UnicodeDecodeError as error:
+        raise ValueError(f"{option} {path} is not UTF-8 text (byte {error.start}): save it as UTF-8") from error
+    del data
+    if not text.strip():
+        raise ValueError(f"{option} {path} is empty; expected {FORMS}")
+    if suffix in (".csv", ".tsv"):
+        return list(_csv_rows(text, "\t" if suffix == ".tsv" else ",", f"{option} {path}"))
+    if suffix == ".json":
+        try:
+            return _rows(_parsed(text), path, option)
+        except json.JSONDecodeError as error:
+            if not error.msg.startswith("Extra data") or not text.lstrip().startswith("{"):
+                raise ValueError(f"{option} {path}, line {error.lineno}, is not JSON: {error.msg}") from error
+            # several objects one after the other: JSON lines under another ending
+        except _NotJSON as error:
+            raise ValueError(f"{option} {path} is not JSON that can be read: {error}") from None
+    rows = []
+    for number, line in enumerate(text.split("\n"), 1):  # not splitlines(): U+2028 may stand inside a JSON string
+        if line.strip():
+            try:
+                rows.append(_parsed(line))
+            except (json.JSONDecodeError, _NotJSON) as error:
+                reason = error.msg if isinstance(error, json.JSONDecodeError) else error
+                raise ValueError(
+                    f"{option} {path}, line {number}, is not JSON: {reason} (one record a line is expected)"
+                ) from None
+    return rows
+
+
+def _check_file(path: Path, suffix: str, option: str) -> None:
+    """Raises ValueError for what is missing, no plain file, or of another kind."""
+    try:
+        status = path.stat()
+    except OSError as error:
+        if isinstance(error, FileNotFoundError):
+            names = sorted(p.name for p in path.parent.iterdir()) if path.parent.is_dir() else []
+            near = difflib.get_close_matches(path.name, names, n=3)
+            hint = f"did you mean {' or '.join(near)}?" if near else "give FILE.json, FILE.jsonl or FILE.parquet"
+            raise ValueError(f"{option} {path}: there is no such file; {hint}") from None
+        raise ValueError(f"{option} {path} cannot be read: {error.strerror}") from None
+    if not stat.S_ISREG(status.st_mode):
+        kind = "a named pipe" if stat.S_ISFIFO(status.st_mode) else "no plain file"
+        raise ValueError(
+            f"{option} {path} is {kind}: the data are read again by other processes and when a run is resumed, "
+            "so write them to a file"
+        )
+    if suffix not in SUFFIXES:
+        raise ValueError(
+            f"{option} {path}: data is read from {', '.join(SUFFIXES)} (text also with {' or '.join(PACKED)}), "
+            f"not from {suffix or path}"
+        )
+    if status.st_size > limits().read_bytes:
+        raise LimitExceeded(f"{option} {path} has {status.st_size:,} bytes: {limits().raised('read_bytes')}")
+
+
+def _unpack(path: Path, option: str) -> bytes:
+    """The file's bytes, unpacked by its first bytes. Stops at an archive that unpacks to far more than its size."""
+    with path.open("rb") as raw:
+        magic = raw.read(4)
+    most = limits()
+    allowed = min(most.read_bytes, max(SMALL, most.read_ratio * path.stat().st_size))
+    pieces, size = [], 0
+    try:
+        with _opened(path, magic) as file:
+            while piece := file.read(UNPACK_AT_ONCE):
+                pieces.append(piece)
+                size += len(piece)
+                if size > allowed and _is_packed(magic):
+                    raise LimitExceeded(
+                        f"{option} {path} has {path.stat().st_size:,} bytes and unpacks to more than {allowed:,}, over "
+                        f"read_ratio times its size: {most.raised('read_ratio')}, or unpack it first"
+                    )
+    except (OSError, EOFError, zlib.error) as error:  # gzip.BadGzipFile and pyarrow's errors are OSErrors
+        raise ValueError(f"{option} {path} cannot be read: {_first_line(error)}") from error
+    return b"".join(pieces)
+
+
+def _is_packed(magic: bytes) -> bool:
+    return magic[:2] == b"\x1f\x8b" or magic == b"\x28\xb5\x2f\xfd"
+
+
+def _opened(path: Path, magic: bytes) -> Any:
+    if magic[:2] == b"\x1f\x8b":
+        return gzip.open(path)
+    if magic == b"\x28\xb5\x2f\xfd":
+        import pyarrow
+
+        return pyarrow.input_stream(str(path), compression="zstd")
+    return path.open("rb")
+
+
+class _NotJSON(Exception):
+    """JSON that Python cannot hold."""
+
+
+def _parsed(text: str) -> Any:
+    """json.loads, whose JSONDecodeError stays; other faults of the text are a _NotJSON."""
+    try:
+        return json.loads(text)
+    except json.JSONDecodeError:
+        raise
+    except RecursionError:
+        raise _NotJSON("it is nested too deeply") from None
+    except ValueError as error:  # a number of thousands of digits
+        raise _NotJSON(str(error)) from None
+
+
+def _csv_rows(text: str, delimiter: str, where: str) -> Iterator[dict[str, str]]:
+    """A dict for each row, by the names in the first line."""
+    csv.field_size_limit(sys.maxsize)
+    try:
+        rows = csv.DictReader(io.StringIO(text, newline=""), delimiter=delimiter, strict=True)
+        names = rows.fieldnames or []
+        if len(set(names)) < len(names) or not all(names):
+            raise ValueError(f"{where}: the first line names the columns, each once; it has {', '.join(names)}")
+        for row in rows:
+            if None in row or None in row.values():
+                count = len(names) + len(row.get(None, [])) - list(row.values()).count(None)
+                raise ValueError(
+                    f"{where}, line {rows.line_num}, has {count} columns, and the first line names {len(names)} "
+                    f"({', '.join(names)}): a text with {delimiter!r} or a line break is written in quotes"
+                )
+            yield row
+    except csv.Error as error:
+        raise ValueError(f"{where} is not CSV: {error}") from None
+
+
+def _read_parquet(path: Path, option: str) -> list[Any]:
+    import pyarrow.parquet
+
+    try:
+        file = pyarrow.parquet.ParquetFile(path)
+        groups = [file.metadata.row_group(i) for i in range(file.num_row_groups)]
+        size = sum(group.total_byte_size for group in groups)
+        if size > limits().read_bytes:
+            raise LimitExceeded(f"{option} {path} unpacks to {size:,} bytes: {limits().raised('read_bytes')}")
+        return file.read().to_pylist()
+    except LimitExceeded:
+        raise
+    except (OSError, ValueError, NotImplementedError) as error:  # pyarrow's ArrowInvalid is a ValueError
+        raise ValueError(f"{option} {path} is not a parquet file: {_first_line(error)}") from error
+
+
+def _rows(data: Any, path: Path, option: str) -> list[Any]:
+    """The records of a parsed JSON file: the file itself, or a list in its object (a split, or the only list)."""
+    if isinstance(data, dict) and not data.keys() & COLUMNS:
+        lists = [key for key, value in data.items() if isinstance(value, list)]
+        wanted = (*(HELD_OUT if option == "--eval-data" else TRAINING), "data")
+        key = lists[0] if len(lists) == 1 else next((name for name in wanted if name in lists), None)
+        if key is None:
+            raise ValueError(
+                f"{option} {path} is an object with {', '.join(map(repr, data)) or 'nothing in it'}: "
+                f"expected a list of records, or an object with one list (or lists named {' or '.join(wanted)})"
+            )
+        data = data[key]
+    return data if isinstance(data, list) else [data]
+
+
+def _first_line(error: BaseException) -> str:
+    return next((line.strip() for line in str(error).splitlines() if line.strip()), type(error).__name__)

@@ -1,0 +1,353 @@
+"""The public forms of a record, each turned into one of two kinds, with everything in them that carries meaning.
+
+    {"instruction": str, "input": str, "output": str}          one question (input may be empty) and its answer
+    {"messages": [{"role": ..., "content": str, ...}, ...]}    a conversation whose last turn is an answer
+
+A message may also have `weight` (0: no loss), `reasoning_content`, `tool_calls`, `tool_call_id` and `name`; a
+conversation `tools` and `chat_template_kwargs`. Roles are system, developer, user, assistant and tool.
+
+These forms are read: Alpaca (with system and history), seed tasks ({instruction, instances}), Dolly ({instruction,
+context, response}), {prompt, completion} as texts or messages, ShareGPT (with system, tools, function_call and
+observation), OpenAI's messages, and columns of other names by a mapping.
+"""
+
+from __future__ import annotations
+
+import json
+from collections import Counter
+from collections.abc import Callable, Mapping
+from typing import Any
+
+from launcher.data.bad_records import BadRecord
+from launcher.data.files import FORMS
+
+Record = dict[str, Any]
+ROLES = {
+    "system": "system", "developer": "developer",
+    "user": "user", "human": "user", "prompter": "user",
+    "assistant": "assistant", "gpt": "assistant", "bing": "assistant", "chatgpt": "assistant", "bard": "assistant",
+    "model": "assistant", "function_call": "assistant",
+    "tool": "tool", "function": "tool", "observation": "tool", "ipython": "tool",
+}  # fmt: skip
+MAPPED = {  # what --columns may name, and the columns that stand for it
+    "prompt": "instruction", "instruction": "instruction", "question": "instruction",
+    "input": "input", "context": "input",
+    "answer": "output", "output": "output", "completion": "output", "response": "output",
+    "system": "system", "history": "history", "messages": "messages", "tools": "tools",
+}  # fmt: skip
+REASONING = ("reasoning_content", "reasoning", "thinking")
+MEDIA = ("image", "images", "image_url", "audio", "audios", "input_audio", "video", "videos")
+NOT_HONOURED = {  # fields that carry meaning in some public format
+    "parallel_tool_calls", "response_format", "documents", "rejected", "margin", "mask", "loss_weight", "prefix",
+    "kto_tag",
+}  # fmt: skip
+
+
+def mapping_of(columns: tuple[str, ...]) -> dict[str, str]:
+    """{our field: column} of `--columns prompt=question answer=solution`. Raises ValueError for other names."""
+    found = {}
+    for pair in columns:
+        name, _, column = pair.partition("=")
+        if name not in MAPPED or not column:
+            raise ValueError(f"--columns takes name=COLUMN, the name one of {', '.join(MAPPED)}; got {pair!r}")
+        found[MAPPED[name]] = column
+    if found and "messages" not in found and not {"instruction", "output"} <= found.keys():
+        raise ValueError(f"--columns names prompt and answer, or messages; got {' '.join(columns)}")
+    return found
+
+
+def kind_of(row: Any, mapping: Mapping[str, str], where: str) -> str:
+    """What a row is, by its columns: messages, conversations, prompt, or instruction. Raises BadRecord."""
+    if not isinstance(row, dict):
+        raise BadRecord("no object", f"{where} is a {type(row).__name__}, expected an object: {FORMS}")
+    there = {name for name, value in row.items() if value is not None}
+    if mapping:
+        if missing := [column for column in mapping.values() if column not in row]:
+            raise BadRecord(
+                "a column of --columns is missing",
+                f"{where} has no {missing[0]!r}, which --columns names (its columns: {_columns(row)})",
+            )
+        return "messages" if "messages" in mapping else "instruction"
+    for column in ("messages", "conversations", "conversation", "instruction"):
+        if column in there:
+            return column
+    if "prompt" in there and there & {"completion", "response"}:
+        return "prompt"
+    if {"chosen", "rejected"} <= there:
+        raise BadRecord(
+            "a preference pair",
+            f"{where} is a preference pair (chosen, rejected), which is not supported: keep the chosen answer alone",
+        )
+    for asked in ("question", "prompt", "query", "problem"):
+        for answered in ("answer", "response", "solution", "output", "completion"):
+            if {asked, answered} <= there:
+                raise BadRecord(
+                    "columns of other names",
+                    f"{where} has the columns {_columns(row)}: give --columns prompt={asked} answer={answered}",
+                )
+    if "text" in there:
+        raise BadRecord(
+            "plain text",
+            f"{where} is plain text ('text' without a question): training on plain text is not supported; expected "
+            f"{FORMS}, or other names by --columns prompt=COLUMN answer=COLUMN",
+        )
+    raise BadRecord(
+        "unknown columns",
+        f"{where} has no 'instruction' (its columns: {_columns(row)}); expected {FORMS}, or other names by "
+        "--columns prompt=COLUMN answer=COLUMN",
+    )
+
+
+def records_of(
+    row: Record, kind: str, where: str, mapping: Mapping[str, str], ignored: Counter[str]
+) -> list[tuple[Record, bool]]:
+    """The records of a row, each with whether it has an answer. Counts in `ignored` what is not honoured.
+
+    Raises BadRecord naming the place.
+    """
+    if media := next((name for name in MEDIA if row.get(name)), None):
+        raise BadRecord(
+            "images, audio or video", f"{where} has {media!r}: only text is supported, leave the record out"
+        )
+    ignored.update(name for name in NOT_HONOURED & row.keys() if row[name] not in (None, "", [], {}))
+    if mapping:
+        row = {name: row[column] for name, column in mapping.items()}
+    read: Callable[..., list[Record]] = _question if kind in ("instruction", "prompt") else _conversation
+    if kind == "prompt" and not isinstance(row["prompt"], str):
+        read = _prompt_messages
+    return [(record, _has_answer(record)) for record in read(row, kind, where, ignored)]
+
+
+def as_conversation(record: Record) -> Record:
+    """A question and its answer, if there is one, as messages."""
+    if "messages" in record:
+        return record
+    question = "\n\n".join(part for part in (record["instruction"], record["input"]) if part)
+    turns = [{"role": "user", "content": question}]
+    answer = [{"role": "assistant", "content": record["output"]}] if record.get("output") else []
+    return {"messages": turns + answer}
+
+
+def text_of(row: Record, column: str, where: str, default: str | None = None) -> str:
+    """The text in a column, default where there is none. Raises BadRecord naming what is there instead."""
+    value = row.get(column)
+    if value is None and default is not None:
+        return default
+    if value is None:
+        raise BadRecord(f"no {column!r}", f"{where} has no {column!r} (its columns: {_columns(row)})")
+    if not isinstance(value, str):
+        raise BadRecord(
+            f"{column!r} is no text", f"{where}: {column!r} is a text, got the {type(value).__name__} {value!r:.60}"
+        )
+    try:
+        value.encode()
+    except UnicodeEncodeError as error:
+        raise BadRecord(
+            "half a character", f"{where}: {column!r} holds half a character ({value[error.start]!r}): repair the text"
+        ) from error
+    return value
+
+
+def _columns(row: Record) -> str:
+    return ", ".join(map(str, row)) or "none"
+
+
+def _has_answer(record: Record) -> bool:
+    if "messages" not in record:
+        return bool(record["output"].strip())
+    last = record["messages"][-1]
+    return bool((last.get("content") or "").strip() or last.get("tool_calls"))
+
+
+def _question(row: Record, kind: str, where: str, ignored: Counter[str]) -> list[Record]:
+    """One question, or one for each of a seed task's instances; a conversation where it has a system or a history."""
+    instruction = text_of(row, "prompt" if kind == "prompt" else "instruction", where)
+    if row.get("output") is None and "instances" in row:
+        if not isinstance(row["instances"], list) or not all(isinstance(one, dict) for one in row["instances"]):
+            raise BadRecord(
+                "'instances' is no list of objects",
+                f"{where}: 'instances' is a list of {{input, output}}, got {row['instances']!r:.60}",
+            )
+        return [
+            {"instruction": instruction, "input": text_of(one, "input", at, ""), "output": text_of(one, "output", at)}
+            for i, one in enumerate(row["instances"])
+            for at in [f"{where}, instance {i}"]
+        ]
+    given = next((name for name in ("output", "completion", "response") if row.get(name) is not None), "output")
+    record = {
+        "instruction": instruction,
+        "input": text_of(row, "input" if row.get("input") is not None else "context", where, ""),
+        "output": text_of(row, given, where),
+    }
+    system, history, tools = text_of(row, "system", where, ""), row.get("history") or [], _tools(row, where)
+    if not (system or history or tools):
+        return [record]
+    if not isinstance(history, list) or not all(
+        isinstance(turn, (list, tuple)) and len(turn) == 2 and all(isinstance(text, str) for text in turn)
+        for turn in history
+    ):
+        raise BadRecord("an odd history", f"{where}: 'history' is a list of [question, answer], got {history!r:.60}")
+    before = [{"role": "system", "content": system}] if system else []
+    for asked, answered in history:
+        before += [{"role": "user", "content": asked}, {"role": "assistant", "content": answered}]
+    messages = before + as_conversation(record)["messages"]
+    if not record["output"]:
+        messages.append({"role": "assistant", "content": ""})
+    return [{"messages": messages} | tools]
+
+
+def _prompt_messages(row: Record, kind: str, where: str, ignored: Counter[str]) -> list[Record]:
+    """A list of messages as the prompt, and another as its completion: the completion alone carries loss."""
+    completion = row.get("completion", row.get("response"))
+    if isinstance(completion, str):
+        completion = [{"role": "assistant", "content": completion}]
+    if not isinstance(row["prompt"], list) or not isinstance(completion, list):
+        raise BadRecord(
+            "an odd prompt",
+            f"{where}: 'prompt' and 'completion' are texts or lists of {{role, content}}, got {row['prompt']!r:.60}",
+        )
+    asked = [turn | {"weight": 0} if isinstance(turn, dict) else turn for turn in row["prompt"]]
+    rest = {name: value for name, value in row.items() if name not in ("prompt", "completion", "response")}
+    return _conversation(rest | {"messages": asked + completion}, "messages", where, ignored)
+
+
+def _conversation(row: Record, kind: str, where: str, ignored: Counter[str]) -> list[Record]:
+    """A conversation with an answer at the end."""
+    turns = row[kind]
+    if not isinstance(turns, list) or not turns or not all(isinstance(turn, dict) for turn in turns):
+        speaker, said = ("role", "content") if kind == "messages" else ("from", "value")
+        raise BadRecord(
+            f"{kind!r} is no list of messages",
+            f"{where}: {kind!r} is a list of {{{speaker}, {said}}}, got {turns!r:.60}",
+        )
+    messages = [_message(turn, kind, f"{where}, turn {i}", ignored) for i, turn in enumerate(turns)]
+    system = text_of(row, "system", where, "")
+    if system and messages[0]["role"] in ("system", "developer"):
+        if system != messages[0]["content"]:
+            messages[0]["content"] = f"{system}\n\n{messages[0]['content']}"
+    elif system:
+        messages.insert(0, {"role": "system", "content": system})
+    asked = [message["role"] for message in messages]
+    if "assistant" not in asked:
+        raise BadRecord(
+            "no assistant turn", f"{where} has no assistant turn, so there is nothing to learn: leave the record out"
+        )
+    if asked[-1] != "assistant":
+        raise BadRecord(
+            "no answer at the end",
+            f"{where} ends with a {asked[-1]} turn: the last turn is the assistant's; cut or answer it",
+        )
+    if "user" not in asked[: asked.index("assistant")]:
+        raise BadRecord(
+            "an answer before any question",
+            f"{where} has an assistant turn before any user turn: cut it, or put the question before it",
+        )
+    if not any(message["role"] == "assistant" and message.get("weight", 1) for message in messages):
+        raise BadRecord(
+            "every answer has weight 0", f"{where}: every answer has weight 0, so there is nothing to learn"
+        )
+    record: Record = {"messages": messages} | _tools(row, where)
+    if settings := row.get("chat_template_kwargs"):
+        if not isinstance(settings, dict):
+            raise BadRecord("odd chat_template_kwargs", f"{where}: 'chat_template_kwargs' is an object")
+        record["chat_template_kwargs"] = settings
+    return [record]
+
+
+def _message(turn: Record, kind: str, where: str, ignored: Counter[str]) -> Record:
+    """One message under the names of OpenAI's format."""
+    usual = "role" if kind == "messages" else "from"
+    speaker = next((name for name in ("role", "from") if name in turn), usual)
+    said = next((name for name in ("content", "value", "text") if name in turn), None)
+    said = said or ("content" if speaker == "role" else "value")
+    given = text_of(turn, speaker, where)
+    role = ROLES.get(given.strip().lower())
+    if role is None:
+        raise BadRecord(
+            f"unknown role {given!r:.40}", f"{where}: unknown role {given!r:.60}, expected one of {', '.join(ROLES)}"
+        )
+    if media := next((name for name in MEDIA if turn.get(name)), None):
+        raise BadRecord(
+            "images, audio or video", f"{where} has {media!r}: only text is supported, leave the record out"
+        )
+    message: Record = {"role": role, "content": _content(turn, said, role, where)}
+    if given.strip().lower() == "function_call":
+        calls, message["content"] = _json(message["content"], "a function call", where), ""
+        message["tool_calls"] = _calls(calls if isinstance(calls, list) else [calls], where)
+    if turn.get("tool_calls"):
+        message["tool_calls"] = _calls(turn["tool_calls"], where)
+    elif turn.get("function_call") and role == "assistant":
+        message["tool_calls"] = _calls([turn["function_call"]], where)
+    if reasoning := next((name for name in REASONING if turn.get(name)), None):
+        message["reasoning_content"] = text_of(turn, reasoning, where)
+    for name in ("name", "tool_call_id"):
+        if turn.get(name):
+            message[name] = text_of(turn, name, where)
+    if _weight(turn, where) == 0:
+        message["weight"] = 0
+    ignored.update(name for name in NOT_HONOURED & turn.keys() if turn[name] not in (None, "", [], {}))
+    return message
+
+
+def _content(turn: Record, said: str, role: str, where: str) -> str:
+    """The text of a message; a list of parts is joined."""
+    value = turn.get(said)
+    if value is None and role == "assistant":
+        if isinstance(turn.get("refusal"), str):
+            return text_of(turn, "refusal", where)
+        if turn.get("tool_calls") or turn.get("function_call"):
+            return ""
+    if not isinstance(value, list):
+        return text_of(turn, said, where)
+    texts = []
+    for part in value:
+        kind = part.get("type", "text") if isinstance(part, dict) else "text"
+        if kind not in ("text", "input_text", "output_text"):
+            raise BadRecord(
+                "images, audio or video" if kind in MEDIA else f"a part of type {kind!r:.40}",
+                f"{where}: {said!r} has a part of type {kind!r:.60}: only text is supported, leave the record out",
+            )
+        texts.append(text_of(part if isinstance(part, dict) else {"text": part}, "text", where))
+    return "".join(texts)
+
+
+def _weight(turn: Record, where: str) -> int:
+    """Whether a message carries loss: OpenAI's weight 0 or 1, and true or false as `train` or `loss`."""
+    for name in ("weight", "train", "loss"):
+        value = turn.get(name)
+        if value is not None:
+            if value not in (0, 1):
+                raise BadRecord(f"a {name} that is not 0 or 1", f"{where}: {name!r} is 0 or 1, got {value!r:.40}")
+            return int(value)
+    return 1
+
+
+def _json(value: Any, what: str, where: str) -> Any:
+    if not isinstance(value, str):
+        return value
+    try:
+        return json.loads(value)
+    except (ValueError, RecursionError):
+        raise BadRecord(f"{what} that is not JSON", f"{where}: {what} is JSON, got {value!r:.60}") from None
+
+
+def _calls(calls: Any, where: str) -> list[Record]:
+    """Tool calls as {type, function: {name, arguments}}, the arguments as an object."""
+    found = []
+    for call in calls if isinstance(calls, list) else [calls]:
+        function = call.get("function", call) if isinstance(call, dict) else None
+        if not isinstance(function, dict) or not isinstance(function.get("name"), str):
+            raise BadRecord("an odd tool call", f"{where}: a tool call has a name and arguments, got {call!r:.80}")
+        arguments = _json(function.get("arguments", function.get("parameters", {})), "a tool call's arguments", where)
+        made = {"type": "function", "function": {"name": function["name"], "arguments": arguments}}
+        found.append(({"id": call["id"]} if isinstance(call.get("id"), str) else {}) | made)
+    return found
+
+
+def _tools(row: Record, where: str) -> dict[str, list[Record]]:
+    """{"tools": schemas} of a row, from JSON text or a list; empty where it has none."""
+    tools = _json(row.get("tools") or row.get("functions") or [], "tools", where)
+    if not isinstance(tools, list) or not all(isinstance(tool, dict) for tool in tools):
+        raise BadRecord("odd tools", f"{where}: 'tools' is a list of objects, got {tools!r:.60}")
+    made = [tool if "function" in tool else {"type": "function", "function": tool} for tool in tools]
+    return {"tools": made} if made else {}
