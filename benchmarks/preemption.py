@@ -125,7 +125,7 @@ def survive(cluster: Cluster, plan: Interruption, folder: Path, expected: list[f
     found = losses(run)
     worst = max(abs(a - b) for a, b in zip(found, expected, strict=True))
     log = next(run.glob("logs/rank0@*.log")).read_text()
-    from_step = [line for line in log.splitlines() if "going on from" in line][-1:]
+    from_step = [line for line in log.splitlines() if "resuming from" in line][-1:]
     return {
         "interruption": plan.name, "survived": worst <= 5e-6, "steps": len(found), "interrupted_at_step": before,
         "back_after_s": round(back, 1), "worst_difference": worst, "went_on": " ".join(from_step)[-40:],

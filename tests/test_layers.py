@@ -40,7 +40,9 @@ MAY_IMPORT = {  # beside itself; in the order in which data flows
         "launcher.engines.registry", "launcher.config", "launcher.processes", "launcher.models",
         "launcher.training.checkpoint",
     },
-    "launcher.training": BELOW_TRAINING | {"launcher.training.checkpoint", "launcher.training.checkpoint_index"},
+    "launcher.training": {
+        "launcher.text", "launcher.training.checkpoint", "launcher.training.checkpoint_index", *BELOW_TRAINING,
+    },
     "launcher.inference": {"adapters", "launcher.text", *SMALL, *ROOMS},
     "launcher.reports": {"launcher.exit_codes"},  # reads what runs wrote, without torch
     # starts commands; of what they do it knows how they end and which packages they need

@@ -1,4 +1,4 @@
-"""The run folder: which run it holds, how far that came, and what it leaves at the end."""
+"""The run folder: which run it holds, how far that run is, and what it contains at the end."""
 
 from __future__ import annotations
 
@@ -7,11 +7,12 @@ import logging
 import os
 import shutil
 import time
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
 from launcher.config import Config
-from launcher.files import allow_by_umask, digest, read_json, read_or_empty, sync, write_atomically
+from launcher.files import allow_by_umask, digest, disk_errors, read_json, read_or_empty, sync, write_atomically
 from launcher.processes import Communicator, Ranks, nodes_without
 from launcher.training import checkpoint
 
@@ -21,14 +22,28 @@ CHECKSUMS = "SHA256SUMS"  # as sha256sum -c reads it
 
 
 class State:
-    """The run folder's `state` file: running, stopped, finished, failed; by rename, by rank 0."""
+    """The run folder's `state` file: running, stopped, finished or failed. Written by rank 0."""
 
     def __init__(self, ranks: Ranks, folder: Path | None):
         self.ranks, self.folder = ranks, folder
 
     def write(self, state: str) -> None:
         if self.ranks.is_main and self.folder is not None:
-            write_atomically(self.folder / "state", state + "\n")
+            with disk_errors("the state of the run", self.folder, "give --output elsewhere"):
+                write_atomically(self.folder / "state", state + "\n")
+
+    def failed(self) -> None:
+        """Write `failed`; raises nothing, since another error is being handled.
+
+        On a full disk there is no room for a new file, but the old one can still be overwritten.
+        """
+        try:
+            self.write("failed")
+        except ValueError:
+            assert self.folder is not None
+            with suppress(OSError), open(self.folder / "state", "r+") as file:
+                file.write("failed\n")
+                file.truncate()
 
 
 def prepare(config: Config, output: Path, identity: dict[str, Any], comm: Communicator) -> checkpoint.Checkpoint | None:
@@ -155,18 +170,19 @@ def _damaged(folder: Path) -> list[str]:
 
 
 def save_final(model: Any, whole: dict[str, Any], output: Path, config: Config) -> Path:
-    """The final PEFT folder, or the whole model for full fine-tuning; replaced by rename."""
+    """Write the final PEFT folder, or the whole model for full fine-tuning; an older one is renamed."""
     final = _final_folder(config, output)
     partial = final.with_suffix(".tmp")
-    shutil.rmtree(partial, ignore_errors=True)
-    model.save_pretrained(str(partial), state_dict=whole)
-    lines = (f"{checksum}  {name}\n" for name, checksum in _checksums(partial).items())
-    (partial / CHECKSUMS).write_text("".join(lines))
-    allow_by_umask(partial)
-    for written in (*partial.iterdir(), partial):
-        sync(written)
-    if final.exists():
-        os.replace(final, final.with_suffix(f".before-{time.time_ns()}"))
-    os.replace(partial, final)
-    sync(output)
+    with disk_errors("the trained parameters", output, "run the same command again with more space"):
+        shutil.rmtree(partial, ignore_errors=True)
+        model.save_pretrained(str(partial), state_dict=whole)
+        lines = (f"{checksum}  {name}\n" for name, checksum in _checksums(partial).items())
+        (partial / CHECKSUMS).write_text("".join(lines))
+        allow_by_umask(partial)
+        for written in (*partial.iterdir(), partial):
+            sync(written)
+        if final.exists():
+            os.replace(final, final.with_suffix(f".before-{time.time_ns()}"))
+        os.replace(partial, final)
+        sync(output)
     return final

@@ -23,6 +23,7 @@ from launcher.data.batches import batch_indices, share, target_tokens
 from launcher.data.encode import Encoded
 from launcher.engines.engine import Engine, NonFinite
 from launcher.engines.replicated import sum_over_ranks
+from launcher.files import disk_errors
 from launcher.processes import Communicator
 from launcher.tasks.base import Layout, Samples, Task, on_device
 from launcher.tasks.evaluation import Evaluation, Interrupted
@@ -105,7 +106,8 @@ class _Loop:
             training.engine.restore(resume)
         seal = resume.meta["events"] if resume else None
         file, is_main = training.output / "events.jsonl", training.comm.ranks.is_main
-        self.events = Events(file, self.state.step, seal) if is_main else None
+        with disk_errors("events", training.output, "give --output elsewhere"):
+            self.events = Events(file, self.state.step, seal) if is_main else None
         self.saver = Saver(training.output / "checkpoints", training.comm, background=self.config.run.async_save)
         self.saved = self.state.step
         self.throughput = Throughput()
@@ -153,7 +155,7 @@ class _Loop:
         event = {"step": number, "loss": loss, "lr": learning_rate, "grad_norm": norm, "tokens": tokens}
         self.log(event)
         speed = self.throughput.add(tokens)
-        self.bar(number, f"loss {loss:.4f}  {speed:,.{0 if speed >= 10 else 1}f} tokens/s  {memory_gib():.1f} GiB")
+        self.bar(number, f"loss {loss:.4f}, {speed:,.{0 if speed >= 10 else 1}f} tokens/s, {memory_gib():.1f} GiB")
         training.callbacks.on_step(training, event)
         return asked
 
@@ -188,7 +190,8 @@ class _Loop:
 
     def log(self, event: Event) -> None:
         if self.events is not None:
-            self.events.write(event)
+            with disk_errors("events", self.training.output, "run the same command with more space"):
+                self.events.write(event)
             for tracker in self.training.trackers:
                 tracker.log({name: value for name, value in event.items() if name != "step"}, step=event["step"])
 

@@ -1,4 +1,4 @@
-"""What a run tells: events.jsonl, trackers, and the screen. Rank 0 speaks, the others stay silent."""
+"""The output of a run: events.jsonl, trackers and the screen. Rank 0 writes; the other ranks show errors only."""
 
 from __future__ import annotations
 
@@ -7,11 +7,12 @@ import json
 import logging
 import os
 import re
+import sys
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import Any
+from typing import IO, Any, cast
 
 import torch
 from rich.console import Console
@@ -21,15 +22,16 @@ from rich.table import Table
 from rich.text import Text
 
 from launcher.files import open_regular, parse_json, replacing
+from launcher.text import printable
 
 log = logging.getLogger(__name__)
 LINE_EVERY_S = 5.0
 
 
 class Events:
-    """events.jsonl: one JSON object per line, each step once also after a resume.
+    """events.jsonl: one JSON object per line, each step once, also after a resume.
 
-    A checkpoint holds the seal of what was written before it; on a resume what came after it is dropped.
+    A checkpoint holds the seal of the lines before it; a resume drops the lines after it.
     """
 
     def __init__(self, file: Path, resumed_step: int, seal: dict[str, Any] | None):
@@ -37,9 +39,7 @@ class Events:
         kept = written[: seal["bytes"]] if seal else b""
         if seal and hashlib.sha256(kept).hexdigest() != seal["sha256"]:
             lines = [json.dumps(event) + "\n" for event in read_events(file) if event["step"] <= resumed_step]
-            log.warning(
-                "%s is not what it was at the checkpoint: %d lines of it can be read and are kept", file, len(lines)
-            )
+            log.warning("%s changed since the checkpoint; the %d lines that can be read are kept", file, len(lines))
             kept = "".join(lines).encode()
         self._digest, self._bytes = hashlib.sha256(kept), len(kept)
         with replacing(file) as temporary:
@@ -54,11 +54,11 @@ class Events:
         self._file.flush()
 
     def seal(self) -> dict[str, Any]:
-        """What a checkpoint notes of the steps it stands for."""
+        """Length and checksum of the lines so far, for a checkpoint."""
         return {"bytes": self._bytes, "sha256": self._digest.hexdigest()}
 
     def sync(self) -> None:
-        """Before a checkpoint is complete: the steps it stands for are then on disk as well."""
+        """Write the lines to the disk: called before a checkpoint of these steps is complete."""
         os.fsync(self._file.fileno())
 
     def close(self) -> None:
@@ -66,7 +66,7 @@ class Events:
 
 
 def read_events(file: Path) -> list[dict[str, Any]]:
-    """The events of a run. A line that is cut short or damaged, or no object with a step, is left out."""
+    """The events of a run, without lines that are cut short, damaged, or no object with a step."""
     events = []
     for line in _bytes_of(file).decode(errors="replace").splitlines():
         with suppress(ValueError):
@@ -86,10 +86,13 @@ def _bytes_of(file: Path) -> bytes:
 
 
 class Screen:
-    """Progress and results for a person; with is_main False nothing is shown."""
+    """Progress and results for a person; with is_main False nothing is shown.
+
+    Text of files and models is never markup, and its control characters are written out.
+    """
 
     def __init__(self, is_main: bool):
-        self.console = Console(quiet=not is_main)
+        self.console = Console(file=cast(IO[str], _Output()), quiet=not is_main)
         logging.basicConfig(handlers=[_Notes(self)], level=logging.WARNING, format="%(message)s", force=True)
         logging.captureWarnings(True)
         if not is_main:
@@ -97,47 +100,63 @@ class Screen:
         logging.getLogger("launcher.data").setLevel(logging.INFO if is_main else logging.ERROR)
 
     def say(self, text: str) -> None:
-        """A line of plain text; nothing in it is markup."""
-        self.console.print(text, markup=False, highlight=False, soft_wrap=True)
+        """A line of plain text."""
+        self.console.print(printable(text), markup=False, highlight=False, soft_wrap=True)
 
     def banner(self, text: str) -> None:
-        """What must not be overlooked."""
-        self.console.print(Panel(Text(text), border_style="yellow"))
+        """A framed text that must not be overlooked."""
+        self.console.print(Panel(Text(printable(text)), border_style="yellow"))
 
     @contextmanager
     def bar(self, what: str, total: int, done: int = 0) -> Iterator[Any]:
-        """A progress bar as a function (done, note, of); where no terminal is, a line every few seconds.
+        """A progress bar as a function (done, note, of); without a terminal, a line every few seconds.
 
-        A total of 0 is not known yet: nothing shows until `of` says it.
+        A total of 0 is not known yet: nothing is shown until `of` gives it.
         """
         if not self.console.is_terminal:
             yield _Lines(self, what, total, done)
             return
         columns = (
-            TextColumn("{task.description}"),
+            TextColumn("{task.description}", markup=False),
             BarColumn(bar_width=None),
-            TextColumn("{task.completed}/{task.total} {task.fields[note]}"),
+            TextColumn("{task.completed}/{task.total} {task.fields[note]}", markup=False),
             TimeRemainingColumn(),
         )
         with Progress(*columns, console=self.console, expand=True) as progress:
             task = progress.add_task(what, total=total, completed=done, note="", visible=total > 0)
 
             def show(completed: int, note: str = "", of: int = total) -> None:
-                progress.update(task, completed=completed, total=of, note=note, visible=True)
+                progress.update(task, completed=completed, total=of, note=printable(note), visible=True)
 
             yield show
 
     def table(self, title: str, header: list[str], rows: list[list[str]]) -> None:
         table = Table(title=title, title_justify="left", show_lines=len(header) > 3)
         for name in header:
-            table.add_column(name, overflow="fold")
+            table.add_column(Text(name), overflow="fold")
         for row in rows:
-            table.add_row(*(cell.replace("[", r"\[") for cell in row))
+            table.add_row(*(Text(printable(cell)) for cell in row))
         self.console.print(table)
 
 
+class _Output:
+    """Standard output, whatever it is at the time. A terminal that is gone, or a log on a full disk, ends no run."""
+
+    def write(self, text: str) -> int:
+        with suppress(OSError, ValueError):  # a closed file is a ValueError
+            return sys.stdout.write(text)
+        return len(text)
+
+    def flush(self) -> None:
+        with suppress(OSError, ValueError):
+            sys.stdout.flush()
+
+    def __getattr__(self, name: str) -> Any:  # isatty, fileno, encoding
+        return getattr(sys.stdout, name)
+
+
 class _Notes(logging.Handler):
-    """What is logged, each a line; the screen is given here, and not standard error, so that no bar is torn apart."""
+    """Log records as lines of the screen, which keeps a progress bar whole where standard error would tear it."""
 
     def __init__(self, screen: Screen):
         super().__init__()
@@ -149,11 +168,11 @@ class _Notes(logging.Handler):
         text = self.format(record).strip()
         if record.name == "py.warnings":  # file:line: Category: message, then a line of source
             text = re.sub(r"^.*?:\d+: ", "", text.partition("\n  ")[0])
-        self.screen.console.print(label + Text(text), soft_wrap=True)
+        self.screen.console.print(label + Text(printable(text)), soft_wrap=True)
 
 
 class _Lines:
-    """The bar's stand-in where no terminal is: a line every few seconds and one at the end, for a log file."""
+    """Progress without a terminal, such as in a log file: a line every few seconds, and one at the end."""
 
     def __init__(self, screen: Screen, what: str, total: int, done: int):
         self.screen, self.what, self.total = screen, what, total
@@ -186,7 +205,6 @@ def memory_gib() -> float:
     if torch.cuda.is_available():
         return torch.cuda.max_memory_allocated() / 2**30
     import resource
-    import sys
 
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     return peak / (2**30 if sys.platform == "darwin" else 2**20)

@@ -12,6 +12,7 @@ import time
 import traceback
 import warnings
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -30,7 +31,7 @@ from launcher.engines.engine import Engine, ModelSource, engine_class
 from launcher.engines.registry import ENGINES
 from launcher.exit_codes import DONE, FAILED, MISTAKE, STOPPED
 from launcher.factorization.make import factors_of, fingerprint
-from launcher.files import write_atomically
+from launcher.files import disk_errors, write_atomically
 from launcher.models.build import build
 from launcher.models.files import context_length, load_tokenizer
 from launcher.models.quantize import base_size, quantised_share, size
@@ -96,22 +97,24 @@ def run(
                     )
                     resolved = resolve(instead(), ranks)
                 status = _run(resolved, name, comm, stop, screen, state, callbacks)
+                state.write(status)
             finally:
                 _disconnect(comm)
         except Stopped as reason:
             screen.say(f"stopped by {reason} before training began: nothing to save")
             status = "stopped"
+            with suppress(ValueError):  # a full disk: the next start finds `running`, and resumes as well
+                state.write(status)
         except (ValueError, OSError) as error:
-            state.write("failed")
+            state.failed()
             # Once connected, a mistake of one rank is a ValueError on all.
             shared = connected and isinstance(error, ValueError)
             say_mistake(error, ranks.is_main, shared=shared, ended=lambda: stop.reason is not None)
             return MISTAKE
         except Exception:
-            state.write("failed")
+            state.failed()
             traceback.print_exc()
             return FAILED
-    state.write(status)
     return STOPPED if status == "stopped" and ranks.world_size == 1 else DONE
 
 
@@ -144,9 +147,7 @@ def _run(
     if resume is not None and comm.from_main("state", lambda: finished(config, start.output, resume, steps)):
         screen.say(f"{start.output} is already finished at step {resume.step}: nothing to do")
         return "finished"
-    state.write("running")
-    if ranks.is_main:
-        stop.watch(start.output / "control")
+    comm.from_main("state", lambda: _mark_running(start, state))
 
     # 3. The factors of our own methods, by all ranks together, and the model.
     if plan.factoring.requests:
@@ -181,6 +182,12 @@ def _run(
         saved = comm.from_main("adapter", lambda: str(save_final(model, whole, start.output, config)))
         _report(training, Path(saved), time.monotonic() - started)
     return status
+
+
+def _mark_running(start: Start, state: State) -> None:
+    state.write("running")
+    with disk_errors("the control file", start.output, "give --output elsewhere"):
+        start.stop.watch(start.output / "control")
 
 
 def _read_in_turn(start: Start, tokenizer: Any) -> Samples:
@@ -324,21 +331,24 @@ def _introduce(start: Start, identity: dict[str, Any], samples: Samples, engine:
             "device": torch.cuda.get_device_name(chosen.device) if chosen.device.type == "cuda" else "cpu",
         }  # fmt: skip
         whole = {"config": as_dict(config), "resolved": resolved, "identity": identity, "versions": versions()}
-        write_atomically(start.output / "config.json", json.dumps(whole, indent=2) + "\n")
+        with disk_errors("config.json", start.output, "give --output elsewhere"):
+            write_atomically(start.output / "config.json", json.dumps(whole, indent=2) + "\n")
+    adapter, size_of_batch = config.adapter, config.optimizer.batch_size
     quantized = config.model.quantize != "none"
     precision = chosen.dtype
     if quantized:
-        share = quantised_share(engine.model)
-        precision = f"{share:.0%} of them in {config.model.quantize}, computed in {chosen.dtype}"
-    say(f"{config.model.model}: {total:,} parameters, {trained:,} trained ({config.adapter.method}, {precision})")
+        precision += f", {quantised_share(engine.model):.0%} of them stored in {config.model.quantize}"
+    rank = "" if adapter.method == "full" else f", rank {adapter.rank}"
+    processes = "1 process" if ranks.world_size == 1 else f"{ranks.world_size} processes ({chosen.sharding})"
+    say(f"model: {config.model.model}, {total:,} parameters in {precision}")
+    say(f"method: {adapter.method}{rank}, {trained:,} trainable parameters ({trained / max(total, 1):.2%})")
     if hasattr(engine.model, "get_base_model"):
         say(reach(engine.model, start.bare))
-        if ranks.is_main and (without := unmatched(engine.model, config.adapter.targets)):
+        if ranks.is_main and (without := unmatched(engine.model, adapter.targets)):
             log.warning("--targets %s: this model has no such module", " ".join(without))
-    say(f"{data_name(config.data.data)}: {samples.train.report}")
-    processes = f"{ranks.world_size} x {chosen.device.type}"
-    attention = f"{chosen.attention} ({chosen.attention_reason})"
-    say(f"{steps} steps of {config.optimizer.batch_size} on {processes}, attention {attention}")
+    say(f"data: {data_name(config.data.data)}, {samples.train.report}")
+    say(f"device: {chosen.device.type}, {processes}, attention {chosen.attention} ({chosen.attention_reason})")
+    say(f"training: {steps} steps, batch size {size_of_batch}{' packed rows' if config.data.packing else ''}")
     if ranks.is_main and (unusual := unusual_learning_rate(config.adapter, config.optimizer.learning_rate)):
         log.warning(unusual)
 
@@ -349,18 +359,17 @@ def _report(training: Training, saved: Path, seconds: float) -> None:
     evaluations = [event for event in read_events(training.output / "events.jsonl") if "eval_loss" in event]
     if evaluations:
         first, last = evaluations[0], evaluations[-1]
-        rows = [["held-out loss", f"{first['eval_loss']:.4f}", f"{last['eval_loss']:.4f}"]]
+        rows = [["loss", f"{first['eval_loss']:.4f}", f"{last['eval_loss']:.4f}"]]
         for name in last:
             if name in first and name not in ("step", "eval_loss"):  # a resume may have asked for more
-                rows.append([name.replace("_", " "), f"{first[name]:.1%}", f"{last[name]:.1%}"])
-        screen.table("Held out", ["", "before", "after"], rows)
+                rows.append([name.replace("_", " "), f"{first[name]:.4f}", f"{last[name]:.4f}"])
+        screen.table("Held-out records", ["", "before", "after"], rows)
     training.engine.model.eval()
     if (shown := task.show(evaluation_of(training))) is not None:
         screen.table(*shown)
     waited = training.clock.waited_s / max(training.clock.steps_s, 1e-9)
-    screen.say(
-        f"{training.steps} steps, {seconds:.0f} s in all ({waited:.1%} of the steps waiting for data); saved in {saved}"
-    )
+    screen.say(f"finished {training.steps} steps in {seconds:.0f} s ({waited:.1%} of the step time waiting for data)")
+    screen.say(f"saved {saved}")
     for line in task.next_steps(config, training.output, saved):
         screen.say(line)
 

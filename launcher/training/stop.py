@@ -1,8 +1,8 @@
-"""Being asked to stop: signals, the run folder's control file, the time limit. Asking sets a flag and nothing else.
+"""Requests to stop: signals, the run folder's control file, the time limit. A request only sets a flag.
 
-A second signal of a kind ends the process at once, whatever it is doing: a second Ctrl-C, or a TERM or USR2 that comes
-after QUIET_S without one. Schedulers repeat theirs every few seconds, and that is one request: a save in progress ends
-well. A TERM after a USR2 (a warning, then the time limit) is no second signal either.
+A second signal of a kind ends the process at once, whatever it is doing: a second Ctrl-C, or a TERM, USR2 or HUP that
+comes after QUIET_S without one. Schedulers repeat a signal every few seconds; that counts as one request, so that a
+save in progress completes. A TERM after a USR2 (a warning, then the time limit) is not a second signal either.
 """
 
 from __future__ import annotations
@@ -18,8 +18,8 @@ from typing import Any
 from launcher.files import read_or_empty
 from launcher.processes import Stopped
 
-SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR2)
-LISTEN_S = 0.5  # how often a rank hears whether another was asked
+SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR2, signal.SIGHUP)
+LISTEN_S = 0.5  # how often a rank checks whether another was asked
 ECHO_S = 0.5  # a terminal's Ctrl-C reaches a rank once more through its launcher
 QUIET_S = 5.0
 
@@ -30,7 +30,7 @@ class StopRequest:
     def __init__(self, max_seconds: float = 0.0):
         self.reason: str | None = None
         self.control: Path | None = None  # watched by rank 0 once the run folder is known
-        self.store: Any = None  # set once there are other ranks: what one is asked, all hear
+        self.store: Any = None  # set once there are other ranks: a request to one of them reaches all
         self._heard = 0.0
         self._deadline = time.monotonic() + max_seconds if max_seconds else None
         self._first: dict[int, float] = {}
@@ -39,6 +39,8 @@ class StopRequest:
 
     def __enter__(self) -> StopRequest:
         for number in SIGNALS:
+            if number == signal.SIGHUP and signal.getsignal(number) is signal.SIG_IGN:
+                continue  # nohup: the run outlives its terminal
             self._before[number] = signal.signal(number, self._on_signal)
         return self
 
@@ -46,13 +48,13 @@ class StopRequest:
         for number, handler in self._before.items():
             signal.signal(number, handler)
         if self.control is not None and read_or_empty(self.control) == "stop":
-            with suppress(OSError):  # where this fails the next start stops once more, and says so
+            with suppress(OSError):  # where this fails, the next start stops once more and logs it
                 self.control.write_text("run\n")
 
     def watch(self, control: Path) -> None:
-        """Look at this file from now on. A stop that is in it already was meant for this start: once honoured it goes.
+        """Watch this file from now on. A stop request that it holds already is honoured, and removed at the end.
 
-        So none is lost that comes while Python starts, and who clears it for a new start is who started it.
+        So a request that comes while Python starts is not lost. The process that starts a new attempt clears the file.
         """
         if read_or_empty(control) != "stop":
             control.write_text("run\n")
@@ -63,7 +65,7 @@ class StopRequest:
         self.reason = self.reason or reason
 
     def asked(self) -> bool:
-        """Looks at the clock and the control file as well, and listens to the other ranks."""
+        """Whether to stop. Checks the clock, the control file and the other ranks as well."""
         if self.reason is None and self._deadline is not None and time.monotonic() > self._deadline:
             self.reason = "its time limit"
         if self.reason is None and self.control is not None and read_or_empty(self.control) == "stop":
@@ -77,7 +79,7 @@ class StopRequest:
         return self.reason is not None
 
     def before_training(self) -> None:
-        """Raises Stopped where the run was asked to stop; for phases that have nothing to save."""
+        """Raises Stopped where the run was asked to stop. For phases that have nothing to save."""
         if self.asked():
             raise Stopped(self.reason)
 

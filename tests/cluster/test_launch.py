@@ -61,7 +61,7 @@ def test_two_hosts_give_the_curve_of_one_process(cluster, ssh, one_process, tmp_
     assert launch.end() == 0, launch.said
 
     torch.testing.assert_close(losses(launch.run), expected, atol=5e-6, rtol=0)
-    assert "node1 rank 0: 20 steps of 4 on 2 x cpu" in launch.said
+    assert "node1 rank 0: device: cpu, 2 processes (ddp)" in launch.said
     assert ranks_left(launch.run) == []
 
 

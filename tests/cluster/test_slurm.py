@@ -71,7 +71,7 @@ def test_a_preempted_run_saves_comes_back_and_has_the_same_curve(cluster, one_pr
     assert final == "COMPLETED", said(run)
     told = (run / "events").read_text()
     assert told.index("USR2") < told.index("state=stopped warned=1")
-    assert "going on from" in (run / "logs" / "rank0@node1.log").read_text()
+    assert "resuming from" in (run / "logs" / "rank0@node1.log").read_text()
     torch.testing.assert_close(losses(run), expected, atol=5e-6, rtol=0)
 
 

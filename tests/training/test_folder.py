@@ -97,7 +97,7 @@ def test_odd_lines_of_events_are_left_out_on_a_resume(tmp_path, caplog):
     events.close()
 
     assert file.read_text().splitlines() == good[:2]
-    assert "2 lines of it can be read and are kept" in caplog.text
+    assert "the 2 lines that can be read are kept" in caplog.text
 
 
 def test_events_that_are_a_link_are_not_written_through(tmp_path):

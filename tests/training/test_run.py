@@ -1,5 +1,6 @@
 """Whole runs on a real small Llama: the folder they leave, exact resume, processes that agree, mistakes."""
 
+import errno
 import json
 import shutil
 import signal
@@ -19,6 +20,7 @@ import adapters  # noqa: F401 (registers LoLDU)
 from launcher import cli
 from launcher.config import AdapterConfig, Config, DataConfig, ModelConfig, OptimizerConfig, RunConfig
 from launcher.engines import replicated
+from launcher.training import folder, report
 from launcher.training import run as run_module
 from launcher.training.loop import learning_rate_at
 from launcher.training.run import run
@@ -79,6 +81,26 @@ def test_callbacks_get_each_step_and_evaluation_as_it_is_recorded(small):
     assert seen == events(small)
 
 
+def test_a_full_disk_in_training_is_one_line_and_the_state_says_failed(small, monkeypatch, capsys):
+    """There is no room for a new file, so `state` is overwritten where it is."""
+    full = OSError(errno.ENOSPC, "No space left on device")
+
+    def fill(training, event):
+        def refuse(*_):
+            raise full
+
+        monkeypatch.setattr(folder, "write_atomically", refuse)
+        monkeypatch.setattr(report.Events, "write", refuse)
+
+    assert run(small, "test", on_step=fill) == 2
+
+    said = capsys.readouterr().err
+    assert "cannot write events to" in said
+    assert "no space is left" in said
+    assert "Traceback" not in said
+    assert (Path(small.run.output) / "state").read_text() == "failed\n"
+
+
 def test_an_exception_in_a_callback_ends_the_run_as_failed(small, capsys):
     def broken(training, event):
         raise KeyError("mine")
@@ -98,7 +120,7 @@ def test_a_run_that_goes_on_may_ask_for_more_than_it_began_with(small, capsys):
 
     assert more == 0
     assert "exact_match" in [event for event in events(small) if "eval_loss" in event][-1]
-    assert "held-out loss" in capsys.readouterr().out
+    assert "Held-out records" in capsys.readouterr().out
 
 
 def test_the_adapter_of_a_run_loads_in_plain_peft_with_the_trained_cores(small, stories):
@@ -399,7 +421,7 @@ def test_processes_give_the_curve_of_one(small, processes, tmp_path):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGUSR2])
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGUSR2, signal.SIGHUP])
 def test_a_signal_saves_and_the_next_start_goes_on_exactly(small, number, tmp_path):
     small = replace(with_run(small, save_every=0), optimizer=replace(small.optimizer, max_steps=20))
     whole = with_run(small, output=str(tmp_path / "whole"))
@@ -414,7 +436,7 @@ def test_a_signal_saves_and_the_next_start_goes_on_exactly(small, number, tmp_pa
     code, out = finish(process)
 
     assert code == 75, out
-    assert "To go on, type" in out
+    assert "To resume, run the same command again" in out
     assert (file.parent / "state").read_text().strip() == "stopped"
     assert len(losses(small)) < 20
     assert run(small, "test") == 0

@@ -12,9 +12,9 @@ from pathlib import Path
 import pytest
 from launching import RECIPE, REPO, Runs, finish, flags, start
 
+from launcher.engines import replicated
 from launcher.factorization import share
 from launcher.training import checkpoint, loop
-from launcher.training import run as run_module
 from launcher.training.run import run
 from launcher.training.stop import StopRequest
 
@@ -34,7 +34,7 @@ def evaluating(config):
 # phase -> (where its work is done, which call of it)
 PHASES = {
     "factoring": (share, "make", 3),
-    "loading": (run_module, "build", 1),
+    "loading": (replicated, "build", 1),
     "evaluating at the start": (loop, "evaluate", 1),
     "training": (loop, "gradients", 2),
     "evaluating on the way": (loop, "evaluate", 2),
