@@ -6,6 +6,7 @@ only the standard library, except for the all-reduce of `loldu doctor`.
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import select
@@ -19,12 +20,14 @@ import time
 from collections.abc import Callable, Iterable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 PREFIX = "@loldu "  # marks our lines: a login shell may print lines of its own
 HEARTBEAT_S = 2.0
 SILENT_S = 12.0  # after this long without a message the other side counts as gone
 GRACE_S = 2.0  # between TERM and KILL
+LINE_BYTES = 1 << 16
+MOST_WAITING = 1 << 26  # bytes of an unfinished request
 output_lock = threading.Lock()
 
 
@@ -48,6 +51,8 @@ def main() -> int:
                 break
             last_message, waiting = time.monotonic(), waiting + new
             *lines, waiting = waiting.split(b"\n")
+            if len(waiting) > MOST_WAITING:
+                break
             for line in lines:
                 if line.strip():
                     handle(json.loads(line), started)
@@ -93,9 +98,14 @@ def heartbeat() -> None:
 
 
 def start(
-    started: dict[int, subprocess.Popen[bytes]], *, command: list[str], environ: dict[str, str], ranks: list[list[int]]
+    started: dict[int, subprocess.Popen[bytes]],
+    *,
+    command: list[str],
+    environ: dict[str, str],
+    ranks: list[list[int]],
+    logs: str = "",
 ) -> int:
-    """Start one process for each (rank, local rank); forward its output and its exit code."""
+    """Start one process for each (rank, local rank); forward its output, also into logs, and its exit code."""
     for rank, local in ranks:
         mine = {"RANK": str(rank), "LOCAL_RANK": str(local), "LOLDU_PARENT": str(os.getpid())}
         process = subprocess.Popen(
@@ -103,15 +113,34 @@ def start(
             stderr=subprocess.STDOUT, start_new_session=True,
         )  # fmt: skip
         started[rank] = process
-        threading.Thread(target=forward_output, args=(rank, process), daemon=True).start()
+        log = Path(logs) / f"rank{rank}@{socket.gethostname()}.log" if logs else None
+        threading.Thread(target=forward_output, args=(rank, process, log), daemon=True).start()
     return len(ranks)
 
 
-def forward_output(rank: int, process: subprocess.Popen[bytes]) -> None:
+def forward_output(rank: int, process: subprocess.Popen[bytes], log: Path | None) -> None:
+    """Send each line of a rank, and append it to its log; lines without an end are cut into pieces."""
     assert process.stdout is not None
-    for line in process.stdout:
+    file = open_log(log) if log else None
+    while line := process.stdout.readline(LINE_BYTES):
+        if file is not None:
+            try:
+                file.write(line)
+            except OSError as error:
+                send(rank=rank, line=f"warning: cannot write {log}: {error.strerror}; this log ends here")
+                file = None
         send(rank=rank, line=line.decode(errors="replace").rstrip("\r\n"))
     send(rank=rank, exit=process.wait())
+
+
+def open_log(log: Path) -> BinaryIO | None:
+    """The log, to append to; None where it cannot be written. A symbolic link is not followed."""
+    try:
+        log.parent.mkdir(parents=True, exist_ok=True)
+        descriptor = os.open(log, os.O_WRONLY | os.O_APPEND | os.O_CREAT | os.O_NOFOLLOW, 0o666)
+    except OSError:
+        return None
+    return open(descriptor, "wb", buffering=0)
 
 
 def terminate(started: dict[int, subprocess.Popen[bytes]]) -> None:
@@ -164,9 +193,11 @@ def own_addresses() -> list[str]:
 
 def places(folder: str) -> dict[str, Path]:
     """The folders of runs, factors and temporary files, or their nearest existing parents."""
-    cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
+    wanted = {"folder": Path(folder), "/tmp": Path("/tmp")}
+    with contextlib.suppress(RuntimeError):  # no home directory: a run then needs --cache
+        wanted["cache"] = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
     found = {}
-    for name, path in (("folder", Path(folder)), ("cache", cache), ("/tmp", Path("/tmp"))):
+    for name, path in wanted.items():
         path = path.absolute()
         while not path.exists():
             path = path.parent

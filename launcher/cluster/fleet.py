@@ -16,9 +16,12 @@ from types import TracebackType
 from typing import Any
 
 from launcher.cluster.agent import PREFIX
+from launcher.files import parse_json
+from launcher.text import one_line
 
 AGENT = Path(__file__).resolve().with_name("agent.py")
 HEARTBEAT_S = 2.0
+LINE_CHARACTERS = 1 << 20  # of one message; an agent's longest is a line of a rank
 DEAD_S = 10.0  # after this long without a message a host counts as dead
 ADVICE = {
     "Permission denied": "ssh needs a login without a password: ssh-copy-id {host}, or set a key in ~/.ssh/config",
@@ -53,16 +56,16 @@ class Agent:
 
     def _read(self) -> None:
         assert self.process.stdout is not None
-        for line in self.process.stdout:
+        while line := self.process.stdout.readline(LINE_CHARACTERS):
             self.last_message = time.monotonic()
-            if not line.startswith(PREFIX):
-                self.noise.append(line.rstrip())
-                continue
-            message = json.loads(line[len(PREFIX) :])
-            if "hello" in message:
+            message = _parse(line)
+            if message is None:
+                self.noise.append(one_line(line.rstrip(), 500))
+            elif "hello" in message:
                 self.greeted.set()
-            elif message.get("id") in self.answers:
-                self.answers[message["id"]].put(message)
+            elif isinstance(number := message.get("id"), int):
+                if number in self.answers:
+                    self.answers[number].put(message)
             elif "alive" not in message:
                 self._messages.put((self, message))
         self.process.wait()
@@ -109,6 +112,17 @@ class Agent:
         text = "; ".join(self.noise) or f"the connection ended with exit code {self.process.poll()}"
         advice = [remedy.format(host=self.name) for sign, remedy in ADVICE.items() if sign in text]
         return "; ".join([text, *advice[:1]])
+
+
+def _parse(line: str) -> dict[str, Any] | None:
+    """A message of our agent; None for anything that ssh or the login shell prints."""
+    if not line.startswith(PREFIX):
+        return None
+    try:
+        message = parse_json(line[len(PREFIX) :])
+    except ValueError:
+        return None
+    return message if isinstance(message, dict) else None
 
 
 class Fleet:

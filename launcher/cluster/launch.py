@@ -5,12 +5,16 @@ from __future__ import annotations
 
 import os
 import queue
+import re
+import secrets
 import shutil
 import signal
 import sys
 import time
 import uuid
+from collections import deque
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from types import FrameType
 from typing import Any
@@ -19,9 +23,11 @@ from launcher.cluster import hostfile, runs
 from launcher.cluster.environment import differences
 from launcher.cluster.fleet import Fleet, over_ssh
 from launcher.cluster.hostfile import Host, Hosts
+from launcher.cluster.rendezvous import TOKEN
 from launcher.exit_codes import DONE, FAILED, INTERRUPTED, MISTAKE, STOPPED
 from launcher.files import read_or_empty
 from launcher.recipes import find_recipe
+from launcher.text import one_line, without_colours
 
 GREET_S = 60.0
 FACTS_S = 120.0
@@ -37,8 +43,8 @@ def launch(recipe: str, hosts: Hosts, recipe_options: Sequence[str] = (), *, nam
     chosen = hostfile.choose(hostfile.read(hosts.hostfile), hosts.include, hosts.exclude)
     file = find_recipe(recipe)
     run = runs.run_folder(name, file, recipe_options)
-    output = () if runs.option("--output", recipe_options) is not None else (f"--output={run}",)
-    command = (str(file), *recipe_options, *output)
+    given = runs.option("--output", recipe_options)
+    command = (str(file), *recipe_options, *(() if given == str(run) else (f"--output={run}",)))
     if shutil.which("ssh") is None:
         raise ValueError("ssh is not on PATH: install OpenSSH's client (apt-get install openssh-client)")
     lines = {
@@ -47,6 +53,7 @@ def launch(recipe: str, hosts: Hosts, recipe_options: Sequence[str] = (), *, nam
         )
         for host in chosen
     }
+    runs.check_folder(run)
     with StopSignals() as signals, Fleet(lines) as fleet:
         attempt = uuid.uuid4().hex
         runs.write(run / "logs" / "attempt", attempt)
@@ -56,20 +63,29 @@ def launch(recipe: str, hosts: Hosts, recipe_options: Sequence[str] = (), *, nam
         first = f"{chosen[0].name} ({address}:{hosts.port})"
         total = sum(len(host.slots) for host in chosen)
         counted = f"{total} process{'es'[: 2 * (total > 1)]} on {len(chosen)} host{'s'[: len(chosen) > 1]}"
-        print(f"{counted}, meeting on {first}; run folder {run}", flush=True)
+        print(f"{counted}, meeting on {first}; run folder {one_line(str(run))}", flush=True)
         start(fleet, chosen, hosts, command, run, attempt, address)
-        return follow(fleet, chosen, run, signals)
+        code = follow(fleet, chosen, run, signals)
+    # All ranks have ended. One that was killed could not write how.
+    if code not in (DONE, STOPPED) and read_or_empty(run / "state") in ("", "running"):
+        runs.write(run / "state", "failed\n")
+    return code
 
 
 class StopSignals:
-    """Counts Ctrl-C, TERM and USR2: the first asks to save and stop, the second ends the run at once."""
+    """Counts Ctrl-C, TERM, USR2 and a closed terminal: the first asks to save and stop, the second ends the run.
+
+    Ctrl-Z is refused: the hosts would take a suspended launch for a lost one and end the run.
+    """
 
     def __init__(self) -> None:
         self.count, self._before = 0, {}  # type: ignore[var-annotated]
 
     def __enter__(self) -> StopSignals:
-        for number in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR2):
-            self._before[number] = signal.signal(number, self._on_signal)
+        for number in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR2, signal.SIGHUP):
+            if number != signal.SIGHUP or signal.getsignal(number) != signal.SIG_IGN:  # as nohup sets it
+                self._before[number] = signal.signal(number, self._on_signal)
+        self._before[signal.SIGTSTP] = signal.signal(signal.SIGTSTP, self._on_suspend)
         return self
 
     def __exit__(self, *_: object) -> None:
@@ -78,6 +94,9 @@ class StopSignals:
 
     def _on_signal(self, number: int, frame: FrameType | None) -> None:
         self.count += 1
+
+    def _on_suspend(self, number: int, frame: FrameType | None) -> None:
+        os.write(2, b"loldu launch cannot be suspended: the run would end. Ctrl-C saves and stops\n")
 
 
 def check(fleet: Fleet, hosts: Sequence[Host], recipe: Path, run: Path, attempt: str) -> str:
@@ -134,6 +153,7 @@ def start(
     shared = {name: value for name, value in os.environ.items() if name.startswith(FORWARDED)}
     shared.pop("CUDA_VISIBLE_DEVICES", None)  # applies to this machine only
     shared |= dict(word.split("=", 1) for word in options.env)
+    shared[TOKEN] = secrets.token_hex(32)  # over ssh's standard input, never on a command line
     for host in hosts:
         environ = shared | {
             "WORLD_SIZE": str(total), "LOCAL_WORLD_SIZE": str(len(host.slots)), "MASTER_ADDR": address,
@@ -143,24 +163,60 @@ def start(
             environ["CUDA_VISIBLE_DEVICES"] = ",".join(map(str, host.slots))
         words = [options.python, entry, "--run", str(run), "--", *command]
         ranks = [[first + local, local] for local in range(len(host.slots))]
-        each[host.name] = {"command": words, "environ": environ, "ranks": ranks}
+        each[host.name] = {"command": words, "environ": environ, "ranks": ranks, "logs": str(run / "logs")}
         first += len(host.slots)
     _, problems = fleet.ask_all("start", 60.0, each)
     _refuse(problems)
 
 
+class Output:
+    """What `loldu launch` prints. When its reader goes away (as in `| head`), the run is asked to save and stop."""
+
+    def __init__(self, hosts: Sequence[Host], signals: StopSignals):
+        self._width, self._signals = max(len(host.name) for host in hosts), signals
+
+    def print(self, text: str) -> None:
+        try:
+            print(text, flush=True)
+        except BrokenPipeError:
+            discard_output()
+            self._signals.count = max(1, self._signals.count)
+
+    def line(self, host: str, rank: int, text: str) -> None:
+        self.print(f"{host:<{self._width}} rank {rank}: {one_line(text)}")
+
+
+def discard_output() -> None:
+    """Send standard output nowhere from now on: Python would fail again when it flushes at its end."""
+    os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
+
+
+@dataclass
+class Failure:
+    """The first rank that failed, or a lost host; with it the exit code of the launch."""
+
+    text: str
+    code: int
+    since: float
+    consequence: bool = False  # it lost its connection to another rank, which is the one to blame
+
+
 def follow(fleet: Fleet, hosts: Sequence[Host], run: Path, signals: StopSignals) -> int:
-    """Print the output of all ranks until they have ended; returns the exit code. A failing host or rank ends all."""
-    width = max(len(host.name) for host in hosts)
+    """Print the output of all ranks until they have ended; returns the exit code. A failing host or rank ends all.
+
+    Once a rank has failed, the errors that the others get from it go only into their logs.
+    """
+    output, handled = Output(hosts, signals), 0
     left = set(range(sum(len(host.slots) for host in hosts)))
-    failure, give_up, handled = 0, float("inf"), 0
-    while left:
+    last_lines: dict[int, deque[str]] = {rank: deque(maxlen=50) for rank in left}
+    failure: Failure | None = None
+    while left and not (failure and time.monotonic() > failure.since + LAST_WORDS_S):
         if signals.count > handled:
             handled += 1
             if handled > 1:
-                print("ending all processes at once", flush=True)
+                output.print("ending all processes at once")
                 return INTERRUPTED
-            print("stopping: saving on all hosts (a second signal ends all processes at once)", flush=True)
+            output.print("stopping: saving on all hosts (a second signal ends all processes at once)")
             for agent in fleet.agents.values():
                 agent.send(request="signal", number=int(signal.SIGTERM))
         try:
@@ -172,29 +228,51 @@ def follow(fleet: Fleet, hosts: Sequence[Host], run: Path, signals: StopSignals)
                     message = {"gone": reason}
                     break
         if "line" in message:
-            print(f"{agent.name:<{width}} rank {message['rank']}: {message['line']}", flush=True)
+            text = without_colours(str(message["line"])).rsplit("\r", 1)[-1]
+            last_lines[message["rank"]].append(text)
+            if failure is None:
+                output.line(agent.name, message["rank"], text)
         elif "exit" in message:
             left.discard(message["rank"])
-            if message["exit"] != 0 and not failure:
-                failure, give_up = (MISTAKE if message["exit"] == MISTAKE else FAILED), time.monotonic() + LAST_WORDS_S
-                how = (
-                    f"signal {signal.Signals(-message['exit']).name}"
-                    if message["exit"] < 0
-                    else f"exit code {message['exit']}"
-                )
-                _print_error(f"rank {message['rank']} on {agent.name} ended with {how}; ending the others")
+            if message["exit"] != 0 and (failure is None or failure.consequence):
+                mine = _failure(agent.name, message["rank"], message["exit"], last_lines[message["rank"]])
+                if failure is None or not mine.consequence:
+                    failure = mine
+            if failure is not None and not failure.consequence:
+                break
         elif "gone" in message and not failure:
-            _print_error(f"{agent.name} is lost ({agent.dead() or message['gone']}); ending all hosts")
-            failure = FAILED
-            break
-        if time.monotonic() > give_up:
-            break
-    if failure:
-        return failure
+            why = agent.dead() or f"its agent ended: {message['gone']}"
+            failure = Failure(f"{agent.name} is lost ({one_line(why)}); ending all hosts", FAILED, 0.0)
+    if failure is not None:
+        _print_error(f"{failure.text} (logs of all ranks: {one_line(str(run / 'logs'))})")
+        return INTERRUPTED if signals.count and failure.code == INTERRUPTED else failure.code
     state = read_or_empty(run / "state")
     if state == "stopped":
-        print(f"stopped and saved; the same command resumes (run folder {run})")
+        output.print(f"stopped and saved; the same command resumes (run folder {one_line(str(run))})")
     return STOPPED if state == "stopped" else FAILED if state == "failed" else DONE
+
+
+CONSEQUENCE = re.compile(
+    "connection (closed|reset|refused)|broken pipe|DistNetworkError|DistStoreError|DistBackendError|TCPStore|gloo|NCCL|"
+    "no word from rank|did not connect",
+    re.IGNORECASE,
+)
+ERROR_LINE = re.compile(r"error: .*|[A-Za-z_.]*(Error|Exception|Interrupt)\b.*")
+
+
+def _failure(host: str, rank: int, exit_code: int, lines: Sequence[str]) -> Failure:
+    """How a rank ended and why: its last line that looks like an error, else its last line."""
+    errors = [line for line in lines if ERROR_LINE.match(line)] or [line for line in lines if line.strip()]
+    cause = errors[-1] if errors else ""
+    if exit_code < 0:
+        name = signal.Signals(-exit_code).name if -exit_code in set(signal.Signals) else f"signal {-exit_code}"
+        how, cause = f"was killed by {name}", "out of memory, or killed by hand" if name == "SIGKILL" else cause
+    else:
+        how = f"ended with exit code {exit_code}"
+    code = exit_code if exit_code in (MISTAKE, INTERRUPTED) else FAILED
+    text = f"rank {rank} on {host} {how}{f': {one_line(cause, 300)}' if cause else ''}; ending the others"
+    consequence = exit_code in (FAILED, -signal.SIGABRT) and CONSEQUENCE.search(cause) is not None
+    return Failure(text, code, time.monotonic(), consequence)
 
 
 def _print_error(text: str) -> None:

@@ -11,6 +11,7 @@ from __future__ import annotations
 import contextlib
 import json
 import os
+import shlex
 import signal
 import socket
 import sys
@@ -18,14 +19,13 @@ import threading
 import time
 import traceback
 from collections import deque
-from collections.abc import Mapping
+from collections.abc import Mapping, MutableMapping
 from pathlib import Path
 from types import FrameType
 
 SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR2)
 STOPPED = 75  # as in exit_codes.py, which cannot be imported yet; for a rank an agreed stop is a success
 SHARED_S = 60.0  # how long a network file system may take to show a new file
-MEET_S = 300.0
 
 
 class ClusterError(Exception):
@@ -46,17 +46,18 @@ def main(arguments: list[str]) -> int:
     run = Path(own[own.index("--run") + 1])
     starter = own[own.index("--starter") + 1] if "--starter" in own else None
     os.environ.update(number(os.environ, per_node=starter is not None))
-    if "--log" in own:
-        log_to(log_file(run, os.environ, per_node=starter is not None))
     try:
+        if "--log" in own:
+            log_to(log_file(run, os.environ, per_node=starter is not None))
         check_folder(run, os.environ.get("LOLDU_ATTEMPT"))
         check_environment(os.environ.get("LOLDU_ENVIRONMENT"), command[0])
         if starter is not None:
             words = starter_command(starter, os.environ, command)
-            print(f"{socket.gethostname()}: {' '.join(words)}", flush=True)
+            print(f"{socket.gethostname()}: {shlex.join(words)}", flush=True)
+            os.environ.pop("LOLDU_TOKEN", None)
             signals.restore_defaults()
             os.execv(words[0], words)
-        meet(os.environ)
+        meet(os.environ, signals)
         signals.redeliver()
         code = run_recipe(command)
     except ClusterError as error:
@@ -85,11 +86,13 @@ class EarlySignals:
 
     def __init__(self) -> None:
         self.seen: set[int] = set()
+        self.count = 0
         for signum in SIGNALS:
             signal.signal(signum, self._remember)
 
     def _remember(self, signum: int, frame: FrameType | None) -> None:
         self.seen.add(signum)
+        self.count += 1
 
     def redeliver(self) -> None:
         """Send the remembered signals as soon as the recipe has installed its handlers."""
@@ -133,14 +136,22 @@ def log_file(run: Path, environ: Mapping[str, str], *, per_node: bool) -> Path:
 
 
 def log_to(file: Path) -> None:
-    """Append standard output and error of this process and its children to a file."""
-    file.parent.mkdir(parents=True, exist_ok=True)
-    descriptor = os.open(file, os.O_WRONLY | os.O_APPEND | os.O_CREAT, 0o644)
+    """Append standard output and error of this process and its children to a file. Raises ClusterError."""
+    try:
+        file.parent.mkdir(parents=True, exist_ok=True)
+        descriptor = open_to_append(file)
+    except OSError as error:
+        raise ClusterError(f"cannot write the log {file} on {socket.gethostname()}: {error.strerror}") from None
     sys.stdout.flush()
     sys.stderr.flush()
     os.dup2(descriptor, 1)
     os.dup2(descriptor, 2)
     os.close(descriptor)
+
+
+def open_to_append(file: Path) -> int:
+    """A descriptor at the end of a file. Raises OSError for a symbolic link, which could lead to any other file."""
+    return os.open(file, os.O_WRONLY | os.O_APPEND | os.O_CREAT | os.O_NOFOLLOW, 0o666)
 
 
 def check_folder(run: Path, attempt: str | None, limit_s: float = SHARED_S) -> None:
@@ -172,89 +183,17 @@ def check_environment(expected: str | None, recipe: str) -> None:
         )
 
 
-def meet(environ: Mapping[str, str], limit_s: float | None = None) -> None:
-    """Wait until all ranks have connected to rank 0, or name the missing ones; afterwards the port is free again.
+def meet(environ: MutableMapping[str, str], signals: EarlySignals) -> None:
+    """Wait for all ranks, then forget the job's token. Raises ClusterError naming the missing rank."""
+    use_project()
+    from launcher.cluster.rendezvous import TOKEN, RendezvousError
+    from launcher.cluster.rendezvous import meet as meet_all
 
-    torch would wait longer, and its error would not name the node that cannot be reached.
-    """
-    world = int(environ.get("WORLD_SIZE", "1"))
-    if world == 1:
-        return
-    rank, address, port = int(environ["RANK"]), environ["MASTER_ADDR"], int(environ["MASTER_PORT"])
-    limit_s = float(environ.get("LOLDU_MEET_S", MEET_S)) if limit_s is None else limit_s
-    deadline = time.monotonic() + limit_s
-    if rank == 0:
-        _receive(world, address, port, deadline, limit_s)
-    else:
-        _visit(rank, address, port, deadline, limit_s)
-
-
-def _receive(world: int, address: str, port: int, deadline: float, limit_s: float) -> None:
     try:
-        if socket.has_dualstack_ipv6():
-            server = socket.create_server(("", port), family=socket.AF_INET6, dualstack_ipv6=True, backlog=world)
-        else:
-            server = socket.create_server(("", port), backlog=world)
-    except OSError as error:
-        raise ClusterError(
-            f"port {port} on {socket.gethostname()} cannot be opened ({os.strerror(error.errno or 0)}): another "
-            "program may hold it; start again with another --port"
-        ) from None
-    guests: dict[int, socket.socket] = {}
-    with server:
-        while len(guests) < world - 1:
-            left = deadline - time.monotonic()
-            server.settimeout(max(left, 0.01))
-            try:
-                guest, _ = server.accept()
-                guest.settimeout(5.0)
-                word = guest.makefile("r").readline().split()
-                if word[:1] == ["loldu-rank"] and word[1:] and word[1].isdigit() and 0 < int(word[1]) < world:
-                    guests[int(word[1])] = guest
-            except TimeoutError:
-                if left > 0:
-                    continue
-                missing = ", ".join(str(other) for other in range(1, world) if other not in guests)
-                text = (
-                    f"waited {limit_s:.0f} s on {address}:{port}: no word from rank {missing} of {world}; "
-                    "look at the log of that rank and at its node first"
-                )
-                for guest in guests.values():
-                    with contextlib.suppress(OSError):
-                        guest.sendall(f"{text}\n".encode())
-                raise ClusterError(text) from None
-            except OSError:
-                continue  # somebody else knocked
-    for guest in guests.values():
-        with contextlib.suppress(OSError):  # one that has left meanwhile ends the run by itself
-            guest.sendall(b"go\n")
-    for guest in guests.values():
-        with contextlib.suppress(OSError):
-            guest.recv(1)  # they hang up first, so the port is free for torch at once
-        guest.close()
-
-
-def _visit(rank: int, address: str, port: int, deadline: float, limit_s: float) -> None:
-    here, refused = socket.gethostname(), "no answer"
-    while True:
-        left = deadline - time.monotonic()
-        if left <= 0:
-            raise ClusterError(
-                f"rank {rank} on {here} cannot reach rank 0 at {address}:{port} within {limit_s:.0f} s ({refused}): "
-                "is a firewall between the nodes, or does that name mean something else here? loldu doctor tells"
-            )
-        try:
-            with socket.create_connection((address, port), timeout=min(left, 10.0)) as line:
-                line.sendall(f"loldu-rank {rank}\n".encode())
-                line.settimeout(left + 5.0)
-                answer = line.makefile("r").readline().strip()
-        except OSError as error:
-            refused, answer = str(error), ""
-        if answer == "go":
-            return
-        if answer:
-            raise ClusterError(answer)
-        time.sleep(0.2)
+        meet_all(environ, asked=lambda: signals.count)
+    except RendezvousError as error:
+        raise ClusterError(str(error)) from None
+    environ.pop(TOKEN, None)  # what the recipe starts, or logs of its environment, need not know it
 
 
 def run_recipe(command: list[str]) -> int:
@@ -297,10 +236,11 @@ def record_failure(run: Path, code: int, environ: Mapping[str, str]) -> None:
     log = log_file(run, environ, per_node="NODE_RANK" in environ)
     sys.stdout.flush()
     sys.stderr.flush()
-    with open(log, errors="replace") as file:
+    tail = ""
+    with contextlib.suppress(OSError), open(log, errors="replace") as file:
         tail = "".join(deque(file, maxlen=12))
     text = f"rank {environ.get('RANK', '0')} on {socket.gethostname()} ended with exit code {code}:\n{tail}  ({log})\n"
-    with open(run / "logs" / "failures", "a") as file:
+    with contextlib.suppress(OSError), os.fdopen(open_to_append(run / "logs" / "failures"), "a") as file:
         file.write(text)
 
 

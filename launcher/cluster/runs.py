@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import os
 import re
+import secrets
 import time
 from collections.abc import Sequence
 from pathlib import Path
@@ -59,7 +60,8 @@ def run_folder(name: str | None, recipe: Path, options: Sequence[str]) -> Path:
 
 
 def default_name(recipe: Path) -> str:
-    return f"{run_name(recipe)}-{time.strftime('%Y%m%d-%H%M%S')}"
+    """RECIPE-TIME-XXXX: two starts within one second get two folders."""
+    return f"{run_name(recipe)}-{time.strftime('%Y%m%d-%H%M%S')}-{secrets.token_hex(2)}"
 
 
 def with_output(options: Sequence[str], folder: Path) -> tuple[str, ...]:

@@ -201,6 +201,9 @@ warned='' ended=''
 trap 'warned=1; echo stop >"$run/control"; note "USR2: asked to stop"' USR2
 trap 'ended=1; note TERM' TERM
 
+# The ranks prove to each other that they know this; made before any `set -x` of the setup lines could print it.
+LOLDU_TOKEN=$(od -An -N32 -tx1 /dev/urandom | tr -d ' \n')
+
 @SETUP@@OPTIONS@
 # The environment that every node must have, and the address where the processes meet.
 LOLDU_ATTEMPT=$SLURM_JOB_ID.$restart
@@ -210,7 +213,7 @@ LOLDU_ENVIRONMENT=$(@PYTHON@ environment @RECIPE@) ||
 MASTER_ADDR=$(scontrol show hostnames "$SLURM_JOB_NODELIST" | head -n 1)@SUFFIX@ || exit 1
 MASTER_PORT=@PORT@
 LOLDU_PER_NODE=@PER_NODE@
-export LOLDU_ATTEMPT LOLDU_ENVIRONMENT LOLDU_PER_NODE MASTER_ADDR MASTER_PORT
+export LOLDU_ATTEMPT LOLDU_ENVIRONMENT LOLDU_PER_NODE LOLDU_TOKEN MASTER_ADDR MASTER_PORT
 
 @SRUN@ \
   @PYTHON@ @COMMAND@ &
@@ -222,6 +225,8 @@ note "srun rc=$rc state=$(outcome) warned=$warned ended=$ended"
 [ ! -s "$run/logs/failures" ] || cat "$run/logs/failures" >&2
 
 [ "$(outcome)" != finished ] || exit 0
+# A rank that was killed could not write how it ended.
+if [ "$rc" != 0 ] && [ -z "$ended" ] && [ "$(outcome)" = running ]; then echo failed >"$run/state"; fi
 id=$SLURM_JOB_ID                       # in the last task of an array this is the id of the whole array
 [ -z "${SLURM_ARRAY_JOB_ID:-}" ] || id=${SLURM_ARRAY_JOB_ID}_$SLURM_ARRAY_TASK_ID
 # A preemption may send TERM to the ranks only. If they stop in time, Slurm takes the job for completed.

@@ -1,5 +1,7 @@
 """Two hosts over a real ssh: the curve of one process, and an end for everything that can go wrong."""
 
+import contextlib
+import os
 import signal
 import subprocess
 import sys
@@ -130,8 +132,73 @@ def test_a_rank_that_crashes_ends_all_and_is_named_with_its_error(cluster, ssh, 
 
     assert code == 1
     assert "node2 rank 1: RuntimeError: the disk of rank 1 is on fire" in launch.said
-    assert "error: rank 1 on node2 ended with exit code 1; ending the others" in launch.said
+    expected = (
+        "error: rank 1 on node2 ended with exit code 1: RuntimeError: the disk of rank 1 is on fire; ending the others"
+    )
+    assert expected in launch.said
+    assert read(launch.run / "state") in ("failed", "")
+    assert "the disk of rank 1 is on fire" in read(launch.run / "logs" / "rank1@node2.log")
     assert ranks_left(launch.run) == []
+
+
+def test_a_rank_that_is_killed_is_blamed_and_the_state_says_failed(cluster, ssh, tmp_path):
+    launch = Launch(cluster, ssh, tmp_path, COUNT, "--steps=500")
+    launch.at_step(1)
+
+    for file in Path("/proc").glob("[0-9]*/environ"):
+        with contextlib.suppress(OSError):
+            words = file.read_bytes().split(b"\0")
+            if b"RANK=0" in words and any(word.startswith(b"LOLDU_TOKEN=") for word in words):
+                os.kill(int(file.parent.name), signal.SIGKILL)
+    code = launch.end(60)
+
+    assert code == 1
+    assert (
+        "error: rank 0 on node1 was killed by SIGKILL: out of memory, or killed by hand; ending the others"
+        in launch.said
+    )
+    assert read(launch.run / "state") == "failed"
+    assert ranks_left(launch.run) == []
+
+
+def test_a_stranger_on_the_port_does_not_end_the_run_and_the_token_is_on_no_command_line(cluster, ssh, tmp_path):
+    """node2's rank is held back until a stranger in node1 has tried; meanwhile every command line is looked at."""
+    inside = ["nsenter", "-t", str(cluster.node_pid("node1")), "-n", sys.executable, "-c", STRANGER]
+    stranger = subprocess.Popen([*inside, ssh_address(ssh, "node1")], stdout=subprocess.PIPE, text=True)
+
+    launch = Launch(cluster, ssh, tmp_path, COUNT, "--steps=5")
+    tokens, lines = set(), []
+    while launch.process.poll() is None:
+        for file in Path("/proc").glob("[0-9]*"):
+            with contextlib.suppress(OSError):
+                lines.append((file / "cmdline").read_bytes())
+                environ = (file / "environ").read_bytes().split(b"\0")
+                tokens |= {word.partition(b"=")[2] for word in environ if word.startswith(b"LOLDU_TOKEN=")}
+        time.sleep(0.2)
+    said, _ = stranger.communicate(timeout=60)
+
+    assert launch.process.returncode == 0, launch.said
+    assert "closed" in said
+    assert "closed a connection from" in launch.said
+    assert len(tokens) == 1
+    assert not any(token in line for token in tokens for line in lines)
+
+
+STRANGER = """
+import socket, sys, time
+for _ in range(3000):
+    try:
+        with socket.create_connection((sys.argv[1], 29500), timeout=1) as line:
+            line.sendall(b"loldu-rank 1\\n")
+            line.recv(100), line.recv(100)
+            print("closed"); break
+    except OSError:
+        time.sleep(0.01)
+"""
+
+
+def read(file):
+    return file.read_text().strip() if file.exists() else ""
 
 
 def test_all_hosts_that_cannot_be_used_are_listed_before_anything_starts(cluster, ssh, tmp_path):

@@ -1,12 +1,10 @@
-"""The rank entry: rank numbers, the rendezvous, early signals, the run folder of another start."""
+"""The rank entry: rank numbers, early signals, the run folder of another start."""
 
 import os
 import signal
 import socket
 import subprocess
 import sys
-import threading
-import time
 from pathlib import Path
 
 import pytest
@@ -14,11 +12,6 @@ import pytest
 from launcher.cluster import rank
 
 ENTRY = Path(rank.__file__)
-
-
-def free_port():
-    with socket.create_server(("127.0.0.1", 0)) as server:
-        return str(server.getsockname()[1])
 
 
 def test_slurm_variables_become_torch_variables():
@@ -29,66 +22,6 @@ def test_slurm_variables_become_torch_variables():
     }  # fmt: skip
     assert rank.number(step, per_node=True) == {"NODE_RANK": "1"}
     assert rank.number({**step, "RANK": "0"}, per_node=False) == {}  # a starter has set it already
-
-
-def meet_all(numbers, world, port, limit_s):
-    """Run each rank in its own thread; returns the errors by rank."""
-    raised = {}
-
-    def one(number):
-        try:
-            rank.meet({"RANK": str(number), "WORLD_SIZE": str(world), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}, limit_s)  # fmt: skip  # noqa: E501
-        except rank.ClusterError as error:
-            raised[number] = str(error)
-
-    threads = [threading.Thread(target=one, args=(number,)) for number in numbers]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join(30)
-    return raised
-
-
-def test_ranks_meet_and_leave_the_port_free():
-    port = free_port()
-
-    assert meet_all(range(5), 5, port, 20.0) == {}
-
-    socket.create_server(("", int(port))).close()  # torch opens it next
-
-
-def test_all_ranks_learn_which_rank_is_missing():
-    raised = meet_all([0, 1, 3], 4, free_port(), 1.0)
-
-    assert sorted(raised) == [0, 1, 3]
-    assert all("no word from rank 2 of 4" in text for text in raised.values())
-
-
-def test_a_rank_that_cannot_reach_rank_0_names_the_address():
-    port = free_port()
-
-    raised = meet_all([1], 2, port, 0.5)
-
-    assert f"rank 1 on {socket.gethostname()} cannot reach rank 0 at 127.0.0.1:{port}" in raised[1]
-
-
-def test_a_foreign_connection_is_not_taken_for_a_rank():
-    port = free_port()
-    seen = {}
-    head = threading.Thread(target=lambda: seen.update(meet_all([0], 2, port, 20.0)))
-    head.start()
-    for words in (b"GET / HTTP/1.0\r\n\r\n", b"loldu-rank one\n"):
-        while True:
-            try:
-                with socket.create_connection(("127.0.0.1", int(port)), timeout=5) as line:
-                    line.sendall(words)
-                break
-            except ConnectionRefusedError:
-                time.sleep(0.05)
-
-    assert meet_all([1], 2, port, 20.0) == {}
-    head.join(30)
-    assert seen == {}
 
 
 RECIPE = """
@@ -118,6 +51,53 @@ def test_a_signal_during_the_imports_reaches_the_run_later(tmp_path, number):
 
     assert process.stdout.readline() == f"asked by {signal.Signals(number).name}\n"
     assert process.wait(20) == 0
+
+
+def test_a_stop_signal_ends_a_rank_that_waits_for_others(tmp_path):
+    """The second one at once; the first leaves the others some seconds to come."""
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        port = str(server.getsockname()[1])
+    place = {"RANK": "0", "WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port, "LOLDU_TOKEN": "x"}
+    words = [sys.executable, ENTRY, "--run", tmp_path, "--", "recipe.py"]
+    process = subprocess.Popen(words, env=os.environ | place, stderr=subprocess.PIPE, text=True)
+    while True:
+        try:
+            socket.create_connection(("127.0.0.1", int(port)), timeout=5).close()
+            break
+        except ConnectionRefusedError:
+            assert process.poll() is None
+
+    process.send_signal(signal.SIGTERM)
+    with pytest.raises(subprocess.TimeoutExpired):
+        process.wait(1)
+    process.send_signal(signal.SIGTERM)
+
+    assert process.wait(10) == 2
+    assert "stopped by a signal" in process.stderr.read()
+
+
+def test_the_recipe_does_not_see_the_token_of_the_job(tmp_path):
+    recipe = tmp_path / "recipe.py"
+    recipe.write_text("import os\nassert 'LOLDU_TOKEN' not in os.environ\n")
+    environ = os.environ | {"LOLDU_TOKEN": "secret", "WORLD_SIZE": "1", "RANK": "0"}
+
+    done = subprocess.run([sys.executable, ENTRY, "--run", tmp_path, "--", recipe], env=environ)
+
+    assert done.returncode == 0
+
+
+@pytest.mark.parametrize("name", ["failures", "rank3@HOST.log"])
+def test_a_link_in_the_log_folder_is_not_written_through(tmp_path, name):
+    recipe = tmp_path / "recipe.py"
+    recipe.write_text("raise RuntimeError('no more')\n")
+    (tmp_path / "logs").mkdir()
+    target = tmp_path / "thesis.tex"
+    target.write_text("years of work")
+    (tmp_path / "logs" / name.replace("HOST", socket.gethostname())).symlink_to(target)
+
+    subprocess.run([sys.executable, ENTRY, "--run", tmp_path, "--log", "--", recipe], env=os.environ | {"RANK": "3"})
+
+    assert target.read_text() == "years of work"
 
 
 def test_a_crash_is_recorded_with_the_end_of_its_log(tmp_path):
