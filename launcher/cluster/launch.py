@@ -66,8 +66,9 @@ def launch(recipe: str, hosts: Hosts, recipe_options: Sequence[str] = (), *, nam
         print(f"{counted}, meeting on {first}; run folder {one_line(str(run))}", flush=True)
         start(fleet, chosen, hosts, command, run, attempt, address)
         code = follow(fleet, chosen, run, signals)
-    # All ranks have ended. One that was killed could not write how.
-    if code not in (DONE, STOPPED) and read_or_empty(run / "state") in ("", "running"):
+    # All ranks have ended. One that was killed could not write how, and rank 0 may have saved while others failed.
+    unsaid = {MISTAKE: ("", "running"), FAILED: ("", "running", "stopped"), INTERRUPTED: ("", "running")}
+    if read_or_empty(run / "state") in unsaid.get(code, ()):
         runs.write(run / "state", "failed\n")
     return code
 
