@@ -1,0 +1,116 @@
+"""Counts how the commands end on hostile and unlucky input: each case must end within 10 s in one line and exit code 2,
+or run where the input is odd but valid; without a traceback, and without touching a file outside run folder and cache.
+
+    python benchmarks/hostile.py --model FOLDER [--kind data --kind run ...] [--every 3] [--seconds 1800]
+
+FOLDER is a small causal language model. The cases are in tests/fuzz/cases.py. With --every N only each N-th case runs,
+with --seconds no case is begun after that time; the results say how many cases there are and how many ran.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import platform
+import random
+import shutil
+import subprocess
+import sys
+import tempfile
+import time
+from collections import Counter
+from pathlib import Path
+
+REPO = Path(__file__).resolve().parents[1]
+sys.path[:0] = [str(REPO), str(REPO / "tests" / "fuzz")]
+for name, value in {"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false"}.items():
+    os.environ.setdefault(name, value)
+
+from cases import KINDS, Case, Materials, all_cases, train_words  # noqa: E402
+from harness import Ended, command, faults, run, snapshot  # noqa: E402
+
+
+def preload() -> None:
+    """Import what the commands import, once: each case is a fork of this process."""
+    import torch
+    from peft import PeftModel  # noqa: F401
+
+    import launcher.inference.generate
+    import launcher.reports.commands
+    import launcher.training.run  # noqa: F401
+
+    torch.set_num_threads(1)
+
+
+def materials(model: Path, folder: Path) -> Materials:
+    """A finished run of one step, made by the command itself."""
+    made = Materials(model, folder / "run")
+    folder.mkdir(parents=True)
+    ended = run(lambda: command(train_words(folder, made)), folder, 120.0)
+    if ended.code:
+        raise SystemExit(f"the run that the cases start from failed: {ended.error}")
+    return made
+
+
+def try_case(case: Case, folder: Path) -> tuple[Ended, list[str]]:
+    """Run one case in its folder, beside a folder of somebody else that must stay as it is."""
+    folder.mkdir()
+    words = case.write(folder)
+    before = snapshot(folder, apart_from=("run", "cache", "place"))
+    ended = run(lambda: command(words), folder)
+    found = faults(ended, codes=case.accepts)
+    after = snapshot(folder, apart_from=("run", "cache", "place"))
+    if touched := sorted(name for name in before.keys() | after.keys() if before.get(name) != after.get(name)):
+        found.append(f"touched {', '.join(touched[:3])}")
+    return ended, found
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--model", type=Path, required=True)
+    parser.add_argument("--kind", action="append", choices=list(KINDS))
+    parser.add_argument("--every", type=int, default=1)
+    parser.add_argument("--seconds", type=float, default=float("inf"))
+    parser.add_argument("--only", default="", help="run only cases whose name contains this, and print what they say")
+    parser.add_argument("--results", type=Path)
+    chosen = parser.parse_args()
+    preload()
+    began, ran, bad = time.monotonic(), Counter(), []
+    with tempfile.TemporaryDirectory(prefix="loldu-hostile-") as name:
+        place = Path(name)
+        os.environ["XDG_CACHE_HOME"] = str(place / "cache-home")
+        made = materials(chosen.model.resolve(), place / "materials")
+        known = all_cases(made)
+        kinds = Counter(case.kind for case in known)
+        wanted = [case for case in known if case.kind in (chosen.kind or KINDS) and chosen.only in case.name]
+        random.Random(0).shuffle(wanted)  # a run that is cut short has tried some of every kind
+        for at, case in enumerate(wanted[:: chosen.every]):
+            if time.monotonic() - began > chosen.seconds:
+                break
+            ended, found = try_case(case, place / f"case{at}")
+            ran[case.kind] += 1
+            if found or chosen.only:
+                last = (ended.error.strip().splitlines() or [""])[-1][:200]
+                bad += [{"kind": case.kind, "case": case.name, "faults": found, "last line": last}] if found else []
+                print(f"{case.kind:8} {case.name[:70]:70} {'; '.join(found) or 'fine'} | {last}", flush=True)
+            shutil.rmtree(place / f"case{at}", ignore_errors=True)
+    counts = Counter(fault.split(" ")[0] if fault[0].isdigit() else fault for one in bad for fault in one["faults"])
+    summary = {
+        "date": time.strftime("%Y-%m-%d"), "machine": f"{platform.machine()}, {os.cpu_count()} cores",
+        "commit": subprocess.check_output(["git", "rev-parse", "--short", "HEAD"], text=True).strip(),
+        "seconds": round(time.monotonic() - began), "cases": sum(kinds.values()), "cases_by_kind": kinds,
+        "ran": sum(ran.values()), "ran_by_kind": ran, "fine": sum(ran.values()) - len(bad), "with_a_fault": len(bad),
+        "tracebacks": sum("traceback" in one["faults"] for one in bad),
+        "over_10_s": sum(any(f.endswith(" s") and f[0].isdigit() for f in one["faults"]) for one in bad),
+        "files_touched": sum(any(f.startswith("touched") for f in one["faults"]) for one in bad),
+        "faults": bad,
+    }  # fmt: skip
+    print(json.dumps({key: value for key, value in summary.items() if key != "faults"}, indent=2), counts)
+    if chosen.results:
+        chosen.results.write_text(json.dumps(summary, indent=1) + "\n")
+    return 1 if bad else 0
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())

@@ -1,0 +1,140 @@
+"""Runs one command line in a forked process, with limits on time and memory, and judges how it ended.
+
+A fork shares the libraries that this process has imported, so a case costs what the command itself costs.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import os
+import resource
+import signal
+import sys
+import tempfile
+import time
+import traceback
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+REPO = Path(__file__).resolve().parents[2]
+LIMIT_S = 10.0
+LIMIT_BYTES = 1_000_000_000  # beyond what the libraries take
+
+
+@dataclass(frozen=True)
+class Ended:
+    """How a command ended."""
+
+    code: int  # -9: it was killed at the limit
+    out: str
+    error: str
+    seconds: float
+    extra_bytes: int  # of peak memory, beyond this process's
+
+
+def command(words: Sequence[str]) -> int:
+    """`loldu WORDS`; `train` stands for the recipe that most people start with."""
+    from launcher import cli
+
+    if words[0] != "train":
+        return cli.main(list(words))
+    sys.path.insert(0, str(REPO / "recipes"))
+    from llama2_alpaca_loldu import llama2_alpaca, tiny
+
+    return cli.run_recipe("llama2_alpaca_loldu", llama2_alpaca, tiny, list(words[1:]))
+
+
+def run(act: Callable[[], int], cwd: Path, limit_s: float = 2 * LIMIT_S) -> Ended:
+    """Call act in a child process; its standard input is closed, so that nothing can ask and wait."""
+    with tempfile.TemporaryFile() as out, tempfile.TemporaryFile() as error:
+        began, before = time.monotonic(), _peak_bytes(os.getpid())
+        child = os.fork()
+        if child == 0:
+            code = 1
+            try:
+                os.setsid()
+                os.chdir(cwd)
+                for number, file in ((0, os.open(os.devnull, os.O_RDONLY)), (1, out.fileno()), (2, error.fileno())):
+                    os.dup2(file, number)
+                sys.stdout, sys.stderr = (os.fdopen(number, "w", closefd=False, encoding="utf-8") for number in (1, 2))
+                # Room for a runaway command to be noticed, without the machine running out of memory.
+                resource.setrlimit(resource.RLIMIT_FSIZE, (1 << 31, 1 << 31))
+                code = act()
+            except SystemExit as left:
+                code = left.code if isinstance(left.code, int) else 1
+            except BaseException:
+                traceback.print_exc()
+            finally:
+                with contextlib.suppress(Exception):
+                    sys.stdout.flush()
+                    sys.stderr.flush()
+                os._exit(code & 255)
+        status, peak, deadline = None, before, began + limit_s
+        while status is None:
+            done, found = os.waitpid(child, os.WNOHANG)
+            if done:
+                status = found
+                break
+            peak = max(peak, _peak_bytes(child))
+            if time.monotonic() > deadline or peak - before > 8 * LIMIT_BYTES:
+                with contextlib.suppress(OSError):
+                    os.killpg(child, signal.SIGKILL)
+                with contextlib.suppress(OSError):
+                    os.kill(child, signal.SIGKILL)
+                _, status = os.waitpid(child, 0)
+                break
+            time.sleep(0.01)
+        seconds = time.monotonic() - began
+        out.seek(0)
+        error.seek(0)
+        texts = [file.read(1 << 20).decode(errors="replace") for file in (out, error)]
+    code = -os.WTERMSIG(status) if os.WIFSIGNALED(status) else os.WEXITSTATUS(status)
+    return Ended(code, texts[0], texts[1], seconds, max(0, peak - before))
+
+
+def _peak_bytes(process: int) -> int:
+    with contextlib.suppress(OSError, ValueError, IndexError):
+        for line in Path(f"/proc/{process}/status").read_text().splitlines():
+            if line.startswith("VmHWM:"):
+                return int(line.split()[1]) * 1024
+    return 0
+
+
+def faults(ended: Ended, *, codes: Sequence[int] = (2,)) -> list[str]:
+    """What is wrong with an ending: expected is one line on standard error for a mistake, soon, and no traceback."""
+    found = []
+    if ended.code not in codes:
+        found.append(f"exit code {ended.code}")
+    if "Traceback (most recent call last)" in ended.error + ended.out:
+        found.append("traceback")
+    if ended.seconds > LIMIT_S:
+        found.append(f"{ended.seconds:.0f} s")
+    if ended.extra_bytes > LIMIT_BYTES:
+        found.append(f"{ended.extra_bytes / 1e9:.1f} GB")
+    if ended.code == 2:
+        lines = [line for line in ended.error.splitlines() if not line.startswith("warning: ")]
+        errors = [line for line in lines if line.startswith("error: ")]
+        if len(errors) != 1:
+            found.append(f"{len(errors)} lines of error")
+    if "\x1b" in ended.error + ended.out:
+        found.append("escape sequence on the terminal")
+    return found
+
+
+def snapshot(folder: Path, apart_from: Sequence[str] = ()) -> dict[str, str]:
+    """The files below a folder with their digests, to see whether a command touched any."""
+    found = {}
+    for path in sorted(folder.rglob("*")):
+        name = str(path.relative_to(folder))
+        if any(name == part or name.startswith(f"{part}/") for part in apart_from):
+            continue
+        if path.is_symlink():
+            found[name] = f"-> {os.readlink(path)}"
+        elif path.is_file():
+            with open(path, "rb") as file:
+                found[name] = hashlib.file_digest(file, "sha256").hexdigest()
+        else:
+            found[name] = "other"
+    return found
