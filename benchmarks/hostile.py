@@ -49,7 +49,7 @@ def materials(model: Path, folder: Path) -> Materials:
     folder.mkdir(parents=True)
     ended = run(lambda: command(train_words(folder, made)), folder, 120.0)
     if ended.code:
-        raise SystemExit(f"the run that the cases start from failed: {ended.error}")
+        raise RuntimeError(f"the run that the cases start from failed: {ended.error}")
     return made
 
 

@@ -35,15 +35,10 @@ class Ended:
 
 
 def command(words: Sequence[str]) -> int:
-    """`loldu WORDS`; `train` stands for the recipe that most people start with."""
+    """`loldu WORDS`; `train OPTIONS` starts the recipe that most people start with."""
     from launcher import cli
 
-    if words[0] != "train":
-        return cli.main(list(words))
-    sys.path.insert(0, str(REPO / "recipes"))
-    from llama2_alpaca_loldu import llama2_alpaca, tiny
-
-    return cli.run_recipe("llama2_alpaca_loldu", llama2_alpaca, tiny, list(words[1:]))
+    return cli.main(["train", "llama2_alpaca_loldu", *words[1:]] if words[0] == "train" else list(words))
 
 
 def run(act: Callable[[], int], cwd: Path, limit_s: float = 2 * LIMIT_S) -> Ended:
