@@ -1,28 +1,53 @@
-"""The front door, under a name of our own: makes sure that `adapters` and `launcher` are this project's, then opens.
+"""The `loldu` command, and the public names of the project: `from loldu import LoLDUConfig, recipe`.
 
-Another project on PyPI is called adapters too, and Python takes whichever it finds first.
+Another project on PyPI is called adapters too, and Python imports whichever it finds first. No other is called loldu:
+this module checks that `adapters` and `launcher` are the ones beside it before it imports them.
 """
 
 from __future__ import annotations
 
 import sys
 from collections.abc import Callable
+from importlib import import_module
 from importlib.util import find_spec
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from adapters import ALLoRAConfig, LoLDUConfig, LoLDUXSConfig, LoRASBConfig, LoRAXSConfig, SVFitConfig, SVFTConfig
+    from launcher.config import AdapterConfig, Config, DataConfig, ModelConfig, OptimizerConfig, RunConfig
 
 HERE = Path(__file__).resolve().parent
+METHODS = (
+    "ALLoRAConfig", "LoLDUConfig", "LoLDUXSConfig", "LoRASBConfig", "LoRAXSConfig", "SVFTConfig", "SVFitConfig",
+)  # fmt: skip
+SETTINGS = ("AdapterConfig", "Config", "DataConfig", "ModelConfig", "OptimizerConfig", "RunConfig")
+
+__all__ = [  # noqa: RUF022 (adapters, settings, functions)
+    "ALLoRAConfig", "LoLDUConfig", "LoLDUXSConfig", "LoRASBConfig", "LoRAXSConfig", "SVFTConfig", "SVFitConfig",
+    "AdapterConfig", "Config", "DataConfig", "ModelConfig", "OptimizerConfig", "RunConfig",
+    "main", "recipe",
+]  # fmt: skip
+
+
+def __getattr__(name: str) -> Any:
+    """Import a public name when it is first used: torch and PEFT take seconds, which `loldu --help` must not."""
+    module = "adapters" if name in METHODS else "launcher.config" if name in SETTINGS else None
+    if module is None:
+        raise AttributeError(f"module loldu has no attribute {name}")
+    check_packages()
+    return getattr(import_module(module), name)
 
 
 def check_packages(find: Callable[[str], Any] = find_spec) -> None:
-    """Exit with one clear error where Python finds other packages of our names. Imports neither."""
+    """Exit with one clear error if Python finds other packages named adapters or launcher. Imports neither."""
     for name in ("adapters", "launcher"):
         spec = find(name)
         found = Path(spec.origin).resolve().parent if spec and spec.origin else None
         if found != HERE / name:
             print(
                 f"error: Python finds {found or 'nothing'} for the package {name}, expected {HERE / name}. Another "
-                f"project may have that name: pip uninstall {name}, then in this project's folder: pip install -e .",
+                f"project may have that name: pip uninstall {name}, then install this project again (pip install -e .)",
                 file=sys.stderr,
             )
             raise SystemExit(2)

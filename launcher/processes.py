@@ -19,6 +19,7 @@ from pathlib import Path
 from typing import Any
 
 from launcher.engines.registry import fitting
+from launcher.shipped import accelerate_file
 from launcher.text import printable
 
 POLL_S = 0.1
@@ -53,7 +54,7 @@ class Ranks:
                 several = next(fitting(lambda info: True)).accelerate
                 raise ValueError(
                     "accelerate launch was asked for several processes but started one, as with --cpu or MULTI_CPU: "
-                    f"use ACCELERATE_USE_CPU=true accelerate launch --config_file recipes/accelerate/{several}.yaml "
+                    f"use ACCELERATE_USE_CPU=true accelerate launch --config_file {accelerate_file(several)} "
                     "--num_processes N"
                 )
             return Ranks()

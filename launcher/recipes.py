@@ -10,14 +10,7 @@ from importlib.util import module_from_spec, spec_from_file_location
 from pathlib import Path
 
 from launcher.config_file import SUFFIXES
-
-PROJECT = Path(__file__).resolve().parents[1]
-
-
-def recipes_folder() -> Path:
-    """The project's recipes: the package loldu_recipes where it is installed, recipes/ in a checkout."""
-    installed = PROJECT / "loldu_recipes"
-    return installed if installed.is_dir() else PROJECT / "recipes"
+from launcher.shipped import recipes_folder
 
 
 def recipe_names() -> list[str]:

@@ -19,13 +19,14 @@ ROOMS = {"launcher.factorization", "launcher.data", "launcher.models", "launcher
 BELOW_TRAINING = {"adapters", "launcher.availability", *SMALL, *ROOMS}
 MAY_IMPORT = {  # beside itself; in the order in which data flows
     "adapters": set(),  # they run on a laptop with no launcher in sight
-    "launcher.engines.registry": set(),  # plain data: what each engine can do
+    "launcher.shipped": set(),
+    "launcher.engines.registry": {"launcher.shipped"},  # plain data: what each engine can do
     "launcher.config": {"launcher.engines.registry"},
     "launcher.files": set(),
     "launcher.exit_codes": set(),
     "launcher.config_file": {"launcher.config", "launcher.files"},
-    "launcher.recipes": {"launcher.config_file"},  # finds and starts them
-    "launcher.processes": {"launcher.engines.registry", "launcher.text"},
+    "launcher.recipes": {"launcher.config_file", "launcher.shipped"},  # finds and starts them
+    "launcher.processes": {"launcher.engines.registry", "launcher.shipped", "launcher.text"},
     "launcher.text": set(),
     "launcher.availability": {"adapters"},
     "launcher.factorization": {
@@ -37,7 +38,7 @@ MAY_IMPORT = {  # beside itself; in the order in which data flows
     "launcher.training.checkpoint_index": set(),
     "launcher.training.checkpoint": {"launcher.files", "launcher.processes", "launcher.training.checkpoint_index"},
     "launcher.engines": {
-        "launcher.engines.registry", "launcher.config", "launcher.processes", "launcher.models",
+        "launcher.shipped", "launcher.engines.registry", "launcher.config", "launcher.processes", "launcher.models",
         "launcher.training.checkpoint",
     },
     "launcher.training": {
@@ -57,7 +58,7 @@ MAY_IMPORT = {  # beside itself; in the order in which data flows
     },
     "launcher.__main__": {"loldu"},
     "launcher": set(),
-    "loldu": {"launcher.cli", "launcher.start"},
+    "loldu": {"adapters", "launcher.config", "launcher.cli", "launcher.start"},
     "recipes": {"loldu", "launcher.config"},
 }  # fmt: skip
 

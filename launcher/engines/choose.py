@@ -8,6 +8,7 @@ from dataclasses import dataclass
 
 from launcher.engines.registry import ENGINES, EngineInfo, configured_by_accelerate, fitting, give, names
 from launcher.processes import Ranks
+from launcher.shipped import accelerate_file
 
 
 def check_sharding(
@@ -22,7 +23,7 @@ def check_sharding(
     if configured and wanted and ENGINES[wanted].accelerate != configured:
         raise ValueError(
             f"accelerate launch was configured for {configured}, but --sharding is {wanted}: leave --sharding out, or "
-            f"give --config_file recipes/accelerate/{ENGINES[wanted].accelerate}.yaml"
+            f"give --config_file {accelerate_file(ENGINES[wanted].accelerate)}"
         )
     several = next(fitting(lambda info: True))
     info = ENGINES[wanted or configured or (several.name if world > 1 else next(iter(ENGINES)))]

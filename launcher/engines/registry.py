@@ -11,6 +11,8 @@ import os
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import KW_ONLY, dataclass
 
+from launcher.shipped import accelerate_file
+
 
 @dataclass(frozen=True)
 class EngineInfo:
@@ -64,7 +66,7 @@ def fitting(fits: Callable[[EngineInfo], bool]) -> Iterator[EngineInfo]:
 def give(info: EngineInfo, environ: Mapping[str, str] = os.environ) -> str:
     """What to type to get this engine."""
     if configured_by_accelerate(environ) and configured_by_accelerate(environ) != info.accelerate:
-        return f"accelerate launch --config_file recipes/accelerate/{info.accelerate}.yaml with --sharding {info.name}"
+        return f"accelerate launch --config_file {accelerate_file(info.accelerate)} with --sharding {info.name}"
     return f"--sharding {info.name}"
 
 
