@@ -1,0 +1,82 @@
+"""How the rows of one global batch are dealt out: micro-batches of like length, ranks with like work.
+
+The loss of a step is a sum over the tokens of its batch, so their order inside the batch is free: every plan gives the
+same step up to rounding. The plan is a pure function of the lengths, and every rank computes the same one.
+
+A micro-batch of b rows, the longest of n tokens, computes b n positions; what is no token of these is padding.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+Plan = list[list[list[int]]]  # [rank][round] -> places in the batch, longest first; every rank has as many rounds
+
+
+def plan(lengths: Sequence[int], world: int, most_rows: int = 0, most_tokens: int = 0) -> Plan:
+    """Deal out rows of these lengths to world ranks, in micro-batches within both bounds (0: none).
+
+    A row longer than most_tokens is a micro-batch of its own. Each round is one forward pass of every rank, as engines
+    need whose forward pass is a collective. With fewer rows than ranks there is one round, and some ranks get an empty
+    micro-batch in it.
+    """
+    order = sorted(range(len(lengths)), key=lambda place: (-lengths[place], place))
+    if len(order) < world:
+        return [[order[rank : rank + 1]] for rank in range(world)]
+    most_rows = most_rows or len(order)
+    limit = most_tokens or len(order) * max(lengths, default=0)
+    parts = _cut(order, lengths, most_rows, limit)
+    count = min(-(-len(parts) // world) * world, len(order) // world * world)
+    if len(parts) <= count:
+        # The smallest bound that needs no more micro-batches: their sizes come close to each other.
+        low, high = 0, limit
+        while high - low > 1:
+            middle = (low + high) // 2
+            low, high = (low, middle) if len(_cut(order, lengths, most_rows, middle)) <= count else (middle, high)
+        parts = _cut(order, lengths, most_rows, high)
+    else:
+        count = -(-len(parts) // world) * world
+    while len(parts) < count:  # halve the one with most positions
+        parts.sort(key=lambda part: (len(part) == 1, -positions(part, lengths), part))
+        if len(parts[0]) == 1:
+            break
+        half = len(parts[0]) // 2
+        parts[:1] = [parts[0][:half], parts[0][half:]]
+    return _deal(parts, lengths, world)
+
+
+def positions(part: Sequence[int], lengths: Sequence[int]) -> int:
+    """Positions that a micro-batch computes, padding included."""
+    return len(part) * max((lengths[place] for place in part), default=0)
+
+
+def token_share(made: Plan, lengths: Sequence[int]) -> float:
+    """Share of the positions that are tokens, where every round lasts as long as its slowest rank's micro-batch."""
+    rounds = zip(*made, strict=True)
+    computed = len(made) * sum(max(positions(part, lengths) for part in parts) for parts in rounds)
+    return sum(lengths) / computed if computed else 1.0
+
+
+def _cut(order: Sequence[int], lengths: Sequence[int], most_rows: int, most_tokens: int) -> list[list[int]]:
+    """Consecutive parts of the sorted rows, each as large as the bounds allow."""
+    parts: list[list[int]] = []
+    for place in order:
+        full = not parts or len(parts[-1]) == most_rows
+        if full or (len(parts[-1]) + 1) * lengths[parts[-1][0]] > most_tokens:  # the first is the longest
+            parts.append([])
+        parts[-1].append(place)
+    return parts
+
+
+def _deal(parts: list[list[int]], lengths: Sequence[int], world: int) -> Plan:
+    """One part for each rank in each round, the largest of a round to the rank with the least work so far."""
+    parts = sorted(parts, key=lambda part: (-positions(part, lengths), part))
+    parts += [[] for _ in range(-len(parts) % world)]
+    made: Plan = [[] for _ in range(world)]
+    work = [0] * world
+    for start in range(0, len(parts), world):
+        ranks = sorted(range(world), key=lambda rank: (work[rank], rank))
+        for rank, part in zip(ranks, parts[start : start + world], strict=True):
+            made[rank].append(part)
+            work[rank] += positions(part, lengths)
+    return made

@@ -1,0 +1,202 @@
+"""The loss inside the output head: logits of the tokens that carry loss, a few hundred at a time, never of all.
+
+A causal language model computes logits (B, N, V) of every position, in three copies, although only tokens with a label
+need them: 55 % of Alpaca's, 5 % of the embedded demo's. Here the head itself computes the loss, while its weight is
+whole on this process (FSDP2 gathers it only inside the root's forward pass, ZeRO-3 only inside the head's), and the
+model returns that in place of logits.
+
+torch 2.13 has `linear_cross_entropy` for this, which sums in the dtype of its inputs. In bfloat16 it gave 11.520 for a
+loss of 11.493; the model's own head, which converts logits to float32, was off by 6e-5. In chunks it took twice the
+processor time. So `summed_loss` converts each chunk of logits to float32, as transformers does.
+
+Shapes: B rows, N tokens of the longest, T tokens that carry loss, H hidden size, V classes.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+log = logging.getLogger(__name__)
+
+NO_LOSS = -100  # the label of tokens that carry none, as torch and transformers have it
+CHUNK = 256  # tokens whose logits exist at once: 50 MB of 49,152 classes in float32
+PROBE = 8  # tokens of a row that the check of a model looks at
+
+
+class _SummedLoss(torch.autograd.Function):
+    """Chunks of logits, their loss and its gradients at once, so that no chunk outlives its turn."""
+
+    @staticmethod
+    def forward(
+        ctx: Any, hidden: Tensor, weight: Tensor, bias: Tensor | None, targets: Tensor, *shape: float
+    ) -> Tensor:
+        scale, cap = shape
+        total = torch.zeros((), dtype=torch.float32, device=hidden.device)
+        wants = ctx.needs_input_grad[:3]
+        d_hidden = torch.empty_like(hidden) if wants[0] else None
+        d_weight = torch.zeros_like(weight, dtype=torch.float32) if wants[1] else None
+        d_bias = torch.zeros_like(weight[:, 0], dtype=torch.float32) if wants[2] else None
+        for start in range(0, len(targets), CHUNK):
+            part, wanted = hidden[start : start + CHUNK], targets[start : start + CHUNK]
+            logits = (F.linear(part, weight, bias) * scale).float()
+            if cap:
+                bent = torch.tanh(logits / cap)
+                logits = cap * bent
+            total += F.cross_entropy(logits, wanted, reduction="sum")
+            if not any(wants):
+                continue
+            d_logits = torch.softmax(logits, -1)
+            d_logits[torch.arange(len(wanted), device=wanted.device), wanted] -= 1
+            if cap:
+                d_logits *= 1 - bent.square()
+            d_logits = (d_logits * scale).to(weight.dtype)
+            if d_hidden is not None:
+                d_hidden[start : start + CHUNK] = d_logits @ weight
+            if d_weight is not None:
+                d_weight += (d_logits.T @ part).float()
+            if d_bias is not None:
+                d_bias += d_logits.float().sum(0)
+        ctx.save_for_backward(d_hidden, d_weight, d_bias)
+        ctx.dtype = weight.dtype
+        return total
+
+    @staticmethod
+    def backward(ctx: Any, *outputs: Tensor) -> tuple[Tensor | None, ...]:
+        d_total = outputs[0]
+        d_hidden, d_weight, d_bias = ctx.saved_tensors
+        grads = [None if g is None else (g * d_total).to(ctx.dtype) for g in (d_hidden, d_weight, d_bias)]
+        return (*grads, None, None, None)
+
+
+def summed_loss(
+    hidden: Tensor, weight: Tensor, bias: Tensor | None, targets: Tensor, *, scale: float = 1.0, cap: float = 0.0
+) -> Tensor:
+    """Sum over tokens of the cross entropy of scale * (hidden (T, H) weight (V, H)^T + bias), bent to +-cap by tanh.
+
+    float32; targets (T,) are classes. At most CHUNK x V logits exist at a time.
+    """
+    loss: Any = _SummedLoss.apply(hidden, weight, bias, targets, scale, cap)
+    return loss
+
+
+class HeadLoss:
+    """A causal language model whose head can compute the loss. The model keeps answering as before in between.
+
+    Made once; the first loss checks on a few tokens that the model's own loss is the same, and says in the log where it
+    is not: that model then computes its own loss, logits and all.
+    """
+
+    def __init__(self, model: Any):
+        self.base = model.get_base_model() if hasattr(model, "get_base_model") else model
+        self.settings = self.base.config.get_text_config()
+        self.head: Any = self.base.get_output_embeddings()
+        self.scale, self.cap = 1.0, float(getattr(self.settings, "final_logit_softcapping", None) or 0.0)
+        self.usable: bool | None = None  # not known before the first loss
+        self.logits_rows = 0  # tokens whose logits were computed, for those who count
+        self._labels: Tensor | None = None
+        self._seen: Tensor | None = None
+        if self.head is not None:
+            self._own_forward = self.head.forward
+            self.head.forward = self._forward
+
+    def loss(self, forward: Callable[..., Any], batch: Mapping[str, Any], targets: int) -> Tensor:
+        """Sum of the losses of the batch's labels (B, N) divided by targets. forward runs the model, in its engine.
+
+        Called by all ranks alike where the forward pass is a collective.
+        """
+        if self.usable is None:
+            self.usable = self._check(forward, batch)
+        if not self.usable:
+            return forward(**batch, num_items_in_batch=targets, use_cache=False).loss
+        return self._through_head(forward, batch) / targets
+
+    def _through_head(self, forward: Callable[..., Any], batch: Mapping[str, Any]) -> Tensor:
+        inputs = {name: value for name, value in batch.items() if name != "labels"}
+        with self._asking(batch["labels"]):
+            return forward(**inputs, use_cache=False).logits / self.scale
+
+    @contextmanager
+    def _asking(self, labels: Tensor) -> Iterator[None]:
+        """While this lasts the head returns a loss, which the model must not bend as it bends logits."""
+        self._labels = labels
+        if self.cap:
+            self.settings.final_logit_softcapping = None
+        try:
+            yield
+        finally:
+            self._labels = None
+            if self.cap:
+                self.settings.final_logit_softcapping = self.cap
+
+    def _forward(self, hidden: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        if self._labels is None:
+            self._seen = self._own_forward(hidden, *args, **kwargs)
+            self.logits_rows += hidden[..., 0].numel()
+            return self._seen
+        labels = self._labels
+        if hidden.shape[:2] != labels.shape:
+            raise _Unlike(f"its head sees {tuple(hidden.shape[:2])} positions of {tuple(labels.shape)}")
+        chosen = labels[:, 1:] != NO_LOSS
+        hidden, targets = hidden[:, :-1][chosen], labels[:, 1:][chosen]
+        self.logits_rows += len(targets)
+        if type(self.head) is nn.Linear:
+            return summed_loss(hidden, self.head.weight, self.head.bias, targets, scale=self.scale, cap=self.cap)
+        logits = (self._own_forward(hidden) * self.scale).float()  # an adapter on the head, or a quantised one
+        if self.cap:
+            logits = self.cap * torch.tanh(logits / self.cap)
+        return F.cross_entropy(logits, targets, reduction="sum")
+
+    @torch.no_grad()
+    def _check(self, forward: Callable[..., Any], batch: Mapping[str, Any]) -> bool:
+        """Whether head and model agree on the loss of a few tokens; scale is found on the way."""
+        training = self.base.training
+        self.base.eval()  # dropout would tell two passes apart
+        try:
+            if self.head is None:
+                raise _Unlike("it names no output head")
+            few = {"input_ids": batch["input_ids"][:1, :PROBE]}
+            few["labels"] = few["input_ids"].clone()
+            self._seen = None
+            own = forward(**few, use_cache=False)
+            seen, self._seen = self._seen, None
+            if seen is None:
+                raise _Unlike("its forward pass does not call its output head")
+            self.scale = self._scale(seen, own.logits)
+            found = float(self._through_head(forward, few)) / (few["labels"].shape[1] - 1)
+            wanted = float(own.loss)
+            # float32 logits differ in the last bits, bfloat16 ones by the rounding of a scaled or bent logit
+            allowed = 1e-5 if seen.dtype == torch.float32 else 2e-3
+            if not abs(found - wanted) <= allowed * max(1.0, abs(wanted)):
+                raise _Unlike(f"its own loss is {wanted:.6f} where its head alone gives {found:.6f}")
+        except (_Unlike, RuntimeError, TypeError, IndexError, AttributeError) as reason:
+            log.warning(
+                "the model computes its own loss, from logits of all positions, which takes more memory: %s",
+                str(reason).partition("\n")[0],
+            )
+            return False
+        finally:
+            self.base.train(training)
+        return True
+
+    def _scale(self, seen: Tensor, logits: Tensor) -> float:
+        """What the model multiplies its head's output by. Raises _Unlike where it does something else to it."""
+        if seen.shape != logits.shape:
+            raise _Unlike(f"its head gives {tuple(seen.shape)}, its logits are {tuple(logits.shape)}")
+        before, after = seen.double(), logits.double()
+        if self.cap:
+            after = self.cap * torch.atanh((after / self.cap).clamp(-1 + 1e-7, 1 - 1e-7))
+        scale = float((before * after).sum() / (before * before).sum())
+        if not torch.allclose(before * scale, after, rtol=2e-2, atol=1e-3):
+            raise _Unlike("it changes its head's output by more than a factor")
+        return 1.0 if abs(scale - 1) < 1e-3 else scale
+
+
+class _Unlike(Exception):
+    """Why a model's loss is not that of its head."""
