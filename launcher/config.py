@@ -178,6 +178,9 @@ class OptimizerConfig(Checked):
     """Samples (rows, when packing) per optimizer step, summed over all processes."""
     micro_batch_size: CountOrZero = 0
     """Maximum samples per forward pass of a process; 0 means the process's whole share of the batch."""
+    micro_batch_tokens: CountOrZero = 0
+    """Maximum positions (samples x the longest of them) per forward pass; 0 means those of micro_batch_size samples of
+    mean length."""
     max_steps: CountOrZero = 0
     """Number of optimizer steps; 0 means as many as epochs needs."""
     epochs: Annotated[float, Range(0, 1e6)] = 3.0

@@ -48,12 +48,6 @@ def check_batch(batch_size: int, world_size: int) -> int:
     return batch_size // world_size
 
 
-def share(rows: Sequence[Any], rank: int, world_size: int) -> Sequence[Any]:
-    """This rank's contiguous part. Lengths differ by one at most: in evaluation, where the count need not divide."""
-    assert 0 <= rank < world_size, f"rank {rank} of {world_size}"
-    return rows[rank * len(rows) // world_size : (rank + 1) * len(rows) // world_size]
-
-
 def pack(lengths: Sequence[int], order: Iterable[int], max_length: int) -> list[list[int]]:
     """Rows of samples that fit max_length together, filled greedily in `order`: the fullest open row that has room.
 
@@ -77,6 +71,14 @@ def pack(lengths: Sequence[int], order: Iterable[int], max_length: int) -> list[
         rows[row].append(sample)
         room[row] -= length
     return rows
+
+
+def row_lengths(encoded: Encoded, rows: Sequence[int] | Sequence[Sequence[int]]) -> list[int]:
+    """Tokens of each row, prompts included, padding not."""
+    samples = [[row] if isinstance(row, int) else list(row) for row in rows]
+    starts = torch.tensor([sample for row in samples for sample in row])
+    lengths = iter((encoded.offsets[starts + 1] - encoded.offsets[starts]).tolist())
+    return [sum(next(lengths) for _ in row) for row in samples]
 
 
 def target_tokens(encoded: Encoded, rows: Sequence[int] | Sequence[Sequence[int]]) -> int:

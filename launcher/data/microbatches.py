@@ -8,9 +8,62 @@ A micro-batch of b rows, the longest of n tokens, computes b n positions; what i
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Any, NamedTuple
+
+from launcher.data.batches import batch_indices, row_lengths, target_tokens
+from launcher.data.encode import Encoded
 
 Plan = list[list[list[int]]]  # [rank][round] -> places in the batch, longest first; every rank has as many rounds
+LOOK_AHEAD = 20  # steps whose padding is reported at the start
+
+
+class GlobalBatch(NamedTuple):
+    """The samples of one optimizer step and who computes them."""
+
+    rows: list[Any]  # sample numbers, or lists of them when packing
+    tokens: int  # prompts included, padding not
+    targets: int  # tokens that carry loss
+    dealt: Plan
+
+
+@dataclass(frozen=True, kw_only=True)
+class GlobalBatches:
+    """The global batches of a run, by step. Every rank computes the same from the same settings."""
+
+    data: Encoded
+    rows: Sequence[Any]  # what batch_size counts: sample numbers, or lists of them when packing
+    seed: int
+    batch_size: int
+    world_size: int
+    most_rows: int  # of a micro-batch; 0: no bound
+    most_tokens: int  # positions of a micro-batch; 0: those of most_rows rows of mean length
+
+    @cached_property
+    def most_positions(self) -> int:
+        """The bound on the positions of a micro-batch; 0: none."""
+        if self.most_tokens or not self.most_rows:
+            return self.most_tokens
+        return mean_positions(row_lengths(self.data, self.rows), self.most_rows)
+
+    def at(self, step: int) -> GlobalBatch:
+        """The batch of step 1, 2, ..."""
+        rows = [self.rows[i] for i in batch_indices(self.seed, step - 1, self.batch_size, len(self.rows))]
+        lengths = row_lengths(self.data, rows)
+        dealt = plan(lengths, self.world_size, self.most_rows, self.most_positions)
+        return GlobalBatch(rows, sum(lengths), target_tokens(self.data, rows), dealt)
+
+    def token_share(self) -> float:
+        """Share of the computed positions that are tokens, over the first steps of an epoch; the rest is padding."""
+        tokens, computed = 0, 0.0
+        for step in range(1, 1 + min(LOOK_AHEAD, -(-len(self.rows) // self.batch_size))):
+            batch = self.at(step)
+            tokens += batch.tokens
+            computed += batch.tokens / token_share(batch.dealt, row_lengths(self.data, batch.rows))
+        return tokens / computed
 
 
 def plan(lengths: Sequence[int], world: int, most_rows: int = 0, most_tokens: int = 0) -> Plan:
@@ -43,6 +96,11 @@ def plan(lengths: Sequence[int], world: int, most_rows: int = 0, most_tokens: in
         half = len(parts[0]) // 2
         parts[:1] = [parts[0][:half], parts[0][half:]]
     return _deal(parts, lengths, world)
+
+
+def mean_positions(lengths: Sequence[int], rows: int) -> int:
+    """Positions of a micro-batch of so many rows of the mean length."""
+    return math.ceil(rows * sum(lengths) / len(lengths))
 
 
 def positions(part: Sequence[int], lengths: Sequence[int]) -> int:

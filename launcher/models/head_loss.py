@@ -17,7 +17,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -37,7 +37,7 @@ class _SummedLoss(torch.autograd.Function):
     def forward(
         ctx: Any, hidden: Tensor, weight: Tensor, bias: Tensor | None, targets: Tensor, *shape: float
     ) -> Tensor:
-        scale, cap = shape
+        scale, cap, divisor = shape
         total = torch.zeros((), dtype=torch.float32, device=hidden.device)
         wants = ctx.needs_input_grad[:3]
         d_hidden = torch.empty_like(hidden) if wants[0] else None
@@ -56,7 +56,7 @@ class _SummedLoss(torch.autograd.Function):
             d_logits[torch.arange(len(wanted), device=wanted.device), wanted] -= 1
             if cap:
                 d_logits *= 1 - bent.square()
-            d_logits = (d_logits * scale).to(weight.dtype)
+            d_logits = (d_logits * (scale / divisor)).to(weight.dtype)  # divided before it is rounded, as autograd does
             if d_hidden is not None:
                 d_hidden[start : start + CHUNK] = d_logits @ weight
             if d_weight is not None:
@@ -65,35 +65,52 @@ class _SummedLoss(torch.autograd.Function):
                 d_bias += d_logits.float().sum(0)
         ctx.save_for_backward(d_hidden, d_weight, d_bias)
         ctx.dtype = weight.dtype
-        return total
+        return total / divisor
 
     @staticmethod
     def backward(ctx: Any, *outputs: Tensor) -> tuple[Tensor | None, ...]:
         d_total = outputs[0]
         d_hidden, d_weight, d_bias = ctx.saved_tensors
         grads = [None if g is None else (g * d_total).to(ctx.dtype) for g in (d_hidden, d_weight, d_bias)]
-        return (*grads, None, None, None)
+        return (*grads, None, None, None, None)
 
 
 def summed_loss(
-    hidden: Tensor, weight: Tensor, bias: Tensor | None, targets: Tensor, *, scale: float = 1.0, cap: float = 0.0
+    hidden: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    targets: Tensor,
+    *,
+    scale: float = 1.0,
+    cap: float = 0.0,
+    divisor: float = 1.0,
 ) -> Tensor:
-    """Sum over tokens of the cross entropy of scale * (hidden (T, H) weight (V, H)^T + bias), bent to +-cap by tanh.
+    """Sum over tokens of the cross entropy of scale * (hidden (T, H) weight (V, H)^T + bias), divided by divisor.
 
-    float32; targets (T,) are classes. At most CHUNK x V logits exist at a time.
+    cap bends these logits to +-cap by tanh; 0: not. targets (T,) are classes. The result is float32; at most CHUNK x V
+    logits exist at a time.
     """
-    loss: Any = _SummedLoss.apply(hidden, weight, bias, targets, scale, cap)
+    loss: Any = _SummedLoss.apply(hidden, weight, bias, targets, scale, cap, divisor)
     return loss
 
 
-class HeadLoss:
-    """A causal language model whose head can compute the loss. The model keeps answering as before in between.
+class LossOutput(NamedTuple):
+    """What a forward pass returns whose head computed the loss."""
 
-    Made once; the first loss checks on a few tokens that the model's own loss is the same, and says in the log where it
-    is not: that model then computes its own loss, logits and all.
+    loss: Tensor
+
+
+class HeadLoss:
+    """The forward pass of a causal language model, with the loss computed in its head where the batch has labels.
+
+    Called with token labels it returns an output with a loss and no logits; called without, or with the labels of a
+    classifier, it runs the model as it is. The first loss checks on a few tokens that the model's own loss is the same.
+    Where it is not, the model computes its own, logits of all positions included, and the log says why.
     """
 
-    def __init__(self, model: Any):
+    def __init__(self, model: Any, forward: Callable[..., Any] | None = None):
+        """forward runs the model in its engine; by default the model itself."""
+        self.run = forward or model
         self.base = model.get_base_model() if hasattr(model, "get_base_model") else model
         self.settings = self.base.config.get_text_config()
         self.head: Any = self.base.get_output_embeddings()
@@ -101,31 +118,35 @@ class HeadLoss:
         self.usable: bool | None = None  # not known before the first loss
         self.logits_rows = 0  # tokens whose logits were computed, for those who count
         self._labels: Tensor | None = None
+        self._divisor = 1.0
         self._seen: Tensor | None = None
         if self.head is not None:
             self._own_forward = self.head.forward
             self.head.forward = self._forward
 
-    def loss(self, forward: Callable[..., Any], batch: Mapping[str, Any], targets: int) -> Tensor:
-        """Sum of the losses of the batch's labels (B, N) divided by targets. forward runs the model, in its engine.
+    def __call__(self, *, num_items_in_batch: int | None = None, **batch: Any) -> Any:
+        """Arguments as the model's. The loss is the sum over labels (B, N) divided by num_items_in_batch.
 
         Called by all ranks alike where the forward pass is a collective.
         """
+        labels = batch.get("labels")
+        if num_items_in_batch is None or labels is None or labels.ndim != 2:
+            return self.run(**batch)
         if self.usable is None:
-            self.usable = self._check(forward, batch)
+            self.usable = self._check(batch)
         if not self.usable:
-            return forward(**batch, num_items_in_batch=targets, use_cache=False).loss
-        return self._through_head(forward, batch) / targets
+            return self.run(**batch, num_items_in_batch=num_items_in_batch)
+        return LossOutput(self._through_head(batch, num_items_in_batch))
 
-    def _through_head(self, forward: Callable[..., Any], batch: Mapping[str, Any]) -> Tensor:
+    def _through_head(self, batch: Mapping[str, Any], divisor: float) -> Tensor:
         inputs = {name: value for name, value in batch.items() if name != "labels"}
-        with self._asking(batch["labels"]):
-            return forward(**inputs, use_cache=False).logits / self.scale
+        with self._asking(batch["labels"], divisor):
+            return self.run(**inputs).logits / self.scale
 
     @contextmanager
-    def _asking(self, labels: Tensor) -> Iterator[None]:
+    def _asking(self, labels: Tensor, divisor: float) -> Iterator[None]:
         """While this lasts the head returns a loss, which the model must not bend as it bends logits."""
-        self._labels = labels
+        self._labels, self._divisor = labels, divisor
         if self.cap:
             self.settings.final_logit_softcapping = None
         try:
@@ -147,14 +168,15 @@ class HeadLoss:
         hidden, targets = hidden[:, :-1][chosen], labels[:, 1:][chosen]
         self.logits_rows += len(targets)
         if type(self.head) is nn.Linear:
-            return summed_loss(hidden, self.head.weight, self.head.bias, targets, scale=self.scale, cap=self.cap)
+            weight, bias, divisor = self.head.weight, self.head.bias, self._divisor
+            return summed_loss(hidden, weight, bias, targets, scale=self.scale, cap=self.cap, divisor=divisor)
         logits = (self._own_forward(hidden) * self.scale).float()  # an adapter on the head, or a quantised one
         if self.cap:
             logits = self.cap * torch.tanh(logits / self.cap)
-        return F.cross_entropy(logits, targets, reduction="sum")
+        return F.cross_entropy(logits, targets, reduction="sum") / self._divisor
 
     @torch.no_grad()
-    def _check(self, forward: Callable[..., Any], batch: Mapping[str, Any]) -> bool:
+    def _check(self, batch: Mapping[str, Any]) -> bool:
         """Whether head and model agree on the loss of a few tokens; scale is found on the way."""
         training = self.base.training
         self.base.eval()  # dropout would tell two passes apart
@@ -164,12 +186,12 @@ class HeadLoss:
             few = {"input_ids": batch["input_ids"][:1, :PROBE]}
             few["labels"] = few["input_ids"].clone()
             self._seen = None
-            own = forward(**few, use_cache=False)
+            own = self.run(**few, use_cache=False)
             seen, self._seen = self._seen, None
             if seen is None:
                 raise _Unlike("its forward pass does not call its output head")
             self.scale = self._scale(seen, own.logits)
-            found = float(self._through_head(forward, few)) / (few["labels"].shape[1] - 1)
+            found = float(self._through_head({**few, "use_cache": False}, few["labels"].shape[1] - 1))
             wanted = float(own.loss)
             # float32 logits differ in the last bits, bfloat16 ones by the rounding of a scaled or bent logit
             allowed = 1e-5 if seen.dtype == torch.float32 else 2e-3

@@ -129,10 +129,10 @@ class NextToken(Task, Protocol):
     def evaluate(self, evaluation: Evaluation) -> dict[str, float]:
         held_out = evaluation.held_out
 
-        def loss(rows: Sequence[int]) -> tuple[Tensor]:
-            return (self.loss(evaluation.forward, evaluation.batch(self, rows), 1),)
+        def loss(parts: Sequence[Sequence[int]]) -> tuple[Tensor]:
+            return (self.loss(evaluation.forward, evaluation.batch(self, parts[0]), 1),)
 
-        (total,) = evaluation.total(by_length(held_out), loss, size=evaluation.batch_size)
+        (total,) = evaluation.total(evaluation.micro_batches, loss, size=1)
         return {"eval_loss": float(total) / target_tokens(held_out, range(len(held_out)))}
 
     def next_steps(self, config: Config, output: Path, saved: Path) -> list[str]:

@@ -11,6 +11,7 @@ from torch import Tensor
 
 from launcher.config import Config
 from launcher.data.encode import Encoded
+from launcher.data.microbatches import mean_positions, plan
 from launcher.tasks.base import Batch, Layout, Samples, Task, on_device
 
 T = TypeVar("T")
@@ -43,8 +44,16 @@ class Evaluation:
 
     @property
     def batch_size(self) -> int:
-        """Samples in one forward pass of a process."""
+        """Most samples in one forward pass of a process."""
         return self.config.optimizer.micro_batch_size or 16
+
+    @property
+    def micro_batches(self) -> list[list[int]]:
+        """All held-out samples in micro-batches of like length, those of most positions first."""
+        lengths = self.held_out.lengths
+        most_positions = self.config.optimizer.micro_batch_tokens or mean_positions(lengths, self.batch_size)
+        [parts] = plan(lengths, 1, self.batch_size, most_positions)
+        return parts
 
     def batch(self, task: Task, rows: Sequence[int]) -> Batch:
         """These held-out samples, unpacked, on the device."""

@@ -19,8 +19,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from launcher.config import Config, OptimizerConfig
-from launcher.data.batches import batch_indices, share, target_tokens
-from launcher.data.encode import Encoded
+from launcher.data.microbatches import GlobalBatches
 from launcher.engines.engine import Engine, NonFinite
 from launcher.engines.replicated import sum_over_ranks
 from launcher.files import disk_errors
@@ -56,9 +55,10 @@ class Training:
     config: Config
     task: Task
     engine: Engine
+    forward: Callable[..., Any]  # the engine's forward pass, with the loss in the model's head
     tokenizer: Any
     samples: Samples
-    rows: Sequence[Any]  # what batch_size counts: sample numbers, or lists of them when packing
+    batches: GlobalBatches
     steps: int
     packed_as: Way  # the layout of packed rows
     device: torch.device
@@ -219,21 +219,16 @@ def evaluation_due(training: Training, state: TrainingState) -> bool:
 
 def gradients(training: Training, step: int) -> tuple[float, int, bool]:
     """Gradients of global batch `step`; returns its loss and tokens, and whether any rank was asked to stop."""
-    optimizer, ranks, data = training.config.optimizer, training.comm.ranks, training.samples.train
-    chosen = batch_indices(optimizer.seed, step - 1, optimizer.batch_size, len(training.rows))
-    rows = [training.rows[i] for i in chosen]
-    targets = target_tokens(data, rows)
-    mine = share(rows, ranks.rank, ranks.world_size)
-    size = optimizer.micro_batch_size or len(mine)
+    seed, rank, batch = training.config.optimizer.seed, training.comm.ranks.rank, training.batches.at(step)
     total = torch.zeros((), device=training.device)
-    for start in range(0, len(mine), size):
-        torch.manual_seed(_seed(optimizer.seed, step, ranks.rank, start))  # dropout; so there is no state to save
-        loss = batch_loss(training, mine[start : start + size], targets)
+    for number, places in enumerate(batch.dealt[rank]):
+        torch.manual_seed(_seed(seed, step, rank, number))  # dropout; so there is no state to save
+        loss = batch_loss(training, [batch.rows[place] for place in places], batch.targets)
         training.engine.backward(loss)
         total += loss.detach()
     asked = torch.tensor(float(training.stop.asked()), device=training.device)
     total, stops = training.engine.reduce([total, asked])
-    return float(total), tokens_in(data, rows), bool(stops > 0)
+    return float(total), batch.tokens, bool(stops > 0)
 
 
 def suspects(training: Training, step: int) -> list[int]:
@@ -241,14 +236,10 @@ def suspects(training: Training, step: int) -> list[int]:
 
     Each rank takes its samples one by one. Several ranks take a pass together, so all samples of that pass are named.
     """
-    optimizer, ranks = training.config.optimizer, training.comm.ranks
-    chosen = batch_indices(optimizer.seed, step - 1, optimizer.batch_size, len(training.rows))
-    rows = [training.rows[i] for i in chosen]
-    shares = [share(rows, rank, ranks.world_size) for rank in range(ranks.world_size)]
-    targets, found = target_tokens(training.samples.train, rows), []
-    for together in zip(*shares, strict=True):
-        loss = batch_loss(training, [together[ranks.rank]], targets)
-        training.engine.backward(loss)
+    ranks, batch, found = training.comm.ranks, training.batches.at(step), []
+    for start in range(0, len(batch.rows), ranks.world_size):
+        together = batch.rows[start : start + ranks.world_size]
+        training.engine.backward(batch_loss(training, [together[ranks.rank]], batch.targets))
         if training.engine.nonfinite():
             found += [sample for row in together for sample in (row if isinstance(row, list) else [row])]
     return sorted(found)
@@ -264,7 +255,7 @@ def batch_loss(training: Training, rows: Sequence[Any], targets: int) -> Tensor:
     )
     batch = on_device(task.collate(training.samples.train, rows, layout), training.device)
     training.clock.batches_s += time.perf_counter() - started
-    return task.loss(training.engine.forward, batch, targets)
+    return task.loss(training.forward, batch, targets)
 
 
 def evaluate(training: Training) -> dict[str, float] | None:
@@ -292,7 +283,7 @@ def evaluation_of(training: Training) -> Evaluation:
         config=training.config,
         samples=training.samples,
         model=engine.model,
-        forward=engine.forward,
+        forward=training.forward,
         tokenizer=training.tokenizer,
         device=training.device,
         rank=ranks.rank,
@@ -307,12 +298,6 @@ def stop_agreed(training: Training) -> bool:
     """Whether any rank was asked to stop. Called by all ranks."""
     asked = torch.tensor(float(training.stop.asked()), device=training.device)
     return bool(sum_over_ranks([], [asked], training.comm.ranks.world_size)[0] > 0)
-
-
-def tokens_in(data: Encoded, rows: Sequence[Any]) -> int:
-    """Tokens of these rows, prompts included, padding not."""
-    samples = [sample for row in rows for sample in (row if isinstance(row, list) else [row])]
-    return int((data.offsets[torch.tensor(samples) + 1] - data.offsets[torch.tensor(samples)]).sum())
 
 
 def _seed(*parts: int) -> int:

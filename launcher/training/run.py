@@ -27,6 +27,7 @@ from launcher.availability import unavailable
 from launcher.config import Config, as_dict, data_name
 from launcher.data import batches
 from launcher.data.encode import Encoded
+from launcher.data.microbatches import GlobalBatches
 from launcher.engines.engine import Engine, ModelSource, engine_class
 from launcher.engines.registry import ENGINES
 from launcher.exit_codes import DONE, FAILED, MISTAKE, STOPPED
@@ -34,6 +35,7 @@ from launcher.factorization.make import factors_of, fingerprint
 from launcher.files import disk_errors, write_atomically
 from launcher.models.build import build
 from launcher.models.files import context_length, load_tokenizer
+from launcher.models.head_loss import HeadLoss
 from launcher.models.quantize import base_size, quantised_share, size
 from launcher.models.skeleton import bare_skeleton
 from launcher.models.suitable import leave_out, reach, unmatched
@@ -136,8 +138,8 @@ def _run(
     trusted = config.model.trust_remote_code
     tokenizer = comm.each("tokenizer", lambda: load_tokenizer(start.base, trust_remote_code=trusted))
     samples = _read_in_turn(start, tokenizer)
-    rows = _rows(config, samples.train)
-    steps = resolved.steps(len(rows))
+    global_batches = _global_batches(config, samples.train, ranks.world_size)
+    steps = resolved.steps(len(global_batches.rows))
     comm.together("the factors", stop.before_training)
 
     # 2. What is trained; and whether this folder holds a part of the run already, or all of it.
@@ -157,14 +159,15 @@ def _run(
     identity = comm.each("the factors", lambda: factoring.identify_factors(model, plan.identity, resume))
     check_context(config, model.config, context_length(model))
     packed_as = _packed_as(start, engine, samples) if config.data.packing else Way()
-    _introduce(start, identity, samples, engine, steps)
+    _introduce(start, identity, samples, engine, steps, global_batches.token_share())
 
     # 4. Train.
     trackers = open_trackers(config.run.trackers, start.output, as_dict(config)) if ranks.is_main else []
     training = Training(
-        config=config, task=resolved.task, engine=engine, tokenizer=tokenizer, samples=samples, rows=rows, steps=steps,
-        packed_as=packed_as, device=resolved.device, output=start.output, identity=identity, comm=comm,
-        stop=stop, screen=screen, trackers=trackers, callbacks=callbacks,
+        config=config, task=resolved.task, engine=engine, forward=HeadLoss(model, engine.forward), tokenizer=tokenizer,
+        samples=samples, batches=global_batches, steps=steps, packed_as=packed_as, device=resolved.device,
+        output=start.output, identity=identity, comm=comm, stop=stop, screen=screen, trackers=trackers,
+        callbacks=callbacks,
     )  # fmt: skip
     model.train()
     if resume is not None:
@@ -204,11 +207,21 @@ def _read_in_turn(start: Start, tokenizer: Any) -> Samples:
     return found[0]
 
 
-def _rows(config: Config, encoded: Encoded) -> Sequence[Any]:
-    if not config.data.packing:
-        return range(len(encoded))
-    order = batches.epoch_order(config.optimizer.seed, 0, len(encoded)).tolist()
-    return batches.pack(encoded.lengths, order, config.data.max_length)
+def _global_batches(config: Config, data: Encoded, world_size: int) -> GlobalBatches:
+    optimizer, rows = config.optimizer, range(len(data))
+    packed: list[list[int]] = []
+    if config.data.packing:
+        order = batches.epoch_order(optimizer.seed, 0, len(data)).tolist()
+        packed = batches.pack(data.lengths, order, config.data.max_length)
+    return GlobalBatches(
+        data=data,
+        rows=packed or rows,
+        seed=optimizer.seed,
+        batch_size=optimizer.batch_size,
+        world_size=world_size,
+        most_rows=optimizer.micro_batch_size,
+        most_tokens=optimizer.micro_batch_tokens,
+    )
 
 
 class _Plan(NamedTuple):
@@ -318,7 +331,9 @@ def _packed_as(start: Start, engine: Engine, samples: Samples) -> Way:
     return start.comm.each("packing", lambda: check_packing(base, engine.forward, ways, collate, ids, longest))
 
 
-def _introduce(start: Start, identity: dict[str, Any], samples: Samples, engine: Engine, steps: int) -> None:
+def _introduce(
+    start: Start, identity: dict[str, Any], samples: Samples, engine: Engine, steps: int, token_share: float
+) -> None:
     """Write config.json, complete, and show what is about to run."""
     chosen, ranks, say = start.resolved, start.comm.ranks, start.screen.say
     config = chosen.config
@@ -328,6 +343,7 @@ def _introduce(start: Start, identity: dict[str, Any], samples: Samples, engine:
             "prompt_template": samples.template, "dtype": chosen.dtype, "attention": chosen.attention,
             "attention_reason": chosen.attention_reason, "steps": steps, "world_size": ranks.world_size,
             "sharding": chosen.sharding, "base_folder": str(start.base.resolve()), "trained": trained,
+            "token_share": round(token_share, 4),
             "device": torch.cuda.get_device_name(chosen.device) if chosen.device.type == "cuda" else "cpu",
         }  # fmt: skip
         whole = {"config": as_dict(config), "resolved": resolved, "identity": identity, "versions": versions()}
@@ -348,7 +364,9 @@ def _introduce(start: Start, identity: dict[str, Any], samples: Samples, engine:
             log.warning("--targets %s: this model has no such module", " ".join(without))
     say(f"data: {data_name(config.data.data)}, {samples.train.report}")
     say(f"device: {chosen.device.type}, {processes}, attention {chosen.attention} ({chosen.attention_reason})")
-    say(f"training: {steps} steps, batch size {size_of_batch}{' packed rows' if config.data.packing else ''}")
+    rows = " packed rows" if config.data.packing else ""
+    padding = f"{1 - token_share:.0%} of computed positions are padding"
+    say(f"training: {steps} steps, batch size {size_of_batch}{rows}, {padding}")
     if ranks.is_main and (unusual := unusual_learning_rate(config.adapter, config.optimizer.learning_rate)):
         log.warning(unusual)
 

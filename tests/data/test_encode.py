@@ -783,23 +783,6 @@ def test_orders_differ_between_epochs_and_seeds_and_repeat_exactly():
     assert batches.epoch_order(42, 0, 8).tolist() == [4, 2, 0, 6, 1, 5, 3, 7]
 
 
-@pytest.mark.parametrize("world_size", [1, 2, 4])
-def test_the_shares_of_all_ranks_are_the_global_batch(world_size):
-    batch = batches.batch_indices(0, 5, 8, 21)
-
-    shares = [batches.share(batch, rank, world_size) for rank in range(world_size)]
-
-    assert [i for part in shares for i in part] == batch
-    assert {len(part) for part in shares} == {batches.check_batch(8, world_size)}
-
-
-def test_shares_of_an_uneven_count_differ_by_one_at_most():
-    shares = [batches.share(list(range(10)), rank, 4) for rank in range(4)]
-
-    assert [i for part in shares for i in part] == list(range(10))
-    assert {len(part) for part in shares} == {2, 3}
-
-
 def test_a_batch_that_cannot_be_shared_shows_its_arithmetic():
     with pytest.raises(ValueError, match=r"--batch-size 10 / 4 processes = 2\.50 samples each.*--batch-size 8 or 12"):
         batches.check_batch(10, 4)

@@ -1,10 +1,13 @@
 """The plan of a global batch: every row once, micro-batches of like length, ranks with like work."""
 
+import math
 import random
 
 import pytest
+import torch
 
-from launcher.data.microbatches import plan, positions, token_share
+from launcher.data.encode import Encoded
+from launcher.data.microbatches import GlobalBatches, plan, positions, token_share
 
 # lengths of the first 128 records of Alpaca at 256 tokens, as a geometric-like spread
 SPREAD = [random.Random(step).choice([*range(30, 110), *range(40, 90), 160, 200, 256]) for step in range(128)]
@@ -62,3 +65,42 @@ def test_with_fewer_rows_than_ranks_some_ranks_wait():
     made = plan([5, 9], 4, 8)
 
     assert made == [[[1]], [[0]], [[]], [[]]]
+
+
+@pytest.fixture
+def batches():
+    """64 samples of SPREAD's lengths in steps of 16; a third of each sample's tokens carry loss."""
+    lengths = SPREAD[:64]
+    offsets = torch.tensor([0, *lengths]).cumsum(0)
+    data = Encoded(
+        ids=torch.zeros(int(offsets[-1]), dtype=torch.int32), loss=torch.zeros(int(offsets[-1]), dtype=torch.bool),
+        offsets=offsets, targets=torch.tensor(lengths) // 3, report=None,
+    )  # fmt: skip
+
+    def make(**changed):
+        settings = {"seed": 1, "batch_size": 16, "world_size": 2, "most_rows": 4, "most_tokens": 0, **changed}
+        return GlobalBatches(data=data, rows=range(64), **settings)
+
+    return make
+
+
+def test_a_step_has_the_same_samples_on_any_number_of_ranks_and_under_any_bound(batches):
+    expected = batches(world_size=1, most_rows=0).at(3)
+
+    for world_size in (1, 2, 4, 8):
+        for bound in ({"most_rows": 1}, {"most_rows": 8}, {"most_tokens": 300}):
+            batch = batches(world_size=world_size, **bound).at(3)
+            assert (batch.rows, batch.tokens, batch.targets) == (expected.rows, expected.tokens, expected.targets)
+
+
+def test_the_bound_on_positions_is_that_of_mean_samples_unless_it_is_given(batches):
+    assert batches().most_positions == math.ceil(4 * sum(SPREAD[:64]) / 64)
+    assert batches(most_tokens=300).most_positions == 300
+    assert batches(most_rows=0).most_positions == 0
+
+
+def test_the_token_share_of_the_run_counts_the_slowest_rank(batches):
+    one, eight = batches(world_size=1).token_share(), batches(world_size=8).token_share()
+
+    assert 0.7 < eight < one < 1
+    assert batches(most_rows=1, world_size=1).token_share() == 1

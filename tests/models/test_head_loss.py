@@ -65,7 +65,7 @@ def test_loss_and_gradients_are_those_of_the_model(kind, dtype, loss_off, gradie
     wanted = gradients(model, own)
 
     ours = HeadLoss(model)
-    loss = ours.loss(model, batch(), 17)
+    loss = ours(**batch(), num_items_in_batch=17, use_cache=False).loss
     found = gradients(model, loss)
 
     assert ours.usable
@@ -83,7 +83,7 @@ def test_an_adapter_on_the_head_keeps_its_gradients(adapter):
     wanted = gradients(model, own)
 
     ours = HeadLoss(model)
-    found = gradients(model, ours.loss(model, batch(), 17))
+    found = gradients(model, ours(**batch(), num_items_in_batch=17, use_cache=False).loss)
 
     assert ours.usable
     assert any("lm_head" in name for name in wanted)
@@ -95,7 +95,7 @@ def test_only_tokens_with_loss_have_logits(monkeypatch):
     monkeypatch.setattr(head_loss, "CHUNK", 5)
     model = tiny("llama")
     ours = HeadLoss(model)
-    ours.loss(model, batch(), 17)
+    ours(**batch(), num_items_in_batch=17, use_cache=False)
     before, largest, plain = ours.logits_rows, [], torch.nn.functional.linear
 
     def linear(inputs, weight, bias=None):
@@ -104,7 +104,7 @@ def test_only_tokens_with_loss_have_logits(monkeypatch):
         return plain(inputs, weight, bias)
 
     monkeypatch.setattr(torch.nn.functional, "linear", linear)
-    ours.loss(model, batch(), 17)
+    ours(**batch(), num_items_in_batch=17, use_cache=False)
 
     assert ours.logits_rows - before == int((batch()["labels"][:, 1:] != -100).sum())
     assert max(largest) == 5
@@ -116,7 +116,7 @@ def test_the_model_answers_as_before_in_between():
     wanted = model(**inputs).logits
 
     ours = HeadLoss(model)
-    ours.loss(model, batch(), 17)
+    ours(**batch(), num_items_in_batch=17, use_cache=False)
 
     assert torch.equal(model(**inputs).logits, wanted)
 
@@ -137,7 +137,7 @@ def test_a_model_that_changes_its_logits_computes_its_own_loss_and_the_log_says_
     wanted = float(model(**batch(), num_items_in_batch=17, use_cache=False).loss)
     with caplog.at_level(logging.WARNING):
         ours = HeadLoss(model)
-        loss = ours.loss(model, batch(), 17)
+        loss = ours(**batch(), num_items_in_batch=17, use_cache=False).loss
 
     assert ours.usable is False
     assert float(loss) == pytest.approx(wanted)
@@ -152,7 +152,7 @@ def test_dropout_does_not_count_as_a_difference():
         layer.self_attn.attention_dropout = 0.5
     ours = HeadLoss(model)
 
-    ours.loss(model, batch(), 17)
+    ours(**batch(), num_items_in_batch=17, use_cache=False)
 
     assert ours.usable
     assert model.training
@@ -168,10 +168,10 @@ def test_the_summed_loss_has_the_gradients_of_autograd(scale, cap, monkeypatch):
     bias, targets = torch.randn(9, dtype=torch.float64, requires_grad=True), torch.randint(0, 9, (11,))
     logits = scale * (hidden @ weight.T + bias)
     logits = cap * torch.tanh(logits / cap) if cap else logits
-    wanted = torch.nn.functional.cross_entropy(logits, targets, reduction="sum")
+    wanted = torch.nn.functional.cross_entropy(logits, targets, reduction="sum") / 7
     expected = torch.autograd.grad(wanted, (hidden, weight, bias))
 
-    loss = summed_loss(hidden, weight, bias, targets, scale=scale, cap=cap)
+    loss = summed_loss(hidden, weight, bias, targets, scale=scale, cap=cap, divisor=7)
     found = torch.autograd.grad(3 * loss, (hidden, weight, bias))
 
     assert float(loss) == pytest.approx(float(wanted), rel=1e-6)
