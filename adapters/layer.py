@@ -181,7 +181,8 @@ class FactorMap(nn.Module):
     def _save_to_state_dict(self, destination: Any, prefix: str, keep_vars: bool) -> None:
         super()._save_to_state_dict(destination, prefix, keep_vars)
         for name in self.derived:
-            del destination[prefix + name]
+            if not getattr(getattr(self, name), "_fsdp_flattened", False):  # FSDP1 requires all of its parameters here
+                del destination[prefix + name]
 
     def _load_from_state_dict(self, state_dict: Any, prefix: str, *rest: Any) -> None:
         saved = state_dict.get(prefix + "values")

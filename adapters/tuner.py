@@ -18,8 +18,8 @@ from transformers.pytorch_utils import Conv1D
 
 from adapters.base import FactorConfig
 from adapters.factors import base_fingerprint, probe_digest
-from adapters.input_layer import InputLinear
-from adapters.layer import BasePrecisionWarning, FactorLayer, FactorLinear, matrix_shape
+from adapters.input_layer import InputLinear, InputMap
+from adapters.layer import BasePrecisionWarning, FactorLayer, FactorLinear, FactorMap, matrix_shape
 
 log = logging.getLogger(__name__)
 
@@ -115,6 +115,23 @@ class FactorTuner(BaseTuner):
         if {"modules_to_save", "original_module"} & set(key.split(".")):
             return False
         return BaseTuner._check_target_module_exists(peft_config, key)
+
+    @classmethod
+    def _get_adapter_state_dict(
+        cls, model: nn.Module, config: Any, adapter_name: str, state_dict: Any, unwanted_adapter_names: list[str]
+    ) -> dict[str, Any]:
+        """What an adapter's file holds, also under torch's FSDP1.
+
+        There the state dict has the frozen maps as well, which are dropped here. And where layers are wrapped one by
+        one, PEFT finds none of them, because it looks for the wrappers' names in the keys.
+        """
+        found = super()._get_adapter_state_dict(model, config, adapter_name, state_dict, unwanted_adapter_names)
+        derived = InputMap.derived if config.reads_input else FactorMap.derived
+        ours = {key: value for key, value in state_dict.items() if f".{config.method}_map.{adapter_name}." in key}
+        return {
+            key: value for key, value in {**found, **ours}.items()
+            if key not in ours or key.rpartition(".")[2] not in derived
+        }  # fmt: skip
 
     @contextmanager
     def _enable_peft_forward_hooks(self, *args: Any, adapter_names: Any = None, **kwargs: Any) -> Iterator[None]:
