@@ -239,6 +239,8 @@ class RunConfig(Checked):
     """Save and stop after this many seconds; 0 means no limit."""
     resume: str = "auto"
     """auto resumes from the newest good checkpoint in output; never starts afresh; or the path of a checkpoint."""
+    accept_changes: bool = False
+    """Resume although settings that change the learning curve differ from those the run began with."""
     trackers: tuple[Literal["tensorboard", "wandb"], ...] = ()
     """Where to log besides events.jsonl."""
     show_samples: CountOrZero = 0

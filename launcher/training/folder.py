@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import logging
 import os
 import shutil
 import time
-from contextlib import suppress
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +17,7 @@ from launcher.config import Config
 from launcher.files import allow_by_umask, digest, disk_errors, read_json, read_or_empty, sync, write_atomically
 from launcher.processes import Communicator, Ranks, nodes_without
 from launcher.training import checkpoint
+from launcher.training.changes import changes
 
 log = logging.getLogger(__name__)
 CONFIG_BYTES = 64 << 20  # a longer config.json is damaged
@@ -46,55 +49,107 @@ class State:
                 file.truncate()
 
 
-def prepare(config: Config, output: Path, identity: dict[str, Any], comm: Communicator) -> checkpoint.Checkpoint | None:
-    """The checkpoint to go on from, if any. Raises ValueError for a folder that holds another run."""
+def prepare(
+    config: Config, output: Path, identity: dict[str, Any], steps: int, comm: Communicator
+) -> tuple[Path, checkpoint.Checkpoint | None]:
+    """Make the run folder; returns it and the checkpoint to resume from, if any. Called by all ranks.
 
-    def decide() -> str | None:
+    Without --output the folder is a new one, with a number where another start has just taken the name. Raises
+    ValueError for a folder that holds another run, or this run with settings that would change its learning curve.
+    """
+
+    def decide() -> tuple[str, str | None]:
+        folder = named_folder() if config.run.output else _new_folder(output)
+        if config.run.resume in ("auto", "never"):
+            found = checkpoint.newest(folder / "checkpoints")
+            if found is None and (folder / "config.json").exists():
+                _same_run(identity, _saved_identity(folder), folder)
+        else:
+            found = _named_checkpoint(Path(config.run.resume), folder)
+        if found is None:
+            return str(folder), None
+        _same_run(identity, found.meta["identity"], found.folder)
+        _same_curve(config, steps, found)
+        return str(folder), str(found.folder)
+
+    def named_folder() -> Path:
         if config.run.resume == "never" and (output / "config.json").exists():
             aside = output.with_name(f"{output.name}-before-{time.strftime('%Y%m%d-%H%M%S')}")
             os.replace(output, aside)
-            log.warning("--resume never: the run that was in %s now lies in %s", output, aside)
+            log.warning("--resume never: the run that was in %s is now in %s", output, aside)
         if output.exists() and not (output / "config.json").exists() and any(_foreign(output)):
             raise ValueError(f"{output} is not a run folder and not empty: give another --output")
         results = [output / f"{name}{end}" for name in ("adapter", "model") for end in ("", ".tmp")]
         checkpoint.refuse_links(output / "checkpoints", *results)
-        try:
+        with _folder_errors(output):
             output.mkdir(parents=True, exist_ok=True)
-        except OSError as error:
-            raise ValueError(f"cannot make the run folder {output}: {error.strerror}; give another --output") from error
-        if config.run.resume in ("auto", "never"):
-            found = checkpoint.newest(output / "checkpoints")
-            if found is None and (output / "config.json").exists():
-                _same_run(identity, _saved_identity(output), output)
-        else:
-            found = _named_checkpoint(Path(config.run.resume), output)
-        if found is None:
-            return None
-        _same_run(identity, found.meta["identity"], found.folder)
-        return str(found.folder)
+        return output
 
-    folder = comm.from_main("checkpoints", decide)
-    ranks = comm.ranks
+    made, resumed = comm.from_main("checkpoints", decide)
+    output, ranks = output.with_name(Path(made).name), comm.ranks
     several_nodes = ranks.local_world_size < ranks.world_size
     if several_nodes and (blind := nodes_without(output, comm, "the run folder", "--output DIR")):
         raise ValueError(
-            f"{', '.join(blind)} does not see the run folder {output} of rank 0, where checkpoints lie: give --output "
-            "DIR on a file system that all nodes share"
+            f"{', '.join(blind)} does not see the run folder {output} of rank 0, where checkpoints are saved: give "
+            "--output DIR on a file system that all nodes share"
         )
-    return comm.each("checkpoint", lambda: checkpoint.load(Path(folder))) if folder else None
+    return output, comm.each("checkpoint", lambda: checkpoint.load(Path(resumed))) if resumed else None
+
+
+def _new_folder(wanted: Path) -> Path:
+    """Make a folder of this name, or with a number after it where the name is taken."""
+    for number in itertools.count(1):
+        folder = wanted if number == 1 else wanted.with_name(f"{wanted.name}-{number}")
+        with _folder_errors(folder), suppress(FileExistsError):
+            folder.mkdir(parents=True)
+            return folder
+    raise AssertionError("not reached")
+
+
+@contextmanager
+def _folder_errors(folder: Path) -> Iterator[None]:
+    try:
+        yield
+    except OSError as error:
+        raise ValueError(f"cannot make the run folder {folder}: {error.strerror}; give another --output") from error
+
+
+def _same_curve(config: Config, steps: int, found: checkpoint.Checkpoint) -> None:
+    """Log which settings differ from those that the run recorded.
+
+    Raises ValueError, without --accept-changes, where they change the learning curve.
+    """
+    if steps < found.step:
+        raise ValueError(
+            f"{found.folder} is at step {found.step}, and this run would end at step {steps}: give --max-steps "
+            f"{found.step} or more, or --resume with the path of an earlier checkpoint"
+        )
+    file = found.folder.parent.parent / "config.json"
+    try:
+        differ = changes(read_json(file, CONFIG_BYTES), config, steps)
+    except (OSError, ValueError, KeyError, TypeError, AttributeError):
+        log.warning("%s is missing or damaged: the settings cannot be compared with those the run began with", file)
+        return
+    if differ.curve and not config.run.accept_changes:
+        raise ValueError(
+            f"resuming from {found.folder} with {', '.join(differ.curve)} would change the learning curve: give the "
+            "settings that the run began with, --accept-changes to resume with the new ones, or another --output"
+        )
+    if told := differ.curve + differ.other:
+        log.warning("resuming with changed settings: %s", ", ".join(told))
 
 
 def _named_checkpoint(wanted: Path, output: Path) -> checkpoint.Checkpoint:
     """The checkpoint of --resume PATH.
 
-    From another folder it is where this run began: once there are checkpoints here, the same command goes on from them.
-    From this folder it is where to go back to, and what came after it is set aside.
+    A checkpoint of another folder is where this run begins; once there are checkpoints here, the same command resumes
+    from them. With a checkpoint of this folder the run goes back to it, and later ones are set aside.
     """
     found, here = checkpoint.load(wanted), output / "checkpoints"
     if wanted.resolve().parent == here.resolve():
         checkpoint.set_aside_after(here, found.step)
     elif (newer := checkpoint.newest(here)) is not None:
-        log.warning("going on from %s, which began at %s", newer.folder, wanted)
+        log.warning("resuming from %s, of the run that began at %s", newer.folder, wanted)
         return newer
     return found
 
@@ -140,7 +195,7 @@ def _short(value: Any) -> str:
 
 
 def finished(config: Config, output: Path, resume: checkpoint.Checkpoint, steps: int) -> bool:
-    """Whether nothing is left to do: the last step is saved, and what it made lies there as it was written."""
+    """Whether nothing is left to do: the last step is saved, and its result is there, unchanged."""
     if resume.step < steps or read_or_empty(output / "state") != "finished":
         return False
     damaged = _damaged(_final_folder(config, output))

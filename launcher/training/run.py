@@ -144,8 +144,8 @@ def _run(
 
     # 2. What is trained; and whether this folder holds a part of the run already, or all of it.
     plan = _plan(start, samples.train, tokenizer)
-    resume = prepare(config, start.output, plan.identity, comm)
-    state.folder = start.output
+    output, resume = prepare(config, start.output, plan.identity, steps, comm)
+    start, state.folder = replace(start, output=output), output
     if resume is not None and comm.from_main("state", lambda: finished(config, start.output, resume, steps)):
         screen.say(f"{start.output} is already finished at step {resume.step}: nothing to do")
         return "finished"

@@ -7,18 +7,28 @@ from dataclasses import replace
 import pytest
 from launching import Runs
 
-from launcher.config import Config
+from launcher.config import Config, RunConfig
 from launcher.processes import Communicator, Ranks
 from launcher.training import folder
 from launcher.training.checkpoint import Checkpoint
 from launcher.training.report import Events
+
+NAMED = Config(run=RunConfig(output="run"))
+
+
+def test_starts_without_output_at_the_same_second_get_folders_of_their_own(tmp_path):
+    wanted = tmp_path / "runs" / "recipe-20240101-000000"
+
+    made = [folder.prepare(Config(), wanted, {"base": "a"}, 6, Communicator(Ranks()))[0].name for _ in range(3)]
+
+    assert made == [wanted.name, f"{wanted.name}-2", f"{wanted.name}-3"]
 
 
 def test_a_start_that_was_killed_before_its_first_file_stood_is_no_foreign_folder(tmp_path):
     for name in ("state", "control", ".config.json.tmp", ".0123abc.probe", "slurm-7.out"):
         (tmp_path / name).touch()
 
-    assert folder.prepare(Config(), tmp_path, {"base": "a"}, Communicator(Ranks())) is None
+    assert folder.prepare(NAMED, tmp_path, {"base": "a"}, 6, Communicator(Ranks())) == (tmp_path, None)
 
 
 @pytest.mark.parametrize(
@@ -71,7 +81,7 @@ def test_a_folder_of_a_run_that_is_a_link_is_refused_before_anything_is_touched(
     (run / name).symlink_to(elsewhere)
 
     with pytest.raises(ValueError, match=rf"run/{name} is a symbolic link to .*elsewhere, .*--output"):
-        folder.prepare(Config(), run, {"base": "a"}, Communicator(Ranks()))
+        folder.prepare(NAMED, run, {"base": "a"}, 6, Communicator(Ranks()))
 
     assert (elsewhere / "thesis").read_text() == "years of work"
 
@@ -83,7 +93,7 @@ def test_a_config_that_cannot_be_read_is_damaged(tmp_path, text):
     with pytest.raises(
         ValueError, match=r"config\.json is damaged and no checkpoint tells which run this was: .*--output"
     ):
-        folder.prepare(Config(), tmp_path, {"base": "a"}, Communicator(Ranks()))
+        folder.prepare(NAMED, tmp_path, {"base": "a"}, 6, Communicator(Ranks()))
 
 
 def test_odd_lines_of_events_are_left_out_on_a_resume(tmp_path, caplog):

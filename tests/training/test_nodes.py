@@ -3,7 +3,7 @@
 from communicators import together
 
 from launcher import processes
-from launcher.config import Config
+from launcher.config import Config, RunConfig
 from launcher.processes import Ranks, same_everywhere
 from launcher.training import folder
 
@@ -16,7 +16,8 @@ def test_a_run_folder_that_another_node_does_not_see_is_refused_naming_it(tmp_pa
     monkeypatch.setattr(processes, "FOLDER_S", 0.2)
 
     def prepare(comm):
-        return folder.prepare(Config(), tmp_path / f"node{comm.ranks.rank}" / "run", {"base": "a"}, comm)
+        named = Config(run=RunConfig(output="run"))
+        return folder.prepare(named, tmp_path / f"node{comm.ranks.rank}" / "run", {"base": "a"}, 6, comm)
 
     errors = together(2, prepare, two_nodes)
 
