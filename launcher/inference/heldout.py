@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import fields
 from typing import Any
 
-from launcher.config import Config, DataConfig
+from launcher.config import Config, DataConfig, from_dict
 from launcher.data import encode, records
 from launcher.inference.sources import Source
 from launcher.models.files import load_tokenizer
@@ -28,13 +28,13 @@ def held_out(source: Source, file: str | None) -> tuple[encode.Encoded, Any]:
         settings |= {"data": file, "eval_data": None}
         held = records.load_records(file)[:AT_MOST]
     elif settings.get("eval_records") or settings.get("eval_data"):
-        config = DataConfig(**settings)
+        config = from_dict(DataConfig, settings)
         held = records.splits_of(config)[1]
     else:
         known = "the run held no records out" if source.data else f"{source.adapter} lies in no run folder"
         raise ValueError(f"there is nothing to measure the loss on, since {known}: give --data FILE")
     tokenizer = load_tokenizer(source.tokenizer, trust_remote_code=source.trust_remote_code)
-    return encode.encode(held, tokenizer, DataConfig(**settings)), tokenizer
+    return encode.encode(held, tokenizer, from_dict(DataConfig, settings)), tokenizer
 
 
 def mean_loss(model: Any, encoded: encode.Encoded, tokenizer: Any) -> float:
