@@ -39,7 +39,8 @@ from launcher.inference.merge import merge  # noqa: E402
 from launcher.inference.sources import load_tokenizer  # noqa: E402
 from launcher.models.build import build  # noqa: E402
 from launcher.models.quantize import Quantised, keep_packing, linear_layers  # noqa: E402
-from launcher.training.run import run, versions  # noqa: E402
+from launcher.packages import versions  # noqa: E402
+from launcher.training.run import run  # noqa: E402
 
 RESULTS = REPO / "benchmarks" / "results" / "quantized.json"
 FULL = ("float32", "bfloat16")

@@ -59,7 +59,7 @@ class Ranks:
                 )
             return Ranks()
         shown = ", ".join(f"{name}={value}" for name, value in values.items())
-        if not all(value.isdigit() for value in values.values()) or "RANK" not in values:
+        if not all(value.isascii() and value.isdigit() for value in values.values()) or "RANK" not in values:
             raise ValueError(
                 f"expected whole numbers in RANK and WORLD_SIZE, got {shown}: start with accelerate launch"
             )

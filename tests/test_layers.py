@@ -14,7 +14,14 @@ from launcher.engines.registry import ENGINES
 from launcher.tasks import REGISTERED
 
 PROJECT = Path(__file__).resolve().parents[1]
-SMALL = {"launcher.config", "launcher.files", "launcher.engines.registry", "launcher.exit_codes", "launcher.processes"}
+SMALL = {
+    "launcher.config",
+    "launcher.files",
+    "launcher.packages",
+    "launcher.engines.registry",
+    "launcher.exit_codes",
+    "launcher.processes",
+}
 ROOMS = {"launcher.factorization", "launcher.data", "launcher.models", "launcher.tasks", "launcher.engines"}
 BELOW_TRAINING = {"adapters", "launcher.availability", *SMALL, *ROOMS}
 MAY_IMPORT = {  # beside itself; in the order in which data flows
@@ -23,6 +30,7 @@ MAY_IMPORT = {  # beside itself; in the order in which data flows
     "launcher.engines.registry": {"launcher.shipped"},  # plain data: what each engine can do
     "launcher.config": {"launcher.engines.registry"},
     "launcher.files": set(),
+    "launcher.packages": set(),
     "launcher.exit_codes": set(),
     "launcher.config_file": {"launcher.config", "launcher.files"},
     "launcher.recipes": {"launcher.config_file", "launcher.shipped"},  # finds and starts them
@@ -48,8 +56,8 @@ MAY_IMPORT = {  # beside itself; in the order in which data flows
     "launcher.reports": {"launcher.exit_codes"},  # reads what runs wrote, without torch
     # starts commands; of what they do it knows how they end and which packages they need
     "launcher.cluster": {
-        "launcher.exit_codes", "launcher.files", "launcher.engines.registry", "launcher.text", "launcher.recipes",
-        "launcher.start",
+        "launcher.exit_codes", "launcher.files", "launcher.packages", "launcher.engines.registry", "launcher.text",
+        "launcher.recipes", "launcher.start",
     },
     "launcher.options": {"launcher.config", "launcher.exit_codes"},
     "launcher.start": {*SMALL, "launcher.config_file", "launcher.options", "launcher.recipes", "launcher.training"},

@@ -3,31 +3,22 @@
 from __future__ import annotations
 
 import hashlib
-import importlib.metadata
 import platform
 import sys
 from pathlib import Path
 from typing import Any
 
+from launcher.packages import versions
+
 PROJECT = Path(__file__).resolve().parents[2]
-PACKAGES = (
-    "torch", "transformers", "peft", "accelerate", "datasets", "safetensors", "tokenizers", "numpy",
-    "deepspeed", "bitsandbytes", "flash-attn",
-)  # fmt: skip
 
 
 def environment(recipe: str = "") -> dict[str, Any]:
     """Interpreter, package versions and hashes of the code on this machine."""
-    packages = {}
-    for name in PACKAGES:
-        try:
-            packages[name] = importlib.metadata.version(name)
-        except importlib.metadata.PackageNotFoundError:
-            packages[name] = "missing"
     sources = sorted(path for part in ("adapters", "launcher") for path in (PROJECT / part).rglob("*.py"))
     return {
+        **versions(),
         "python": f"{platform.python_version()} ({sys.executable})",
-        **packages,
         "this project's code": _digest([PROJECT / "loldu.py", *sources]),
         **({"recipe": _digest([Path(recipe)])} if recipe else {}),
     }

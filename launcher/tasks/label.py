@@ -24,7 +24,7 @@ from launcher.data.encode import DataReport, Encoded
 from launcher.tasks.base import Batch, Layout, Samples, Task, by_length
 from launcher.tasks.evaluation import Evaluation
 
-MOMENTS = 7  # numbers that `moments` counts
+SUMS = 7  # numbers that `moments` counts
 Labels = tuple[str, ...]  # the classes, in the order of the head's outputs; none: a number is predicted
 
 
@@ -164,7 +164,7 @@ def collate(data: Labelled, rows: Sequence[int], pad_id: int) -> dict[str, Tenso
 
 
 def moments(logits: Tensor, labels: Tensor) -> Tensor:
-    """Sums (MOMENTS,) over samples from which `metrics` follow, so that ranks can add theirs up. float64."""
+    """Sums (SUMS,) over samples from which `metrics` follow, so that ranks can add theirs up. float64."""
     said, true = logits.float().argmax(-1) if logits.shape[-1] > 1 else logits[:, 0], labels
     p, t = said.double(), true.double()
     return torch.stack([(said == true).double().sum(), p.sum(), t.sum(), p @ p, t @ t, p @ t, torch.ones_like(p).sum()])

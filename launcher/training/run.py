@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import copy
 import gc
-import importlib.metadata
 import json
 import logging
 import sys
@@ -39,6 +38,7 @@ from launcher.models.head_loss import HeadLoss
 from launcher.models.quantize import base_size, quantised_share, size
 from launcher.models.skeleton import bare_skeleton
 from launcher.models.suitable import leave_out, reach, unmatched
+from launcher.packages import versions
 from launcher.processes import Communicator, Ranks, Stopped, connect, same_everywhere, say_mistake
 from launcher.tasks.base import Samples, on_device
 from launcher.training import factoring
@@ -55,7 +55,6 @@ from launcher.training.stop import StopRequest
 log = logging.getLogger(__name__)
 
 TOKENISE_S = 6 * 3600.0
-PACKAGES = ("torch", "transformers", "peft", "accelerate", "safetensors", "datasets", "deepspeed", "bitsandbytes")
 
 
 def run(
@@ -390,17 +389,6 @@ def _report(training: Training, saved: Path, seconds: float) -> None:
     screen.say(f"saved {saved}")
     for line in task.next_steps(config, training.output, saved):
         screen.say(line)
-
-
-def versions() -> dict[str, str]:
-    """Of Python and the packages a run depends on."""
-    found = {"python": sys.version.split()[0]}
-    for package in PACKAGES:
-        try:
-            found[package] = importlib.metadata.version(package)
-        except importlib.metadata.PackageNotFoundError:
-            found[package] = "missing"
-    return found
 
 
 def quiet_libraries() -> None:
