@@ -3,20 +3,14 @@
 from __future__ import annotations
 
 import importlib
-import inspect
 import sys
-from collections.abc import Callable, Mapping, Sequence
-from functools import partial
-from typing import Annotated, Any, NamedTuple, get_args, get_type_hints
-
-import tyro
+from collections.abc import Mapping, Sequence
+from typing import Any, NamedTuple
 
 from launcher.config import nearest
 from launcher.exit_codes import DONE, MISTAKE
-from launcher.options import parse
+from launcher.options import parse_call
 from launcher.start import guarded, train
-
-FOR_CALLERS = {"Console", "Communicator"}  # parameters of these types are for Python callers, not options
 
 
 class Command(NamedTuple):
@@ -65,13 +59,14 @@ def main(arguments: Sequence[str]) -> int:
         return MISTAKE
 
     def act() -> Any:
-        known = {}
+        known: dict[str, Any] = {}
         options = rest
         if name in ("submit", "launch"):  # the options of the recipe are passed on as they are
             from launcher.cluster.commands import split_recipe_options
 
             options, known["recipe_options"] = split_recipe_options(name, rest)
-        return parse(command(COMMANDS[name].target, known), options, f"loldu {name}")()
+        module, _, function = COMMANDS[name].target.partition(":")
+        return parse_call(getattr(importlib.import_module(module), function), options, f"loldu {name}", known)()
 
     return guarded(act)
 
@@ -80,32 +75,3 @@ def overview() -> str:
     """All commands, a line each."""
     lines = [f"  loldu {name:<16} {command.summary}" for name, command in COMMANDS.items()]
     return "\n".join([HEAD, "", *lines, "", FOOT])
-
-
-def command(target: str, known: Mapping[str, Any]) -> Callable[..., Any]:
-    """The function of a command with the signature that tyro parses: without the arguments for Python callers.
-
-    Parameters without a default are positional. known are arguments that have a value already. Returns a function that
-    takes the others and returns the call to make.
-    """
-    module, _, name = target.partition(":")
-    function = getattr(importlib.import_module(module), name)
-    hints = get_type_hints(function, include_extras=True)
-    shown = {}
-    for parameter in inspect.signature(function).parameters.values():
-        hint: Any = hints[parameter.name]
-        if parameter.name in known or FOR_CALLERS & {getattr(part, "__name__", "") for part in get_args(hint)}:
-            continue
-        if parameter.kind is inspect.Parameter.POSITIONAL_OR_KEYWORD and parameter.default is inspect.Parameter.empty:
-            hint = Annotated[hint, tyro.conf.Positional, tyro.conf.arg(metavar=parameter.name.upper())]
-        elif parameter.name == "cache_folder":
-            hint = Annotated[hint, tyro.conf.arg(name="cache")]
-        shown[parameter.name] = parameter.replace(annotation=hint)
-
-    def call(*positional: Any, **options: Any) -> Callable[[], Any]:
-        return partial(function, *positional, **known, **options)
-
-    call.__signature__ = inspect.Signature(list(shown.values()))  # type: ignore[attr-defined]
-    call.__annotations__ = {name: parameter.annotation for name, parameter in shown.items()}
-    call.__doc__ = function.__doc__
-    return call

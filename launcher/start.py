@@ -11,16 +11,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import tyro
-
 from launcher.config import Config
 from launcher.config_file import read_config
 from launcher.exit_codes import DONE, INTERRUPTED, MISTAKE
-from launcher.options import Misread, parse
+from launcher.options import Misread, parse_config
 from launcher.processes import say_mistake
 from launcher.recipes import find_recipe, recipe_names, run_name, run_python
 
-FLAT = (tyro.conf.OmitArgPrefixes,)
 TRAIN = """usage: loldu train RECIPE|FILE [options]
 
 Train with the settings of a recipe or file. Options that follow replace them: loldu train RECIPE --help lists all.
@@ -56,9 +53,7 @@ def train(arguments: Sequence[str]) -> int:
         return code
     if found[0].suffix == ".py":
         return run_python(found[0], options, prog)
-    return guarded(
-        lambda: _start(parse(Config, options, prog, default=read_config(found[0]), config=FLAT), run_name(found[0]))
-    )
+    return guarded(lambda: _start(parse_config(read_config(found[0]), options, prog), run_name(found[0])))
 
 
 def run_recipe(
@@ -81,7 +76,7 @@ def run_recipe(
         """Train the small Llama that comes with the project on its instructions: minutes on a CPU, no network."""
 
     def read(config: Config) -> Options:
-        return parse(Options, arguments, prog or f"recipes/{name}.py", default=Options(**vars(config)), config=FLAT)
+        return parse_config(Options(**vars(config)), arguments, prog or f"recipes/{name}.py")
 
     def plain(options: Options) -> Config:
         return Config(**{part: value for part, value in vars(options).items() if part != "tiny"})

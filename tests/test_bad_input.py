@@ -80,7 +80,7 @@ def test_bad_data_is_named_with_the_place(train, tmp_path, text, message):
         ("--seed", str(2**63), "--seed (optimizer.seed) must be below 2^63"),
         ("--rnak", "4", "unknown option --rnak; did you mean --rank"),
         ("--batch-size", "0", "--batch-size (optimizer.batch_size) must be at least 1"),
-        ("--sharding", "half", "--sharding half: expected one of"),
+        ("--sharding", "half", "--sharding: expected one of none, ddp, "),
         ("--eval-every", "5", "give --eval-records N"),
         ("--resume", "/no/such/checkpoint", "not complete"),
         ("--sharding", "hsdp --shard-size 3", "1 processes / 3 that share one copy = 0.33 copies"),

@@ -68,7 +68,7 @@ def test_help_and_listings_import_nothing_heavy(arguments, tmp_path):
         (["cache"], "cache ls"),
         (["status", "--jsn"], "unknown option --jsn; did you mean --json"),
         (["cache", "ls", "all"], "'all' belongs to no option"),
-        (["logs"], "Missing from loldu logs: RUN"),
+        (["logs"], "the following arguments are required: RUN (loldu logs --help)"),
         (["cache", "prune", "--max-gb", "much"], "--max-gb: expected a number, got 'much'"),
         (["cache", "prune"], "nothing to prune by: give --max-gb X"),
     ],

@@ -38,7 +38,7 @@ MAY_IMPORT = {  # beside itself; in the order in which data flows
     "launcher.text": set(),
     "launcher.availability": {"adapters"},
     "launcher.factorization": {
-        "adapters", "launcher.config", "launcher.files", "launcher.processes", "launcher.text",
+        "adapters", "launcher.config", "launcher.files", "launcher.options", "launcher.processes", "launcher.text",
     },
     "launcher.data": {"launcher.config", "launcher.factorization"},
     "launcher.models": {"adapters", "launcher.config", "launcher.engines.registry", "launcher.text"},
@@ -57,9 +57,9 @@ MAY_IMPORT = {  # beside itself; in the order in which data flows
     # starts commands; of what they do it knows how they end and which packages they need
     "launcher.cluster": {
         "launcher.exit_codes", "launcher.files", "launcher.packages", "launcher.engines.registry", "launcher.text",
-        "launcher.recipes", "launcher.start",
+        "launcher.recipes", "launcher.options", "launcher.start",
     },
-    "launcher.options": {"launcher.config", "launcher.exit_codes"},
+    "launcher.options": {"launcher.config"},
     "launcher.start": {*SMALL, "launcher.config_file", "launcher.options", "launcher.recipes", "launcher.training"},
     "launcher.cli": {
         "launcher.config", "launcher.exit_codes", "launcher.options", "launcher.start", "launcher.cluster",

@@ -11,20 +11,15 @@ from collections.abc import Sequence
 from dataclasses import fields
 from typing import Annotated, Any, Literal
 
-import tyro
-
 from launcher.cluster.hostfile import Hosts
 from launcher.cluster.slurm import Resources
-
-Flat = tyro.conf.arg(name="")
-Recipe = Annotated[str, tyro.conf.arg(metavar="RECIPE")]
-Run = Annotated[str, tyro.conf.arg(metavar="RUN")]
+from launcher.options import Option
 
 
 def submit(
-    recipe: Recipe,
+    recipe: str,
     *,
-    resources: Annotated[Resources, Flat, tyro.conf.UseAppendAction],
+    resources: Annotated[Resources, Option(repeated=True)],
     name: str | None = None,
     dry_run: bool = False,
     recipe_options: tuple[str, ...] = (),
@@ -44,7 +39,7 @@ def submit(
     return slurm.submit(recipe, resources, recipe_options, name=name, dry_run=dry_run)
 
 
-def status(runs: tyro.conf.Positional[tuple[str, ...]] = (), *, json: bool = False) -> int:
+def status(runs: tuple[str, ...] = (), *, json: bool = False) -> int:
     """Show the state of runs: steps, loss, last checkpoint, and the state of the Slurm job.
 
     Args:
@@ -57,9 +52,9 @@ def status(runs: tyro.conf.Positional[tuple[str, ...]] = (), *, json: bool = Fal
 
 
 def logs(
-    run: Run,
+    run: str,
     *,
-    follow: Annotated[bool, tyro.conf.arg(aliases=["-f"])] = False,
+    follow: Annotated[bool, Option(short="-f")] = False,
     rank: int | None = None,
     lines: int = 20,
 ) -> int:
@@ -76,7 +71,7 @@ def logs(
     return show(run, follow=follow, rank=rank, lines=lines)
 
 
-def cancel(run: Run) -> int:
+def cancel(run: str) -> int:
     """Ask a run to save a checkpoint and stop. A Slurm job is cancelled and not requeued.
 
     Args:
@@ -88,9 +83,9 @@ def cancel(run: Run) -> int:
 
 
 def launch(
-    recipe: Recipe,
+    recipe: str,
     *,
-    hosts: Annotated[Hosts, Flat, tyro.conf.UseAppendAction],
+    hosts: Annotated[Hosts, Option(repeated=True)],
     name: str | None = None,
     recipe_options: tuple[str, ...] = (),
 ) -> int:
@@ -139,7 +134,7 @@ def doctor(
     )
 
 
-def simulate_preempt(run: Run, *, how: Literal["warning", "requeue"] = "warning", timeout: float = 900.0) -> int:
+def simulate_preempt(run: str, *, how: Literal["warning", "requeue"] = "warning", timeout: float = 900.0) -> int:
     """Interrupt a running job as a cluster would, and report whether it saved, restarted and resumed.
 
     Args:

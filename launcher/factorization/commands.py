@@ -8,7 +8,7 @@ import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 from rich.box import SIMPLE
 from rich.console import Console
@@ -18,6 +18,7 @@ from rich.table import Table
 
 from launcher.config import AdapterConfig
 from launcher.factorization import cache
+from launcher.options import Option
 from launcher.processes import Communicator, Ranks, connect
 from launcher.text import one_line
 
@@ -27,6 +28,7 @@ if TYPE_CHECKING:
     from launcher.factorization.watch import OnProgress
 
 GB = 1e9
+Folder = Annotated[str | None, Option(name="cache")]
 LINE_EVERY_S = 10.0  # between progress lines where the output is not a terminal
 
 
@@ -41,7 +43,7 @@ def factorize(
     energy: float | None = None,
     svd: Literal["auto", "exact", "block"] = "auto",
     dtype: Literal["float32", "bfloat16"] = "float32",
-    cache_folder: str | None = None,
+    cache_folder: Folder = None,
     cache_per_node: bool = False,
     verify_base: bool = False,
     trust_remote_code: bool = False,
@@ -148,7 +150,7 @@ def _kinds(requests: Sequence[FactorRequest], done: Mapping[str, Factored], fold
     return rows
 
 
-def cache_ls(cache_folder: str | None = None, console: Console | None = None) -> int:
+def cache_ls(cache_folder: Folder = None, console: Console | None = None) -> int:
     """List the cached factors, most recently used first.
 
     Args:
@@ -172,7 +174,7 @@ def cache_ls(cache_folder: str | None = None, console: Console | None = None) ->
     return 0
 
 
-def cache_verify(cache_folder: str | None = None, console: Console | None = None) -> int:
+def cache_verify(cache_folder: Folder = None, console: Console | None = None) -> int:
     """Check every byte of the cache against its checksums; exit code 1 if a file was damaged (it is set aside).
 
     Args:
@@ -198,7 +200,7 @@ def cache_verify(cache_folder: str | None = None, console: Console | None = None
 
 
 def cache_prune(
-    cache_folder: str | None = None,
+    cache_folder: Folder = None,
     max_gb: float | None = None,
     older_than_days: float | None = None,
     console: Console | None = None,

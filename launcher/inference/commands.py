@@ -2,13 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Annotated
-
-import tyro
-
 from launcher.inference.options import Answering, Kind
-
-Shared = Annotated[Answering, tyro.conf.arg(name="")]
 
 
 def generate(
@@ -20,7 +14,7 @@ def generate(
     data: str | None = None,
     limit: int = 0,
     json: bool = False,
-    how: Shared = Answering(max_tokens=256),  # noqa: B008 (frozen)
+    how: Answering = Answering(max_tokens=256),  # noqa: B008 (frozen)
 ) -> None:
     """Answer one prompt, or every record of a file.
 
@@ -43,7 +37,7 @@ def chat(
     model: str,
     *,
     system: str | None = None,
-    how: Shared = Answering(),  # noqa: B008 (frozen)
+    how: Answering = Answering(),  # noqa: B008 (frozen)
 ) -> None:
     """Chat with a model in the terminal, or answer lines from a pipe.
 

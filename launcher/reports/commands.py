@@ -9,16 +9,12 @@ from functools import partial
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
-import tyro
-
 from launcher.exit_codes import DONE
 
 REFRESH_S = 5
 
 
-def report(
-    runs: tyro.conf.Positional[tuple[str, ...]], *, out: str | None = None, watch: bool = False, port: int = 8765
-) -> int:
+def report(runs: tuple[str, ...], *, out: str | None = None, watch: bool = False, port: int = 8765) -> int:
     """Write a self-contained HTML report of a run, also while it trains. Several runs are compared.
 
     Args:
