@@ -211,13 +211,27 @@ def _by_model(folder: Path, stamp: int, files: frozenset[Path]) -> dict[str, Ten
         return {}
 
 
+def language_model_class(config: Any) -> Any:
+    """The auto class that builds a model which writes text: one for text alone where there is one, else with vision."""
+    auto: Any = transformers
+    if "AutoModelForCausalLM" in (getattr(config, "auto_map", None) or {}):
+        return auto.AutoModelForCausalLM
+    for kind in (auto.AutoModelForCausalLM, auto.AutoModelForImageTextToText, auto.AutoModelForMultimodalLM):
+        if type(config) in kind._model_mapping:
+            return kind
+    raise ValueError(
+        f"transformers {transformers.__version__} builds no model that writes text for model_type "
+        f"{config.model_type}: give a language model, or a newer transformers"
+    )
+
+
 def skeleton_of(folder: Path, *, trust_remote_code: bool = False) -> nn.Module:
     """The model of a folder on the meta device: a language model, or else what its config.json names."""
     config = transformers.AutoConfig.from_pretrained(folder, trust_remote_code=trust_remote_code)
     named = getattr(transformers, (config.architectures or [""])[0], None)
     with torch.device("meta"):
         if type(config) in transformers.AutoModelForCausalLM._model_mapping or named is None:
-            return transformers.AutoModelForCausalLM.from_config(config, trust_remote_code=trust_remote_code)
+            return language_model_class(config).from_config(config, trust_remote_code=trust_remote_code)
         return named(config)
 
 

@@ -13,7 +13,6 @@ import dataclasses
 import json
 import multiprocessing
 import os
-import platform
 import re
 import shutil
 import sys
@@ -31,7 +30,7 @@ os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 
 import torch
 import transformers
-from transformers import CONFIG_MAPPING, AutoModelForCausalLM, AutoModelForImageTextToText
+from transformers import CONFIG_MAPPING, AutoModel, AutoModelForCausalLM, AutoModelForImageTextToText
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
 REPO = Path(__file__).resolve().parents[1]
@@ -54,7 +53,7 @@ LIMIT_S = 300
 # Types whose checkpoints hold more than a language model, trained on text alone.
 MULTIMODAL = (
     "aya_vision", "gemma3", "gemma3n", "gemma4", "glm4v", "idefics3", "internvl", "llama4", "llava", "llava_next",
-    "mistral3", "mllama", "paligemma", "qwen2_5_vl", "qwen2_vl", "qwen3_5", "qwen3_vl", "qwen3_vl_moe", "smolvlm",
+    "mistral3", "paligemma", "qwen2_5_vl", "qwen2_vl", "qwen3_5", "qwen3_vl", "qwen3_vl_moe", "smolvlm",
 )  # fmt: skip
 # Not decoders of text that anybody would tune so: parts of speech and image models, and encoders.
 LEFT_OUT = (
@@ -118,6 +117,15 @@ OWN: dict[str, dict[str, Any]] = {
     },
     "lfm2_moe": {"layer_types": ["conv", "full_attention"], "num_dense_layers": 1},
     "cohere_compass_text": {"layer_types": ["full_attention"] * 2},
+    **{
+        kind: {"rope_parameters": {"rope_type": "default", "rope_theta": 1e4, "mrope_section": [2, 3, 3]}}
+        for kind in ("qwen2_5_vl_text", "qwen2_vl_text")
+    },
+    "glm4v_text": {
+        "rope_parameters": {
+            "rope_type": "default", "rope_theta": 1e4, "mrope_section": [1, 1, 2], "partial_rotary_factor": 0.5
+        },
+    },
     "zaya": {"num_experts_per_tok": 1},
     "zamba": MAMBA | {"attention_hidden_size": 128, "attention_head_dim": 32},
     "zamba2": {"num_hidden_layers": 4, "layers_block_type": MAMBA["layer_types"], "num_mem_blocks": 1},
@@ -130,7 +138,28 @@ OWN: dict[str, dict[str, Any]] = {
              "attn_config": {"kv_n_heads": 2, "clip_qkv": 8.0, "rope_theta": 10000.0}},
 }  # fmt: skip
 
+# Bases of classifiers: encoders, and decoders with a head for labels.
+CLASSIFIERS = (
+    "albert", "bert", "camembert", "deberta", "deberta-v2", "distilbert", "electra", "ernie", "funnel", "gemma",
+    "gemma2", "gemma3", "gemma3_text", "gpt2", "gpt_neox", "llama", "mistral", "mixtral", "modernbert", "mpnet", "opt",
+    "phi3", "qwen2", "qwen3", "qwen3_5", "rembert", "roberta", "roformer", "t5", "xlm-roberta",
+)  # fmt: skip
 CASES = ("train", "fsdp2", "nf4", "int8", "resume", "generate", "merge", "export", "packing")
+
+
+LABEL_CASES = ("train", "fsdp2", "nf4", "int8", "resume")
+PREFACE = """# Architectures
+
+Every type of language model in transformers {transformers} (torch {torch}) of which a small random model can be made,
+tried on a CPU with LoLDU on all linear layers. This page is written by `python benchmarks/architectures.py`; what it
+found is in benchmarks/results/architectures.json.
+
+- **train**: two steps. **fsdp2**: the losses are those of one unsharded process. **nf4**, **int8**: two steps on a
+  quantised base; fused experts keep the compute dtype.
+- **resume**: interrupted after the first step, the second has the same loss. **generate**: the tokens are those of
+  whole forward passes. **merge**, **export**: the logits are those of base and adapter. **packing**: two samples in one
+  row have the loss of the two apart.
+- A number in brackets points to the reason below. \"refused\" comes before training, with a remedy."""
 
 
 def shrunk(kind: Any, **own: Any) -> Any:
@@ -145,16 +174,21 @@ def shrunk(kind: Any, **own: Any) -> Any:
             if part is not None:
                 parts[name] = shrunk(part, **OWN.get(part.model_type, {})).to_dict()
     plain = {name: value for name, value in SIZES.items() if name in fields}
-    plain |= {name: 0.0 for name in fields if "drop" in name and isinstance(getattr(kind(), name, None), float)}
+    plain |= {
+        name: 0.0
+        for name in fields
+        if ("drop" in name or "jitter" in name) and isinstance(getattr(kind(), name, None), float)
+    }
     return kind(**plain | parts | own)
 
 
-def make(kind: str, folder: Path) -> int:
+def make(kind: str, folder: Path, *, labels: bool = False) -> int:
     """A random checkpoint of that type with the embedded model's tokenizer; its number of parameters."""
     torch.manual_seed(0)
-    config = shrunk(CONFIG_MAPPING[kind], **OWN.get(kind, {}))
+    config = shrunk(CONFIG_MAPPING[kind], **OWN.get(kind, {}), **({"is_decoder": False} if labels else {}))
     causal = type(config) in AutoModelForCausalLM._model_mapping
-    model: Any = (AutoModelForCausalLM if causal else AutoModelForImageTextToText).from_config(config)
+    whole = AutoModel if labels else AutoModelForCausalLM if causal else AutoModelForImageTextToText
+    model: Any = whole.from_config(config)
     with torch.no_grad():  # initial weights of 0.02 hide what goes wrong between tokens
         for parameter in model.parameters():
             if parameter.ndim > 1:
@@ -168,12 +202,14 @@ def make(kind: str, folder: Path) -> int:
 class Trial:
     """One model and what is tried with it."""
 
-    def __init__(self, folder: Path):
+    def __init__(self, folder: Path, *, labels: bool = False):
         self.folder = folder
         records = json.loads((REPO / "recipes" / "tiny" / "instructions" / "train.json").read_text())
         short = sorted(records, key=lambda record: len(str(record)))
         (folder / "data.json").write_text(json.dumps(short[:40]))
         (folder / "two.json").write_text(json.dumps(short[:2]))
+        rows = [{"text": record["instruction"], "label": number % 2} for number, record in enumerate(short[:40])]
+        (folder / "labels.json").write_text(json.dumps(rows))
         self.base = Config(
             model=ModelConfig(model=str(folder / "model"), dtype="float32"),
             data=DataConfig(data=str(folder / "data.json"), prompt_template="short", max_length=96),
@@ -181,6 +217,9 @@ class Trial:
             optimizer=OptimizerConfig(learning_rate=1e-3, batch_size=2, max_steps=2),
             run=RunConfig(save_every=1, cache=str(folder / "cache")),
         )
+        if labels:
+            data = DataConfig(data=str(folder / "labels.json"), text_columns=("text",), max_length=96)
+            self.base = replace(self.base, data=data)
 
     def losses(self, name: str, change: Callable[[Config], Config] = lambda config: config) -> list[float]:
         """Of a run of that name. Raises ValueError with the run's own words where it is refused."""
@@ -265,7 +304,7 @@ def _running(**values: Any) -> Callable[[Config], Config]:
     return lambda config: replace(config, run=replace(config.run, **values))
 
 
-def attempt(kind: str, folder: Path, cases: tuple[str, ...]) -> dict[str, Any]:
+def attempt(kind: str, folder: Path, cases: tuple[str, ...], labels: bool) -> dict[str, Any]:
     """What each case gave. Runs in a process of its own, whose output goes to a file."""
     torch.set_num_threads(1)
     warnings.filterwarnings("ignore")
@@ -276,10 +315,10 @@ def attempt(kind: str, folder: Path, cases: tuple[str, ...]) -> dict[str, Any]:
     for stream in (1, 2):
         os.dup2(place, stream)
     try:
-        found["parameters"] = make(kind, folder / "model")
+        found["parameters"] = make(kind, folder / "model", labels=labels)
     except Exception as error:
         return {"made": f"{type(error).__name__}: {_short(str(error))}"}
-    trial = Trial(folder)
+    trial = Trial(folder, labels=labels)
     for case in cases:
         before, started = log.stat().st_size, time.monotonic()
         try:
@@ -307,8 +346,8 @@ def _short(text: str) -> str:
     return text if len(text) < 300 else text[:297] + "..."
 
 
-def _child(kind: str, folder: Path, cases: tuple[str, ...], pipe: Any) -> None:
-    pipe.send(attempt(kind, folder, cases))
+def _child(kind: str, folder: Path, cases: tuple[str, ...], labels: bool, pipe: Any) -> None:
+    pipe.send(attempt(kind, folder, cases, labels))
 
 
 def main() -> None:
@@ -317,30 +356,65 @@ def main() -> None:
     parser.add_argument("--cases", nargs="+", default=CASES, choices=CASES)
     parser.add_argument("--keep", metavar="DIR", help="keep models, runs and logs there")
     parser.add_argument("--out", type=Path, default=RESULTS)
+    parser.add_argument("--labels", action="store_true", help="classifiers alone")
     parser.add_argument("--table", action="store_true", help="write the page from the results that are there")
     args = parser.parse_args()
-    results = json.loads(args.out.read_text()) if args.out.exists() else {"types": {}}
+    results = json.loads(args.out.read_text()) if args.out.exists() else {}
     every = dict.fromkeys([*MODEL_FOR_CAUSAL_LM_MAPPING_NAMES, *MULTIMODAL])
-    kinds = args.kinds or [kind for kind in every if kind not in LEFT_OUT]
-    fork = multiprocessing.get_context("fork")
-    for kind in () if args.table else kinds:
-        with tempfile.TemporaryDirectory() as scratch:
-            folder = Path(args.keep or scratch) / kind
-            shutil.rmtree(folder, ignore_errors=True)
-            folder.mkdir(parents=True)
-            mine, theirs = fork.Pipe()
-            child = fork.Process(target=_child, args=(kind, folder, tuple(args.cases), theirs))
-            child.start()
-            found = mine.recv() if mine.poll(LIMIT_S) else {"train": f"fails: no answer in {LIMIT_S} s"}
-            child.kill()
-            child.join()
-        if tuple(args.cases) != CASES:
-            found = results["types"].get(kind, {}) | found
-        results["types"][kind] = found
+    texts = [("types", kind) for kind in args.kinds or every if kind not in LEFT_OUT or kind in args.kinds]
+    labels = [("labels", kind) for kind in args.kinds or CLASSIFIERS if kind in CLASSIFIERS]
+    for section, kind in () if args.table else [*([] if args.labels else texts), *labels]:
+        cases = tuple(case for case in args.cases if section == "types" or case in LABEL_CASES)
+        found = try_apart(kind, cases, section == "labels", args.keep)
+        place = results.setdefault(section, {})
+        place[kind] = found if set(cases) >= set(CASES) else place.get(kind, {}) | found
         results["versions"] = {"transformers": transformers.__version__, "torch": torch.__version__}
-        results["machine"] = platform.processor() or platform.machine()
         args.out.write_text(json.dumps(results, indent=1, sort_keys=True) + "\n")
-        print(kind, {case: found.get(case, found.get("made", "-")) for case in args.cases}, flush=True)
+        print(section, kind, {case: found.get(case, found.get("made", "-")) for case in cases}, flush=True)
+    if args.table or args.out == RESULTS:
+        PAGE.write_text(page(results))
+
+
+def try_apart(kind: str, cases: tuple[str, ...], labels: bool, keep: str | None) -> dict[str, Any]:
+    """`attempt` in a process of its own, with a limit to its time."""
+    fork = multiprocessing.get_context("fork")
+    with tempfile.TemporaryDirectory() as scratch:
+        folder = Path(keep or scratch) / (f"{kind}-labels" if labels else kind)
+        shutil.rmtree(folder, ignore_errors=True)
+        folder.mkdir(parents=True)
+        mine, theirs = fork.Pipe()
+        child = fork.Process(target=_child, args=(kind, folder, cases, labels, theirs))
+        child.start()
+        found = mine.recv() if mine.poll(LIMIT_S) else {"train": f"fails: no answer in {LIMIT_S} s"}
+        child.kill()
+        child.join()
+    return found
+
+
+def page(results: dict[str, Any]) -> str:
+    """docs/architectures.md: a table for language models, one for classifiers, and the reasons of what is refused."""
+    lines = [PREFACE.format(**results["versions"]), ""]
+    reasons: dict[str, str] = {}
+    for section, title, cases in (("types", "Language models", CASES), ("labels", "Classifiers", LABEL_CASES)):
+        tried = {kind: found for kind, found in sorted(results.get(section, {}).items()) if "made" not in found}
+        trained = sum(found["train"] == "works" for found in tried.values())
+        lines += [f"## {title}", "", f"{trained} of {len(tried)} types train.", ""]
+        lines += [f"| type | {' | '.join(cases)} |", f"| --- |{' --- |' * len(cases)}"]
+        for kind, found in tried.items():
+            cells = []
+            for case in cases:
+                word, _, why = found.get(case, "").partition(": ")
+                if why:
+                    word += f" [{reasons.setdefault(why, str(len(reasons) + 1))}]"
+                cells.append({"works": "yes"}.get(word, word))
+            lines.append(f"| {kind} | {' | '.join(cells)} |")
+        lines.append("")
+    lines += ["## Reasons", "", *(f"{number}. {_escaped(why)}" for why, number in reasons.items()), ""]
+    return "\n".join(lines)
+
+
+def _escaped(text: str) -> str:
+    return text.replace("<", "&lt;").replace("|", "\\|").replace("*", "\\*").replace("_", "\\_")
 
 
 if __name__ == "__main__":

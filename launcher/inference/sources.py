@@ -18,10 +18,11 @@ import torch
 from peft import PeftConfig, PeftModel, get_peft_model_state_dict
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
-from transformers import AutoConfig, AutoModelForCausalLM
+from transformers import AutoConfig
 
 import adapters  # registers our methods with PEFT as well
 from adapters.checkpoint_files import local_folder
+from adapters.checkpoint_names import language_model_class
 from launcher.config import ModelConfig
 from launcher.inference.options import Kind, Quantize
 from launcher.models.files import base_folder, first_line, has_tokenizer, load_tokenizer, recorded_run
@@ -169,7 +170,9 @@ def load_model(source: Source, *, dtype: str = "auto", device: str = "auto") -> 
     as_trained = source.dtype is not None and dtype in ("auto", source.dtype)
     dtype, device = _dtype(source, dtype), choose_device(device)
     try:
-        loaded: Any = AutoModelForCausalLM.from_pretrained(
+        loaded: Any = language_model_class(
+            AutoConfig.from_pretrained(source.base, trust_remote_code=source.trust_remote_code)
+        ).from_pretrained(
             source.base,
             dtype=DTYPES.get(dtype, "auto"),
             use_safetensors=True,

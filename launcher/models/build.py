@@ -12,14 +12,24 @@ from typing import Any
 import torch
 from peft import PeftConfig, get_peft_model
 from torch import nn
-from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification
+from transformers import AutoModelForSequenceClassification
 
 import adapters
+from adapters.checkpoint_names import language_model_class
 from launcher.config import ModelConfig
 from launcher.models.files import first_line
 from launcher.models.fill import OnFill, Whole, fill
 from launcher.models.quantize import check_share
-from launcher.models.skeleton import bare_skeleton, check_saved, check_weights, in_head, misfit, prepare_base
+from launcher.models.skeleton import (
+    bare_skeleton,
+    check_weights,
+    draw,
+    in_head,
+    misfit,
+    prepare_base,
+    save_drawn,
+    settings_of,
+)
 
 
 def choose_dtype(wanted: str) -> str:
@@ -105,15 +115,17 @@ def build(
             "trust_remote_code": config.trust_remote_code,
             "local_files_only": True,
         }
-        loading |= {"ignore_mismatched_sizes": True, "output_loading_info": True, **(head or {})}
-        architecture: Any = AutoModelForCausalLM if head is None else AutoModelForSequenceClassification
+        settings = settings_of(config, folder, head)
+        loading |= {"ignore_mismatched_sizes": True, "output_loading_info": True, "config": settings}
+        architecture: Any = language_model_class(settings) if head is None else AutoModelForSequenceClassification
         base, found = architecture.from_pretrained(folder, **loading)
         for name, there, here in sorted(found["mismatched_keys"]):
             raise misfit(base, folder, name, there, here, labels=head is not None)
         if lost := sorted(name for name in found["missing_keys"] if head is None or not in_head(base, name)):
             raise ValueError(f"transformers finds no {', '.join(lost[:3])} in {folder}: those would start random")
         if head is not None:
-            check_saved(found["missing_keys"], adapter)
+            save_drawn(found["missing_keys"], adapter)
+            draw(base, sorted(found["missing_keys"]))
         prepare_base(base, config, folder)
     if adapter is None:
         return base.to(device)

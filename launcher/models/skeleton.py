@@ -12,12 +12,12 @@ import torch
 from accelerate import init_empty_weights
 from peft import PeftConfig, PeftType, get_peft_model
 from torch import Tensor, nn
-from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSequenceClassification, GenerationConfig
+from transformers import AutoConfig, AutoModelForSequenceClassification, GenerationConfig
 from transformers.core_model_loading import build_glob_alternation
 
 from adapters.base import FactorConfig
 from adapters.checkpoint_files import TensorInfo, list_tensors, open_tensor
-from adapters.checkpoint_names import ignored_when_missing, model_tensors
+from adapters.checkpoint_names import ignored_when_missing, language_model_class, model_tensors
 from launcher.config import ModelConfig
 from launcher.engines.registry import give_first
 from launcher.models.quantize import Quantised, linear_layers, quantize_skeleton
@@ -136,8 +136,8 @@ def bare_skeleton(
 
     head are settings of a classification head, which is never quantised; what the checkpoint lacks of it is real.
     """
-    settings = AutoConfig.from_pretrained(folder, trust_remote_code=config.trust_remote_code, **(head or {}))
-    architecture = AutoModelForCausalLM if head is None else AutoModelForSequenceClassification
+    settings = settings_of(config, folder, head)
+    architecture = language_model_class(settings) if head is None else AutoModelForSequenceClassification
     with init_empty_weights(include_buffers=False):
         base: Any = architecture.from_config(
             settings,
@@ -156,9 +156,19 @@ def bare_skeleton(
             layers = {name: layer for name, layer in layers.items() if not in_head(base, name)}
         quantize_skeleton(base, layers, config.quantize, getattr(torch, dtype))
     if head:
-        check_saved(_draw_head(base, folder), adapter)
+        new = _new_in_head(base, folder)
+        save_drawn(new, adapter)
+        draw(base, new)
     prepare_base(base, config, folder)
     return base
+
+
+def settings_of(config: ModelConfig, folder: Path, head: Mapping[str, Any] | None = None) -> Any:
+    """The model's own config, with the settings of a classification head in it."""
+    settings = AutoConfig.from_pretrained(folder, trust_remote_code=config.trust_remote_code, **(head or {}))
+    if head and "pad_token_id" in head:  # a model that also sees has it in the part for text
+        settings.get_text_config().pad_token_id = head["pad_token_id"]
+    return settings
 
 
 def _keep_wide(base: Any, dtype: torch.dtype) -> None:
@@ -237,38 +247,63 @@ def in_head(base: Any, name: str) -> bool:
     return not name.startswith(f"{base.base_model_prefix}.")
 
 
-@torch.no_grad()
-def _draw_head(base: Any, folder: Path) -> list[str]:
-    """Give what the checkpoint lacks of a head the values that transformers gives it, from torch's seed; their names.
-
-    Raises ValueError where the checkpoint has a head of another size.
-    """
+def _new_in_head(base: Any, folder: Path) -> list[str]:
+    """The names of a head's parameters that the checkpoint lacks. ValueError where it has a head of another size."""
     drawn: list[str] = []
-    for prefix, module in base.named_modules():
-        before = len(drawn)
-        for name, parameter in list(module.named_parameters(recurse=False)):
-            if not in_head(base, full := f"{prefix}.{name}"):
-                continue
-            if (info := base.stored.get(full)) is None:
-                module._parameters[name] = nn.Parameter(torch.empty_like(parameter, device="cpu"))
-                drawn.append(full)
-            elif info.shape != parameter.shape:
-                raise misfit(base, folder, full, info.shape, parameter.shape, labels=True)
-        if len(drawn) > before:
-            base._init_weights(module)  # draws nothing for what is on meta
+    for name, parameter in base.named_parameters():
+        if not in_head(base, name):
+            continue
+        if (info := base.stored.get(name)) is None:
+            drawn.append(name)
+        elif info.shape != parameter.shape:
+            raise misfit(base, folder, name, info.shape, parameter.shape, labels=True)
     return drawn
 
 
-def check_saved(drawn: Iterable[str], adapter: PeftConfig | None) -> None:
-    """Raises ValueError where something starts from the seed that is not saved with the adapter."""
+@torch.no_grad()
+def draw(base: Any, names: Sequence[str]) -> None:
+    """Give those parameters the values with which this class of model starts, from torch's seed, in place.
+
+    However the rest was loaded, the values are the same: on a skeleton too, where they become real.
+    """
+    for name, parameter in list(base.named_parameters()):
+        owner, _, last = name.rpartition(".")
+        if name in names and parameter.is_meta:
+            parameter = nn.Parameter(torch.zeros_like(parameter, device="cpu"))
+            base.get_submodule(owner)._parameters[last] = parameter
+        parameter._is_hf_initialized = name not in names  # transformers' initialisers leave such a one alone
+    owners = {name.rpartition(".")[0] for name in names}
+    torch.manual_seed(torch.initial_seed())
+    for prefix, module in reversed(list(base.named_modules())):  # a parent may draw for its children, as ModernBERT's
+        if any(owner == prefix or owner.startswith(f"{prefix}.") or not prefix for owner in owners):
+            base._init_weights(module)
+
+
+def save_drawn(drawn: Iterable[str], adapter: PeftConfig | None) -> None:
+    """Have the adapter train and save what starts from the seed (modules_to_save), in place; it is logged.
+
+    Raises ValueError where the method has no such setting.
+    """
     if adapter is None:  # all is trained and saved
         return
-    saved = {"classifier", "score", *(getattr(adapter, "modules_to_save", None) or ())}  # the first two by PEFT itself
-    if lost := sorted({name.rpartition(".")[0] for name in drawn if not saved & set(name.split("."))}):
+    named = list(getattr(adapter, "modules_to_save", None) or ())
+    saved = {"classifier", "score", *named}  # the first two by PEFT itself
+
+    def is_saved(module: str) -> bool:
+        return bool(saved & set(module.split("."))) or any(module.endswith(name) for name in named)
+
+    lost = sorted({module for name in drawn if not is_saved(module := name.rpartition(".")[0])})
+    if not lost:
+        return
+    if not hasattr(adapter, "modules_to_save"):
         raise ValueError(
-            f"the checkpoint has no {', '.join(lost)}: new ones start from the seed, and would not be saved with the "
-            f"adapter. Give --modules-to-save {' '.join(sorted({name.split('.')[-1] for name in lost}))}"
+            f"the checkpoint has no {', '.join(lost)}: new ones start from the seed, and this method saves none: give "
+            "another --method, or a checkpoint with its head"
         )
+    adapter.modules_to_save = [*named, *lost]
+    log.warning(
+        "the checkpoint has no %s: new ones start from the seed, and are trained and saved whole", ", ".join(lost)
+    )
 
 
 def misfit(

@@ -97,6 +97,7 @@ def _computes_a_product(layer: Any) -> bool:
 def unsuitable(model: Any, *, labels: bool = False) -> dict[str, str]:
     """Linear layers that carry no adapter, by name, and why. labels: the model has a head for labels."""
     read = read_by_parents(model)
+    owners = Counter(id(m._parameters["weight"]) for m in model.modules() if m._parameters.get("weight") is not None)
     text, prefix = language_part(model), f"{model.base_model_prefix}."
     found = {}
     for name, module in model.named_modules():
@@ -106,6 +107,8 @@ def unsuitable(model: Any, *, labels: bool = False) -> dict[str, str]:
             found[name] = f"{read[name][0]} multiplies by its weight without calling it, so an adapter would not train"
         elif not is_plain(module):
             found[name] = f"a {type(module).__name__} computes more than a matrix product"
+        elif owners[id(module.weight)] > 1:
+            found[name] = "it shares its weight with another layer, and an adapter would part them"
         elif labels and not name.startswith(prefix):
             found[name] = "the new head is trained whole"
         elif text and not name.startswith(text) and module is not model.get_output_embeddings():

@@ -94,6 +94,30 @@ def check_packing(
 
 
 @torch.no_grad()
+def check_causal(model: Any, forward: Callable[..., Any], ids: Tensor) -> None:
+    """Raises ValueError where an output depends on later tokens, as an encoder's does: nothing would be predicted.
+
+    In training mode, since some models build another mask there; equal draws give both passes the same dropout.
+    """
+    outputs, training = [], model.training
+    model.train()
+    for last in (0, 1):
+        tokens = ids[torch.arange(SHORT) % len(ids)].clone()
+        tokens[SHORT // 2 :] = ids[(torch.arange(SHORT // 2) * (last + 1) + last) % len(ids)]
+        batch = {"input_ids": tokens[None], "position_ids": torch.arange(SHORT, device=ids.device)[None]}
+        torch.manual_seed(0)
+        outputs.append(_logits(forward, batch | {"attention_mask": torch.ones_like(batch["input_ids"])}).float())
+    model.train(training)
+    before = [output[: SHORT // 2] for output in outputs]
+    apart = float((before[0] - before[1]).norm() / before[0].norm())
+    if apart > 0.05:
+        raise ValueError(
+            f"a {type(model).__name__} sees later tokens in training (outputs change by {apart:.2g} with them), "
+            "so there is nothing to predict: give a decoder (or set is_decoder to true in the config.json of one)"
+        )
+
+
+@torch.no_grad()
 def _differs(
     forward: Callable[..., Any],
     collate: Callable[[Sequence[Tensor], Way | None], dict[str, Any]],

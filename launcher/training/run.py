@@ -46,7 +46,7 @@ from launcher.training.factoring import Factoring
 from launcher.training.folder import State, finished, prepare, save_final
 from launcher.training.loop import Callbacks, Event, Training, evaluation_of, train
 from launcher.training.methods import unusual_learning_rate
-from launcher.training.packing import Way, candidates, check_packing
+from launcher.training.packing import Way, candidates, check_causal, check_packing
 from launcher.training.report import Screen, open_trackers, read_events
 from launcher.training.resolve import Resolved, check_context, resolve
 from launcher.training.start import Start, begin
@@ -157,6 +157,10 @@ def _run(
     engine = comm.each("engine", lambda: _engine(start, model))
     identity = comm.each("the factors", lambda: factoring.identify_factors(model, plan.identity, resume))
     check_context(config, model.config, context_length(model))
+    base: Any = getattr(model, "get_base_model", lambda: model)()
+    if not resolved.task.labels:
+        ids = samples.train.ids.long().unique().to(resolved.device)
+        comm.each("attention", lambda: check_causal(base, engine.forward, ids))
     packed_as = _packed_as(start, engine, samples) if config.data.packing else Way()
     _introduce(start, identity, samples, engine, steps, global_batches.token_share())
 

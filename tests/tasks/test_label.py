@@ -166,7 +166,7 @@ def test_a_quantised_base_gets_the_new_head_of_the_full_precision_base(kind, tin
 
 
 @pytest.mark.parametrize("kind", ["none", "nf4"])
-def test_what_starts_from_the_seed_and_would_not_be_saved_is_refused(kind, tmp_path):
+def test_all_that_starts_from_the_seed_is_trained_and_saved(kind, tmp_path, caplog):
     """DistilBERT has a layer before its classifier, of which PEFT knows nothing."""
     torch.manual_seed(0)
     words = Tokenizer(WordLevel({"<pad>": 0, "good": 1}, unk_token="<pad>"))
@@ -175,12 +175,10 @@ def test_what_starts_from_the_seed_and_would_not_be_saved_is_refused(kind, tmp_p
         tmp_path
     )
     some = LoLDUConfig(r=4, target_modules=["q_lin"], modules_to_save=["classifier"], task_type="SEQ_CLS")
-    every = replace(some, modules_to_save=["classifier", "pre_classifier"])
 
-    with pytest.raises(ValueError, match=r"has no pre_classifier: .*Give --modules-to-save pre_classifier"):
-        built(tmp_path, ("no", "yes"), some, quantize=kind)
+    model = built(tmp_path, ("no", "yes"), some, quantize=kind)
 
-    model = built(tmp_path, ("no", "yes"), every, quantize=kind)
+    assert "has no pre_classifier: new ones start from the seed, and are trained and saved whole" in caplog.text
     assert model.base_model.model.pre_classifier.modules_to_save.default.weight.requires_grad
 
 
