@@ -93,8 +93,8 @@ class DataConfig(Checked):
     eval_records: CountOrZero = 0
     """Number of held-out records for evaluation; 0 without eval_data means no evaluation."""
     prompt_template: str = "auto"
-    """auto (the model's chat template for conversations, else alpaca), short, alpaca, chat, a FILE with {instruction}
-    and {input} (a part in [square brackets] is left out if there is no input), or FILE.jinja: a chat template."""
+    """auto (the chat template for conversations, else alpaca), short, alpaca, chat, none (the bare prompt), FILE.jinja
+    (a chat template), or a FILE with {instruction} and {input} (a part in [brackets] is left out without input)"""
     template_date: str = "2024-07-26"
     """Today's date (YYYY-MM-DD) for chat templates that write it; fixed, so that a run has the same tokens when it is
     resumed on another day."""

@@ -28,7 +28,7 @@ from launcher.config import DataConfig
 from launcher.data.bad_records import BadRecord, BadRecords
 from launcher.data.chat import Rendered, Sample, many
 from launcher.data.forms import Record
-from launcher.data.templates import Template, frame, render, template_of
+from launcher.data.templates import Template, check_template, frame, render, template_of
 
 log = logging.getLogger(__name__)
 CHUNK = 1000  # records tokenised at once: enough to keep a fast tokenizer busy, little memory
@@ -91,17 +91,18 @@ class Encoded:
         return sha.hexdigest()
 
 
-def encode(records: Sequence[Record], tokenizer: Any, config: DataConfig) -> Encoded:
+def encode(records: Sequence[Record], tokenizer: Any, config: DataConfig, template: Template | None = None) -> Encoded:
     """Tokenise bos + prompt + answer + eos (a chat template writes its own marks).
 
     The whole text of a sample is tokenised at once, as `apply_chat_template(tokenize=True)` does, and the borders of
     the loss are mapped to tokens by their offsets. A token that lies on both sides of a border carries loss.
     A sample over max_length loses the end of its answer; one with no token of an answer left is dropped. Both are
-    counted. Raises ValueError when nothing is left to learn, and for records that the template cannot carry, unless
-    config.on_bad_record is skip.
+    counted. template replaces the one that config names. Raises ValueError when nothing is left to learn, and for
+    records that the template cannot carry, unless config.on_bad_record is skip.
     """
     assert records
-    template = template_of(config, records[0], tokenizer)
+    template = template or template_of(config, records[0], tokenizer)
+    check_template(template, conversations="messages" in records[0])
     head, tail = frame(template, tokenizer)
     seen, bad = _Seen(tokenizer), BadRecords(config.on_bad_record)
     ids, loss, offsets, targets = array("i"), bytearray(), [0], []

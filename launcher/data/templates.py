@@ -32,7 +32,7 @@ ALPACA_WITHOUT_INPUT = (
 
 
 OPTIONAL = re.compile(r"\[([^\[\]]*\{input\}[^\[\]]*)\]")
-CHOICES = "auto, short, alpaca, chat, or a FILE with {instruction} and {input}"
+CHOICES = "auto, short, alpaca, chat, none (the bare prompt), or a FILE with {instruction} and {input}"
 
 
 class Template(NamedTuple):
@@ -61,21 +61,21 @@ def load_template(setting: str, tokenizer: Any, *, conversations: bool, date: st
                 + ": take a model that has one, or give --prompt-template FILE.jinja"
                 + ("" if conversations else ", short or alpaca")
             )
-        return _checked(Template("chat", jinja=tokenizer.get_chat_template(), date=date))
+        return check_template(Template("chat", jinja=tokenizer.get_chat_template(), date=date))
     path = Path(setting).expanduser()
     if path.suffix == ".jinja" and path.is_file():
-        return _checked(Template(setting, jinja=path.read_text(encoding="utf-8"), date=date))
+        return check_template(Template(setting, jinja=path.read_text(encoding="utf-8"), date=date))
     if setting == "alpaca":
         template = Template(setting, ALPACA_WITH_INPUT, ALPACA_WITHOUT_INPUT)
+    elif setting == "none":
+        template = Template(setting, "{instruction}\n\n{input}", "{instruction}")
     elif setting == "short":
         template = _from_text(setting, SHORT)
     elif path.is_file():
         template = _from_text(setting, path.read_text(encoding="utf-8"))
     else:
         raise ValueError(f"--prompt-template {setting}: no such file and no such template; expected {CHOICES}")
-    if conversations:
-        raise ValueError(f"--prompt-template {setting} has no turns, and the records are conversations: give chat")
-    return template
+    return check_template(template, conversations=conversations)
 
 
 def template_of(config: DataConfig, record: Record, tokenizer: Any) -> Template:
@@ -84,10 +84,16 @@ def template_of(config: DataConfig, record: Record, tokenizer: Any) -> Template:
     return load_template(config.prompt_template, tokenizer, conversations=conversations, date=config.template_date)
 
 
-def _checked(template: Template) -> Template:
-    """Raises ValueError for Jinja that does not compile."""
+def check_template(template: Template, *, conversations: bool = False) -> Template:
+    """The same template. Raises ValueError for Jinja that does not compile, and for conversations without turns."""
+    if template.jinja is None:
+        if conversations:
+            raise ValueError(
+                f"--prompt-template {template.name} has no turns, and the records are conversations: give chat"
+            )
+        return template
     try:
-        compiled(template.jinja or "", template.date)
+        compiled(template.jinja, template.date)
     except ValueError as error:
         raise ValueError(f"--prompt-template {template.name}: {error}") from None
     return template

@@ -11,7 +11,7 @@ import torch
 
 from launcher.data.records import Record, load_records, question
 from launcher.data.records import answer as expected_answer
-from launcher.data.templates import Template, load_template, prompt_ids, render_prompt
+from launcher.data.templates import Template, check_template, load_template, prompt_ids, render_prompt
 from launcher.inference.options import Answering
 from launcher.inference.sources import Source, find, load
 from launcher.models.files import context_length
@@ -73,11 +73,11 @@ def generate(
 
 def choose_template(setting: str | None, source: Source, tokenizer: Any, *, conversations: bool) -> Template:
     """The requested template, else the run's, else the model's chat template, else alpaca. Prints its choice."""
-    if setting == "none":
-        return Template("none", "{instruction}", "{instruction}")
     if setting is not None:
         return load_template(setting, tokenizer, conversations=conversations)
-    if source.template is not None:
+    if source.saved_template is not None:
+        template, why = check_template(source.saved_template, conversations=conversations), "saved with the model"
+    elif source.template is not None:
         template, why = load_template(source.template, tokenizer, conversations=conversations), "the run's"
     elif tokenizer.chat_template:
         template, why = load_template("chat", tokenizer, conversations=conversations), "the model's chat template"

@@ -26,15 +26,16 @@ def held_out(source: Source, file: str | None) -> tuple[encode.Encoded, Any]:
     settings |= {"exact_match": False}  # which asks for held-out records by itself
     if file is not None:
         settings |= {"data": file, "eval_data": None}
-        held = records.load_records(file)[:AT_MOST]
-    elif settings.get("eval_records") or settings.get("eval_data"):
-        config = from_dict(DataConfig, settings)
+    config = from_dict(DataConfig, settings)
+    if file is not None:
+        held = records.load_records(file, columns=config.columns, on_bad_record=config.on_bad_record)[:AT_MOST]
+    elif config.eval_records or config.eval_data:
         held = records.splits_of(config)[1]
     else:
         known = "the run held no records out" if source.data else f"{source.adapter} lies in no run folder"
         raise ValueError(f"there is nothing to measure the loss on, since {known}: give --data FILE")
     tokenizer = load_tokenizer(source.tokenizer, trust_remote_code=source.trust_remote_code)
-    return encode.encode(held, tokenizer, from_dict(DataConfig, settings)), tokenizer
+    return encode.encode(held, tokenizer, config, source.saved_template), tokenizer
 
 
 def mean_loss(model: Any, encoded: encode.Encoded, tokenizer: Any) -> float:

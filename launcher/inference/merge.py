@@ -34,6 +34,7 @@ from adapters.base import FactorConfig
 from adapters.checkpoint_files import TensorInfo, list_tensors
 from adapters.checkpoint_names import Conversion, model_tensors
 from adapters.layer import FactorLayer
+from launcher.data.saved_template import PROMPT_TEMPLATE
 from launcher.factorization.targets import skeleton
 from launcher.files import allow_by_umask, disk_errors
 from launcher.inference.checks import compare, loss_change, plain
@@ -47,7 +48,8 @@ FLOATS = {name: dtype for dtype, name in NAMES.items()}  # as safetensors writes
 BYTES = {"F64": 8, "I64": 8, "U64": 8, "F32": 4, "I32": 4, "U32": 4, "F16": 2, "BF16": 2, "I16": 2, "U16": 2}
 BESIDE_WEIGHTS = (
     "generation_config.json", "tokenizer*", "special_tokens_map.json", "added_tokens.json", "vocab.*", "merges.txt",
-    "spiece.model", "tekken.json", "chat_template*", "*processor_config.json", "LICENSE*", "NOTICE*", "USE_POLICY*",
+    "spiece.model", "tekken.json", "chat_template*", PROMPT_TEMPLATE, "*processor_config.json", "LICENSE*", "NOTICE*",
+    "USE_POLICY*",
 )  # fmt: skip
 
 
@@ -123,7 +125,7 @@ def merge(
             written = plan.dtype
         if whole is not source and held is not None:
             shutil.rmtree(whole.base)
-        for folder in dict.fromkeys((source.tokenizer, source.base)):
+        for folder in dict.fromkeys((source.adapter or source.base, source.tokenizer, source.base)):
             for pattern in (*BESIDE_WEIGHTS, *(["*.py"] if trust_remote_code else [])):
                 for file in folder.glob(pattern):
                     if file.is_file() and not (partial / file.name).exists():

@@ -24,6 +24,8 @@ import adapters  # registers our methods with PEFT as well
 from adapters.checkpoint_files import local_folder
 from adapters.checkpoint_names import language_model_class
 from launcher.config import ModelConfig
+from launcher.data.saved_template import read_template
+from launcher.data.templates import Template
 from launcher.inference.options import Kind, Quantize
 from launcher.models.files import base_folder, first_line, has_tokenizer, load_tokenizer, recorded_run
 from launcher.models.quantize import check_base, check_quantize, keep_packing
@@ -41,7 +43,8 @@ class Source:
     base_name: str  # as given: a folder or a hub name
     adapter: Path | None = None
     tokenizer: Path
-    template: str | None = None
+    template: str | None = None  # the setting
+    saved_template: Template | None = None  # saved beside the adapter or the model
     dtype: str | None = None
     quantize: Kind = "none"  # of the base in training; the base's files are in full precision
     data: dict[str, Any] | None = None
@@ -85,7 +88,8 @@ def _find(model: str, base: str | None) -> Source:
     tokenizer = folder
     if run is not None and not has_tokenizer(folder):
         tokenizer = next((found for name in _bases(run) if (found := local_folder(name))), folder)
-    return Source(base=folder, base_name=model, tokenizer=tokenizer, **_recorded(run))
+    template = read_template(folder)
+    return Source(base=folder, base_name=model, tokenizer=tokenizer, saved_template=template, **_recorded(run))
 
 
 def adapter_config(folder: Path) -> Any:
@@ -298,7 +302,10 @@ def _from_adapter(folder: Path, base: str | None, run: dict[str, Any] | None) ->
         raise ValueError(f"adapter {folder} needs its base model, {asked}, which is not here: give --base MODEL")
     model = base_folder(found)
     tokenizer = folder if has_tokenizer(folder) else model
-    return Source(base=model, base_name=found, adapter=folder, tokenizer=tokenizer, **_recorded(run))
+    return Source(
+        base=model, base_name=found, adapter=folder, tokenizer=tokenizer, saved_template=read_template(folder),
+        **_recorded(run),
+    )  # fmt: skip
 
 
 def _bases(run: dict[str, Any] | None) -> list[str]:

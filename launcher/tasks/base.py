@@ -18,6 +18,7 @@ from torch import Tensor
 from launcher.config import Config
 from launcher.data.batches import PackedAs, collate, target_tokens
 from launcher.data.encode import Encoded
+from launcher.data.templates import Template
 
 if TYPE_CHECKING:
     from launcher.tasks.evaluation import Evaluation
@@ -41,7 +42,7 @@ class Samples:
     train: Encoded
     held_out: Encoded | None = None
     questions: Sequence[Question] = ()  # for tasks whose model writes text
-    template: str | None = None  # name of the prompt template, where there is one
+    template: Template | None = None  # of prompts, where there is one
 
 
 @dataclass(frozen=True, kw_only=True)

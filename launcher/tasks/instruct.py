@@ -41,7 +41,7 @@ class Instruct(NextToken):
                 )
                 for record in asked
             ],
-            template=template.name,
+            template=template,
         )
 
     def evaluate(self, evaluation: Evaluation) -> dict[str, float]:

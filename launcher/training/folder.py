@@ -8,7 +8,7 @@ import logging
 import os
 import shutil
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
@@ -224,13 +224,23 @@ def _damaged(folder: Path) -> list[str]:
     return [f"{folder / name} {reason} in {CHECKSUMS}" for name, reason in why.items()]
 
 
-def save_final(model: Any, whole: dict[str, Any], output: Path, config: Config) -> Path:
-    """Write the final PEFT folder, or the whole model for full fine-tuning; an older one is renamed."""
+def save_final(
+    model: Any,
+    whole: dict[str, Any],
+    output: Path,
+    config: Config,
+    add_files: Callable[[Path], None] = lambda folder: None,
+) -> Path:
+    """Write the final PEFT folder, or the whole model for full fine-tuning; an older one is renamed.
+
+    add_files writes what else belongs into the folder.
+    """
     final = _final_folder(config, output)
     partial = final.with_suffix(".tmp")
     with disk_errors("the trained parameters", output, "run the same command again with more space"):
         shutil.rmtree(partial, ignore_errors=True)
         model.save_pretrained(str(partial), state_dict=whole)
+        add_files(partial)
         lines = (f"{checksum}  {name}\n" for name, checksum in _checksums(partial).items())
         (partial / CHECKSUMS).write_text("".join(lines))
         allow_by_umask(partial)

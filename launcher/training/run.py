@@ -27,6 +27,7 @@ from launcher.config import Config, as_dict, data_name
 from launcher.data import batches
 from launcher.data.encode import Encoded
 from launcher.data.microbatches import GlobalBatches
+from launcher.data.saved_template import save_template
 from launcher.engines.engine import Engine, ModelSource, engine_class
 from launcher.engines.registry import ENGINES
 from launcher.exit_codes import DONE, FAILED, MISTAKE, STOPPED
@@ -185,7 +186,12 @@ def _run(
         screen.say(f"stopped by {stop.reason or 'another rank'}; every step is saved. To resume, {again}")
     else:
         whole = engine.whole_state()
-        saved = comm.from_main("adapter", lambda: str(save_final(model, whole, start.output, config)))
+
+        def save_template_in(folder: Path) -> None:
+            if samples.template is not None:
+                save_template(samples.template, tokenizer, folder)
+
+        saved = comm.from_main("adapter", lambda: str(save_final(model, whole, start.output, config, save_template_in)))
         _report(training, Path(saved), time.monotonic() - started)
     return status
 
@@ -343,7 +349,8 @@ def _introduce(
     trained, total = sum(size(parameter) for parameter in engine.parameters.values()), base_size(engine.model)
     if ranks.is_main:
         resolved = {
-            "prompt_template": samples.template, "dtype": chosen.dtype, "attention": chosen.attention,
+            "prompt_template": samples.template and samples.template.name,
+            "dtype": chosen.dtype, "attention": chosen.attention,
             "attention_reason": chosen.attention_reason, "steps": steps, "world_size": ranks.world_size,
             "sharding": chosen.sharding, "base_folder": str(start.base.resolve()), "trained": trained,
             "token_share": round(token_share, 4),

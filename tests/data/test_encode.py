@@ -323,7 +323,7 @@ def test_a_template_file_that_cannot_carry_the_record_is_refused(tmp_path, text,
 
 def test_templates_that_do_not_fit_are_refused_with_the_choices():
     with pytest.raises(
-        ValueError, match=r"--prompt-template shrt: no such file .* expected auto, short, alpaca, chat, or"
+        ValueError, match=r"--prompt-template shrt: no such file .* expected auto, short, alpaca, chat, none"
     ):
         prompt("shrt")
     with pytest.raises(ValueError, match=r"no chat template: take a model that has one, or .*\.jinja, short or alpaca"):

@@ -1,0 +1,57 @@
+"""The prompt template of a run, saved by content beside what the run trained.
+
+prompt_template.json is read by our own commands. chat_template.jinja is the same template for transformers and for
+servers, which find it beside a model; a template without turns is written as one.
+"""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+from launcher.data.templates import Template, check_template
+
+PROMPT_TEMPLATE, CHAT_TEMPLATE = "prompt_template.json", "chat_template.jinja"
+
+
+def save_template(template: Template, tokenizer: Any, folder: Path) -> None:
+    """Write both files."""
+    jinja = as_jinja(template, has_bos=tokenizer.bos_token_id is not None)
+    (folder / PROMPT_TEMPLATE).write_text(json.dumps(template._asdict(), indent=2) + "\n", encoding="utf-8")
+    (folder / CHAT_TEMPLATE).write_text(jinja, encoding="utf-8")
+
+
+def read_template(folder: Path) -> Template | None:
+    """The template saved in a folder; None where there is none. Raises ValueError for a damaged file."""
+    file = folder / PROMPT_TEMPLATE
+    if not file.is_file():
+        return None
+    try:
+        found = json.loads(file.read_text(encoding="utf-8"))
+        template = Template(**found)
+        texts = (template.name, template.with_input, template.without_input, template.date)
+        if not all(isinstance(text, str) for text in texts) or not isinstance(template.jinja, str | None):
+            raise ValueError("its values are texts")
+        return check_template(template)
+    except (OSError, ValueError, TypeError, RecursionError) as error:
+        raise ValueError(f"{file} is damaged ({error}): give --prompt-template") from None
+
+
+def as_jinja(template: Template, *, has_bos: bool) -> str:
+    """The chat template; for one without turns, Jinja that writes bos, the prompt without input, the answer and eos.
+
+    Each question of a conversation is then a prompt of its own. A system prompt is refused: there is no place for it.
+    """
+    if template.jinja is not None:
+        return template.jinja
+    parts = template.without_input.split("{instruction}")
+    prompt = "{{ m.content }}".join(
+        "{{ " + json.dumps(part, ensure_ascii=False) + " }}" if part else "" for part in parts
+    )
+    return (
+        ("{{ bos_token }}" if has_bos else "") + "{% for m in messages %}{% if m.role == 'user' %}" + prompt
+        + "{% elif m.role == 'assistant' %}{{ m.content }}{{ eos_token }}"
+        + "{% else %}{{ raise_exception('this model was trained on questions and answers alone, not on ' ~ m.role) }}"
+        + "{% endif %}{% endfor %}"
+    )  # fmt: skip

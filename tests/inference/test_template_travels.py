@@ -1,0 +1,77 @@
+"""A run trained with a template file still answers with it when the file is gone and the adapter lies elsewhere."""
+
+import io
+import json
+import shutil
+
+import pytest
+from asking import generate
+from transformers import AutoTokenizer
+
+from launcher.config import AdapterConfig, Config, DataConfig, ModelConfig, OptimizerConfig, RunConfig
+from launcher.data.templates import load_template, prompt_ids
+from launcher.inference.merge import merge
+from launcher.training.run import run
+
+JINJA = (
+    "{% for m in messages %}{{ m.role }}: {{ m.content }}{{ eos_token if m.role == 'assistant' else '' }}\n"
+    "{% endfor %}{% if add_generation_prompt %}assistant: {% endif %}"
+)
+
+
+@pytest.fixture(scope="module")
+def trained(babyllama, tmp_path_factory):
+    """A run of two steps in a folder, made with a .jinja file that is gone afterwards; and that template."""
+    folder = tmp_path_factory.mktemp("template")
+    file, data = folder / "talk.jinja", folder / "a.json"
+    file.write_text(JINJA)
+    data.write_text(json.dumps([{"prompt": f"Say {i}.", "completion": "yes " * (i + 1)} for i in range(8)]))
+    tokenizer = AutoTokenizer.from_pretrained(babyllama)
+    template = load_template(str(file), tokenizer, conversations=False)
+    config = Config(
+        model=ModelConfig(model=str(babyllama), dtype="float32"),
+        data=DataConfig(data=str(data), prompt_template=str(file), max_length=128, eval_records=2),
+        adapter=AdapterConfig(rank=4),
+        optimizer=OptimizerConfig(batch_size=2, max_steps=2),
+        run=RunConfig(output=str(folder / "run"), cache=str(folder / "cache")),
+    )
+    assert run(config, "template") == 0
+    file.unlink()
+    return folder, template
+
+
+@pytest.mark.parametrize("place", ["run", "run/adapter", "copied", "merged"])
+def test_answers_use_the_template_of_the_training(trained, place, capsys):
+    folder, _ = trained
+    if place == "copied":
+        shutil.copytree(folder / "run" / "adapter", folder / place)
+    if place == "merged":
+        merge(str(folder / "run"), out=str(folder / place))
+    out = io.StringIO()
+
+    generate(str(folder / place), prompt="Say 3.", max_tokens=4, json=True, out=out)
+
+    assert json.loads(out.getvalue())["prompt"] == "user: Say 3.\nassistant: "
+    assert "saved with the model" in capsys.readouterr().err
+
+
+def test_the_merged_folder_gives_other_servers_the_same_tokens(trained):
+    folder, template = trained
+    if not (folder / "merged").exists():
+        merge(str(folder / "run"), out=str(folder / "merged"))
+    tokenizer = AutoTokenizer.from_pretrained(folder / "merged")
+    record = {"instruction": "Say 3.", "input": "", "output": ""}
+
+    sent = tokenizer.apply_chat_template(
+        [{"role": "user", "content": "Say 3."}], add_generation_prompt=True, return_dict=False
+    )
+
+    assert sent == prompt_ids(record, template, tokenizer)
+
+
+def test_the_loss_on_held_out_records_needs_no_template_file(trained):
+    folder, _ = trained
+
+    merge(str(folder / "run"), out=str(folder / "quantised"), quantize="int8")
+
+    assert (folder / "quantised" / "chat_template.jinja").read_text() == JINJA
