@@ -1,1 +1,1 @@
-"""The frozen factors: which weights have some, which process makes them, where they are kept."""
+"""The frozen factors: which weights are factored, which process does it, and where the factors are kept."""

@@ -1,4 +1,4 @@
-"""One weight: what its factors depend on, whether they are in the cache, and how they are made.
+"""One weight: what its factors depend on, whether the cache has them, and how they are made.
 
 Letters: W (m, n) = out x in, k = min(m, n), r the rank.
 """
@@ -27,7 +27,7 @@ READ_BYTES = 1 << 20
 
 @dataclass(frozen=True)
 class FactorRequest:
-    """One weight to factor, from headers alone."""
+    """One weight to factor, as the headers of the checkpoint describe it."""
 
     module: str
     tensor: TensorInfo
@@ -40,7 +40,7 @@ class FactorRequest:
 
     @property
     def shape(self) -> tuple[int, int]:
-        """(m, n); a convolution counts as its channels x everything else."""
+        """(m, n); a convolution is its output channels x everything else."""
         m, n = self.tensor.shape[0], prod(self.tensor.shape[1:])
         return (n, m) if self.transposed else (m, n)
 
@@ -55,16 +55,24 @@ class FactorRequest:
         return self.method.cost(self.shape, self.rank, embedding=self.embedding)
 
 
+class NoFactors(ValueError):
+    """A weight that has no factors at this rank. The message says why; `remedy` adds what to do."""
+
+    def __init__(self, module: str, message: str):
+        super().__init__(message)
+        self.module = module
+
+
 class Factored(NamedTuple):
-    """Where the factors of a module are."""
+    """The cache entry of a module's factors."""
 
     key: str
-    made: bool  # by this run; False: they were there
+    made: bool  # by this run; False: the cache had them
     rank: int
 
 
 def lookup(request: FactorRequest, folder: Path) -> str | None:
-    """The key of a request whose factors are in the cache, reading headers alone; None where they must be made."""
+    """The key of a request whose factors are in the cache, from headers alone; None where they have to be made."""
     key = cache.recall(folder, _identity(request))
     return key if key and cache.find(folder, key) else None
 
@@ -75,18 +83,19 @@ def make(
     device: torch.device | None = None,
     gradient: Callable[[], Tensor] | None = None,
 ) -> Factored:
-    """Read what the factors depend on, and make and store them unless the same content is already there.
+    """Read what the factors depend on; make and store them unless the cache has factors of the same content.
 
     gradient returns the summed gradient of this weight, for factors that come from it.
 
-    Raises ValueError naming module, tensor, file and the remedy.
+    Raises NoFactors where the weight has none, and ValueError where the cache cannot be written; both name module,
+    tensor and file.
     """
     opened, recipe = _open_matrix(request.tensor), _recipe(request)
     if request.needs_all:
         stored = opened[:].contiguous()
-    else:  # a view of the file: the disk reads ahead anyway, but only r columns ever become memory
+    else:  # a view of the file: the disk reads whole pages anyway, but only r columns are copied to memory
         stored = opened[: request.rank] if request.transposed else opened[:, : request.rank]
-    # the probe belongs to the key: it is one of the factors, and the panel does not decide it
+    # the probe is part of the key: it is stored with the factors, and the panel does not determine it
     probe = probe_digest(_Turned(opened) if request.transposed else opened, request.shape)
     key = cache.content_key(recipe, stored, probe)
     made = cache.find(folder, key) is None
@@ -111,9 +120,7 @@ def make(
         try:
             factors = method.factors(panel, rank, rows=rows, embedding=request.embedding)
         except ValueError as error:
-            raise ValueError(
-                f"{where}: {error}; leave the layer out with --exclude {request.module}, or lower --rank"
-            ) from error
+            raise NoFactors(request.module, f"{where}: {error}") from error
         about = recipe | {
             "name": request.module,
             "tensor": request.tensor.name,
@@ -138,11 +145,11 @@ def make(
 
 
 def read_ahead(info: TensorInfo, leaving: Callable[[], bool] = lambda: False) -> None:
-    """Bring a tensor from the disk into the system's page cache, from end to end; what fails here fails in `make`.
+    """Read a whole tensor into the system's page cache. Errors are ignored here: `make` meets them again.
 
-    The whole of it: rows are as long as a page or two, so a slice of columns touches every page or every other one, and
-    reading on is quicker than jumping (4096 x 4096, r = 64, row by row: 2.3 times fewer bytes in 14 times the time).
-    Read, not asked for: the system then keeps more requests before the disk than for pages of a map as they are met.
+    All of it, because rows are one or two pages long: a slice of columns touches nearly every page, and sequential
+    reading is faster than skipping (4096 x 4096, r = 64, row by row: 2.3 times fewer bytes in 14 times the time).
+    read() keeps more requests queued at the disk than page faults in a memory map do.
     """
     with suppress(Exception), open(info.file, "rb", buffering=0) as file:
         header_bytes = int.from_bytes(file.read(8), "little")
@@ -154,21 +161,21 @@ def read_ahead(info: TensorInfo, leaving: Callable[[], bool] = lambda: False) ->
 
 
 def factors_of(request: FactorRequest, folder: Path, rows: slice = slice(None)) -> Factors:
-    """Verified factors, with those rows of `write`; what turns out damaged or gone is made again, by this process."""
-    for _ in range(3):  # another job may prune between the making and the reading
+    """Verified factors, with these rows of `write`. This process makes factors again that are damaged or gone."""
+    for _ in range(3):  # another job may prune the cache between making and reading
         key = lookup(request, folder) or make(request, folder).key
         if factors := cache.load(folder, key, rows):
             return factors
     raise ValueError(
-        f"the factors of {request.module} in {folder} are damaged or gone each time they are made: check that disk, or "
-        "give another folder with --cache DIR"
+        f"the factors of {request.module} in {folder} are damaged or gone each time after they are made: check that "
+        "disk, or give another folder with --cache DIR"
     )
 
 
 def fingerprint(tensors: Mapping[str, TensorInfo], folder: Path) -> str:
     """The base's fingerprint (`adapters.factors.base_fingerprint`) from its files.
 
-    The digests of a file are remembered with its size and time, so that a second call reads no weights.
+    The cache keeps the digests of a file with its size and modification time, so a second call reads no weights.
     """
     digests: list[str] = []
     matrices = [info for info in tensors.values() if len(info.shape) >= 2]
@@ -187,7 +194,7 @@ def fingerprint(tensors: Mapping[str, TensorInfo], folder: Path) -> str:
 
 
 class _Turned:
-    """A slice of the file seen as its transpose."""
+    """The transpose of a slice of the file."""
 
     def __init__(self, stored: Any):
         self.stored = stored
@@ -198,11 +205,20 @@ class _Turned:
 
 
 def _open_matrix(info: TensorInfo) -> Any:
-    """Slices of a tensor (a, b) as the file has it; a convolution is read whole and counts as a x everything else."""
+    """Slices of a tensor (a, b) as stored; a convolution is read whole, as a matrix of a rows."""
     return open_tensor(info) if len(info.shape) == 2 else open_tensor(info)[:].flatten(1)
 
 
+def remedy(refused: Mapping[str, str]) -> str:
+    """The error for weights without factors, from the reasons by module."""
+    shown = [*list(refused.values())[:5], *([f"and {len(refused) - 5} more"] if len(refused) > 5 else [])]
+    several = f"{len(refused)} weights have no factors: " if len(refused) > 1 else ""
+    them = "the layer" if len(refused) == 1 else "these layers"
+    return f"{several}{'; '.join(shown)}; leave {them} out with --exclude {' '.join(refused)}, or lower --rank"
+
+
 def rank_in_cache(folder: Path, key: str) -> int:
+    """The rank of cached factors; 0 where they are gone."""
     entry = cache.find(folder, key)
     return entry.about["rank"] if entry else 0
 

@@ -1,7 +1,7 @@
-"""Who factors what: look each weight up in the cache, share the missing ones out, and wait without a collective.
+"""All processes factor the weights of a model together: look them up in the cache and share out the missing ones.
 
-Each rank reads only the weights it owns, of which slices become memory, factors them on its own device and stores one
-file per weight (make.py); meanwhile all hear how the others are (watch.py).
+Each rank reads only the weights that it owns, factors them on its own device and stores one file per weight (make.py).
+Meanwhile every rank follows the progress and failures of the others, without a collective (watch.py).
 
 Letters: W (m, n) = out x in, k = min(m, n), r the rank.
 """
@@ -24,21 +24,30 @@ import torch
 from torch import Tensor
 
 from launcher.factorization import cache
-from launcher.factorization.make import Factored, FactorRequest, lookup, make, rank_in_cache, read_ahead
+from launcher.factorization.make import (
+    Factored,
+    FactorRequest,
+    NoFactors,
+    lookup,
+    make,
+    rank_in_cache,
+    read_ahead,
+    remedy,
+)
 from launcher.factorization.watch import BEAT_S, OnProgress, Watch
 from launcher.processes import Communicator, Stopped, in_time, nodes_without
 
 log = logging.getLogger(__name__)
-# The summed gradient (m, n) of the first of these modules' weights; the others are asked for next.
+# Returns the summed gradient (m, n) of the first of these modules' weights; the others will be asked for next.
 GradientOf = Callable[[Sequence[str]], Tensor]
-AHEAD = 6  # so many weights are read and factored beyond the one that is waited for
+AHEAD = 6  # weights that are read and factored beyond the one that is waited for
 
 
 def share_out(costs: Mapping[str, float], world: int) -> list[int]:
     """The owner of each name, in the mapping's order: largest cost first, each to the least loaded rank.
 
-    Ties go by name and by rank, so every rank computes the same. A plain stride would hand one rank every MLP weight
-    where the number of ranks divides the layer pattern.
+    Ties are broken by name and by rank, so every rank computes the same. A plain stride would give one rank every MLP
+    weight where the number of ranks divides the layer pattern.
     """
     load, owner = [0.0] * world, {}
     for name in sorted(costs, key=lambda name: (-costs[name], name)):
@@ -58,16 +67,17 @@ def factorize(
     device: torch.device | None = None,
     gradient_of: GradientOf | None = None,
 ) -> dict[str, Factored]:
-    """Factors of every request in the cache folder, by module; what is there is not made again. Called by all ranks.
+    """Make the factors that the cache folder lacks; returns those of every request by module. Called by all ranks.
 
-    per_node: the folder is another one on each node, and each node makes all that its own lacks.
-    gradient_of is for requests whose factors come from gradients; each rank asks it for those of its own weights.
-    verify_base reads the weights again instead of trusting the file's size and time. on_progress is called on every
-    rank, a few times a second; where it raises Stopped on one rank, all raise it, and what was made stays.
+    per_node: the folder is a different one on each node, and each node makes the factors that its own lacks.
+    gradient_of is for requests whose factors come from gradients; each rank asks it for its own weights.
+    verify_base reads the weights again instead of trusting their files' size and modification time. on_progress is
+    called on every rank, a few times a second; where it raises Stopped on one rank, all ranks raise it, and the factors
+    made so far stay in the cache.
 
-    Raises, on all ranks, ValueError naming rank, module, tensor and file where a weight has no factors or the folder
-    cannot be written, ValueError naming the nodes that do not see the folder or have other factors in theirs, and
-    RuntimeError naming a rank that died.
+    Raises, on all ranks, ValueError listing all weights that have no factors; ValueError naming rank and module where
+    the folder cannot be written, or the nodes that do not see the folder or have other factors; and RuntimeError
+    naming a rank that died.
     """
     ranks, world = comm.ranks, comm.ranks.world_size
     by_module = {request.module: request for request in requests}
@@ -91,9 +101,12 @@ def factorize(
         raise _not_shared(folder, blind)
 
     watch = Watch(comm, token, len(mine), on_progress)
-    made = _make_all(mine, folder, device or own_device(ranks.local_rank), gradient_of, watch)
-    parts = comm.gather("factors made", made)  # tuples arrive as lists
-    together = {name: Factored(*how) for owner in group for name, how in parts[owner].items()}
+    parts = comm.gather(  # tuples arrive as lists
+        "factors made", _make_all(mine, folder, device or own_device(ranks.local_rank), gradient_of, watch)
+    )
+    if refused := {name: reason for _, reasons in parts for name, reason in reasons.items()}:
+        raise ValueError(remedy({name: refused[name] for name in by_module if name in refused}))
+    together = {name: Factored(*how) for owner in group for name, how in parts[owner][0].items()}
     assert len(together) == len(missing)
     done = {
         name: together.get(name) or Factored(found[name], False, rank_in_cache(folder, found[name]))
@@ -106,11 +119,11 @@ def factorize(
 
 def _make_all(
     mine: Sequence[FactorRequest], folder: Path, device: torch.device, gradient_of: GradientOf | None, watch: Watch
-) -> dict[str, Factored]:
-    """This rank's factors; returns once all ranks have theirs.
+) -> tuple[dict[str, Factored], dict[str, str]]:
+    """This rank's factors, and the reasons of the weights that have none. Returns once all ranks are done.
 
-    Work goes on in other threads, so that this one can speak and listen while a long factorisation runs: one reads,
-    others factor, two weights at a time where only panels of them are in memory.
+    One other thread reads and others factor (two weights at a time where only panels are in memory), so that this one
+    can exchange heartbeats during a long factorisation.
     """
     alone = device.type != "cpu" or any(request.needs_all for request in mine)
     workers, threads = 1 if alone else 2, torch.get_num_threads()
@@ -118,6 +131,7 @@ def _make_all(
     leaving = threading.Event()
     futures: list[Future[Factored]] = []
     made: dict[str, Factored] = {}
+    refused: dict[str, str] = {}
 
     def work(request: FactorRequest, read: Future[None], gradient: Callable[[], Tensor] | None) -> Factored:
         read.result()
@@ -132,20 +146,23 @@ def _make_all(
                 gradient = partial(gradient_of, [later.module for later in mine[at:]]) if gradient_of else None
                 read = reader.submit(read_ahead, mine[at].tensor, leaving.is_set)
                 futures.append(pool.submit(work, mine[at], read, gradient))
-            watch.own["weight"] = request.module  # also where the other thread is through with it, or failed, already
+            watch.own["weight"] = request.module  # even if the other thread has finished it, or failed, already
             while not wait([futures[number]], timeout=BEAT_S).done:
-                watch.beat(len(made), request.module)
-            made[request.module] = futures[number].result()
-            watch.beat(len(made), request.module)
+                watch.beat(number, request.module)
+            try:
+                made[request.module] = futures[number].result()
+            except NoFactors as error:  # go on: the user is told of all such weights at once
+                refused[request.module] = str(error)
+            watch.beat(number + 1, request.module)
         since = time.monotonic()
-        while not watch.beat(len(made), "", finished=True):
-            time.sleep(min(BEAT_S, 0.005 + (time.monotonic() - since) / 4))  # a quarter of the wait too long at most
-        return made
+        while not watch.beat(len(mine), "", finished=True):
+            time.sleep(min(BEAT_S, 0.005 + (time.monotonic() - since) / 4))  # waits at most a quarter too long
+        return made, refused
     except BaseException as error:
         leaving.set()
         pool.shutdown(wait=False, cancel_futures=True)
         watch.tell(error)
-        wait([future for future in futures if future.running()], timeout=5 * BEAT_S)  # no file is left half written
+        wait([future for future in futures if future.running()], timeout=5 * BEAT_S)  # let them finish writing
         raise
     finally:
         reader.shutdown(wait=False, cancel_futures=True)
@@ -161,15 +178,15 @@ def own_device(local_rank: int) -> torch.device:
 def _not_shared(folder: Path, nodes: Sequence[str]) -> ValueError:
     return ValueError(
         f"{', '.join(nodes)} does not see the factor cache {folder} of rank 0: give --cache DIR on a file system that "
-        "all nodes share, or --cache-per-node, and each node makes all factors in a folder of its own"
+        "all nodes share, or --cache-per-node, with which each node makes all factors in a folder of its own"
     )
 
 
 def _check_equal(folder: Path, done: Mapping[str, Factored], comm: Communicator) -> None:
-    """Raises ValueError naming a node where the factors are missing, or are other numbers than on rank 0's.
+    """Raises ValueError naming a node whose factors are missing or differ from rank 0's.
 
-    Each rank takes its rows from what its node has. Nodes of different hardware round differently, and rows of two such
-    factorisations do not belong together.
+    Each rank reads its rows from its own node's cache. Different hardware rounds differently, and rows from two
+    factorisations must not be mixed.
     """
 
     def digests() -> list[str | None] | None:
@@ -195,7 +212,7 @@ def _check_equal(folder: Path, done: Mapping[str, Factored], comm: Communicator)
         for module, here, there in zip(done, expected, found or expected, strict=True):
             if here != there:
                 raise ValueError(
-                    f"the factors of {module} in {folder} on {host} (rank {rank}) are not those on {first} (rank 0): "
-                    "hardware and libraries differ, and rounding with them. Give --cache DIR on a file system that all "
+                    f"the factors of {module} in {folder} on {host} (rank {rank}) differ from those on {first} (rank "
+                    "0): other hardware or libraries round differently. Give --cache DIR on a file system that all "
                     f"nodes share, or copy {folder} from one node to the others"
                 )

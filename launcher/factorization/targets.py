@@ -1,9 +1,9 @@
-"""Which weights a run factors: modules matched as PEFT matches them, on a skeleton without weights."""
+"""Which weights a run factors: the modules that PEFT would match, found on a model without weights."""
 
 from __future__ import annotations
 
 import difflib
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import replace
 from pathlib import Path
 
@@ -63,7 +63,7 @@ def targets_of(
     tensors = model_tensors(model, list_tensors(model_folder))
     modules = dict(model.named_modules())
     names = matched(model, targets, exclude, modules_to_save)
-    same: dict[int, list[str]] = {}  # tied weights: the checkpoint has them under one of their names
+    same: dict[int, list[str]] = {}  # the checkpoint stores tied weights under one of their names
     for name, parameter in model.named_parameters(remove_duplicate=False):
         same.setdefault(id(parameter), []).append(name)
     requests = []
@@ -82,16 +82,15 @@ def targets_of(
 def matched(
     model: nn.Module, targets: Sequence[str], exclude: Sequence[str], modules_to_save: Sequence[str] = ()
 ) -> list[str]:
-    """The names of the modules PEFT would adapt: equal to a target or ending in .target; or all-linear."""
+    """The names of the modules that PEFT would adapt: equal to a target, ending in .target, or all-linear ones.
+
+    Raises ValueError listing the names there are where one matches nothing.
+    """
     modules = dict(model.named_modules())
     every = [name for name, module in modules.items() if _is_factorable(module)]
     for option, asked in (("--targets", targets), ("--exclude", exclude)):
-        for word in asked:
-            if word != "all-linear" and not any(name == word or name.endswith(f".{word}") for name in modules):
-                last = sorted({name.rpartition(".")[2] for name in every})
-                near = difflib.get_close_matches(word, last, n=2)
-                hint = f"did you mean {' or '.join(near)}? " if near else ""
-                raise ValueError(f"{option} {word} matches no module; {hint}there are: {', '.join(last)}, all-linear")
+        if unmatched := [word for word in asked if word != "all-linear" and not _names_one(word, modules)]:
+            raise ValueError(_no_module(option, unmatched, sorted({n.rpartition(".")[2] for n in every}), model))
     config: PeftConfig = LoraConfig(
         target_modules="all-linear" if "all-linear" in targets else list(targets),
         exclude_modules=list(exclude) or None,
@@ -107,10 +106,26 @@ def matched(
         if not _is_factorable(modules[name]):
             inside = sorted({n.rpartition(".")[2] for n in every if n.startswith(f"{name}.")})
             raise ValueError(
-                f"{name} is a {type(modules[name]).__name__}, which has no factors; name linear layers"
+                f"{name} is a {type(modules[name]).__name__}, which has no factors; give linear layers"
                 + (f" in it: {', '.join(inside)}" if inside else ", or leave it out with --exclude")
             )
     return names
+
+
+def _names_one(word: str, modules: Iterable[str]) -> bool:
+    return any(name == word or name.endswith(f".{word}") for name in modules)
+
+
+def _no_module(option: str, unmatched: Sequence[str], has: Sequence[str], model: nn.Module) -> str:
+    """The error for names that match nothing, with what this architecture has instead."""
+    kind = getattr(getattr(model, "config", None), "model_type", None) or type(model).__name__
+    near = difflib.get_close_matches(unmatched[0], has, n=2)
+    hint = f"did you mean {' or '.join(near)}? " if near else ""
+    match = "matches" if len(unmatched) == 1 else "match"
+    remedy = f"; give some of these, or {option} all-linear" if option == "--targets" else ""
+    return (
+        f"{option} {' '.join(unmatched)} {match} no module of this {kind} model; {hint}it has: {', '.join(has)}{remedy}"
+    )
 
 
 def _is_factorable(module: nn.Module) -> bool:

@@ -1,7 +1,7 @@
-"""What every rank is doing while factors are made, on the key-value store: no collective, no NCCL watchdog.
+"""Heartbeats of all ranks while factors are made, through the key-value store: no collective, no NCCL watchdog.
 
-Every rank says a few times a second that it is alive and what it works on; rank 0 sums that up in one word that all
-read. So the others learn within seconds which rank failed at which weight, also where it was killed.
+Every rank posts a few times a second that it is alive and what it works on; rank 0 posts a summary that all ranks read.
+So all ranks learn within seconds which rank failed at which weight, even if it was killed.
 """
 
 from __future__ import annotations
@@ -14,23 +14,23 @@ from typing import Any
 
 from launcher.processes import Communicator, Stopped
 
-OnProgress = Callable[[int, int, str], None]  # weights done on all ranks, weights to do, one being worked on
-BEAT_S = 0.2  # how often a rank says that it is alive
-SILENCE_S = 7.0  # without a word for so long a rank counts as dead; all ranks say so within 10 s
+OnProgress = Callable[[int, int, str], None]  # weights done on all ranks, weights in all, one in progress
+BEAT_S = 0.2  # between two heartbeats
+SILENCE_S = 7.0  # without a heartbeat for so long a rank counts as dead; all ranks report it within 10 s
 
 
 class Watch:
-    """What every rank is doing, on the key-value store: `beat` says it and hears how all are. Alone it needs none."""
+    """Posts this rank's state and reads that of all ranks. With a single process nothing is exchanged."""
 
     def __init__(self, comm: Communicator, token: str, total: int, on_progress: OnProgress):
         self.ranks, self.store, self.prefix = comm.ranks, comm.store, f"loldu/factorize/{token}"
         self.own: dict[str, Any] = {"beat": 0, "done": 0, "total": total, "weight": "", "error": None}
         self.on_progress = on_progress
-        self.heard: dict[Any, tuple[int, float]] = {}  # who -> last beat and when it came
+        self.heard: dict[Any, tuple[int, float]] = {}  # rank -> its last heartbeat and when it changed
         self.told = False
 
     def beat(self, done: int, weight: str, finished: bool = False) -> bool:
-        """Say what this rank is doing; True when all ranks have finished. Raises what another rank failed with."""
+        """Post what this rank is doing; True when all ranks have finished. Raises the error of a rank that failed."""
         self.own |= {"beat": self.own["beat"] + 1, "done": done, "weight": weight, "finished": finished}
         news = self._exchange()
         if news["error"]:
@@ -43,8 +43,10 @@ class Watch:
         return bool(news["finished"])
 
     def tell(self, error: BaseException) -> None:
-        """Let the others know that this rank failed, and stay until they have heard it: once one process has gone, a
-        launcher may end the others, and rank 0 may keep the store."""
+        """Post that this rank failed, and wait until the others have read it.
+
+        Once one process exits, a launcher may end the others, and the store ends with the process that keeps it.
+        """
         if self.store is None:
             return
         if not self.told:
@@ -73,18 +75,20 @@ class Watch:
         except RuntimeError as error:  # torch's DistError: the process that keeps the store is gone
             raise RuntimeError(f"lost the key-value store: rank 0 is gone, look at its log first ({error})") from error
         if self._silent("all", news["beat"]):
-            raise RuntimeError(f"no word from rank 0 for {SILENCE_S:.0f} s: it died or hangs, look at its log first")
+            raise RuntimeError(
+                f"no heartbeat from rank 0 for {SILENCE_S:.0f} s: it died or hangs, look at its log first"
+            )
         return news
 
     def _sum_up(self) -> dict[str, Any]:
-        """What rank 0 tells all: how far the ranks are together, and the first that failed or fell silent."""
+        """Rank 0's summary: the progress of all ranks, and the first that failed or fell silent."""
         words = [self.own]
         for rank in range(1, self.ranks.world_size):
             key = f"{self.prefix}/{rank}"
             words.append(json.loads(self.store.get(key)) if self.store.check([key]) else {"beat": 0})
             if self._silent(rank, words[rank]["beat"]):
                 at = words[rank].get("weight") or "the start"
-                text = f"no word from rank {rank} for {SILENCE_S:.0f} s, last heard of at {at}: it died or hangs"
+                text = f"no heartbeat from rank {rank} for {SILENCE_S:.0f} s, the last one at {at}: it died or hangs"
                 remedy = "look at its log, then start again: finished weights are kept"
                 words[rank]["error"] = {"text": f"{text}; {remedy}", "mistake": False}
         return {

@@ -65,7 +65,8 @@ def folder(tmp_path) -> Path:
 
 
 def assert_nothing_half_written(folder: Path) -> None:
-    assert [file for file in folder.rglob("*") if file.is_file() and file.suffix not in (".safetensors", ".json")] == []
+    files = [file for file in folder.rglob("*") if file.is_file() and file.name != cache.MARK]
+    assert [file for file in files if file.suffix not in (".safetensors", ".json")] == []
     assert cache.verify(folder) == []
 
 
@@ -487,6 +488,22 @@ def test_a_zero_pivot_says_which_column_and_what_to_type(tmp_path, folder):
         factorize(requests_for(tmp_path), folder, ALONE)
 
 
+def test_all_weights_without_factors_are_listed_at_once_and_the_others_are_kept(model, folder):
+    weights = load_file(model / "model.safetensors")
+    weights["layers.0.q.weight"].zero_()
+    weights["layers.2.up.weight"][:, 1] = weights["layers.2.up.weight"][:, 0]
+    save_file(weights, model / "model.safetensors")
+
+    errors = together(2, lambda comm: factorize(requests_for(model), folder, comm))
+
+    for error in errors:
+        assert isinstance(error, ValueError)
+        assert str(error).startswith("2 weights have no factors: layers.0.q (")
+        assert "; layers.2.up (" in str(error)
+        assert str(error).endswith("leave these layers out with --exclude layers.0.q layers.2.up, or lower --rank")
+    assert len(cache.entries(folder)) == len(SIX) - 2
+
+
 def test_a_full_disk_on_one_rank_is_named_on_all(model, folder, monkeypatch):
     real = save_file
 
@@ -522,7 +539,7 @@ def test_a_killed_rank_is_named_with_its_weight(model, folder, monkeypatch):
     other.start()
     threading.Thread(target=lambda: working.wait(30) and os.kill(other.pid, signal.SIGKILL)).start()
 
-    with pytest.raises(RuntimeError, match=r"no word from rank 1 .* last heard of at layers\.\d\.\w+: it died"):
+    with pytest.raises(RuntimeError, match=r"no heartbeat from rank 1 .* the last one at layers\.\d\.\w+: it died"):
         factorize(requests_for(model), folder, Communicator(Ranks(0, 2, 0, 2), store))
 
     other.join()

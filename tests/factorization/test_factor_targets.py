@@ -101,18 +101,30 @@ def test_a_model_without_a_causal_head_is_built_by_its_architecture(tmp_path):
         (
             ["q_prj"],
             [],
-            r"--targets q_prj matches no module; did you mean .*q_proj.*there are: .*down_proj.*all-linear",
+            r"--targets q_prj matches no module of this llama model; did you mean .*q_proj.*it has: .*down_proj.*; "
+            r"give some of these, or --targets all-linear",
         ),
-        (["q_proj", "query_key_value"], [], r"--targets query_key_value matches no module; there are: .*q_proj"),
-        (["q_proj"], ["layer.0"], r"--exclude layer.0 matches no module"),
+        (
+            ["q_proj", "query_key_value"],
+            [],
+            r"--targets query_key_value matches no module of .*; it has: .*q_proj",
+        ),
+        (["q_proj"], ["layer.0"], r"--exclude layer.0 matches no module of this llama model; it has: .*v_proj$"),
         (["q_proj"], ["q_proj"], r"--targets q_proj with --exclude q_proj leaves no module"),
-        (["mlp"], [], r"model.layers.0.mlp is a LlamaMLP, .* name linear layers in it: down_proj, gate_proj, up_proj"),
+        (["mlp"], [], r"model.layers.0.mlp is a LlamaMLP, .* give linear layers in it: down_proj, gate_proj, up_proj"),
         (["norm"], [], r"model.norm is a LlamaRMSNorm"),
     ],
 )
 def test_targets_that_cannot_be_met_say_what_there_is(babyllama, targets, exclude, message):
     with pytest.raises(ValueError, match=message):
         targets_of(babyllama, targets, exclude, 4, LU)
+
+
+def test_default_targets_that_an_architecture_lacks_name_what_it_has(gpt2):
+    said = "--targets q_proj v_proj match no module of this gpt2 model; .*it has: c_attn, c_fc, c_proj, .*all-linear"
+
+    with pytest.raises(ValueError, match=said):
+        targets_of(gpt2, ("q_proj", "v_proj"), [], 4, LU)
 
 
 def test_a_folder_without_a_configuration_is_named(tmp_path):

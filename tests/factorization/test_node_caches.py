@@ -118,4 +118,4 @@ def test_nodes_whose_factors_are_other_numbers_are_refused_by_weight(requests, f
     for error in errors:
         assert isinstance(error, ValueError)
         assert "the factors of q in" in str(error)
-        assert "(rank 1) are not those on" in str(error)
+        assert "(rank 1) differ from those on" in str(error)
