@@ -1,7 +1,7 @@
-"""Who am I, how many are we: the environment read once, and the few words processes exchange outside collectives.
+"""The processes of a run: their numbers from the environment, and the messages they exchange outside collectives.
 
-Waiting goes through the process group's key-value store, never through an NCCL collective: a watchdog would end a long
-wait there, and a store can say which rank is missing.
+Messages go through the process group's key-value store, not through an NCCL collective: its watchdog would end a long
+wait, and the store can tell which rank is missing.
 """
 
 from __future__ import annotations
@@ -28,12 +28,12 @@ FOLDER_S = 5.0  # within which a network file system shows on one node what anot
 
 
 class Stopped(Exception):
-    """Asked to stop before there was anything to save; whichever rank was asked, all raise it."""
+    """A rank was asked to stop before there was anything to save. All ranks raise it."""
 
 
 @dataclass(frozen=True)
 class Ranks:
-    """This process among the others, as torchrun, accelerate launch or Slurm's entry set it in the environment."""
+    """The numbers of this process, as torchrun, accelerate launch or our Slurm entry set them in the environment."""
 
     rank: int = 0
     world_size: int = 1
@@ -76,12 +76,12 @@ class Communicator:
     def __init__(self, ranks: Ranks, store: Any = None):
         assert (store is None) == (ranks.world_size == 1)
         self.ranks, self.store, self._round = ranks, store, 0
-        self._said: str | None = None
+        self._posted: str | None = None
 
     def gather(self, what: str, value: Any, timeout_s: float = 600.0) -> list[Any]:
-        """Every rank's value (JSON data), in rank order, on all ranks; the ranks come in any order and may take long.
+        """Every rank's value (JSON data), in rank order, on all ranks.
 
-        Raises TimeoutError naming the ranks that did not come within timeout_s of this one.
+        Raises TimeoutError naming the ranks that posted no value within timeout_s of this one.
         """
         self._round += 1
         if self.store is None:
@@ -99,21 +99,21 @@ class Communicator:
             time.sleep(pause_s)
             pause_s = min(2 * pause_s, POLL_S)
         values = [json.loads(self.store.get(f"{key}/{rank}")) for rank in range(self.ranks.world_size)]
-        # Who says a word has read those of the round before, which can therefore go: a long run says many.
-        if self._said is not None:
-            self.store.delete_key(self._said)
-        self._said = f"{key}/{self.ranks.rank}"
+        # A rank that posts in this round has read the last one, so our previous key can be deleted.
+        if self._posted is not None:
+            self.store.delete_key(self._posted)
+        self._posted = f"{key}/{self.ranks.rank}"
         return values
 
     def from_main(self, what: str, make: Callable[[], Any], timeout_s: float = 600.0) -> Any:
-        """Run make on rank 0 alone and give its value (JSON data) to all; an error there is raised on every rank."""
+        """The value (JSON data) that make returns on rank 0, on all ranks. An error there is raised on all ranks."""
         return self.together(what, lambda: make() if self.ranks.is_main else None, timeout_s)[0]
 
     def together(self, what: str, do: Callable[[], Any], timeout_s: float = 600.0) -> list[Any]:
-        """Run do on every rank and return all values; if any rank fails, all raise, naming it.
+        """Run do on every rank and return all values (JSON data). If a rank fails, all ranks raise and name it.
 
-        The user's mistakes (ValueError, OSError) are ValueErrors on the other ranks, Stopped is Stopped, and anything
-        else is a RuntimeError.
+        On the other ranks a mistake of the user (ValueError, OSError) becomes a ValueError, Stopped stays Stopped, and
+        any other error becomes a RuntimeError.
         """
         failure: Exception | None = None
         result: dict[str, Any] = {}
@@ -136,14 +136,14 @@ class Communicator:
         return [answer["value"] for answer in answers]
 
     def each(self, what: str, make: Callable[[], Any]) -> Any:
-        """What make returns on this rank, which may be any object; if it fails on one rank, all raise, naming it."""
+        """What make returns on this rank, any object. If it fails on one rank, all ranks raise and name that rank."""
         made: list[Any] = []
         self.together(what, lambda: made.append(make()))
         return made[0]
 
 
 def in_time(look: Callable[[], bool]) -> bool:
-    """Whether look() becomes true within the time that a network file system may take to show what was made."""
+    """Whether look() becomes true within the time that a network file system may take to show a new file."""
     deadline = time.monotonic() + FOLDER_S
     while not (seen := look()) and time.monotonic() < deadline:
         time.sleep(POLL_S)
@@ -151,7 +151,7 @@ def in_time(look: Callable[[], bool]) -> bool:
 
 
 def nodes_without(folder: Path, comm: Communicator, what: str, option: str) -> list[str]:
-    """The nodes where this folder is not rank 0's, each as "HOST (rank R)". Called by all ranks.
+    """The nodes that do not see rank 0's folder, each as "HOST (rank R)". Called by all ranks.
 
     Raises ValueError, on all ranks, where rank 0 cannot write there.
     """
@@ -170,7 +170,7 @@ def nodes_without(folder: Path, comm: Communicator, what: str, option: str) -> l
     ranks = comm.ranks
     probe = folder / comm.from_main(f"a probe of {what}", write)
     answers = comm.gather(
-        f"who sees {what}", [in_time(probe.exists), ranks.rank - ranks.local_rank, socket.gethostname()]
+        f"a look at {what}", [in_time(probe.exists), ranks.rank - ranks.local_rank, socket.gethostname()]
     )
     if ranks.is_main:
         with suppress(OSError):
@@ -183,9 +183,9 @@ def nodes_without(folder: Path, comm: Communicator, what: str, option: str) -> l
 
 
 def same_everywhere(comm: Communicator, what: str, make: Callable[[], str | None]) -> str:
-    """What make returns on rank 0; a None of another rank means that it did not look. Called by all ranks.
+    """What make returns on rank 0. On another rank None means that it did not look. Called by all ranks.
 
-    Raises ValueError, on all ranks, naming the host of a rank that has something else.
+    Raises ValueError, on all ranks, naming the host of a rank whose value differs.
     """
     found = comm.together(what, lambda: [make(), socket.gethostname()])
     for rank, (mine, host) in enumerate(found):
@@ -197,11 +197,11 @@ def same_everywhere(comm: Communicator, what: str, make: Callable[[], str | None
     return found[0][0]
 
 
-def say_mistake(error: Exception, is_main: bool, *, shared: bool, ended: Callable[[], bool] = lambda: False) -> None:
-    """Print one line on standard error, once for all ranks where all have met the same mistake.
+def print_error(error: Exception, is_main: bool, *, shared: bool, ended: Callable[[], bool] = lambda: False) -> None:
+    """Print one line on standard error, once where all ranks have the same error.
 
-    Rank 0 prints at once. The others wait for that, since a launcher ends all when one leaves, until `ended` or for
-    PATIENCE_S; then they print as well, for each may have met it alone, unless it is known to be shared.
+    Rank 0 prints at once. The others wait for PATIENCE_S, or until `ended`: a launcher ends all ranks when one exits.
+    Then they print as well, since each may be the only one with this error, unless it is known to be shared.
     """
     if not is_main:
         deadline = time.monotonic() + PATIENCE_S
@@ -213,9 +213,9 @@ def say_mistake(error: Exception, is_main: bool, *, shared: bool, ended: Callabl
 
 
 def connect(ranks: Ranks, *, cpu_offload: bool = False) -> Communicator:
-    """Open the process group (NCCL with GPUs, else gloo) through accelerate, and check that it is the one asked for.
+    """Open the process group (NCCL with GPUs, else gloo) through accelerate, and check its size.
 
-    cpu_offload: gloo beside NCCL, for what lies in main memory.
+    cpu_offload: open gloo beside NCCL, for tensors in main memory.
     """
     if ranks.world_size == 1:
         return Communicator(ranks)
@@ -225,7 +225,7 @@ def connect(ranks: Ranks, *, cpu_offload: bool = False) -> Communicator:
 
     if cpu_offload and torch.cuda.is_available():
         torch.cuda.set_device(ranks.local_rank)
-        torch.distributed.init_process_group("cpu:gloo,cuda:nccl")  # accelerate takes what is there
+        torch.distributed.init_process_group("cpu:gloo,cuda:nccl")  # accelerate uses an open group
     state = PartialState(cpu=not torch.cuda.is_available())
     if state.num_processes != ranks.world_size:
         raise RuntimeError(

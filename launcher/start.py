@@ -15,7 +15,7 @@ from launcher.config import Config
 from launcher.config_file import read_config
 from launcher.exit_codes import DONE, INTERRUPTED, MISTAKE
 from launcher.options import Misread, parse_config
-from launcher.processes import say_mistake
+from launcher.processes import print_error
 from launcher.recipes import find_recipe, recipe_names, run_name, run_python
 
 TRAIN = """usage: loldu train RECIPE|FILE [options]
@@ -112,7 +112,7 @@ def guarded(act: Callable[[], Any]) -> int:
         result = act()
     except ValueError as error:
         is_main = os.environ.get("RANK", "0") == "0"
-        say_mistake(error, is_main, shared=isinstance(error, Misread) or _connected())
+        print_error(error, is_main, shared=isinstance(error, Misread) or _connected())
         return MISTAKE
     except KeyboardInterrupt:
         return INTERRUPTED

@@ -1,12 +1,12 @@
 """Several runs in one start of N processes, since importing takes longer than training: torchrun several_runs.py PLAN.
 
-PLAN is a JSON list of runs, each a whole run of its own in the processes that are there:
+PLAN is a JSON list of runs. Each is a complete run in these processes:
 
     config      of the run
-    copy_of     {folder, step}: go on from that run, as if it had been interrupted after that step
+    copy_of     {folder, step}: resume that run, as if it had been interrupted after that step
     code        the exit code that every process must end with (0)
     nodes       whether each process counts as a node, with its rank added to the name of the cache folder
-    offload     whether --cpu-offload is to be carried out although there is no GPU
+    offload     whether --cpu-offload is accepted without a GPU
     poison      the sample in whose backward pass every gradient becomes NaN
     blocks      whether frozen triangles are multiplied in blocks of four rows, as large ones are in larger blocks
 """

@@ -1,14 +1,14 @@
-"""What ranks say to each other outside collectives: a stop is a stop on all, and past words do not pile up."""
+"""Messages between ranks outside collectives: a stop reaches all ranks, and old messages are deleted."""
 
 import pytest
 import torch.distributed as dist
 from communicators import together
 
 from launcher import processes
-from launcher.processes import Ranks, Stopped, say_mistake
+from launcher.processes import Ranks, Stopped, print_error
 
 
-def test_where_one_rank_is_stopped_all_are():
+def test_a_stop_of_one_rank_stops_all_ranks():
     def work(comm):
         def do():
             if comm.ranks.rank == 1:
@@ -23,7 +23,7 @@ def test_where_one_rank_is_stopped_all_are():
 
 
 @pytest.mark.parametrize(("kind", "heard"), [(ValueError, ValueError), (OSError, ValueError), (KeyError, RuntimeError)])
-def test_a_mistake_of_one_rank_is_a_mistake_on_all_and_names_it(kind, heard):
+def test_an_error_of_one_rank_is_raised_on_all_ranks_and_names_it(kind, heard):
     def work(comm):
         def do():
             if comm.ranks.rank == 1:
@@ -38,8 +38,8 @@ def test_a_mistake_of_one_rank_is_a_mistake_on_all_and_names_it(kind, heard):
     assert "rank 1: " in str(results[0])
 
 
-def test_words_of_past_rounds_are_forgotten():
-    """A run that saves at every step would fill the memory of the process that keeps the store."""
+def test_messages_of_earlier_rounds_are_deleted():
+    """Otherwise a run that saves at every step would fill the memory of the process that keeps the store."""
 
     store = dist.HashStore()
 
@@ -49,27 +49,27 @@ def test_words_of_past_rounds_are_forgotten():
     results = together(2, work, store=store)
 
     assert results[0] == results[1] == [[[0, number], [1, number]] for number in range(20)]
-    assert store.num_keys() == 2  # each rank's last word
+    assert store.num_keys() == 2  # each rank's last message
 
 
-@pytest.mark.parametrize(("rank", "shared", "said"), [(0, True, 1), (0, False, 1), (1, True, 0), (1, False, 1)])
-def test_a_mistake_is_said_once_unless_a_rank_may_have_met_it_alone(rank, shared, said, monkeypatch, capsys):
+@pytest.mark.parametrize(("rank", "shared", "printed"), [(0, True, 1), (0, False, 1), (1, True, 0), (1, False, 1)])
+def test_an_error_is_printed_once_unless_a_rank_may_be_the_only_one_with_it(rank, shared, printed, monkeypatch, capsys):
     monkeypatch.setattr(processes, "PATIENCE_S", 0.01)
 
-    say_mistake(ValueError("no such file"), rank == 0, shared=shared)
+    print_error(ValueError("no such file"), rank == 0, shared=shared)
 
-    assert capsys.readouterr().err == "error: no such file\n" * said
+    assert capsys.readouterr().err == "error: no such file\n" * printed
 
 
-def test_a_rank_whose_launcher_ends_it_meanwhile_adds_nothing(capsys):
-    """torchrun ends the others as soon as rank 0 has spoken and left."""
-    say_mistake(ValueError("no such file"), False, shared=False, ended=lambda: True)
+def test_a_rank_that_its_launcher_ends_meanwhile_prints_nothing(capsys):
+    """torchrun ends the others as soon as rank 0 has printed the error and exited."""
+    print_error(ValueError("no such file"), False, shared=False, ended=lambda: True)
 
     assert capsys.readouterr().err == ""
 
 
 def test_an_accelerate_launch_that_started_fewer_processes_than_asked_is_refused():
-    """What accelerate leaves in the environment for `--cpu --num_processes 2`: one process, and no error of its own."""
+    """The environment of `accelerate launch --cpu --num_processes 2`: one process and no error."""
     environ = {"ACCELERATE_USE_CPU": "True", "ACCELERATE_MIXED_PRECISION": "no", "MASTER_ADDR": "127.0.0.1"}
 
     with pytest.raises(ValueError, match="asked for several processes but started one"):

@@ -23,7 +23,7 @@ from launcher.training.checkpoint import Checkpoint, Piece
 class FullyShard(Replicated):
     """torch's fully_shard: each rank holds its rows of every parameter and gathers one decoder layer at a time.
 
-    The unit of a layer mixes dtypes: that is fine for frozen parameters, which are gathered as bytes.
+    The frozen parameters of a unit may have several dtypes, since they are gathered as bytes.
     """
 
     @classmethod
@@ -64,7 +64,7 @@ def shard(model: nn.Module, mesh: DeviceMesh, *, cpu_offload: bool = False) -> N
 
     Raises ValueError listing candidates where the model does not say which class its decoder layers have.
     """
-    base = base_of(model)  # the root, since generate() calls it and not PEFT's wrapper
+    base = base_of(model)  # generate() calls the base, not PEFT's wrapper, so the base is the root unit
     policy = CPUOffloadPolicy(pin_memory=mesh.device_type == "cuda") if cpu_offload else OffloadPolicy()
     units: list[Any] = [*decoder_layers(base), base]
     seen: set[int] = set()
@@ -80,9 +80,9 @@ def shard(model: nn.Module, mesh: DeviceMesh, *, cpu_offload: bool = False) -> N
     for unit in units:
         fully_shard(unit, mesh=mesh, offload_policy=policy)
         if mesh.device_type == "cpu":
-            # Gloo gathers into a buffer of its own and copies: with what torch fetches ahead for overlap, which gloo
-            # has none of, three layers would be in memory. So: fetch nothing ahead (a unit that fetches itself), and
-            # let no gathered bytes outlive their copy (as torch does where it overlaps the next gather).
+            # Gloo gathers into a buffer of its own and copies from it. With the layer that torch prefetches, three
+            # layers would be in memory, and gloo does not overlap anyway. So prefetch nothing (a unit that prefetches
+            # itself), and free gathered bytes once they are copied (as torch does when it overlaps the next gather).
             unit.set_modules_to_backward_prefetch([unit])
             unit._set_unshard_async_op(True)
 
@@ -117,14 +117,14 @@ class Rows:
         return slice(start, start + count)
 
     def place(self, like: nn.Parameter, rows: Tensor) -> nn.Parameter:
-        """A parameter placed like `like`, with this rank's rows filled, where they lie. No communication."""
-        # not from_local, which would move what --cpu-offload keeps in main memory to the GPU
+        """A parameter sharded like `like` with these rows, on the device of the rows. No communication."""
+        # Not from_local, which would move rows to the GPU that --cpu-offload keeps in main memory.
         filled: Any = torch.empty_like(like, device=rows.device)
         filled.to_local().copy_(rows)
         return nn.Parameter(filled, requires_grad=like.requires_grad)
 
     def keep(self, drawn: nn.Parameter) -> nn.Parameter:
-        return drawn  # fully_shard has taken this rank's rows of it
+        return drawn  # fully_shard has cut it already
 
 
 def _local_rows(tensor: DTensor) -> tuple[int, int]:

@@ -29,7 +29,7 @@ ADAM_STATE = ("exp_avg", "exp_avg_sq")  # torch.optim.AdamW's names
 
 
 class Replicated:
-    """Every process holds the whole model; gradients and extra numbers meet in one all-reduce."""
+    """Every process holds the whole model; one all-reduce adds up gradients and extra numbers."""
 
     @classmethod
     def load(cls, source: ModelSource, info: EngineInfo) -> nn.Module:
@@ -148,8 +148,10 @@ class Replicated:
                 self.optimizer.state[parameter] = {"step": torch.tensor(float(found.step)), **moments}
 
     def whole_state(self) -> dict[str, Tensor]:
-        """The trained parameters and the saved buffers in full, by name; on rank 0, nothing on the others, which all
-        must call it too."""
+        """The trained parameters and the saved buffers in full, by name, on rank 0; nothing on the others.
+
+        Called by all ranks.
+        """
         values: dict[str, Tensor] = {}
         for name, parameter in self.parameters.items():
             tensor = self._whole(parameter)

@@ -1,13 +1,13 @@
-"""ZeRO-2 and ZeRO-3 through DeepSpeed's engine. Imported only when chosen, since DeepSpeed takes seconds to import.
+"""ZeRO-2 and ZeRO-3 through DeepSpeed's engine. Imported only by a run that uses it: DeepSpeed takes seconds to import.
 
     zero2   gradients and optimizer state spread over all processes; each holds the whole base
     zero3   the base and the frozen factors as well: each parameter flat, cut into equal parts
 
-On its first use DeepSpeed compiles small operators, which needs g++ and ninja. `bf16.enabled` stays false, since it
-would round the float32 cores; nothing is cast then, each parameter keeps its dtype. ZeRO-2's engine broadcasts the base
-from rank 0 once at the start, the same values everywhere. ZeRO-3 is filled without any: see `FlatParts`.
+On its first use DeepSpeed compiles small operators, which needs g++ and ninja. `bf16.enabled` stays false: true would
+round the float32 cores. Every parameter then keeps its dtype. ZeRO-2's engine broadcasts the base from rank 0 once at
+the start, though all ranks hold the same values. A ZeRO-3 model is filled without communication: see `FlatParts`.
 
-Its own checkpoints hold for one number of processes, so ours are written instead: the trained state is gathered whole.
+DeepSpeed's own checkpoints load on the same number of processes only. We write ours: the trained state, gathered.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ from launcher.processes import Ranks, open_alone
 
 if not torch.cuda.is_available():
     os.environ.setdefault("DS_ACCELERATOR", "cpu")
-os.environ.setdefault("LOCAL_RANK", "0")  # it reads this one itself
+os.environ.setdefault("LOCAL_RANK", "0")  # DeepSpeed reads this variable itself
 logging.getLogger("DeepSpeed").setLevel(logging.WARNING)
 
 import deepspeed  # noqa: E402
@@ -48,9 +48,9 @@ from launcher.training.checkpoint import Checkpoint, Piece  # noqa: E402
 
 
 def settings(config: OptimizerConfig, ranks: Ranks, stage: int, *, cpu_offload: bool) -> dict[str, Any]:
-    """DeepSpeed's configuration: backward() accumulates and step() updates, so the loop alone counts micro-batches.
+    """DeepSpeed's configuration: backward() accumulates and step() updates, so only the loop counts micro-batches.
 
-    cpu_offload: optimizer state, and at stage 3 parameters too, lie in main memory.
+    cpu_offload: keep the optimizer's state in main memory, at stage 3 the parameters too.
     """
     zero: dict[str, Any] = {"stage": stage, "overlap_comm": False}
     for part in ("optimizer", "param")[: stage - 1] if cpu_offload else ():
@@ -115,9 +115,9 @@ class Zero2(Replicated):
         return [torch.tensor(float(name in self._seen), device=self._nan.device) for name in self.parameters]
 
     def _watch(self) -> None:
-        """Note of each trained parameter whether it got a gradient, and whether that was finite.
+        """Record for each trained parameter whether it got a gradient, and whether that was finite.
 
-        DeepSpeed keeps gradients to itself, flat and cut, so they are looked at as they arrive.
+        DeepSpeed flattens and cuts gradients and gives no access to them, so hooks check them in the backward pass.
         """
         self._seen: set[str] = set()
         device = next(iter(self.parameters.values())).device
@@ -153,7 +153,7 @@ class Zero2(Replicated):
                 safe_set_full_fp32_param(parameter, value)
         if not found.step:
             return
-        # The moments are made by the first step, which this engine has not taken yet.
+        # The first step would make the moments. This engine has taken none yet.
         zero = self.forward.optimizer
         flat_parts = zero.fp32_partitioned_groups_flat if self.stage == 3 else zero.single_partition_of_fp32_groups
         for flat in flat_parts:
@@ -192,9 +192,9 @@ class Zero3(Zero2):
 class FlatParts:
     """Which rows a rank reads for its part of a ZeRO-3 parameter, and the parameter made of them.
 
-    Each parameter is flat, padded, and cut into equal parts. DeepSpeed's own ways load or broadcast whole tensors; here
-    a rank reads the rows that its part touches and nothing travels. The cost is one whole parameter of memory for the
-    moment of its making, which on a CPU stays untouched but for the part.
+    Each parameter is flattened, padded and cut into equal parts. DeepSpeed itself loads or broadcasts whole tensors;
+    here a rank reads the rows that overlap its part, without communication. Making a parameter allocates it whole for
+    a moment; on a CPU only the pages of the part are written.
     """
 
     def __init__(self, config: OptimizerConfig, ranks: Ranks, device: torch.device, *, cpu_offload: bool):
@@ -228,7 +228,7 @@ class FlatParts:
 
 
 def _part(parameter: Any, whole: Tensor) -> Tensor:
-    """This rank's part of a whole tensor, padded as the parameter's own is."""
+    """This rank's part of a whole tensor, padded like the parameter's part."""
     part = torch.zeros_like(parameter.ds_tensor)
     mine = whole.reshape(-1)[parameter.ds_zero_partition_rank * part.numel() :][: part.numel()]
     part[: mine.numel()] = mine

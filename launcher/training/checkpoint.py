@@ -4,8 +4,8 @@
                             index.json               which file holds which rows, checksums, and `meta` of the run
                             COMPLETE                 sha256 of index.json, written last
 
-Everything is written to step-000123.tmp and renamed when complete, so a killed save leaves the older ones as they were.
-A reader of any world size takes the rows it needs. No pickle.
+Everything is written to step-000123.tmp and renamed when complete, so a killed save leaves older checkpoints intact.
+A reader on any number of processes takes the rows it needs. No pickle.
 """
 
 from __future__ import annotations
@@ -68,7 +68,7 @@ class Checkpoint:
     tensors: dict[str, TensorEntry]
 
     def read(self, name: str, shape: Sequence[int], start: int = 0, count: int | None = None) -> Tensor:
-        """Rows start .. start + count of a tensor of that full shape (all by default), whatever files they lie in.
+        """Rows start .. start + count of a tensor of that full shape (all by default), from all files that hold some.
 
         Raises ValueError where the checkpoint has no such tensor, has it in another shape, or a number is not finite.
         """
@@ -102,10 +102,10 @@ def save(
     comm: Communicator,
     before: Callable[[], None] = lambda: None,
 ) -> Path:
-    """Write one checkpoint; every rank calls it with the rows it holds (replicated tensors: rank 0 alone).
+    """Write one checkpoint. Every rank calls this with the rows it holds; of a replicated tensor only rank 0 has any.
 
-    before() is called on rank 0, in another thread, and has ended when the checkpoint becomes complete. Raises
-    ValueError on every rank where one of them cannot write; what was there before stays.
+    before() runs on rank 0 in another thread and ends before the checkpoint becomes complete. Raises ValueError on all
+    ranks if one of them cannot write, or holds a number that is not finite; older checkpoints stay.
     """
     final = root / f"step-{step:06d}"
     partial = final.with_suffix(".tmp")
@@ -157,9 +157,9 @@ def save(
 
 
 class Saver:
-    """Saves one checkpoint after another, in the background where asked for: training then waits for the copy alone.
+    """Saves one checkpoint after another. In the background, training waits only for a copy of the rows.
 
-    Whoever else speaks to the comm waits first, so that all ranks say the same things in the same order.
+    Call `wait` before any other use of the comm, so that all ranks send their messages in the same order.
     """
 
     def __init__(self, root: Path, comm: Communicator, *, background: bool):
@@ -175,7 +175,7 @@ class Saver:
         before: Callable[[], None] = lambda: None,
         after: Callable[[], None] = lambda: None,
     ) -> None:
-        """As `save`, and then after(); raises what the save before this one failed with."""
+        """As `save`, then call after(). Raises the error of the save before this one."""
         self.wait()
 
         def work(pieces: Mapping[str, Piece]) -> None:
@@ -192,12 +192,12 @@ class Saver:
             work(pieces)
             return
         copies = {name: replace(piece, rows=piece.rows.detach().cpu().clone()) for name, piece in pieces.items()}
-        # a daemon: where other ranks have died it would wait for their rows, and keep this process from ending
+        # A daemon: if other ranks have died it waits for their rows, and must not keep this process from exiting.
         self._thread = threading.Thread(target=work_aside, args=(copies,), name="save", daemon=True)
         self._thread.start()
 
     def wait(self) -> None:
-        """Until the last save is done. Raises what it failed with."""
+        """Wait until the last save is done. Raises its error."""
         if self._thread is not None:
             self._thread.join()
             self._thread = None
@@ -206,9 +206,9 @@ class Saver:
 
 
 def newest(root: Path) -> Checkpoint | None:
-    """The newest complete and undamaged checkpoint; damaged ones are passed over, each with a warning that names it.
+    """The newest complete and undamaged checkpoint. A damaged one is skipped with a warning that names it.
 
-    Raises NewerFormat where a later version wrote one that would be passed over.
+    Raises NewerFormat rather than skip a checkpoint that a later version wrote.
     """
     folders = _folders(root)
     for number, (_, folder) in enumerate(sorted(folders, reverse=True), start=1):
@@ -327,13 +327,13 @@ def _seal(
     with _disk_errors(final.parent):
         (partial / "index.json").write_text(text)
         (partial / "COMPLETE").write_text(hashlib.sha256(text.encode()).hexdigest() + "\n")
-        # All at once: a journal commits together what waits for it, which takes a quarter of the time of one by one.
+        # All at once: a journal commits waiting files together, in a quarter of the time of one after the other.
         mine = [partial / name for name in ("rank-00000.safetensors", "index.json", "COMPLETE")]
-        with ThreadPoolExecutor(2 + len(mine)) as pool:  # the folder holds their names
+        with ThreadPoolExecutor(2 + len(mine)) as pool:  # the folder itself holds the names
             waiting = [pool.submit(before), *(pool.submit(sync, file) for file in (*mine, partial) if file.exists())]
         for future in waiting:
             future.result()
-        shutil.rmtree(final, ignore_errors=True)  # of the same step, from before a resume
+        shutil.rmtree(final, ignore_errors=True)  # a checkpoint of the same step from before a resume
         os.replace(partial, final)
         sync(final.parent)
 

@@ -103,7 +103,7 @@ class _Loop:
         self.training, self.config = training, training.config
         self.state = TrainingState(**resume.meta["progress"]) if resume else TrainingState()
         if resume:
-            training.engine.restore(resume)
+            training.comm.together("restoring", lambda: training.engine.restore(resume))
         seal = resume.meta["events"] if resume else None
         file, is_main = training.output / "events.jsonl", training.comm.ranks.is_main
         with disk_errors("events", training.output, "give --output elsewhere"):

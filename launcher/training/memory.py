@@ -1,4 +1,4 @@
-"""Whether the weights fit the memory of this process, told before anything is read."""
+"""Whether the weights fit the memory of this process, checked before anything is read."""
 
 from __future__ import annotations
 
@@ -63,11 +63,11 @@ def check_size(
     limited: bool = False,
     allowed: Callable[[str], bool] = lambda option: True,
 ) -> None:
-    """Raises ValueError where the base's weights alone do not fit: a machine out of memory kills without a word.
+    """Raises ValueError where the base's weights alone do not fit: a machine out of memory kills without a message.
 
-    kind is the base's dtype, or how it is quantised; share, how much of the base lies in these memory bytes, which
-    limited says are those of a job. Only what is certain counts: of a quantised base all as if it were packed, in
-    endless rows. allowed(option) is whether this run could be given that instead.
+    kind: the base's dtype, or how it is quantised. share: the part of the base that lies in this memory. memory: its
+    bytes; limited: whether a job or container limits them. A lower bound is used: every weight of a quantised base
+    counts as packed, in endless rows. allowed(option): whether the run would be accepted with that option.
     """
     numbers = sum(math.prod(tensor.shape) for tensor in list_tensors(folder).values())
     needs = {
@@ -88,7 +88,7 @@ def check_size(
             break
     give.append("the job or container more memory (Slurm: --mem)" if limited else "a machine that has more")
     copies = f", {share:.3g} times," if share > 1 else ""
-    has = "where this job or container may fill" if limited else "which has"
+    has = "where this job or container may use" if limited else "which has"
     raise ValueError(
         f"the weights of {folder} take {needs[kind] / 1e9:.3g} GB in {kind}{copies} on {where}, {has} "
         f"{memory / 1e9:.3g} GB: give {', or '.join(give)}"
@@ -96,7 +96,7 @@ def check_size(
 
 
 def main_memory(proc: Path = Path("/proc/self/cgroup"), root: Path = Path("/sys/fs/cgroup")) -> tuple[int, bool]:
-    """Bytes of main memory that this process may fill, and whether its container or job is what limits it."""
+    """Bytes of main memory that this process may use, and whether its container or job limits them."""
     machine = limit = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
     for line in proc.read_text().splitlines() if proc.exists() else ():
         _, controllers, group = line.split(":", 2)
@@ -107,7 +107,7 @@ def main_memory(proc: Path = Path("/proc/self/cgroup"), root: Path = Path("/sys/
         else:
             continue
         inside = PurePosixPath(group.lstrip("/"))
-        for folder in (inside, *inside.parents):  # the least limit of all levels holds
+        for folder in (inside, *inside.parents):  # the smallest limit of all levels applies
             with suppress(OSError, ValueError):  # none at this level, not ours to read, or "max"
                 limit = min(limit, int((top / folder / name).read_text()))
     return limit, limit < machine

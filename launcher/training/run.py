@@ -40,7 +40,7 @@ from launcher.models.quantize import base_size, quantised_share, size
 from launcher.models.skeleton import bare_skeleton
 from launcher.models.suitable import leave_out, reach, unmatched
 from launcher.packages import versions
-from launcher.processes import Communicator, Ranks, Stopped, connect, same_everywhere, say_mistake
+from launcher.processes import Communicator, Ranks, Stopped, connect, print_error, same_everywhere
 from launcher.tasks.base import Samples, on_device
 from launcher.training import factoring
 from launcher.training.factoring import Factoring
@@ -111,7 +111,7 @@ def run(
             state.failed()
             # Once connected, a mistake of one rank is a ValueError on all.
             shared = connected and isinstance(error, ValueError)
-            say_mistake(error, ranks.is_main, shared=shared, ended=lambda: stop.reason is not None)
+            print_error(error, ranks.is_main, shared=shared, ended=lambda: stop.reason is not None)
             return MISTAKE
         except Exception:
             state.failed()

@@ -1,4 +1,4 @@
-"""--cpu-offload: refused where it would do nothing, and on a GPU the same training with the shards in main memory."""
+"""--cpu-offload is refused where it would do nothing; on a GPU it gives the same losses with shards in main memory."""
 
 import pytest
 import torch
@@ -39,7 +39,7 @@ def gpu_mesh():
 
 
 def test_rows_that_are_read_for_a_gpu_stay_in_main_memory_until_they_are_used(gpu_mesh):
-    """Else torch refuses to offload them, and the whole model would pass through the GPU."""
+    """Otherwise torch refuses to offload them, and the whole model would pass through the GPU."""
     rows = torch.arange(15.0).view(5, 3)
     on_meta = DTensor.from_local(rows.to("meta"), gpu_mesh, [Shard(0)], run_check=False)
 

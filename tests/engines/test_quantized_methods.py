@@ -153,7 +153,9 @@ def test_a_method_of_peft_learns_the_same_under_fully_shard(stories, method, kin
         ("shira", (), "nf4", "fsdp2", "--method shira .*nf4 under --sharding fsdp2.*give --sharding ddp"),
     ],
 )
-def test_a_method_that_cannot_is_refused_before_anything_is_loaded(method, options, kind, sharding, message):
+def test_a_method_that_cannot_train_on_packed_weights_is_refused_before_anything_is_loaded(
+    method, options, kind, sharding, message
+):
     config = Config(
         model=ModelConfig(model="/nowhere", quantize=kind), adapter=AdapterConfig(method=method, options=options)
     )

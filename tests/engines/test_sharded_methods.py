@@ -1,4 +1,4 @@
-"""PEFT's own adapters and full fine-tuning under the sharding engines: the curve of one process."""
+"""PEFT's own adapters and full fine-tuning under the sharding engines give the losses of one process."""
 
 from dataclasses import replace
 from pathlib import Path
@@ -15,7 +15,7 @@ from launcher.models.skeleton import skeleton
 
 CURVE = 5e-6  # float32: the same sums in another order (measured 2e-6)
 ENGINES = ["fsdp2", "zero2", "zero3"]
-RESUMED = [  # the method, who wrote its checkpoint, who goes on
+RESUMED = [  # the method, the engine that wrote its checkpoint, the engine that resumes
     ("lora", "fsdp2", "zero3"), ("lora", "zero3", "fsdp2"),
     ("dora", "zero2", "fsdp2"), ("dora", "fsdp2", "zero3"),
     ("full", "fsdp2", "zero3"), ("full", "zero3", "zero2"), ("full", "zero2", "fsdp2"),
@@ -73,19 +73,19 @@ def runs(stories, alpaca_file, tmp_path_factory):
 @pytest.mark.slow
 @pytest.mark.parametrize("engine", [*ENGINES, "zero3>hsdp"])
 @pytest.mark.parametrize("name", METHODS)
-def test_every_kind_of_adapter_trains_sharded_to_the_curve_of_one_process(runs, name, engine):
+def test_every_kind_of_adapter_has_the_losses_of_one_process_when_sharded(runs, name, engine):
     torch.testing.assert_close(runs.losses(f"{name}-{engine}"), runs.losses(name), atol=CURVE, rtol=0)
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("name", ["lora", "full"])
-def test_what_is_drawn_is_sharded_and_copied_alike(runs, name):
+def test_drawn_parameters_are_sharded_and_replicated_alike(runs, name):
     torch.testing.assert_close(runs.losses(f"{name}-hsdp"), runs.losses(name), atol=CURVE, rtol=0)
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize(("name", "before", "after"), RESUMED)
-def test_every_kind_of_adapter_goes_on_under_another_engine(runs, name, before, after):
+def test_every_kind_of_adapter_resumes_under_another_engine(runs, name, before, after):
     torch.testing.assert_close(runs.losses(f"{name}-{before}>{after}"), runs.losses(name), atol=CURVE, rtol=0)
 
 

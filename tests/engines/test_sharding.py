@@ -1,4 +1,4 @@
-"""Every sharding gives the curve of one process, and a checkpoint of any goes on under any other.
+"""Every sharding gives the losses of one process, and a checkpoint of any of them resumes under any other.
 
 All runs with several processes happen in four starts, in the fixtures; the tests compare what they left.
 """
@@ -137,13 +137,13 @@ def test_every_sharding_gives_the_first_20_losses_of_one_process(runs, name):
 
 @pytest.mark.slow
 @pytest.mark.parametrize("sharding", SHARDED[1:])
-def test_micro_batches_give_the_same_curve(runs, sharding):
+def test_micro_batches_give_the_same_losses(runs, sharding):
     torch.testing.assert_close(runs.losses(f"{sharding}-parts"), runs.losses("one"), atol=CURVE, rtol=0)
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("sharding", SHARDED)
-def test_triangles_multiplied_in_blocks_give_the_same_curve(runs, sharding):
+def test_triangles_multiplied_in_blocks_give_the_same_losses(runs, sharding):
     torch.testing.assert_close(runs.losses(f"{sharding}-blocks"), runs.losses("one-full-rank"), atol=CURVE, rtol=0)
 
 
@@ -156,7 +156,7 @@ def test_offloading_changes_nothing_also_after_a_resume(runs, sharding):
 
 
 @pytest.mark.slow
-def test_nodes_with_caches_of_their_own_train_to_the_same_curve(runs):
+def test_nodes_with_their_own_caches_have_the_same_losses(runs):
     torch.testing.assert_close(runs.losses("apart"), runs.losses("one"), atol=CURVE, rtol=0)
     assert [len(list((runs.folder / f"node-{rank}" / "factors").iterdir())) for rank in (0, 1)] == [35, 35]
 
@@ -177,13 +177,13 @@ def test_a_cache_that_the_nodes_do_not_share_is_refused_in_one_line(runs):
         "zero3>one", "4>2", "4>2>1", "4>2>1>4",
     ],
 )  # fmt: skip
-def test_a_checkpoint_goes_on_under_any_sharding_and_number_of_processes(runs, name):
+def test_a_checkpoint_resumes_under_any_sharding_and_number_of_processes(runs, name):
     torch.testing.assert_close(runs.losses(name), runs.losses("one"), atol=CURVE, rtol=0)
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("sharding", SHARDED)
-def test_the_same_sharding_goes_on_bit_for_bit(runs, sharding):
+def test_the_same_sharding_resumes_bit_for_bit(runs, sharding):
     assert runs.events(f"{sharding}>{sharding}") == runs.events(sharding)
     again, once = runs.adapter(f"{sharding}>{sharding}"), runs.adapter(sharding)
     assert all(torch.equal(again[name], once[name]) for name in once)
@@ -191,7 +191,7 @@ def test_the_same_sharding_goes_on_bit_for_bit(runs, sharding):
 
 @pytest.mark.slow
 @pytest.mark.parametrize("sharding", SHARDED)
-def test_all_ranks_write_answers_together(runs, sharding):
+def test_all_ranks_generate_answers_together(runs, sharding):
     """A rank that made fewer forward passes than another would wait for ever in a sharded model."""
     found = [event["exact_match"] for event in runs.events(f"{sharding}-answers") if "exact_match" in event]
 

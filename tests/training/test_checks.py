@@ -1,4 +1,4 @@
-"""What is refused before the model is loaded: a base that cannot fit, and with what remedies."""
+"""A base that cannot fit is refused before the model is loaded, with remedies that work."""
 
 import os
 import socket
@@ -60,7 +60,7 @@ def test_a_base_that_cannot_fit_is_refused_before_the_data_is_read(stories, monk
         (NUMBERS * 51 // 100, []),
     ],
 )
-def test_only_what_would_fit_is_suggested(stories, memory, given):
+def test_a_suggested_precision_fits(stories, memory, given):
     with pytest.raises(ValueError, match=r"take 0\.00104 GB in float32 on here, which has") as refused:
         check_size(stories, "float32", share=1, memory=memory, where="here")
 
@@ -83,7 +83,7 @@ def test_only_what_would_fit_is_suggested(stories, memory, given):
         (None, {}, 1000 * 4096),
     ],
 )
-def test_memory_is_what_a_container_or_job_may_fill(groups, files, limit, monkeypatch, tmp_path):
+def test_memory_is_limited_by_a_container_or_job(groups, files, limit, monkeypatch, tmp_path):
     counts, asked = {"SC_PHYS_PAGES": 1000, "SC_PAGE_SIZE": 4096}, os.sysconf
     monkeypatch.setattr("os.sysconf", lambda name: counts.get(name) or asked(name))
     for name, text in files.items():
@@ -106,7 +106,7 @@ def test_memory_is_what_a_container_or_job_may_fill(groups, files, limit, monkey
         ("ddp", "lorasb", False, ["int8", "nf4"]),
     ],
 )
-def test_what_would_be_refused_next_is_not_suggested(stories, monkeypatch, sharding, method, offload, remedies):
+def test_no_option_is_suggested_that_would_be_refused_next(stories, monkeypatch, sharding, method, offload, remedies):
     seen = {}
     monkeypatch.setattr(memory, "check_size", lambda base, kind, **given: seen.update(given))
     config = Config(adapter=AdapterConfig(method=method), run=RunConfig(sharding=sharding, cpu_offload=offload))
@@ -117,8 +117,8 @@ def test_what_would_be_refused_next_is_not_suggested(stories, monkeypatch, shard
     assert [option.split()[1] for option in options if seen["allowed"](option)] == remedies
 
 
-def test_the_limit_of_a_job_is_said_to_be_one(stories):
-    with pytest.raises(ValueError, match=r"on node7, where this job or container may fill 1e-06 GB: give .*--mem"):
+def test_the_error_tells_that_the_limit_is_that_of_a_job(stories):
+    with pytest.raises(ValueError, match=r"on node7, where this job or container may use 1e-06 GB: give .*--mem"):
         check_size(stories, "float32", share=1, memory=1000, where="node7", limited=True)
 
 
@@ -134,9 +134,7 @@ def test_the_limit_of_a_job_is_said_to_be_one(stories):
         ("hsdp", 2, 2),
     ],
 )
-def test_the_parts_of_a_base_that_meet_in_one_machine_are_added(
-    stories, monkeypatch, sharding, shard_size, copies_here
-):
+def test_the_parts_of_a_base_on_one_machine_are_added_up(stories, monkeypatch, sharding, shard_size, copies_here):
     seen = {}
     monkeypatch.setattr(memory, "check_size", lambda base, kind, **given: seen.update(given, kind=kind))
     monkeypatch.setattr("torch.cuda.is_available", lambda: False)
@@ -170,7 +168,7 @@ def test_processes_of_one_machine_share_the_pages_of_a_frozen_base_in_its_files_
 
 
 @pytest.mark.parametrize(("sharding", "where"), [("zero2", "the GPU"), ("zero3", socket.gethostname())])
-def test_what_zero2_offloads_is_not_the_base(stories, monkeypatch, sharding, where):
+def test_zero2_does_not_offload_the_base(stories, monkeypatch, sharding, where):
     seen = {}
     monkeypatch.setattr(memory, "check_size", lambda base, kind, **given: seen.update(given))
     monkeypatch.setattr("torch.cuda.is_available", lambda: True)
