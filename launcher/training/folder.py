@@ -18,6 +18,7 @@ from launcher.files import allow_by_umask, digest, disk_errors, read_json, read_
 from launcher.processes import Communicator, Ranks, nodes_without
 from launcher.training import checkpoint
 from launcher.training.changes import changes
+from launcher.training.ownership import Ownership
 
 log = logging.getLogger(__name__)
 CONFIG_BYTES = 64 << 20  # a longer config.json is damaged
@@ -27,11 +28,12 @@ CHECKSUMS = "SHA256SUMS"  # as sha256sum -c reads it
 class State:
     """The run folder's `state` file: running, stopped, finished or failed. Written by rank 0."""
 
-    def __init__(self, ranks: Ranks, folder: Path | None):
-        self.ranks, self.folder = ranks, folder
+    def __init__(self, ranks: Ranks, ownership: Ownership):
+        self.ranks, self.ownership = ranks, ownership
+        self.folder: Path | None = None  # known once it is claimed
 
     def write(self, state: str) -> None:
-        if self.ranks.is_main and self.folder is not None:
+        if self.ranks.is_main and self.folder is not None and not self.ownership.lost:
             with disk_errors("the state of the run", self.folder, "give --output elsewhere"):
                 write_atomically(self.folder / "state", state + "\n")
 
@@ -50,16 +52,19 @@ class State:
 
 
 def prepare(
-    config: Config, output: Path, identity: dict[str, Any], steps: int, comm: Communicator
+    config: Config, output: Path, identity: dict[str, Any], steps: int, comm: Communicator, ownership: Ownership
 ) -> tuple[Path, checkpoint.Checkpoint | None]:
-    """Make the run folder; returns it and the checkpoint to resume from, if any. Called by all ranks.
+    """Make and claim the run folder; returns it and the checkpoint to resume from, if any. Called by all ranks.
 
     Without --output the folder is a new one, with a number where another start has just taken the name. Raises
     ValueError for a folder that holds another run, or this run with settings that would change its learning curve.
     """
 
     def decide() -> tuple[str, str | None]:
-        folder = named_folder() if config.run.output else _new_folder(output)
+        if config.run.output:
+            folder = named_folder()
+        else:
+            ownership.claim(folder := _new_folder(output))
         if config.run.resume in ("auto", "never"):
             found = checkpoint.newest(folder / "checkpoints")
             if found is None and (folder / "config.json").exists():
@@ -73,16 +78,21 @@ def prepare(
         return str(folder), str(found.folder)
 
     def named_folder() -> Path:
-        if config.run.resume == "never" and (output / "config.json").exists():
-            aside = output.with_name(f"{output.name}-before-{time.strftime('%Y%m%d-%H%M%S')}")
-            os.replace(output, aside)
-            log.warning("--resume never: the run that was in %s is now in %s", output, aside)
-        if output.exists() and not (output / "config.json").exists() and any(_foreign(output)):
+        if output.exists() and not _is_run(output) and any(_foreign(output)):
             raise ValueError(f"{output} is not a run folder and not empty: give another --output")
         results = [output / f"{name}{end}" for name in ("adapter", "model") for end in ("", ".tmp")]
         checkpoint.refuse_links(output / "checkpoints", *results)
         with _folder_errors(output):
             output.mkdir(parents=True, exist_ok=True)
+        ownership.claim(output)
+        if config.run.resume == "never" and (output / "config.json").exists():
+            aside = output.with_name(f"{output.name}-before-{time.strftime('%Y%m%d-%H%M%S')}")
+            ownership.release()
+            os.replace(output, aside)
+            log.warning("--resume never: the run that was in %s is now in %s", output, aside)
+            with _folder_errors(output):
+                output.mkdir(parents=True, exist_ok=True)
+            ownership.claim(output)
         return output
 
     made, resumed = comm.from_main("checkpoints", decide)
@@ -167,11 +177,21 @@ def _saved_identity(output: Path) -> dict[str, Any]:
         ) from None
 
 
+def _is_run(folder: Path) -> bool:
+    """Whether a folder carries the marks of a run: a model's folder has a config.json too."""
+    if read_or_empty(folder / "state") in ("running", "stopped", "finished", "failed"):
+        return True
+    try:
+        return isinstance(read_json(folder / "config.json", CONFIG_BYTES)["identity"], dict)
+    except (OSError, ValueError, KeyError, TypeError):
+        return False
+
+
 def _foreign(output: Path) -> list[Path]:
     """What in a folder without config.json is not ours: a cluster job puts its script, logs and control file there, and
     a start that was killed may leave a file it was about to rename."""
     known = {"state", "control", "events", "job.sbatch", "job.json", "logs"}
-    ours = ("slurm-*", ".*.tmp", ".*.probe")
+    ours = ("slurm-*", ".*.tmp", ".*.probe", ".owner-*")
     return [path for path in output.iterdir() if path.name not in known and not any(map(path.match, ours))]
 
 

@@ -28,6 +28,7 @@ from launcher.tasks.base import Layout, Samples, Task, on_device
 from launcher.tasks.evaluation import Evaluation, Interrupted
 from launcher.training.checkpoint import Checkpoint, Saver, prune
 from launcher.training.checkpoint_index import TrainingState
+from launcher.training.ownership import Ownership
 from launcher.training.packing import Way
 from launcher.training.report import Events, Screen, Throughput, memory_gib
 from launcher.training.stop import StopRequest
@@ -69,6 +70,7 @@ class Training:
     screen: Screen
     trackers: list[Any] = field(default_factory=list)
     callbacks: Callbacks = field(default_factory=Callbacks)
+    ownership: Ownership = field(default_factory=Ownership)
     clock: Clock = field(default_factory=lambda: Clock())
 
 
@@ -190,6 +192,7 @@ class _Loop:
 
     def log(self, event: Event) -> None:
         if self.events is not None:
+            self.training.ownership.check()
             with disk_errors("events", self.training.output, "run the same command with more space"):
                 self.events.write(event)
             for tracker in self.training.trackers:
@@ -203,6 +206,7 @@ class _Loop:
         if self.events is None:
             saver.save(state.step, pieces, meta)
         else:
+            training.ownership.check()
             meta["events"] = self.events.seal()
             prune_old = lambda: prune(saver.root, keep_last, best)  # noqa: E731
             saver.save(state.step, pieces, meta, before=self.events.sync, after=prune_old)

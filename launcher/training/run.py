@@ -47,6 +47,7 @@ from launcher.training.factoring import Factoring
 from launcher.training.folder import State, finished, prepare, save_final
 from launcher.training.loop import Callbacks, Event, Training, evaluation_of, train
 from launcher.training.methods import unusual_learning_rate
+from launcher.training.ownership import Ownership
 from launcher.training.packing import Way, candidates, check_causal, check_packing
 from launcher.training.report import Screen, open_trackers, read_events
 from launcher.training.resolve import Resolved, check_context, resolve
@@ -81,7 +82,8 @@ def run(
     given = {"on_step": on_step, "on_evaluation": on_evaluation}
     callbacks = Callbacks(**{event: function for event, function in given.items() if function is not None})
     screen = Screen(ranks.is_main)
-    state, connected = State(ranks, None), ranks.world_size == 1
+    ownership = Ownership()
+    state, connected = State(ranks, ownership), ranks.world_size == 1
     with StopRequest(config.run.max_seconds) as stop:
         try:
             resolved = resolve(config, ranks)
@@ -117,6 +119,8 @@ def run(
             state.failed()
             traceback.print_exc()
             return FAILED
+        finally:
+            ownership.release()
     return STOPPED if status == "stopped" and ranks.world_size == 1 else DONE
 
 
@@ -144,7 +148,7 @@ def _run(
 
     # 2. What is trained; and whether this folder holds a part of the run already, or all of it.
     plan = _plan(start, samples.train, tokenizer)
-    output, resume = prepare(config, start.output, plan.identity, steps, comm)
+    output, resume = prepare(config, start.output, plan.identity, steps, comm, state.ownership)
     start, state.folder = replace(start, output=output), output
     if resume is not None and comm.from_main("state", lambda: finished(config, start.output, resume, steps)):
         screen.say(f"{start.output} is already finished at step {resume.step}: nothing to do")
@@ -171,7 +175,7 @@ def _run(
         config=config, task=resolved.task, engine=engine, forward=HeadLoss(model, engine.forward), tokenizer=tokenizer,
         samples=samples, batches=global_batches, steps=steps, packed_as=packed_as, device=resolved.device,
         output=start.output, identity=identity, comm=comm, stop=stop, screen=screen, trackers=trackers,
-        callbacks=callbacks,
+        callbacks=callbacks, ownership=state.ownership,
     )  # fmt: skip
     model.train()
     if resume is not None:
@@ -186,6 +190,7 @@ def _run(
         screen.say(f"stopped by {stop.reason or 'another rank'}; every step is saved. To resume, {again}")
     else:
         whole = engine.whole_state()
+        comm.from_main("owner", state.ownership.check)
 
         def save_template_in(folder: Path) -> None:
             if samples.template is not None:

@@ -80,7 +80,7 @@ def record(name: str, config: Config, folder: Path) -> dict:
     return {
         "cache_keys": sorted(file.stem for file in (cache / "factors").glob("*")) if cache.exists() else [],
         "config": saved,
-        "folder": sorted(path.name for path in output.iterdir()),
+        "folder": sorted(path.name for path in output.iterdir() if not path.name.startswith(".")),
         "checkpoint": {"files": sorted(path.name for path in checkpoint.iterdir()), "index": index},
         "adapter": {"files": sorted(path.name for path in final.iterdir()), "tensors": tensors(final)},
         "adapter_config": adapter_config(final),

@@ -11,6 +11,7 @@ from launcher.config import Config, RunConfig
 from launcher.processes import Communicator, Ranks
 from launcher.training import folder
 from launcher.training.checkpoint import Checkpoint
+from launcher.training.ownership import Ownership
 from launcher.training.report import Events
 
 NAMED = Config(run=RunConfig(output="run"))
@@ -19,7 +20,9 @@ NAMED = Config(run=RunConfig(output="run"))
 def test_starts_without_output_at_the_same_second_get_folders_of_their_own(tmp_path):
     wanted = tmp_path / "runs" / "recipe-20240101-000000"
 
-    made = [folder.prepare(Config(), wanted, {"base": "a"}, 6, Communicator(Ranks()))[0].name for _ in range(3)]
+    made = [
+        folder.prepare(Config(), wanted, {"base": "a"}, 6, Communicator(Ranks()), Ownership())[0].name for _ in range(3)
+    ]
 
     assert made == [wanted.name, f"{wanted.name}-2", f"{wanted.name}-3"]
 
@@ -28,7 +31,7 @@ def test_a_start_that_was_killed_before_its_first_file_stood_is_no_foreign_folde
     for name in ("state", "control", ".config.json.tmp", ".0123abc.probe", "slurm-7.out"):
         (tmp_path / name).touch()
 
-    assert folder.prepare(NAMED, tmp_path, {"base": "a"}, 6, Communicator(Ranks())) == (tmp_path, None)
+    assert folder.prepare(NAMED, tmp_path, {"base": "a"}, 6, Communicator(Ranks()), Ownership()) == (tmp_path, None)
 
 
 @pytest.mark.parametrize(
@@ -78,10 +81,11 @@ def test_a_folder_of_a_run_that_is_a_link_is_refused_before_anything_is_touched(
     run = tmp_path / "run"
     run.mkdir()
     (run / "config.json").write_text("{}")
+    (run / "state").write_text("stopped\n")
     (run / name).symlink_to(elsewhere)
 
     with pytest.raises(ValueError, match=rf"run/{name} is a symbolic link to .*elsewhere, .*--output"):
-        folder.prepare(NAMED, run, {"base": "a"}, 6, Communicator(Ranks()))
+        folder.prepare(NAMED, run, {"base": "a"}, 6, Communicator(Ranks()), Ownership())
 
     assert (elsewhere / "thesis").read_text() == "years of work"
 
@@ -89,11 +93,12 @@ def test_a_folder_of_a_run_that_is_a_link_is_refused_before_anything_is_touched(
 @pytest.mark.parametrize("text", ["[]", "7", '{"identity": []}', '{"identity": "a"}', "{}", "[" * 100_000, "{"])
 def test_a_config_that_cannot_be_read_is_damaged(tmp_path, text):
     (tmp_path / "config.json").write_text(text)
+    (tmp_path / "state").write_text("stopped\n")
 
     with pytest.raises(
         ValueError, match=r"config\.json is damaged and no checkpoint tells which run this was: .*--output"
     ):
-        folder.prepare(NAMED, tmp_path, {"base": "a"}, 6, Communicator(Ranks()))
+        folder.prepare(NAMED, tmp_path, {"base": "a"}, 6, Communicator(Ranks()), Ownership())
 
 
 def test_odd_lines_of_events_are_left_out_on_a_resume(tmp_path, caplog):

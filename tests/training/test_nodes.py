@@ -6,6 +6,7 @@ from launcher import processes
 from launcher.config import Config, RunConfig
 from launcher.processes import Ranks, same_everywhere
 from launcher.training import folder
+from launcher.training.ownership import Ownership
 
 
 def two_nodes(rank, world):
@@ -17,7 +18,7 @@ def test_a_run_folder_that_another_node_does_not_see_is_refused_naming_it(tmp_pa
 
     def prepare(comm):
         named = Config(run=RunConfig(output="run"))
-        return folder.prepare(named, tmp_path / f"node{comm.ranks.rank}" / "run", {"base": "a"}, 6, comm)
+        return folder.prepare(named, tmp_path / f"node{comm.ranks.rank}" / "run", {"base": "a"}, 6, comm, Ownership())
 
     errors = together(2, prepare, two_nodes)
 

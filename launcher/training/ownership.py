@@ -1,0 +1,225 @@
+"""One run folder, one owner at a time, on any file system: no locks, no trust in clocks of other machines.
+
+The owner is the highest numbered `.owner-000001`, `.owner-000002`, ... in the folder, unless it is marked as released.
+A claim is made under the next number by a hard link, which exactly one of several starts can make. The highest one is
+never removed, so a start that was slow finds it and withdraws. The owner touches its file every HEARTBEAT_S.
+
+An owner on this machine is dead when its process is. One on another machine is dead when its file was not touched while
+it was watched for WATCH_S, or at once when it is an earlier start of this Slurm job. An owner that was suspended finds
+the higher claim when it wakes, and ends without writing.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import socket
+import threading
+import time
+import uuid
+from collections.abc import Mapping
+from contextlib import suppress
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+
+from launcher.files import disk_errors, read_json, replacing
+
+NAME = re.compile(r"\.owner-(\d{6,})$")
+HEARTBEAT_S = 10.0
+WATCH_S = 35.0
+MAX_BYTES = 4096
+
+
+@dataclass(frozen=True)
+class Owner:
+    """Who started a run, where and when."""
+
+    host: str
+    machine: str  # this boot of it, and its process numbers: equal for processes that see each other
+    pid: int
+    started: str  # of the process, by which a reused process number shows
+    since: str
+    job: str = ""  # Slurm's
+    restarts: int = 0
+    released: bool = False
+
+    def __str__(self) -> str:
+        job = f", Slurm job {self.job}" if self.job else ""
+        return f"process {self.pid} on {self.host}{job}, since {self.since}"
+
+
+class Ownership:
+    """This process's claim on a run folder; none until `claim` is called."""
+
+    def __init__(self, environ: Mapping[str, str] = os.environ):
+        self.environ = environ
+        self.file: Path | None = None
+        self._seen = 0.0  # when the claim was last found to be the highest
+        self._ended = threading.Event()
+
+    def claim(self, folder: Path) -> None:
+        """Own the folder from now on. Raises ValueError naming its owner where another start owns it."""
+        mine = _this_process(self.environ)
+        while True:
+            number, last = _highest(folder)
+            if last is not None and (other := _living_owner(last, mine)):
+                raise ValueError(
+                    f"{folder} is in use by another start of this run ({other}): wait until it ends, stop it with "
+                    f"loldu cancel, or give another --output"
+                )
+            wanted = folder / f".owner-{number + 1:06d}"
+            with disk_errors("the run's owner", folder, "give another --output"):
+                if not _create(wanted, json.dumps(asdict(mine))):
+                    continue  # another start was faster: look again
+            if _highest(folder)[0] == number + 1:
+                break
+            wanted.unlink(missing_ok=True)  # this start was slow: look again
+        for file in folder.glob(".owner-*"):
+            if (found := NAME.match(file.name)) and int(found[1]) <= number:
+                file.unlink(missing_ok=True)
+        self.file, self._seen, self._ended = wanted, time.monotonic(), threading.Event()
+        threading.Thread(target=self._beat, args=(self._ended,), name="owner", daemon=True).start()
+
+    @property
+    def lost(self) -> bool:
+        """Whether another start has taken the folder over."""
+        return self._seen < 0
+
+    def check(self) -> None:
+        """Raises ValueError where another start has taken the folder over, as it may from a suspended process."""
+        if self.file is not None and time.monotonic() - self._seen > WATCH_S / 2:
+            self._look()
+        if self.lost and self.file is not None:
+            raise ValueError(
+                f"another start took over {self.file.parent} while this one did not run: this one ends, and writes "
+                "nothing more"
+            )
+
+    def release(self) -> None:
+        """Give the folder up; raises nothing."""
+        self._ended.set()
+        file, self.file = self.file, None
+        if file is None or self.lost:
+            return
+        with suppress(OSError, ValueError):
+            owner = _read(file)
+            if owner is not None:
+                with replacing(file, durable=False) as temporary:
+                    temporary.write_text(json.dumps(asdict(replace(owner, released=True))))
+
+    def _beat(self, ended: threading.Event) -> None:
+        while not ended.wait(HEARTBEAT_S):
+            self._look()
+
+    def _look(self) -> None:
+        """Touch the claim where it is still the highest; else note that it is lost."""
+        file = self.file
+        if file is None or self.lost:
+            return
+        with suppress(OSError):  # a file server that is away for a while
+            if _highest(file.parent)[1] != file:
+                self._seen = -1.0
+                return
+            os.utime(file)
+            self._seen = time.monotonic()
+
+
+def _highest(folder: Path) -> tuple[int, Path | None]:
+    """The number and file of the last claim on a folder; 0 and None where there is none."""
+    found = [(int(match[1]), file) for file in folder.iterdir() if (match := NAME.match(file.name))]
+    return max(found, default=(0, None))
+
+
+def _create(file: Path, text: str) -> bool:
+    """Make a file with this text; False where there is one of that name. All at once: nobody reads half a file."""
+    temporary = file.with_name(f".{uuid.uuid4().hex}.tmp")
+    try:
+        temporary.write_text(text)
+        try:
+            os.link(temporary, file)
+        except FileExistsError:
+            return False
+        except OSError:  # a file system without hard links
+            with suppress(FileExistsError), open(file, "x") as opened:
+                opened.write(text)
+                return True
+            return False
+        return True
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def _read(file: Path) -> Owner | None:
+    """The owner in a claim; None where it is damaged, or not written yet."""
+    try:
+        return Owner(**read_json(file, MAX_BYTES))
+    except (OSError, ValueError, TypeError):
+        return None
+
+
+def _living_owner(file: Path, mine: Owner) -> str | None:
+    """Who holds this claim, in words; None where nobody does."""
+    owner = _read(file)
+    if owner is not None:
+        if owner.released:
+            return None
+        if owner.machine == mine.machine:
+            dead = owner.pid == mine.pid or _started(owner.pid) != owner.started
+            return None if dead else str(owner)
+        if mine.job and owner.job == mine.job and owner.restarts < mine.restarts:
+            return None
+    before, end = _touched(file), time.monotonic() + WATCH_S
+    while time.monotonic() < end:
+        time.sleep(HEARTBEAT_S / 20)
+        if (now := _touched(file)) != before:
+            return None if now is None else str(owner or "its process number is not readable")
+    return None
+
+
+def _touched(file: Path) -> int | None:
+    """When a file was last touched, asked anew of a network file system by opening it; None where it is gone."""
+    try:
+        with open(file, "rb") as opened:
+            return os.fstat(opened.fileno()).st_mtime_ns
+    except OSError:
+        return None
+
+
+def _this_process(environ: Mapping[str, str]) -> Owner:
+    restarts = environ.get("SLURM_RESTART_COUNT", "0")
+    return Owner(
+        host=socket.gethostname(),
+        machine=_machine(),
+        pid=os.getpid(),
+        started=_started(os.getpid()) or "",
+        since=time.strftime("%Y-%m-%d %H:%M:%S %z"),
+        job=environ.get("SLURM_JOB_ID", ""),
+        restarts=int(restarts) if restarts.isdecimal() else 0,
+    )
+
+
+def _machine() -> str:
+    """What processes have in common that see each other's numbers: host, its boot, the name space of processes."""
+    parts = [socket.gethostname()]
+    with suppress(OSError):
+        parts += [Path("/proc/sys/kernel/random/boot_id").read_text().strip(), os.readlink("/proc/self/ns/pid")]
+    return " ".join(parts)
+
+
+def _started(pid: int) -> str | None:
+    """When a process of this machine was started, in its own units; None where it has ended."""
+    stat = Path(f"/proc/{pid}/stat")
+    if not stat.parent.parent.joinpath("self").exists():  # no /proc: whether it is there at all
+        try:
+            os.kill(pid, 0)
+        except ProcessLookupError:
+            return None
+        except PermissionError:
+            pass
+        return ""
+    try:
+        fields = stat.read_text().rpartition(")")[2].split()  # the name before it may hold anything
+    except OSError:
+        return None
+    return None if fields[0] in "ZX" else fields[19]
