@@ -244,7 +244,9 @@ class RunConfig(Checked):
     trackers: tuple[Literal["tensorboard", "wandb"], ...] = ()
     """Where to log besides events.jsonl."""
     show_samples: CountOrZero = 0
-    """Number of held-out questions to answer on the screen before and after training."""
+    """Number of held-out questions to answer at each evaluation; shown on the screen before and after training."""
+    report: bool = True
+    """Write report.html when the run has finished: curves, trained numbers and answers (loldu report)."""
 
     def __post_init__(self) -> None:
         super().__post_init__()

@@ -56,7 +56,7 @@ class Runs:
             data=DataConfig(data=str(data), eval_records=6, prompt_template="short", max_length=64),
             adapter=AdapterConfig(rank=15, targets=("all-linear",)),  # no number of processes here divides 15
             optimizer=OptimizerConfig(learning_rate=1e-3, batch_size=4, max_steps=8),
-            run=RunConfig(cache=str(folder / "cache"), save_every=2),
+            run=RunConfig(cache=str(folder / "cache"), save_every=2, report=False),
         )
 
     def config(self, name, sharding=None, change=lambda config: config, **options):

@@ -28,6 +28,7 @@ class GlobalBatch(NamedTuple):
     tokens: int  # prompts included, padding not
     targets: int  # tokens that carry loss
     dealt: Plan
+    token_share: float  # of the positions that all ranks compute; the rest is padding
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -54,7 +55,8 @@ class GlobalBatches:
         rows = [self.rows[i] for i in batch_indices(self.seed, step - 1, self.batch_size, len(self.rows))]
         lengths = row_lengths(self.data, rows)
         dealt = plan(lengths, self.world_size, self.most_rows, self.most_positions)
-        return GlobalBatch(rows, sum(lengths), target_tokens(self.data, rows), dealt)
+        share = token_share(dealt, lengths)
+        return GlobalBatch(rows, sum(lengths), target_tokens(self.data, rows), dealt, share)
 
     def token_share(self) -> float:
         """Share of the computed positions that are tokens, over the first steps of an epoch; the rest is padding."""
@@ -62,7 +64,7 @@ class GlobalBatches:
         for step in range(1, 1 + min(LOOK_AHEAD, -(-len(self.rows) // self.batch_size))):
             batch = self.at(step)
             tokens += batch.tokens
-            computed += batch.tokens / token_share(batch.dealt, row_lengths(self.data, batch.rows))
+            computed += batch.tokens / batch.token_share
         return tokens / computed
 
 

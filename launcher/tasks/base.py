@@ -111,6 +111,10 @@ class Task(Protocol):
         """What to show when training has ended, such as answers before and after. Called by all ranks."""
         return None
 
+    def answers(self, evaluation: Evaluation) -> list[tuple[Question, str]]:
+        """What the model writes now to the questions that the run shows. Called by all ranks."""
+        return []
+
     def next_steps(self, config: Config, output: Path, saved: Path) -> list[str]:
         """Lines that tell what can be done with the result. output is the run folder, saved the adapter or model."""
         return []

@@ -58,6 +58,10 @@ class Instruct(NextToken):
             result["exact_match"] = float(right) / len(questions)
         return result
 
+    def answers(self, evaluation: Evaluation) -> list[tuple[Question, str]]:
+        shown = evaluation.samples.questions[: evaluation.config.run.show_samples]
+        return list(zip(shown, write_answers(evaluation, shown), strict=True)) if shown else []
+
     def show(self, evaluation: Evaluation) -> Table | None:
         shown = evaluation.samples.questions[: evaluation.config.run.show_samples]
         if not shown:

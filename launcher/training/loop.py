@@ -19,18 +19,18 @@ import torch.distributed as dist
 from torch import Tensor
 
 from launcher.config import Config, OptimizerConfig
-from launcher.data.microbatches import GlobalBatches
+from launcher.data.microbatches import GlobalBatch, GlobalBatches
 from launcher.engines.engine import Engine, NonFinite
 from launcher.engines.replicated import sum_over_ranks
 from launcher.files import disk_errors
 from launcher.processes import Communicator
-from launcher.tasks.base import Layout, Samples, Task, on_device
+from launcher.tasks.base import Layout, Question, Samples, Task, on_device
 from launcher.tasks.evaluation import Evaluation, Interrupted
 from launcher.training.checkpoint import Checkpoint, Saver, prune
 from launcher.training.checkpoint_index import TrainingState
 from launcher.training.ownership import Ownership
 from launcher.training.packing import Way
-from launcher.training.report import Events, Screen, Throughput, memory_gib
+from launcher.training.report import Events, Log, Screen, Throughput, memory_gib
 from launcher.training.stop import StopRequest
 
 Event = dict[str, Any]  # a line of events.jsonl
@@ -110,6 +110,8 @@ class _Loop:
         file, is_main = training.output / "events.jsonl", training.comm.ranks.is_main
         with disk_errors("events", training.output, "give --output elsewhere"):
             self.events = Events(file, self.state.step, seal) if is_main else None
+            names = ("metrics", "answers") if is_main else ()
+            self.logs = {name: Log(file.with_name(f"{name}.jsonl"), self.state.step) for name in names}
         self.saver = Saver(training.output / "checkpoints", training.comm, background=self.config.run.async_save)
         self.saved = self.state.step
         self.throughput = Throughput()
@@ -137,6 +139,8 @@ class _Loop:
             )
         if self.events is not None:
             self.events.close()
+        for log in self.logs.values():
+            log.close()
         return "finished" if ended and not evaluation_due(training, state) else "stopped"
 
     def step(self) -> bool:
@@ -144,19 +148,24 @@ class _Loop:
         training, state, clock = self.training, self.state, self.training.clock
         number, started, batches_s = state.step + 1, time.perf_counter(), clock.batches_s
         learning_rate = learning_rate_at(number, training.steps, self.config.optimizer)
-        loss, tokens, asked = gradients(training, number)
+        loss, batch, asked = gradients(training, number)
         try:
             if not math.isfinite(loss):
                 raise NonFinite(training.engine.nonfinite())
             norm = training.engine.update(learning_rate)
         except NonFinite as error:
             raise ValueError(self.diverged(number, loss, error)) from None
-        clock.steps_s += time.perf_counter() - started
+        seconds = time.perf_counter() - started
+        clock.steps_s += seconds
         clock.waited_s += clock.batches_s - batches_s
-        state.step, state.tokens = number, state.tokens + tokens
-        event = {"step": number, "loss": loss, "lr": learning_rate, "grad_norm": norm, "tokens": tokens}
+        state.step, state.tokens = number, state.tokens + batch.tokens
+        event = {"step": number, "loss": loss, "lr": learning_rate, "grad_norm": norm, "tokens": batch.tokens}
         self.log(event)
-        speed = self.throughput.add(tokens)
+        speed = self.throughput.add(batch.tokens)
+        self.note("metrics", {
+            "step": number, "seconds": round(seconds, 6), "tokens_per_s": round(batch.tokens / seconds, 3),
+            "memory_gib": round(memory_gib(), 4), "padding": round(1 - batch.token_share, 4),
+        })  # fmt: skip
         self.bar(number, f"loss {loss:.4f}, {speed:,.{0 if speed >= 10 else 1}f} tokens/s, {memory_gib():.1f} GiB")
         training.callbacks.on_step(training, event)
         return asked
@@ -188,7 +197,16 @@ class _Loop:
         shown = ", ".join(f"{name.replace('_', ' ')} {value:.4f}" for name, value in result.items())
         training.screen.say(f"step {state.step}: {shown}")
         training.callbacks.on_evaluation(training, event)
+        for question, text in written_answers(training):
+            answer = {"question": question.prompt, "expected": question.expected, "answer": text}
+            self.note("answers", {"step": state.step, **answer})
         return True
+
+    def note(self, name: str, line: Event) -> None:
+        """Add a line to metrics.jsonl or answers.jsonl; on rank 0."""
+        if name in self.logs:
+            with disk_errors(name, self.training.output, "run the same command with more space"):
+                self.logs[name].write(line)
 
     def log(self, event: Event) -> None:
         if self.events is not None:
@@ -221,8 +239,8 @@ def evaluation_due(training: Training, state: TrainingState) -> bool:
     return state.step in (0, training.steps) or bool(every and state.step % every == 0)
 
 
-def gradients(training: Training, step: int) -> tuple[float, int, bool]:
-    """Gradients of global batch `step`; returns its loss and tokens, and whether any rank was asked to stop."""
+def gradients(training: Training, step: int) -> tuple[float, GlobalBatch, bool]:
+    """Gradients of global batch `step`; returns its loss, the batch, and whether any rank was asked to stop."""
     seed, rank, batch = training.config.optimizer.seed, training.comm.ranks.rank, training.batches.at(step)
     total = torch.zeros((), device=training.device)
     for number, places in enumerate(batch.dealt[rank]):
@@ -232,7 +250,7 @@ def gradients(training: Training, step: int) -> tuple[float, int, bool]:
         total += loss.detach()
     asked = torch.tensor(float(training.stop.asked()), device=training.device)
     total, stops = training.engine.reduce([total, asked])
-    return float(total), batch.tokens, bool(stops > 0)
+    return float(total), batch, bool(stops > 0)
 
 
 def suspects(training: Training, step: int) -> list[int]:
@@ -270,6 +288,16 @@ def evaluate(training: Training) -> dict[str, float] | None:
         return training.task.evaluate(evaluation_of(training))
     except Interrupted:
         return None
+    finally:
+        model.train()
+
+
+def written_answers(training: Training) -> list[tuple[Question, str]]:
+    """The model's answers to the questions that the run shows. Called by all ranks."""
+    model = training.engine.model
+    model.eval()
+    try:
+        return training.task.answers(evaluation_of(training))
     finally:
         model.train()
 

@@ -21,7 +21,7 @@ from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 from rich.table import Table
 from rich.text import Text
 
-from launcher.files import open_regular, parse_json, replacing
+from launcher.files import open_regular, parse_json, replacing, write_atomically
 from launcher.text import printable
 
 log = logging.getLogger(__name__)
@@ -60,6 +60,25 @@ class Events:
     def sync(self) -> None:
         """Write the lines to the disk: called before a checkpoint of these steps is complete."""
         os.fsync(self._file.fileno())
+
+    def close(self) -> None:
+        self._file.close()
+
+
+class Log:
+    """A JSONL file of the run folder beside events.jsonl: what is measured, or written by the model.
+
+    A resume drops the lines after its step. Unlike events these lines differ between two equal runs.
+    """
+
+    def __init__(self, file: Path, resumed_step: int):
+        kept = [event for event in read_events(file) if event["step"] <= resumed_step] if resumed_step else []
+        write_atomically(file, "".join(json.dumps(event) + "\n" for event in kept))
+        self._file = open(file, "a")  # noqa: SIM115 (open for the whole run)
+
+    def write(self, event: dict[str, Any]) -> None:
+        self._file.write(json.dumps(event) + "\n")
+        self._file.flush()
 
     def close(self) -> None:
         self._file.close()

@@ -403,6 +403,13 @@ def _report(training: Training, saved: Path, seconds: float) -> None:
     waited = training.clock.waited_s / max(training.clock.steps_s, 1e-9)
     screen.say(f"finished {training.steps} steps in {seconds:.0f} s ({waited:.1%} of the step time waiting for data)")
     screen.say(f"saved {saved}")
+    if config.run.report and training.comm.ranks.is_main:
+        from launcher.reports.commands import write_report  # matplotlib takes a second to import
+
+        try:
+            screen.say(f"report {write_report([training.output])}")
+        except ValueError as error:
+            log.warning("%s", error)
     for line in task.next_steps(config, training.output, saved):
         screen.say(line)
 

@@ -47,7 +47,7 @@ def config(tmp_path):
         ),
         adapter=AdapterConfig(rank=15, targets=("all-linear",)),
         optimizer=OptimizerConfig(learning_rate=1e-2, batch_size=4, max_steps=6),
-        run=RunConfig(output=str(tmp_path / "run"), cache=str(tmp_path / "cache")),
+        run=RunConfig(output=str(tmp_path / "run"), cache=str(tmp_path / "cache"), report=False),
     )
 
 

@@ -25,7 +25,7 @@ BASE = Config(
     ),
     adapter=AdapterConfig(rank=15, targets=("all-linear",)),
     optimizer=OptimizerConfig(learning_rate=1e-3, batch_size=4, max_steps=20),
-    run=RunConfig(save_every=10),
+    run=RunConfig(save_every=10, report=False),
 )
 ADAPTERS = {
     "loldu": {},

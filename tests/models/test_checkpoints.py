@@ -53,7 +53,7 @@ def train(folder, out, *, sharding="none", quantize="none", targets=("all-linear
             data=data or DataConfig(data=DATA, prompt_template="short", max_length=96),
             adapter=AdapterConfig(rank=4, targets=targets),
             optimizer=OptimizerConfig(batch_size=2, max_steps=1),
-            run=RunConfig(output=str(out), cache=str(out.parent / "cache"), sharding=sharding),
+            run=RunConfig(output=str(out), cache=str(out.parent / "cache"), sharding=sharding, report=False),
         ),
         "test",
     )

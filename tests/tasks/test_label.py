@@ -103,7 +103,7 @@ def test_a_length_beyond_the_positions_of_roberta_is_refused(
         data=config(write(tmp_path, rows), max_length=max_length),
         adapter=AdapterConfig(rank=2, targets=("query",), modules_to_save=("classifier",)),
         optimizer=OptimizerConfig(batch_size=2, max_steps=1),
-        run=RunConfig(output=str(tmp_path / "run"), cache=str(tmp_path / "cache")),
+        run=RunConfig(output=str(tmp_path / "run"), cache=str(tmp_path / "cache"), report=False),
     )
 
     assert run(asked, "test") == code

@@ -36,7 +36,7 @@ def test_a_base_that_cannot_fit_is_refused_before_the_data_is_read(stories, monk
     config = Config(
         model=ModelConfig(model=str(stories)),
         data=DataConfig(data=str(tmp_path / "none.json")),
-        run=RunConfig(output=str(tmp_path / "run"), cache=str(tmp_path / "cache")),
+        run=RunConfig(output=str(tmp_path / "run"), cache=str(tmp_path / "cache"), report=False),
     )
 
     code = running.run(config, "huge")

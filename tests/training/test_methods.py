@@ -58,7 +58,7 @@ def four_steps(stories, alpaca_file, tmp_path):
             data=DataConfig(data=str(records), prompt_template="short", max_length=64),
             adapter=AdapterConfig(method=name, rank=4, targets=targets, options=tuple(options)),
             optimizer=OptimizerConfig(learning_rate=1e-2, batch_size=4, max_steps=4),
-            run=RunConfig(output=str(tmp_path / "run"), cache=str(tmp_path / "cache"), save_every=2),
+            run=RunConfig(output=str(tmp_path / "run"), cache=str(tmp_path / "cache"), report=False, save_every=2),
         )
 
     return config

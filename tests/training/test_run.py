@@ -36,7 +36,7 @@ def small(stories, alpaca_file, tmp_path):
         data=DataConfig(data=str(records), eval_records=20, prompt_template="short", max_length=96),
         adapter=AdapterConfig(rank=16, targets=("all-linear",)),
         optimizer=OptimizerConfig(learning_rate=1e-3, batch_size=4, max_steps=6),
-        run=RunConfig(output=str(tmp_path / "run"), cache=str(tmp_path / "cache"), save_every=2),
+        run=RunConfig(output=str(tmp_path / "run"), cache=str(tmp_path / "cache"), report=False, save_every=2),
     )
 
 
@@ -109,6 +109,38 @@ def test_an_exception_in_a_callback_ends_the_run_as_failed(small, capsys):
 
     assert (Path(small.run.output) / "state").read_text().strip() == "failed"
     assert "KeyError: 'mine'" in capsys.readouterr().err
+
+
+def test_a_run_leaves_measurements_answers_and_a_report(small, tmp_path):
+    config = with_run(small, report=True, show_samples=2, eval_every=4)
+
+    assert run(config, "test") == 0
+
+    folder = Path(config.run.output)
+    metrics = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    assert [line["step"] for line in metrics] == [1, 2, 3, 4, 5, 6]
+    assert all(line["seconds"] > 0 and line["tokens_per_s"] > 0 and line["memory_gib"] > 0 for line in metrics)
+    assert all(0 <= line["padding"] < 1 for line in metrics)
+    answers = [json.loads(line) for line in (folder / "answers.jsonl").read_text().splitlines()]
+    assert [line["step"] for line in answers] == [0, 0, 4, 4, 6, 6]
+    html = (folder / "report.html").read_text()
+    assert "Tokens per second" in html
+    assert "<th>step 4</th>" in html
+
+
+def test_measurements_stand_once_after_a_resume_and_events_stay_deterministic(small, tmp_path):
+    whole = with_run(small, output=str(tmp_path / "whole"))
+    run(whole, "test")
+    run(small, "test")
+    folder = Path(small.run.output)
+    shutil.rmtree(folder / "checkpoints" / "step-000006")
+    (folder / "state").write_text("stopped\n")
+
+    assert run(small, "test") == 0
+
+    metrics = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    assert [line["step"] for line in metrics] == [1, 2, 3, 4, 5, 6]
+    assert (folder / "events.jsonl").read_bytes() == (Path(whole.run.output) / "events.jsonl").read_bytes()
 
 
 def test_a_resumed_run_may_ask_for_more_than_it_began_with(small, capsys):
@@ -483,7 +515,7 @@ def test_babyllama_learns_alpaca_as_far_as_the_prototype(babyllama, alpaca_file,
         data=DataConfig(data=str(alpaca_file), eval_records=150, prompt_template="short", max_length=256),
         adapter=AdapterConfig(rank=1024, targets=("all-linear",), options=("normalize_directions=true",)),
         optimizer=OptimizerConfig(learning_rate=3e-2, batch_size=8, max_steps=200),
-        run=RunConfig(output=str(tmp_path / "run"), cache=str(tmp_path / "cache")),
+        run=RunConfig(output=str(tmp_path / "run"), cache=str(tmp_path / "cache"), report=False),
     )
 
     assert run(config, "test") == 0

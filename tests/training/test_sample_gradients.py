@@ -28,7 +28,7 @@ def small(stories, alpaca_file, tmp_path):
         data=DataConfig(data=str(file), prompt_template="short", max_length=64),
         adapter=AdapterConfig(method="lorasb", rank=4, targets=("q_proj", "v_proj"), options=("samples=10",)),
         optimizer=OptimizerConfig(learning_rate=1e-3, batch_size=4, max_steps=1),
-        run=RunConfig(output=str(tmp_path / "run"), cache=str(tmp_path / "cache")),
+        run=RunConfig(output=str(tmp_path / "run"), cache=str(tmp_path / "cache"), report=False),
     )
 
 
