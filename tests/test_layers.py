@@ -50,7 +50,8 @@ MAY_IMPORT = {  # beside itself; in the order in which data flows
         "launcher.training.checkpoint",
     },
     "launcher.training": {
-        "launcher.text", "launcher.reports", "launcher.training.checkpoint", "launcher.training.checkpoint_index", *BELOW_TRAINING,
+        "launcher.text", "launcher.reports", "launcher.training.checkpoint", "launcher.training.checkpoint_index",
+        *BELOW_TRAINING,
     },
     "launcher.inference": {"adapters", "launcher.text", *SMALL, *ROOMS},
     "launcher.reports": {"launcher.exit_codes"},  # reads what runs wrote, without torch
