@@ -1,4 +1,4 @@
-"""Whether a recipe's own base model and data can be had, found out within ten seconds and without retries."""
+"""Whether a recipe's own base model and data are available: checked within ten seconds, without retries."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ LIMIT_S = 10.0
 
 
 def unavailable(model: str, data: str) -> str | None:
-    """Why they cannot be had, in a few words; None where both are on this machine or the hub hands them out."""
+    """Why they are not available, in a few words; None if both are on this machine, or the hub offers them."""
     from huggingface_hub import HfApi, constants
 
     from adapters.checkpoint_files import local_folder
@@ -22,16 +22,16 @@ def unavailable(model: str, data: str) -> str | None:
     if not missing:
         return None
     if constants.HF_HUB_OFFLINE:
-        return f"{' and '.join(missing)} cannot be had (HF_HUB_OFFLINE is set)"
+        return f"{' and '.join(missing)} {'is' if len(missing) == 1 else 'are'} not available (HF_HUB_OFFLINE is set)"
 
     def ask(name: str) -> Any:
         api = HfApi()
         found = api.model_info(name, timeout=LIMIT_S) if name == model else api.dataset_info(name, timeout=LIMIT_S)
         if name == model:
-            api.auth_check(name)  # a gated model answers model_info without access
+            api.auth_check(name)  # model_info answers for a gated model without access
         return found
 
-    # Threads, since a name look-up has no time limit of its own; one that hangs is left behind.
+    # Threads, because a name lookup has no timeout of its own; one that hangs is abandoned.
     pool = concurrent.futures.ThreadPoolExecutor()
     asked = {pool.submit(ask, name): name for name in missing}
     _, pending = concurrent.futures.wait(asked, timeout=LIMIT_S)
@@ -39,7 +39,7 @@ def unavailable(model: str, data: str) -> str | None:
     reasons = []
     for future, name in asked.items():
         if future in pending:
-            reasons.append(f"{name} cannot be had (no answer in {LIMIT_S:.0f} s)")
+            reasons.append(f"{name} is not available (no answer within {LIMIT_S:.0f} s)")
         elif error := future.exception():
-            reasons.append(f"{name} cannot be had ({type(error).__name__})")
+            reasons.append(f"{name} is not available ({type(error).__name__})")
     return "; ".join(reasons) or None

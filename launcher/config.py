@@ -11,6 +11,7 @@ import datetime
 import difflib
 import functools
 import math
+import reprlib
 import types
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -22,6 +23,11 @@ if TYPE_CHECKING:
     Sharding = str
 else:
     Sharding = Literal[tuple(ENGINES)]  # --help and the error for a wrong name list what the registry has
+
+
+SHORT = reprlib.Repr()  # the repr of a value whose YAML repeats itself by aliases would never end
+SHORT.maxstring = SHORT.maxother = 100
+SHORT.maxlevel = 1
 
 
 @dataclass(frozen=True)
@@ -56,7 +62,7 @@ class Checked:
         for name, hint in _hints(cls).items():
             if problem := _problem(hint, getattr(self, name)):
                 value = getattr(self, name)
-                raise ValueError(f"--{name.replace('_', '-')} ({section}.{name}) {problem}, got {value!r:.100}")
+                raise ValueError(f"--{name.replace('_', '-')} ({section}.{name}) {problem}, got {SHORT.repr(value)}")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -294,7 +300,9 @@ def from_dict(cls: type, values: Any, where: str = "") -> Any:
     Raises ValueError for an unknown name, with the path of the nearest valid one, and for a value of a wrong type.
     """
     if not isinstance(values, Mapping):
-        raise ValueError(f"{where.rstrip('.') or 'the file'} must hold settings (name: value), got {values!r:.100}")
+        raise ValueError(
+            f"{where.rstrip('.') or 'the file'} must hold settings (name: value), got {SHORT.repr(values)}"
+        )
     hints = _hints(cls)
     built = {}
     for name, value in values.items():

@@ -13,10 +13,11 @@ from typing import Any
 
 from launcher.config import Config
 from launcher.config_file import read_config
-from launcher.exit_codes import DONE, INTERRUPTED, MISTAKE
+from launcher.exit_codes import DONE, FAILED, INTERRUPTED, MISTAKE, Failed
 from launcher.options import Misread, parse_config
 from launcher.processes import print_error
 from launcher.recipes import find_recipe, recipe_names, run_name, run_python
+from launcher.text import printable
 
 TRAIN = """usage: loldu train RECIPE|FILE [options]
 
@@ -114,6 +115,9 @@ def guarded(act: Callable[[], Any]) -> int:
         is_main = os.environ.get("RANK", "0") == "0"
         print_error(error, is_main, shared=isinstance(error, Misread) or _connected())
         return MISTAKE
+    except Failed as error:
+        print(f"error: {printable(str(error))}", file=sys.stderr)
+        return FAILED
     except KeyboardInterrupt:
         return INTERRUPTED
     return result if isinstance(result, int) else DONE

@@ -1,14 +1,14 @@
-"""Llama-2-7B on Alpaca with LoLDU: 65,536 trained numbers (arXiv 2410.13618, instruction tuning).
+"""Llama-2-7B on Alpaca with LoLDU: 65,536 trained parameters (arXiv 2410.13618, instruction tuning).
 
-    accelerate launch recipes/llama2_alpaca_loldu.py     # the paper's run; the embedded one where it cannot be had
-    python recipes/llama2_alpaca_loldu.py --tiny         # the embedded one: minutes on a laptop CPU
-    python recipes/llama2_alpaca_loldu.py --model DIR --data FILE
+    loldu train llama2_alpaca_loldu --tiny               # the embedded model: minutes on a laptop CPU
+    loldu train llama2_alpaca_loldu --model DIR --data FILE
+    accelerate launch recipes/llama2_alpaca_loldu.py     # the paper's run; the embedded one if its model is missing
 
-Settings, and where they come from (the paper's tables as transcribed; its body text was not to be had):
-    rank 1024 on q_proj and v_proj, scale 1, rate 1e-3, batch 128, length 256, 3 epochs, bf16, seed 42: its table of
-    settings (which takes one sample at a time; eight is the same sum, faster). Schedule and warm-up are not listed:
-    cosine without warm-up is ours. Its results table counts 0.016M numbers, which is rank 256: the paper contradicts
-    itself, and we follow the settings.
+Settings, and where they come from (the paper's tables, as transcribed; its body text was not available):
+    rank 1024 on q_proj and v_proj, scale 1, learning rate 1e-3, batch 128, length 256, 3 epochs, bf16, seed 42: its
+    table of settings (it takes one sample at a time; eight give the same sum, faster). Schedule and warm-up are not
+    listed: cosine without warm-up is our choice. Its table of results counts 0.016M parameters, which is rank 256. The
+    paper contradicts itself; we follow the settings.
 Machine, time and result of the full run: not yet run.
 """
 

@@ -1,14 +1,14 @@
-"""Llama-2-7B on Alpaca with SVFit (arXiv 2409.05926): 65,536 trained singular values, LoLDU's run otherwise.
+"""Llama-2-7B on Alpaca with SVFit (arXiv 2409.05926): 65,536 trained singular values, otherwise as with LoLDU.
 
-    accelerate launch recipes/llama2_alpaca_svfit.py     # the 7B run; the embedded one where it cannot be had
-    python recipes/llama2_alpaca_svfit.py --tiny         # the embedded one: minutes on a laptop CPU
-    python recipes/llama2_alpaca_svfit.py --model DIR --data FILE
-    python recipes/llama2_alpaca_svfit.py --options energy=0.99      # each weight's rank from its spectrum
+    loldu train llama2_alpaca_svfit --tiny               # the embedded model: minutes on a laptop CPU
+    loldu train llama2_alpaca_svfit --model DIR --data FILE
+    loldu train llama2_alpaca_svfit --options energy=0.99            # each weight's rank from its spectrum
+    accelerate launch recipes/llama2_alpaca_svfit.py     # the 7B run; the embedded one if its model is missing
 
-Settings, and where they come from: all but adapter and rate are those of recipes/llama2_alpaca_loldu.py, so that the
-two can be compared; SVFit's paper reports no instruction tuning. The rate is measured on two small Llamas, full rank
-(benchmarks/methods.py, 60 steps): best were 3e-2 on one and 1e-1 on the other; 3e-2 costs least over both, and for
-LoLDU's normalised directions too. The embedded run has those, and keeps its rate.
+Settings, and where they come from: all but adapter and learning rate are those of recipes/llama2_alpaca_loldu.py, so
+that the two can be compared; SVFit's paper reports no instruction tuning. The learning rate was measured on two small
+Llamas at full rank (benchmarks/methods.py, 60 steps): 3e-2 was best on one and 1e-1 on the other, and 3e-2 was best for
+both together, as for LoLDU with normalised directions. The embedded run keeps the learning rate of LoLDU's.
 Machine, time and result of the full run: not yet run.
 """
 

@@ -1,12 +1,13 @@
-"""RoBERTa-base on a GLUE task with LoLDU: 18,432 trained numbers and a new head (arXiv 2410.13618, GLUE).
+"""RoBERTa-base on a GLUE task with LoLDU: 18,432 trained parameters and a new head (arXiv 2410.13618, GLUE).
 
     accelerate launch recipes/roberta_glue_loldu.py --task sst2      # mnli, mrpc, cola, qnli, qqp, rte, stsb
     accelerate launch recipes/roberta_glue_loldu.py --task rte --model DIR --data FILE --eval-data FILE
 
-Settings, and where they come from (the paper's tables as transcribed; its body text was not to be had):
-    rank 768 (full) on query and value, scale 1, the rates, epochs and lengths below: its table of settings, where rank
-    and modules follow from the count 24 x 769 (its scale is trained too, ours is not). Not listed, so ours: batch 32,
-    linear schedule with 6 % warm-up (RoBERTa's), the head at the same rate, the last evaluation rather than the best.
+Settings, and where they come from (the paper's tables, as transcribed; its body text was not available):
+    rank 768 (full) on query and value, scale 1, the learning rates, epochs and lengths below: its table of settings;
+    rank and modules follow from its count 24 x 769 (it trains the scale too, we do not). Not listed, so our choice:
+    batch 32, linear schedule with 6 % warm-up (RoBERTa's), the same learning rate for the head, the last evaluation
+    rather than the best.
 Expected, by its table: SST-2 94.8, MRPC 89.9, QNLI 92.9, RTE 81.3 accuracy; CoLA 63.8, STS-B 92.3 correlation; one
 seed, other rows copied from papers. Machine, time and result of our run: not yet run.
 """
@@ -18,7 +19,7 @@ from functools import partial
 from launcher.config import AdapterConfig, Config, DataConfig, ModelConfig, OptimizerConfig
 from loldu import recipe
 
-TASKS = {  # text columns, rate, epochs, length
+TASKS = {  # text columns, learning rate, epochs, length
     "mnli": (("premise", "hypothesis"), 3e-4, 10, 128),
     "sst2": (("sentence",), 4e-4, 10, 128),
     "mrpc": (("sentence1", "sentence2"), 3e-4, 20, 512),
@@ -33,7 +34,7 @@ TASKS = {  # text columns, rate, epochs, length
 def roberta_glue(task: str) -> Config:
     """The paper's run of one task, tested on the published validation split."""
     if task not in TASKS:
-        raise ValueError(f"--task is one of {', '.join(TASKS)}, got {task}")
+        raise ValueError(f"--task must be one of {', '.join(TASKS)}, got {task}")
     columns, rate, epochs, length = TASKS[task]
     data, split = f"nyu-mll/glue:{task}", "validation_matched" if task == "mnli" else "validation"
     return Config(
@@ -51,5 +52,5 @@ if __name__ == "__main__":
     parser.add_argument("--task", default="sst2")
     chosen, sys.argv[1:] = parser.parse_known_args()
     if {"-h", "--help"} & {*sys.argv}:
-        print(f"--task {{{','.join(TASKS)}}}  (default: sst2), and its settings, each to be replaced:\n")
+        print(f"--task {{{','.join(TASKS)}}}  (default: sst2), and the settings, which options replace:\n")
     raise SystemExit(recipe("roberta_glue_loldu", partial(roberta_glue, chosen.task), None))

@@ -15,6 +15,7 @@ import loldu
 from adapters import Factors
 from launcher import cli, processes, start
 from launcher.config import Config
+from launcher.exit_codes import Failed
 from launcher.factorization import cache
 
 REPO = Path(__file__).resolve().parents[1]
@@ -93,6 +94,14 @@ def test_a_warning_is_a_line_without_the_place_in_our_files(capsys):
     assert capsys.readouterr().err == "warning: the base is another one\n"
 
 
+def test_a_result_that_must_not_be_used_is_one_line_and_exit_code_1(capsys):
+    def refuse():
+        raise Failed("the merged model was deleted again")
+
+    assert start.guarded(refuse) == 1
+    assert capsys.readouterr().err == "error: the merged model was deleted again\n"
+
+
 @pytest.mark.parametrize(("rank", "lines"), [("0", 1), ("1", 0)])
 def test_of_several_processes_one_says_what_is_wrong_with_the_command_line(rank, lines, monkeypatch, capfd):
     monkeypatch.setenv("RANK", rank)
@@ -164,7 +173,7 @@ def test_what_the_user_names_is_never_replaced(arguments, replaced, monkeypatch)
 
 
 def test_the_hub_is_given_ten_seconds_and_no_more(monkeypatch):
-    """A name look-up that hangs is left behind."""
+    """A name lookup that hangs is abandoned."""
     from launcher import availability
 
     monkeypatch.setattr(availability, "LIMIT_S", 0.2)
@@ -175,5 +184,5 @@ def test_the_hub_is_given_ten_seconds_and_no_more(monkeypatch):
 
     reason = availability.unavailable("nobody/nothing", "nobody/none")
 
-    assert "no answer in" in reason
+    assert "no answer within" in reason
     assert time.monotonic() - started < 2

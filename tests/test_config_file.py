@@ -24,6 +24,12 @@ run:
 """
 
 
+# a list of ten lists of ten lists ... by aliases: 10^9 entries in a few hundred bytes
+LAUGHS = "model:\n  model:\n    - &a [x, x, x, x, x, x, x, x, x, x]"
+for name, before in zip("bcdefghi", "abcdefgh", strict=True):
+    LAUGHS += f"\n    - &{name} [{', '.join([f'*{before}'] * 10)}]"
+
+
 def write(folder, text, name="settings.yaml"):
     (folder / name).write_text(text, encoding="utf-8")
     return folder / name
@@ -83,6 +89,7 @@ def test_what_a_run_records_beside_its_settings_is_ignored_and_it_gets_a_folder_
         ("adapter: &a {options: *a}", "not YAML|must be a list|nested too deeply|unknown"),
         ("a: " + "[" * 5000, "nested too deeply|not YAML"),
         ("a: b\0", "not YAML"),
+        (LAUGHS, "must be text, got .{,200}$"),
     ],
 )  # fmt: skip
 def test_a_mistake_in_a_yaml_file_is_named_with_its_place(text, message, tmp_path):

@@ -61,7 +61,9 @@ MAY_IMPORT = {  # beside itself; in the order in which data flows
         "launcher.recipes", "launcher.options", "launcher.start",
     },
     "launcher.options": {"launcher.config"},
-    "launcher.start": {*SMALL, "launcher.config_file", "launcher.options", "launcher.recipes", "launcher.training"},
+    "launcher.start": {
+        *SMALL, "launcher.config_file", "launcher.options", "launcher.recipes", "launcher.text", "launcher.training",
+    },
     "launcher.cli": {
         "launcher.config", "launcher.exit_codes", "launcher.options", "launcher.start", "launcher.cluster",
     },

@@ -1,1 +1,1 @@
-"""After training: answers from a model, a talk with it, the adapter merged into its base or written as a LoRA."""
+"""After training: generate, chat, merge an adapter into its base, or convert it to LoRA."""

@@ -1,7 +1,7 @@
-"""What `merge` and `export-lora` have written, compared with the adapter as it was trained, before it is handed out.
+"""Compare what `merge` and `export-lora` wrote with the trained adapter, before it gets its final name.
 
-Logits over fixed random tokens, or where rounding is meant the loss on held-out records. Each model that takes part is
-loaded by itself, one after the other, as its user will load it.
+They compare logits over fixed random tokens; where rounding is intended, the loss on held-out records. The models are
+loaded one after the other, each as its user will load it.
 """
 
 from __future__ import annotations
@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from launcher.exit_codes import Failed
 from launcher.inference.heldout import mean_loss
 from launcher.inference.sources import Kind, Source, load_model, load_quantised
 from launcher.models.files import context_length
@@ -33,14 +34,14 @@ def probe_logits(model: Any) -> Tensor:
 
 
 def distance(found: Tensor, wanted: Tensor) -> float:
-    """The norm of the difference as a share of the norm wanted."""
+    """The norm of the difference, relative to the norm of what is wanted."""
     return float((found - wanted).norm() / wanted.norm())
 
 
 def compare(source: Source, folder: Path, dtype: torch.dtype, device: str) -> str:
-    """Base with adapter against the merged folder, loaded one after the other, each in the dtype of its files.
+    """Compare the logits of base and adapter with those of the merged folder, each in the dtype of its files.
 
-    Raises RuntimeError where their logits differ by more than the rounding of the weights explains.
+    Returns what was found. Raises Failed if they differ by more than the rounding of the weights explains.
     """
     model = load_model(source, device=device)
     wanted, own = probe_logits(model), model.dtype
@@ -53,15 +54,19 @@ def compare(source: Source, folder: Path, dtype: torch.dtype, device: str) -> st
     name = str(coarse).removeprefix("torch.")
     allowed = TOLERANCE[coarse]
     if torch.finfo(coarse).bits >= 32:
-        allowed = min(allowed, max(1e-5, effect / 10))  # a small update that got lost is no rounding
-    elif not gap <= allowed:  # a model so sensitive is as far from itself when it only runs in this dtype
+        allowed = min(allowed, max(1e-5, effect / 10))  # stricter, so that a small update that was lost is noticed
+    elif not gap <= allowed:  # some models differ as much from themselves when they run in this dtype
         runs = [probe_logits(load_model(source, dtype=kind, device=device)) for kind in (name, "float32")]
         allowed = max(allowed, 3 * distance(*runs))
-    said = f"{gap:.2g} (relative; allowed {allowed:.2g} in {name}; the adapter moves them by {effect:.2g})"
+    found = f"{gap:.2g} (relative; allowed {allowed:.2g} in {name}; the adapter moves them by {effect:.2g})"
     if not gap <= allowed:
-        raise RuntimeError(f"the merged model is removed: its logits differ from base with adapter by {said}")
-    hint = f"; rounding to {name} hides much of it, --dtype float32 would not" if gap > effect / 2 > 0 else ""
-    return f"checked: logits differ from base with adapter by {said}{hint}{quantised_gap(source, wanted, device)}"
+        raise Failed(f"the merged model was deleted again: its logits differ from base and adapter by {found}")
+    hint = (
+        f"; rounding to {name} hides much of the adapter's effect: --dtype float32 keeps it"
+        if gap > effect / 2 > 0
+        else ""
+    )
+    return f"checked: logits differ from base and adapter by {found}{hint}{quantised_gap(source, wanted, device)}"
 
 
 def plain(source: Source, folder: Path) -> Source:
@@ -72,9 +77,9 @@ def plain(source: Source, folder: Path) -> Source:
 def loss_change(
     source: Source, folder: Path, dtype: torch.dtype, kind: Kind, held: tuple[Any, Any], device: str
 ) -> str:
-    """Held-out losses of the adapter beside the base, in full precision and quantised, and of the merged folder.
+    """Held-out losses of base and adapter, in full precision and quantised, and of the merged folder.
 
-    Raises RuntimeError where the last is not finite.
+    Raises Failed if the last one is not finite.
     """
     name = str(dtype).removeprefix("torch.")
     merged = plain(source, folder)
@@ -82,21 +87,21 @@ def loss_change(
     beside = mean_loss(load_quantised(source, kind, dtype=name, device=device), *held)
     after = mean_loss(load_model(merged, device=device), *held)
     if not math.isfinite(after):
-        raise RuntimeError(f"the merged model is removed: its loss is {after}, with the adapter beside it {beside:.4f}")
+        raise Failed(f"the merged model was deleted again: its loss is {after}, that of base and adapter {beside:.4f}")
     return (
-        f"loss on {len(held[0])} held-out records: {after:.4f} merged into {kind}; with the adapter beside the base "
+        f"loss on {len(held[0])} held-out records: {after:.4f} merged into {kind}; of base and adapter "
         f"{beside:.4f} in {kind} (change {after - beside:+.4f}) and {full:.4f} in {name} ({after - full:+.4f})"
     )
 
 
 def quantised_gap(source: Source, wanted: Tensor, device: str) -> str:
-    """How far those logits are from the adapter's on the quantised base it was trained on; empty for other runs."""
+    """How far these logits are from those on the quantised base of the training; empty for other runs."""
     if source.quantize == "none" or source.adapter is None:
         return ""
     try:
         check_quantize(source.quantize)
     except ValueError as missing:
-        return f"; not compared with the base it was trained on: {missing}"
+        return f"; not compared with the base of the training: {missing}"
     quantised = load_quantised(source, source.quantize, dtype="float32", device=device)
     gap = distance(probe_logits(quantised), wanted)
-    return f"; on the {source.quantize} base it was trained on the adapter's logits are {gap:.2g} away (relative)"
+    return f"; with the {source.quantize} base of the training, the logits differ from these by {gap:.2g} (relative)"

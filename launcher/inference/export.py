@@ -9,6 +9,7 @@ from rich.console import Console
 
 from adapters.base import FactorConfig
 from adapters.lora_export import export_lora as write_lora
+from launcher.exit_codes import Failed
 from launcher.inference.checks import probe_logits, quantised_gap
 from launcher.inference.merge import new_folder
 from launcher.inference.sources import adapter_config, find, load_model
@@ -25,7 +26,7 @@ def export_lora(
 ) -> Path:
     """Write an adapter as a LoRA adapter; `loldu export-lora` (commands.py) describes the arguments.
 
-    Returns the folder. Raises RuntimeError if stock PEFT computes other logits from it; nothing is left in out then.
+    Returns the folder. Raises Failed if stock PEFT computes other logits from it; nothing is left in out then.
     """
     if not tolerance > 0:
         raise ValueError(f"--tolerance must be above 0, got {tolerance}")
@@ -45,7 +46,7 @@ def export_lora(
         exported = load_model(replace(source, adapter=partial), device=device)
         gap = float((probe_logits(exported) - wanted).abs().max())
         if not gap <= tolerance:
-            raise RuntimeError(
+            raise Failed(
                 f"the LoRA adapter was deleted again: its logits differ by {gap:.2g} from those of {adapter}, whose "
                 f"largest is {float(wanted.abs().max()):.3g}; if that is rounding, raise --tolerance {tolerance:g}"
             )

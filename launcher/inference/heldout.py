@@ -1,4 +1,4 @@
-"""Loss on held-out records, for commands that must say what they cost."""
+"""Loss on held-out records, for commands that report the accuracy they cost."""
 
 from __future__ import annotations
 
@@ -13,17 +13,17 @@ from launcher.tasks import task_of
 from launcher.tasks.base import Samples
 from launcher.tasks.evaluation import Evaluation
 
-AT_MOST = 200  # records of a file that is given for this alone
+AT_MOST = 200  # records that are used of a --data file
 
 
 def held_out(source: Source, file: str | None) -> tuple[encode.Encoded, Any]:
-    """Encoded records that the run was not trained on, or those of a file, and the tokenizer.
+    """Encoded records that were held out of the training, or those of a file, and the tokenizer.
 
-    Raises ValueError where neither is there.
+    Raises ValueError if there are none.
     """
     names = {field.name for field in fields(DataConfig)}
     settings = {name: value for name, value in (source.data or {}).items() if name in names}
-    settings |= {"exact_match": False}  # which asks for held-out records by itself
+    settings |= {"exact_match": False}  # it requires held-out records in the settings
     if file is not None:
         settings |= {"data": file, "eval_data": None}
     config = from_dict(DataConfig, settings)
@@ -32,8 +32,8 @@ def held_out(source: Source, file: str | None) -> tuple[encode.Encoded, Any]:
     elif config.eval_records or config.eval_data:
         held = records.splits_of(config)[1]
     else:
-        known = "the run held no records out" if source.data else f"{source.adapter} lies in no run folder"
-        raise ValueError(f"there is nothing to measure the loss on, since {known}: give --data FILE")
+        known = "the run has no held-out records" if source.data else f"{source.adapter} is not in a run folder"
+        raise ValueError(f"there are no records to measure the loss on ({known}): give --data FILE")
     tokenizer = load_tokenizer(source.tokenizer, trust_remote_code=source.trust_remote_code)
     return encode.encode(held, tokenizer, config, source.saved_template), tokenizer
 

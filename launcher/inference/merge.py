@@ -1,12 +1,13 @@
-"""`loldu merge`: base plus adapter as a plain Hugging Face folder, one weight in memory at a time.
+"""`loldu merge`: write base and adapter as a plain Hugging Face model, with one weight in memory at a time.
 
-The base is never loaded. Its skeleton stands on the meta device with the adapter on it; each adapted weight is put
-in, gives its update from factors rebuilt from the saved pivots (checked as on any load), and is written at its place
-in a safetensors file whose header is known beforehand. Methods of PEFT other than ours are merged in memory.
+The base is never loaded as a whole. A skeleton of it with the adapter is on the meta device. For each adapted weight,
+the weight is read, the update is computed from factors rebuilt from the saved pivots (checked as on any load), and the
+sum is written to its place in a safetensors file, whose header is known in advance. Adapters of PEFT's other methods
+are merged by PEFT, in memory.
 
-With --quantize the merged weight is rounded to 8 or 4 bits before it is written. It is the full-precision weight that
-the update is added to, so that it is rounded once: on an nf4 run of babyllama (held-out loss 2.637) that gives 2.672,
-and adding it to the nf4 weight and rounding again 2.688 (float32: 2.618).
+With --quantize, the update is added to the full-precision weight and the sum is rounded once to 8 or 4 bits. On an nf4
+run of babyllama (held-out loss 2.637) this gives 2.672; adding to the nf4 weight and rounding again gives 2.688
+(float32: 2.618).
 """
 
 from __future__ import annotations
@@ -92,7 +93,7 @@ def merge(
 ) -> Path:
     """Write base and adapter as one plain Hugging Face model; `loldu merge` (commands.py) describes the arguments.
 
-    Returns the folder. Raises ValueError before anything is written if the request cannot work, and RuntimeError if the
+    Returns the folder. Raises ValueError before anything is written if the request cannot work, and Failed if the
     merged model does not compute what base and adapter compute; nothing is left in out then.
     """
     check_quantize(quantize)
@@ -104,7 +105,7 @@ def merge(
         raise ValueError(f"--dtype {dtype} is unknown: give auto, {', '.join(DTYPES)}")
     if not shard_gb > 0:
         raise ValueError(f"--shard-gb must be above 0, got {shard_gb}")
-    device = choose_device(device)  # before an hour of writing, not after
+    device = choose_device(device)  # checked before an hour of writing
     source = replace(find(adapter, base=base, trust_remote_code=trust_remote_code), dtype=None)
     if source.adapter is None:
         raise ValueError(f"{adapter} holds a whole model and no adapter: there is nothing to merge")
@@ -139,14 +140,14 @@ def merge(
 
 
 def plan_merge(source: Source, dtype: torch.dtype | None, quantize: Kind = "none") -> Plan:
-    """Every tensor of the merged checkpoint and how to make it, from headers and the adapter (if any) alone.
+    """Every tensor of the merged checkpoint and how to make it, read only from headers and the adapter (if any).
 
-    Raises ValueError where the base is quantised, or has the tensors of an adapted module under another name.
+    Raises ValueError if the base is quantised, or stores the tensors of an adapted module under another name.
     """
     if "quantization_config" in json.loads((source.base / "config.json").read_text(encoding="utf-8")):
         raise ValueError(
-            f"{source.base} is stored quantised, and rounding again would lose the update: give its full-precision "
-            "original with --base, and --quantize where the result is to be quantised too"
+            f"{source.base} is stored quantised, and rounding it again would lose the update: give its full-precision "
+            "original with --base; --quantize quantises the result"
         )
     tensors = list_tensors(source.base)
     bare: Any = skeleton(source.base, source.trust_remote_code).float()
@@ -169,7 +170,7 @@ def plan_merge(source: Source, dtype: torch.dtype | None, quantize: Kind = "none
     rounded = {_weight(by_parameter, name, module.weight, source).name: name for name, module in linear.items()}
     rounded = {tensor: name for tensor, name in rounded.items() if tensor not in whole and tensor in tensors}
     untied = tied and any(_stored_as(by_parameter, end) in whole for end in ends)
-    if untied:  # the base stores one tensor for both ends: the one that the adapter leaves alone needs it still
+    if untied:  # the base stores one tensor for both; the one that the adapter does not change still needs it
         one = next(by_parameter[end] for end in ends if end in by_parameter)
         tensors = tensors | {name: one for end in ends if (name := _stored_as(by_parameter, end)) not in tensors}
     entries = [
@@ -191,9 +192,9 @@ def plan_merge(source: Source, dtype: torch.dtype | None, quantize: Kind = "none
 
 
 def merged_weight(layer: FactorLayer, weight: Tensor) -> Tensor:
-    """The base's weight with the update of the layer's adapter, at least in float32; the layer gives up its maps.
+    """The base's weight plus the update of the layer's adapter, in float32 or wider; frees the layer's maps.
 
-    Raises ValueError where the adapter was made for another weight.
+    Raises ValueError if the adapter was made for another weight, or if the sum is not finite.
     """
     wide = weight.to(torch.promote_types(weight.dtype, torch.float32))
     layer.base.weight = nn.Parameter(wide, requires_grad=False)
@@ -208,13 +209,13 @@ def merged_weight(layer: FactorLayer, weight: Tensor) -> Tensor:
 
 @contextmanager
 def new_folder(out: Path, option: str) -> Iterator[Path]:
-    """A folder to fill, which takes the name `out` when the block ends well and is removed when it does not.
+    """A folder to fill. It is renamed to `out` when the block succeeds, and removed when it raises.
 
-    Raises ValueError where `out` holds something already, or the disk is full.
+    Raises ValueError if `out` is not empty, or the disk is full.
     """
     out = out.expanduser().absolute()
     if out.exists() and not (out.is_dir() and not any(out.iterdir())):
-        raise ValueError(f"{option} {out} is there already and not empty: give another folder, or remove it first")
+        raise ValueError(f"{option} {out} exists and is not empty: give another folder, or remove it first")
     partial = out.with_name(f".{out.name}.{os.getpid()}.tmp")
     try:
         with disk_errors("the result", out, f"give another folder with {option}", reads=True):
@@ -227,7 +228,7 @@ def new_folder(out: Path, option: str) -> Iterator[Path]:
 
 
 def write_safetensors(file: Path, entries: list[Entry], tick: Callable[[int], None]) -> None:
-    """Write tensors one by one; the safetensors library has only a writer that wants all of them in memory."""
+    """Write tensors one at a time. The safetensors library can only write tensors that are all in memory."""
     header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
     at = 0
     for entry in sorted(entries, key=lambda entry: -BYTES.get(entry.dtype, 1)):  # keeps every tensor aligned
@@ -251,12 +252,12 @@ def write_safetensors(file: Path, entries: list[Entry], tick: Callable[[int], No
 
 
 def adapted_layers(model: nn.Module) -> list[FactorLayer]:
-    """The layers that carry an adapter of the family."""
+    """The layers with an adapter of this project."""
     return [layer for layer in model.modules() if isinstance(layer, FactorLayer)]
 
 
 def _weight(tensors: dict[str, TensorInfo], module: str, weight: Tensor, source: Source) -> TensorInfo:
-    """The checkpoint's tensor of a module's weight. Raises ValueError where it is none of that shape."""
+    """The checkpoint's tensor of a module's weight. Raises ValueError if it is missing or has another shape."""
     info, shape = tensors.get(f"{module}.weight"), tuple(weight.shape)
     if info is None or info.dtype not in FLOATS or info.shape != shape:
         found = "nothing" if info is None else f"{info.dtype} of shape {info.shape}"
@@ -301,7 +302,7 @@ def _group(rewritten: dict[str, _Rewritten], info: TensorInfo) -> _Rewritten:
 def _held_whole(
     model: nn.Module, tensors: dict[str, TensorInfo], rewritten: dict[str, _Rewritten]
 ) -> dict[str, Tensor]:
-    """What the adapter replaces (modules_to_save): beside our own maps all that is not on the meta device.
+    """What the adapter replaces (modules_to_save): everything that is not on the meta device, except our maps.
 
     By the checkpoint's names; what is not stored as it is goes into `rewritten`.
     """
@@ -353,7 +354,7 @@ def _entry(
 
 
 def _quantised(entry: Entry, like: Any, kind: str, dtype: torch.dtype) -> list[Entry]:
-    """The tensors that stand for a quantised weight, made together when the first of them is asked for."""
+    """The tensors that represent a quantised weight, computed together when the first one is needed."""
     from launcher.models.layers import LAYERS
 
     made: dict[str, Tensor] = {}
@@ -397,7 +398,7 @@ def _write_checkpoint(plan: Plan, folder: Path, shard_gb: float, console: Consol
 
 
 def _write_config(base: Path, folder: Path, plan: Plan) -> None:
-    """The base's config.json with the dtype, and where the embeddings came apart without their tie."""
+    """Write the base's config.json with the new dtype, and without weight tying if the embeddings now differ."""
     config = json.loads((base / "config.json").read_text(encoding="utf-8"))
     for part in (config, *(value for value in config.values() if isinstance(value, dict))):
         if part is config or {"dtype", "torch_dtype"} & part.keys():
@@ -415,9 +416,9 @@ def _merge_in_memory(source: Source, folder: Path, dtype: str, shard_gb: float) 
     method = next(iter(model.peft_config.values())).peft_type.value
     try:
         merged = model.merge_and_unload(safe_merge=True)
-    except (AttributeError, NotImplementedError, TypeError) as error:  # PEFT has no one way to say it
+    except (AttributeError, NotImplementedError, TypeError) as error:  # PEFT raises any of these
         raise ValueError(
-            f"{method} cannot be merged into weights ({first_line(error)}): use it as an adapter"
+            f"PEFT cannot merge {method} adapters into weights ({first_line(error)}): use it as an adapter"
         ) from error
     ends = (merged.get_input_embeddings(), merged.get_output_embeddings())
     if all(ends) and ends[0].weight is not ends[1].weight:

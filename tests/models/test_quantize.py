@@ -326,7 +326,7 @@ def test_a_quantised_run_merges_and_exports_onto_the_full_precision_base(runs, k
     export_lora(str(runs.folder / kind), out=str(tmp_path / "lora"))
 
     said = capsys.readouterr().err
-    assert "checked: logits differ from base with adapter by" in said
+    assert "checked: logits differ from base and adapter by" in said
     (gap,) = re.findall(r"stock PEFT reads it back on .*, largest difference of a logit (\S+), allowed 0.0001", said)
     assert float(gap) < 1e-4
     others = re.findall(rf"on the {kind} base it was trained on the adapter's logits are (\S+) away", said)
