@@ -98,6 +98,9 @@ class DataConfig(Checked):
     """File with held-out records of the same form. Without it, eval_records are held out of data."""
     eval_records: CountOrZero = 0
     """Number of held-out records for evaluation; 0 without eval_data means no evaluation."""
+    fewer_eval_records: bool = False
+    """Hold out a tenth of the records if there are no more than eval_records. A recipe's own eval_records are taken so
+    unless --eval-records is given."""
     prompt_template: str = "auto"
     """auto (the chat template for conversations, else alpaca), short, alpaca, chat, none (the bare prompt), FILE.jinja
     (a chat template), or a FILE with {instruction} and {input} (a part in [brackets] is left out without input)"""

@@ -7,7 +7,7 @@ import os
 import sys
 import warnings
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -80,7 +80,10 @@ def run_recipe(
         return parse_config(Options(**vars(config)), arguments, prog or f"recipes/{name}.py")
 
     def plain(options: Options) -> Config:
-        return Config(**{part: value for part, value in vars(options).items() if part != "tiny"})
+        config = Config(**{part: value for part, value in vars(options).items() if part != "tiny"})
+        if any(word.partition("=")[0] == "--eval-records" for word in arguments):
+            return config
+        return replace(config, data=replace(config.data, fewer_eval_records=True))
 
     def act() -> int:
         options = read(tiny() if tiny and "--tiny" in arguments else default())

@@ -43,6 +43,10 @@ class BadRecords:
         count = self.kinds.total()
         if count == 1:
             return self.first[0]
+        if count == records and len(self.kinds) == 1:
+            return (
+                f"{source}: none of the {records:,} records can be used, all for one reason; the first: {self.first[0]}"
+            )
         kinds = ", ".join(f"{number:,} x {kind}" for kind, number in self.kinds.most_common())
         more = f"\n  ... and {count - len(self.first):,} more" if count > len(self.first) else ""
         listed = "".join(f"\n  {text}" for text in self.first)

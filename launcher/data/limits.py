@@ -33,7 +33,7 @@ class Limits:
 
     def raised(self, name: str) -> str:
         """What to type to raise a limit, for error messages."""
-        return f"the limit is {getattr(self, name):g}; raise it with {PREFIX}{name.upper()}"
+        return f"the limit is {getattr(self, name):,}; raise it with {PREFIX}{name.upper()}"
 
 
 @cache
@@ -118,7 +118,7 @@ def bounded(what: str) -> Iterator[Clock]:
             f"{what} takes more than {most.template_seconds:g} seconds: {most.raised('template_seconds')}"
         ) from None
     except MemoryError:
-        raise LimitExceeded(f"{what} takes too much memory: {most.raised('template_bytes')} (bytes)") from None
+        raise LimitExceeded(f"{what} takes too much memory: {most.raised('template_bytes')}") from None
     finally:
         clock.stop()
         if lowered:

@@ -27,19 +27,27 @@ def splits_of(config: DataConfig) -> tuple[list[Record], list[Record]]:
     def load(source: str, *, option: str) -> list[Record]:
         return load_records(source, option=option, columns=config.columns, on_bad_record=config.on_bad_record)
 
-    train, held_out = load_splits(config.data, config.eval_data, config.eval_records, load)
+    train, held_out = load_splits(
+        config.data, config.eval_data, config.eval_records, load, fewer=config.fewer_eval_records
+    )
     if any("messages" in record for records in (train, held_out) for record in records):
         return [as_conversation(record) for record in train], [as_conversation(record) for record in held_out]
     return train, held_out
 
 
 def load_splits(
-    data: Sources, eval_data: str | None, eval_records: int, load: Callable[..., list[Record]] | None = None
+    data: Sources,
+    eval_data: str | None,
+    eval_records: int,
+    load: Callable[..., list[Record]] | None = None,
+    *,
+    fewer: bool = False,
 ) -> tuple[list[Record], list[Record]]:
     """Training and held-out records; of a separate eval_data, eval_records (0: all) are taken.
 
     Of several sources, each FILE or FILE:WEIGHT, a weight below 1 is the share of the records that is used, and one
     above 1 says how often each training record is used. Held-out records are never used for training.
+    fewer: where eval_records would leave none to train on, hold out a tenth and warn; otherwise that is a ValueError.
     """
     load = load or load_records
     found = [_weighted(text, load) for text in ([data] if isinstance(data, str) else data)]
@@ -50,6 +58,16 @@ def load_splits(
             held_out = split(held_out, eval_records)[1]
         chosen = set()
     else:
+        if fewer and eval_records >= len(records) > 1:
+            share = max(1, len(records) // 10)
+            log.warning(
+                "held out are %d of the %d records, since the recipe's %d would leave none to train on: "
+                "--eval-records N gives another number",
+                share,
+                len(records),
+                eval_records,
+            )
+            eval_records = share
         chosen = _held_out(len(records), eval_records)
         held_out = [record for i, record in enumerate(records) if i in chosen]
     train: list[Record] = []

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import suppress
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +13,7 @@ from torch import Tensor
 
 from launcher.config import Config
 from launcher.data import records, templates
+from launcher.data.bad_records import BadRecord
 from launcher.data.tokenised import encode_once
 from launcher.models.generation import answer
 from launcher.tasks.base import NextToken, Question, Samples, Table, Task
@@ -29,20 +32,13 @@ class Instruct(NextToken):
         data = config.data
         train, held_out = records.splits_of(data)
         template = templates.template_of(data, train[0], tokenizer)
-        asked = held_out if data.exact_match or config.run.show_samples else []
-        return Samples(
+        samples = Samples(
             train=encode_once(train, tokenizer, data, cache),
             held_out=encode_once(held_out, tokenizer, data, cache) if held_out else None,
-            questions=[
-                Question(
-                    prompt=records.question(record),
-                    prompt_ids=templates.prompt_ids(record, template, tokenizer),
-                    expected=records.answer(record),
-                )
-                for record in asked
-            ],
             template=template,
         )
+        asked = held_out if data.exact_match or config.run.show_samples else []
+        return replace(samples, questions=list(_questions(asked, template, tokenizer)))
 
     def evaluate(self, evaluation: Evaluation) -> dict[str, float]:
         result = super().evaluate(evaluation)
@@ -75,6 +71,14 @@ class Instruct(NextToken):
 
 
 TASK: Task = Instruct()
+
+
+def _questions(asked: Sequence[records.Record], template: templates.Template, tokenizer: Any) -> Iterator[Question]:
+    """The questions; those that the template refuses were left out and logged when the data were tokenised."""
+    for record in asked:
+        with suppress(BadRecord):
+            ids = templates.prompt_ids(record, template, tokenizer)
+            yield Question(prompt=records.question(record), prompt_ids=ids, expected=records.answer(record))
 
 
 def write_answers(evaluation: Evaluation, questions: Sequence[Question]) -> list[str]:

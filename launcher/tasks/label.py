@@ -112,7 +112,9 @@ def load_splits(config: DataConfig) -> tuple[list[records.Record], list[records.
     held-out label that training does not know.
     """
     load = partial(_load, columns=config.text_columns, label=config.label_column)
-    train, held_out = records.load_splits(config.data, config.eval_data, config.eval_records, load)
+    train, held_out = records.load_splits(
+        config.data, config.eval_data, config.eval_records, load, fewer=config.fewer_eval_records
+    )
     labels = _classes(train)
     for row in held_out:
         if (_name(row["label"]) not in labels) if labels else not isinstance(row["label"], (int, float)):

@@ -4,6 +4,7 @@ import gzip
 import json
 import logging
 import os
+from random import Random
 
 import pyarrow
 import pyarrow.parquet
@@ -318,6 +319,28 @@ def test_skipping_everything_is_an_error(tmp_path):
         load(tmp_path, *ODD, on_bad_record="skip")
 
 
+def test_a_file_whose_records_all_have_the_same_fault_is_one_line(tmp_path):
+    with pytest.raises(
+        ValueError, match=r"none of the 30 records can be used, all for one reason; the first: record 0"
+    ) as caught:
+        load(tmp_path, *[{"question": "Hi?", "answer": "Ho."}] * 30)
+
+    assert "\n" not in str(caught.value)
+    assert "give --columns prompt=question answer=answer" in str(caught.value)
+
+
+def test_a_recipes_own_number_of_held_out_records_is_no_error_on_a_small_file(tmp_path, caplog):
+    source = numbered(tmp_path, "a.jsonl", 40)
+
+    train, held_out = records.splits_of(DataConfig(data=source, eval_records=500, fewer_eval_records=True))
+
+    assert (len(train), len(held_out)) == (36, 4)
+    assert "held out are 4 of the 40 records, since the recipe's 500 would leave none" in caplog.text
+    assert len(records.splits_of(DataConfig(data=source, eval_records=5, fewer_eval_records=True))[1]) == 5
+    with pytest.raises(ValueError, match="--eval-records 500 of 40 records leaves none"):
+        records.splits_of(DataConfig(data=source, eval_records=500))
+
+
 def test_conversations_that_the_template_refuses_are_bad_records_too(caplog):
     template = "{% if messages[0].role == 'system' %}{{ raise_exception('no system') }}{% endif %}" + CHATML
     rows = [{"messages": CHAT}, {"messages": TALK}]
@@ -438,11 +461,15 @@ def test_one_source_stays_a_plain_string_in_the_config():
         ("a.json", "[" * 100_000, r"a\.json is not JSON that can be read: it is nested too deeply"),
         ("a.jsonl", '{"a":' * 100_000, r"a\.jsonl, line 1, is not JSON: it is nested too deeply"),
         ("a.jsonl", '{"instruction": ' + "9" * 5000 + "}", r"line 1, is not JSON: .*digits"),
-        ("a.json.gz", gzip.compress(b"[" + b" " * 2**27), r"unpacks to more than 67,108,864, .*LOLDU_READ_RATIO"),
-        ("a.json.gz", gzip.compress(os.urandom(9999))[:-8], r"a\.json\.gz cannot be read"),
+        (
+            "a.json.gz",
+            gzip.compress(b"[" + b" " * 2**27, mtime=0),
+            r"unpacks to more than 67,108,864, .*LOLDU_READ_RATIO",
+        ),
+        ("a.json.gz", gzip.compress(Random(0).randbytes(9999), mtime=0)[:-8], r"a\.json\.gz cannot be read"),
         (
             "a.jsonl.zst",
-            pyarrow.compress(os.urandom(9999), codec="zstd", asbytes=True)[:-5000],
+            pyarrow.compress(Random(0).randbytes(9999), codec="zstd", asbytes=True)[:-5000],
             r"cannot be read|not UTF-8",
         ),
         ("a.parquet", b"PAR1" + b"\xff" * 100 + b"PAR1", r"a\.parquet is not a parquet file"),
