@@ -1,4 +1,4 @@
-"""ALLoRA: LoRA whose gradient is scaled row by row, as a PEFT LoRA that stock PEFT loads when trained.
+"""ALLoRA: LoRA with a row-wise scaled gradient. Saved as a plain LoRA, which stock PEFT loads.
 
 Method: arXiv 2410.09692; the formula is that of an implementation that follows its section 4.2, not seen in the paper
 itself. LoRA without dropout and without alpha / r: y = W x + B A x. The gradient g that reaches A and B from row i of
@@ -6,8 +6,8 @@ the output is
 
     g_i / sqrt(|(B A)_i| + 1 / eta^2)
 
-so rows that have hardly moved yet learn quickest, eta times the plain gradient; what goes on to the layer's input stays
-unscaled. The row norms follow from A A^T (r x r): B A is never formed.
+so rows that have hardly changed yet learn fastest, at eta times the plain gradient. The gradient of the layer's input
+is not scaled. The row norms follow from A A^T (r x r): B A is never formed.
 """
 
 from __future__ import annotations
@@ -23,8 +23,8 @@ from peft.tuners.lora import Linear
 from peft.tuners.lora.layer import LoraVariant
 from torch import Tensor, nn
 
-STARTS = (True, False, "gaussian", "orthogonal")  # of A and B alone, not made from the base's weights
-# What LoRA's options may say: which layers, and what is trained beside them. The others change the formula.
+STARTS = (True, False, "gaussian", "orthogonal")  # initialisations of A and B that do not use the base's weights
+# LoRA's options that may be changed: which layers, and what else is trained. The others would change the formula.
 OPTIONS = {own.name for own in fields(PeftConfig)} | {
     *("r", "target_modules", "exclude_modules", "layers_to_transform", "layers_pattern", "layer_replication"),
     *("modules_to_save", "trainable_token_indices", "ensure_weight_tying", "bias", "runtime_config"),
@@ -33,11 +33,11 @@ OPTIONS = {own.name for own in fields(PeftConfig)} | {
 
 @dataclass
 class ALLoRAConfig(LoraConfig):
-    """LoRA trained with ALLoRA's gradient scaling. It is saved as plain LoRA, which it is once trained."""
+    """LoRA trained with ALLoRA's gradient scaling. Once trained it is a plain LoRA, and saved as one."""
 
-    # With a variant's mark PEFT's own layers, which a model with a plain LoRA has already, refuse it.
+    # Marked as a LoRA variant, so that PEFT refuses it on layers of a plain LoRA that a model has already.
     eta: float = field(
-        default=1.0, metadata={"help": "factor of the gradient where B A is zero still", "is_lora_variant": True}
+        default=1.0, metadata={"help": "factor of the gradient where B A is still zero", "is_lora_variant": True}
     )
     method: ClassVar[str] = "allora"  # PEFT knows it as LoRA
     lora_alpha: int | None = field(default=None, metadata={"help": "r, a scaling of one"})  # type: ignore[assignment]
@@ -52,13 +52,13 @@ class ALLoRAConfig(LoraConfig):
             value, known = getattr(self, name), STARTS if name == "init_lora_weights" else (getattr(plain, name),)
             if value not in known:
                 expected = " or ".join(map(str, known))
-                raise ValueError(f"ALLoRA has no {name}={value}, only {expected}: leave it out, or take lora")
+                raise ValueError(f"ALLoRA does not support {name}={value}, only {expected}: leave it out, or use lora")
         super().__post_init__()
-        # The first that fits is taken. What none fits gets PEFT's own layer, which is LoRA's.
+        # PEFT takes the first entry that matches; without nn.Module, other layers would get its plain LoRA layer.
         self._register_custom_module({nn.Linear: ALLoRALinear, nn.Module: _refuse})  # type: ignore[dict-item]
 
     def to_dict(self) -> dict[str, Any]:
-        """Without eta, which other readers of a LoRA do not know."""
+        """Leaves out eta, which other readers of a LoRA do not know."""
         return {name: value for name, value in super().to_dict().items() if name != "eta"}
 
 
@@ -71,13 +71,13 @@ class ALLoRALinear(Linear):
 
 def _refuse(target: nn.Module, adapter_name: str, *, target_name: str, **kwargs: Any) -> NoReturn:
     raise ValueError(
-        f"{target_name} is a {type(target).__name__}, ALLoRA is for nn.Linear: leave it out (exclude_modules), name "
-        "other target_modules, or take lora"
+        f"{target_name} is a {type(target).__name__}, ALLoRA supports nn.Linear only: leave it out (exclude_modules), "
+        "name other target_modules, or use lora"
     )
 
 
 class Scaled(LoraVariant):
-    """How PEFT's layer computes and merges an ALLoRA adapter."""
+    """The forward pass and merging of an ALLoRA adapter in PEFT's layer."""
 
     def __init__(self, eta: float):
         self.eta = eta

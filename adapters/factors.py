@@ -41,7 +41,7 @@ def lora_pair(weight: Tensor, factors: Factors, core: Tensor, *, embedding: bool
 
 
 def delta_weight(weight: Tensor, factors: Factors, core: Tensor, *, embedding: bool = False) -> Tensor:
-    """What the adapter adds to the unmerged W (m, n), in the precision of the read map."""
+    """The adapter's update of the unmerged W (m, n), in the precision of the read map."""
     A, B = lora_pair(weight, factors, core, embedding=embedding)
     return (B @ A).T if embedding else B @ A
 
@@ -68,6 +68,6 @@ def probe_digest(weight: Any, shape: Sequence[int]) -> Tensor:
 def base_fingerprint(digests: Iterable[Tensor]) -> str:
     """One hex digest of a base model from the probe digests of its tensors with two or more dimensions.
 
-    Names, order and repeats (tied weights) do not count: a model in memory and its files give the same.
+    Independent of names, order and repeats (tied weights), so a model in memory and its files give the same.
     """
     return hashlib.sha256(b"".join(sorted({bytes(digest.tolist()) for digest in digests}))).hexdigest()

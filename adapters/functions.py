@@ -1,7 +1,7 @@
-"""What the layer's forward pass computes where autograd alone would keep more, move more or multiply by zeros.
+"""Operations of the layer's forward pass, where plain autograd would keep or move more data, or multiply by zeros.
 
-Frozen maps get no gradient. Under torch.compile, which joins passes and chooses what to keep by itself, each is its
-plain formula; torch.func and forward-mode gradients go through the functions too.
+Frozen maps get no gradient. Under torch.compile, which fuses operations and decides what to keep, each is its plain
+formula. The functions support torch.func and forward-mode gradients.
 """
 
 from __future__ import annotations
@@ -13,30 +13,30 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-# A triangle in eight blocks of rows leaves out 7/16 of the multiplications. Measured on a CPU in float32: below FROM
-# rows or TOKENS it takes as long or longer; for 512 tokens 0.77 of the time at 512 rows (0.91 where they are put in
-# order first), 0.65 at 1024 (0.70).
+# Eight blocks of rows of a triangle need 9/16 of the multiplications. Measured on a CPU in float32: below FROM rows or
+# TOKENS it is not faster; for 512 tokens it takes 0.77 of the time at 512 rows (0.91 if rows are reordered first), 0.65
+# at 1024 (0.70).
 BLOCKS, SMALLEST, FROM, TOKENS = 8, 128, 512, 256
 
 
 def take_rows(y0: Tensor, rows: Tensor) -> tuple[Tensor, Tensor]:
-    """y0 (..., m) itself, and its entries rows (r,)."""
+    """y0 (..., m), and its entries at rows (r,)."""
     if torch.compiler.is_compiling():
         return y0, y0.index_select(-1, rows)
     return _TakeRows.apply(y0, rows)
 
 
 def add_rows(onto: Tensor, added: Tensor, rows: Tensor) -> Tensor:
-    """onto (..., m) with added (..., r) put on its entries rows (r,)."""
+    """onto (..., m) plus added (..., r) at its entries rows (r,)."""
     if torch.compiler.is_compiling():
         return onto.index_add(-1, rows, added)
     return _AddRows.apply(onto, added, rows)
 
 
 def lower_linear(x: Tensor, L: Tensor, rows: Tensor | None = None) -> Tensor:
-    """x L^T for x (..., r) and a frozen lower triangular L (r, r), in blocks that leave out most of its zeros.
+    """x L^T for x (..., r) and a frozen lower triangular L (r, r), in blocks that skip most of its zeros.
 
-    With rows (r,) L is given out of order: its row i lies in row rows[i]. Whole where blocks do not pay.
+    With rows (r,), the rows of L are permuted: row i is at rows[i]. One product where blocks would not be faster.
     """
     if not in_blocks(x):
         return F.linear(x, L if rows is None else L.index_select(0, rows))
@@ -46,12 +46,12 @@ def lower_linear(x: Tensor, L: Tensor, rows: Tensor | None = None) -> Tensor:
 
 
 def in_blocks(x: Tensor) -> bool:
-    """Whether taking a triangle of r rows apart pays for x (..., r)."""
+    """Whether blocks are faster for x (..., r) and a triangle of r rows."""
     return x.shape[-1] >= FROM and x.numel() >= TOKENS * x.shape[-1]
 
 
 def blocks(r: int) -> list[tuple[int, int]]:
-    """(first, end) of the rows of each block of a triangle (r, r): all left of `end` is multiplied."""
+    """(first, end) of the rows of each block of a triangle (r, r): the columns before `end` are multiplied."""
     size = max(SMALLEST, -(-r // BLOCKS))
     return [(at, min(at + size, r)) for at in range(0, r, size)]
 
@@ -62,7 +62,7 @@ def _lower_linear(x: Tensor, L: Tensor, rows: Tensor | None) -> Tensor:
 
 
 def _joined(parts: Iterator[Tensor], r: int) -> Tensor:
-    """Parts side by side as one (..., r), each gone once it is in its place; torch.cat would have all of them twice."""
+    """The parts concatenated to (..., r), each freed once it is copied; torch.cat would hold all of them twice."""
     if torch.compiler.is_compiling():
         return torch.cat(list(parts), -1)
     first = next(parts)
@@ -75,14 +75,14 @@ def _joined(parts: Iterator[Tensor], r: int) -> Tensor:
 
 
 def _part(L: Tensor, rows: Tensor | None, height: slice, width: slice) -> Tensor:
-    """That part of L in order of its rows; never all of it, which would be a second map in memory."""
+    """That part of L with its rows in order; never all of L, which would be a second map in memory."""
     return L[height, width] if rows is None else L[:, width].index_select(0, rows[height])
 
 
 class _TakeRows(torch.autograd.Function):
     """Both gradients in one pass.
 
-    Autograd alone fills a tensor of y0's size with zeros, puts the r numbers there, and adds the two into a third.
+    Autograd alone fills a tensor of y0's size with zeros, writes the r numbers into it, and adds both into a third.
     """
 
     generate_vmap_rule = True
@@ -106,7 +106,7 @@ class _TakeRows(torch.autograd.Function):
 
 
 class _AddRows(torch.autograd.Function):
-    """Autograd alone keeps `added`, for nothing but its shape."""
+    """Autograd alone keeps `added` only for its shape."""
 
     generate_vmap_rule = True
 
@@ -129,7 +129,7 @@ class _AddRows(torch.autograd.Function):
 
 
 class _LowerLinear(torch.autograd.Function):
-    """Autograd alone keeps the parts of L in order, and fills a tensor of x's size for each block's gradient."""
+    """Autograd alone keeps the reordered parts of L, and fills a tensor of x's size for each block's gradient."""
 
     generate_vmap_rule = True
 

@@ -76,7 +76,7 @@ class InputLinear(FactorLinear):
         return r
 
     def add_update(self, adapter_name: str, x: Tensor, y0: Tensor, onto: Tensor) -> Tensor:
-        """onto and what the adapter adds, for the layer's input x (..., n)."""
+        """onto plus the adapter's update, for the layer's input x (..., n)."""
         return self._ready(adapter_name)(x, None, onto=onto)
 
     @torch.compiler.disable
@@ -99,7 +99,7 @@ class InputLinear(FactorLinear):
         return ready.read.to(wide), ready.write.to(wide) @ core
 
     def get_delta_weight(self, adapter_name: str) -> Tensor:
-        """What the adapter adds to the base weight, in the base weight's own layout."""
+        """The adapter's update of the base weight, in the base weight's layout."""
         A, B = self.lora(adapter_name)
         return (B @ A).T if isinstance(self.base, Conv1D) else B @ A
 

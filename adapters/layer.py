@@ -1,6 +1,7 @@
-"""The layer: any base layer whose output is a matrix product, plus what frozen factors and a trained core add to it.
+"""The adapted layer: a base layer whose output is a matrix product, plus an update through frozen factors and a core.
 
-One layer class serves the family; a method brings its map. Shapes: W (m, n), y0 (..., m) the base layer's output.
+One class serves all methods that read the base layer's output; input_layer.py has the one that reads the input.
+Shapes: W (m, n), y0 (..., m) the base layer's output.
 """
 
 from __future__ import annotations
@@ -24,8 +25,8 @@ from adapters.checkpoint_names import local_weights
 from adapters.factors import Factors, delta_weight, lora_pair, probe_digest
 from adapters.functions import add_rows, in_blocks, lower_linear, take_rows
 
-# A quantised weight belongs to a checkpoint's tensor below this relative distance: NF4 and FP4 are 0.08 to 0.28 away
-# on two small Llamas (the far ones have outliers), another model 1.4.
+# A quantised weight is taken for a checkpoint's tensor below this relative distance. On two small Llamas NF4 and FP4
+# are 0.08 to 0.28 away (weights with outliers most), another model 1.4.
 SAME_WEIGHT = 0.5
 
 FactorSource = Callable[[str, tuple[int, int]], "Factors | None"]
@@ -33,12 +34,12 @@ _factor_source: ContextVar[FactorSource | None] = ContextVar("factor_source", de
 
 
 class BasePrecisionWarning(UserWarning):
-    """The adapter was made from this base in another precision."""
+    """The adapter was made from another precision of this base."""
 
 
 @contextmanager
 def factors_from(source: FactorSource) -> Iterator[None]:
-    """New adapters take the factors that source(module name, (m, n)) returns, and make their own where that is None."""
+    """Inside, new adapters take the factors that source(module name, (m, n)) returns; for None they make their own."""
     token = _factor_source.set(source)
     try:
         yield
@@ -47,19 +48,19 @@ def factors_from(source: FactorSource) -> Iterator[None]:
 
 
 def factor_source() -> FactorSource | None:
-    """The source that is in force."""
+    """The source set by `factors_from`, if any."""
     return _factor_source.get()
 
 
 class FactorMap(nn.Module):
     """One adapter on one layer: read r numbers from y0, multiply them by the trained core, write them back.
 
-    core, of the config's core_shape, is float32 and all that trains. write (out, r) and read are frozen parameters, so
-    that sharding engines spread them; they follow from the base and are in no state dict. pivots, values and probe say
-    from what.
+    core, of the config's core_shape, is float32 and the only trained parameter. write (out, r) and read are frozen
+    parameters, so that sharding engines shard them; they follow from the base and are in no state dict. pivots, values
+    and probe identify what they follow from.
     """
 
-    derived: ClassVar[tuple[str, ...]] = ("write", "read")  # what is in no state dict
+    derived: ClassVar[tuple[str, ...]] = ("write", "read")  # left out of state dicts
 
     core: nn.Parameter
     write: nn.Parameter
@@ -94,7 +95,7 @@ class FactorMap(nn.Module):
         return Factors(*(getattr(self, name).detach() for name in Factors._fields))
 
     def set_factors(self, factors: Factors) -> None:
-        """Take the two maps and what they follow from; the core stays."""
+        """Set the two maps and what they follow from; the core is not changed."""
         device = self.probe.device
         self.write = nn.Parameter(factors.write.to(device, self.write.dtype).contiguous(), requires_grad=False)
         self.read = nn.Parameter(factors.read.to(device, self.read.dtype), requires_grad=False)
@@ -111,7 +112,7 @@ class FactorMap(nn.Module):
         return self.config.start_core(self.values.cpu())
 
     def set_origin(self, factors: Factors) -> None:
-        """Note what the maps follow from; for maps that are filled from elsewhere, shard by shard."""
+        """Set what the maps follow from, for maps that are filled separately, shard by shard."""
         device = torch.device("cpu") if self.probe.is_meta else self.probe.device  # PEFT moves 8-bit layers whole
         for name in ("pivots", "values", "probe"):
             setattr(self, name, getattr(factors, name).to(device))
@@ -120,7 +121,7 @@ class FactorMap(nn.Module):
 
     @property
     def stale(self) -> bool:
-        """Whether a loader has put in pivots or a probe that the maps were not made from."""
+        """Whether a loader replaced pivots or probe, so that the maps no longer belong to them."""
         if self._seen is not self.probe:
             if self.write.is_meta or self._made_from != self._origin():
                 return True
@@ -133,8 +134,8 @@ class FactorMap(nn.Module):
     def forward(self, y0: Tensor, bias: Tensor | None, onto: Tensor) -> Tensor:
         """onto + Write (scale core * Read (y0 - bias)); y0 (..., out) is the base output with its bias.
 
-        Nothing is written over y0, which would save a tensor of its size: others may keep it (selective activation
-        checkpointing does), and on a CPU the step took no less time.
+        y0 is not overwritten, which would save a tensor of its size: other code may keep it (selective activation
+        checkpointing does), and on a CPU the step was not faster.
         """
         if self.config.through_write:
             offset = None if bias is None else -torch.mv(self.write.T, bias)
@@ -156,18 +157,18 @@ class FactorMap(nn.Module):
         return torch.addmm(onto.reshape(-1, onto.shape[-1]), h.reshape(-1, h.shape[-1]), self.write.T).view(onto.shape)
 
     def scaled_core(self, dtype: torch.dtype) -> Tensor:
-        """scale * core, and the core itself where there is nothing to do."""
+        """scale * core; the core itself where scale is 1."""
         core = self.core.to(dtype)
         return core if self.scale == 1 else self.scale * core
 
     def train(self, mode: bool = True) -> Any:
-        """Keep the core in float32: TRL turns all that trains on a 4-bit base into bf16 where no hook sees it."""
+        """Keep the core in float32: TRL casts trained parameters on a 4-bit base to bf16, without calling any hook."""
         if self.core.element_size() < 4:
             self.core.data = self.core.data.float()
         return super().train(mode)
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Any:
-        """A narrower dtype (half(), PEFT's mover) reaches write alone: core, read and what is saved stay float32."""
+        """Only write takes a narrower dtype (half(), PEFT's casts); core, read and what is saved stay float32."""
 
         def apply(old: Tensor) -> Tensor:
             new = fn(old)
@@ -175,7 +176,7 @@ class FactorMap(nn.Module):
 
         super()._apply(apply, recurse)
         if self.write.is_meta:
-            self._made_from = None  # emptied: whatever comes back, the maps have to be made again
+            self._made_from = None  # moved to meta: the maps have to be made again
         return self
 
     def _save_to_state_dict(self, destination: Any, prefix: str, keep_vars: bool) -> None:
@@ -199,7 +200,7 @@ class FactorMap(nn.Module):
 
 
 class FactorLayer(nn.Module, BaseTunerLayer):
-    """A base layer with adapters of the family: Linear, quantised Linear, Conv1D, Conv2d with groups 1, Embedding."""
+    """A base layer with our adapters: Linear, quantised Linear, Conv1D, Conv2d with groups 1, or Embedding."""
 
     def __init__(self, base_layer: nn.Module, name: str, method: str):
         super().__init__()
@@ -207,7 +208,7 @@ class FactorLayer(nn.Module, BaseTunerLayer):
         self.adapter_layer_names = (f"{method}_map",)  # PEFT knows a method's parameters by their prefix
         self.add_module(f"{method}_map", nn.ModuleDict())
         self.name = name  # in the model
-        self.checkpoints: list[str] = []  # where the base in full precision may lie: folders or hub names
+        self.checkpoints: list[str] = []  # candidates for the base in full precision: folders or hub names
         self.merged_adapters: list[str] = []
         self._unmerged: Tensor | None = None
         self.shape = matrix_shape(self.base, name)
@@ -223,18 +224,18 @@ class FactorLayer(nn.Module, BaseTunerLayer):
 
     @property
     def base(self) -> Any:
-        """The layer that is adapted; its attributes depend on its kind."""
+        """The base layer; its attributes depend on its type."""
         return self.get_base_layer()
 
     @property
     def frozen_dtype(self) -> torch.dtype:
-        """What the frozen maps are made in: the base's dtype, or the one that a quantised base computes in."""
+        """dtype of the frozen maps: the base's, or the one that a quantised base computes in."""
         if self.quantization_backend is None:
             return self.base.weight.dtype
         return getattr(self.base, "compute_dtype", None) or torch.float32
 
     def update_layer(self, adapter_name: str, config: FactorConfig, checkpoints: Sequence[str | None] = ()) -> int:
-        """Give a new adapter its factors and a zero core; returns its rank."""
+        """Give a new adapter its factors and its starting core; returns its rank."""
         self.checkpoints = list(dict.fromkeys([*self.checkpoints, *filter(None, checkpoints)]))
         weight, (m, n) = self.base.weight, self.shape
         r, source = config.rank_of(self.name, self.shape), factor_source()
@@ -243,7 +244,9 @@ class FactorLayer(nn.Module, BaseTunerLayer):
             factors = self._new_factors(config, r)
         if r is None:
             if factors is None:
-                raise ValueError(f"the rank of {self.name} follows from its weight, which is on meta here: give ranks")
+                raise ValueError(
+                    f"the rank of {self.name} follows from its weight, which is on the meta device: set ranks"
+                )
             r = len(factors.values)
         out = n if self.embedding else m
         factor_map = FactorMap(out, r, config, self.frozen_dtype, weight.device, embedding=self.embedding)
@@ -272,18 +275,18 @@ class FactorLayer(nn.Module, BaseTunerLayer):
         return y.movedim(-1, 1) if channels_first else y
 
     def add_update(self, adapter_name: str, x: Tensor, y0: Tensor, onto: Tensor) -> Tensor:
-        """onto and what the adapter adds, for the layer's input x and the base's output y0 (..., m)."""
+        """onto plus the adapter's update, for the layer's input x and the base's output y0 (..., m)."""
         factor_map = self.maps[adapter_name]
-        if factor_map._seen is not factor_map.probe:  # a loader that calls no hook of ours
+        if factor_map._seen is not factor_map.probe:  # the loader called no hook of ours
             self.refresh()
         return factor_map(y0, getattr(self.base, "bias", None), onto=onto)
 
     @torch.compiler.disable
     def refresh(self, *_: Any) -> None:
-        """Rebuild the maps of adapters whose origin was loaded from a file, once it is known to fit this base.
+        """Rebuild the maps of loaded adapters, after checking that they belong to this base.
 
-        The same probe means the same weight. Another probe, but the checkpoint's or nearly the same factors from the
-        saved pivots: this base in another precision, said once. Anything else is a ValueError.
+        Equal probes mean equal weights. If the probe is that of the named checkpoint, or the factors rebuilt from the
+        saved pivots are nearly the same, this is the base in another precision: a warning. Otherwise ValueError.
         """
         if self.base.weight.is_meta:
             return
@@ -301,17 +304,17 @@ class FactorLayer(nn.Module, BaseTunerLayer):
         return lora_pair(*self._update_parts(adapter_name), embedding=self.embedding)
 
     def get_delta_weight(self, adapter_name: str) -> Tensor:
-        """What the adapter adds to the base weight, in the base weight's own layout."""
+        """The adapter's update of the base weight, in the base weight's layout."""
         delta = delta_weight(*self._update_parts(adapter_name), embedding=self.embedding)
         if isinstance(self.base, nn.Conv2d):
             return delta.view(self.base.weight.shape)
         return delta.T if isinstance(self.base, Conv1D) else delta
 
     def merge(self, safe_merge: bool = False, adapter_names: list[str] | None = None) -> None:
-        """Write the adapters' updates into the base weight; all come from the unmerged weight, which is kept."""
+        """Add the adapters' updates to the base weight. All are computed from the unmerged weight, which is kept."""
         if self.quantization_backend is not None:
             raise ValueError(
-                f"{self.name} is quantised, and rounding would lose the update (measured loss 2.94 -> 3.41 on 4 bits): "
+                f"{self.name} is quantised, and rounding would lose the update (loss 2.94 to 3.41 at 4 bits): "
                 "load the base in full precision and merge there"
             )
         names = [name for name in check_adapters_to_merge(self, adapter_names) if name in self.maps]
@@ -325,12 +328,14 @@ class FactorLayer(nn.Module, BaseTunerLayer):
         for name in applied:
             merged = merged + self.get_delta_weight(name).to(wide)
         if safe_merge and not torch.isfinite(merged).all():
-            raise ValueError(f"{self.name}: merging {', '.join(names)} gives NaN or infinite weights; nothing changed")
+            raise ValueError(
+                f"{self.name}: merging {', '.join(names)} gives NaN or infinite weights; nothing was changed"
+            )
         self.base.weight.data = merged.to(unmerged.dtype)
         self._unmerged, self.merged_adapters = unmerged, applied
 
     def unmerge(self) -> None:
-        """Put the unmerged weight back, bit for bit."""
+        """Restore the unmerged weight, bit for bit."""
         if self._unmerged is None:
             warnings.warn("Already unmerged. Nothing to do.", stacklevel=2)
             return
@@ -341,7 +346,7 @@ class FactorLayer(nn.Module, BaseTunerLayer):
         return not isinstance(self.base, Conv1D)
 
     def _freeze_non_trainable_peft_weights(self, adapter_names: Any = None) -> None:
-        """PEFT switches whole adapter modules to training and then asks what stays frozen: everything but the core."""
+        """PEFT makes whole adapter modules trainable and then calls this to freeze the rest: all but the core."""
         for factor_map in self.maps.values():
             factor_map.write.requires_grad_(False)
             factor_map.read.requires_grad_(False)
@@ -359,7 +364,7 @@ class FactorLayer(nn.Module, BaseTunerLayer):
         for full in self._checkpoint_matrices():
             if _relative_distance(W, full) < SAME_WEIGHT:
                 return self._factor(config, full, r)
-        _warn("no full-precision checkpoint of this quantised base lies on this machine: factors come from its weights")
+        _warn("no full-precision checkpoint of this quantised base is on this machine: factors come from its weights")
         return self._factor(config, W, r)
 
     def _saved_factors(self, adapter_name: str, factor_map: FactorMap) -> Factors:
@@ -398,7 +403,7 @@ class FactorLayer(nn.Module, BaseTunerLayer):
         return made._replace(probe=probe_digest(W, self.shape))
 
     def _checkpoint_matrices(self) -> Iterator[Tensor]:
-        """W (m, n) in full precision from each of the named checkpoints that lies on this machine."""
+        """W (m, n) in full precision from each of the named checkpoints that is on this machine."""
         for weight in local_weights(self.checkpoints, self.name):
             W = self._as_matrix(weight.to(self.base.weight.device))
             if tuple(W.shape) == self.shape:
@@ -409,11 +414,11 @@ class FactorLayer(nn.Module, BaseTunerLayer):
 
 
 class FactorLinear(FactorLayer):
-    """The same for Linear and Conv1D: PEFT's all-linear finds adapted layers by this word in the class name."""
+    """The same for Linear and Conv1D: PEFT's all-linear recognises adapted layers by Linear in the class name."""
 
 
 def matrix_shape(base: nn.Module, name: str) -> tuple[int, int]:
-    """(m, n) of a layer's W. Raises ValueError for a layer the family has no map for."""
+    """(m, n) of a layer's W. Raises ValueError for a type of layer that is not supported."""
     if isinstance(base, nn.Linear):  # quantised ones too, whose weight is packed
         return base.out_features, base.in_features
     if isinstance(base, Conv1D):
@@ -422,8 +427,8 @@ def matrix_shape(base: nn.Module, name: str) -> tuple[int, int]:
         return base.weight.shape[0], base.weight[0].numel()
     groups = f" with groups {base.groups}" if isinstance(base, nn.Conv2d) else ""
     raise ValueError(
-        f"{name} is a {type(base).__name__}{groups}; adapters of this family go on Linear, Conv1D, Embedding and "
-        "Conv2d with groups 1: leave it out (exclude_modules) or name other target_modules"
+        f"{name} is a {type(base).__name__}{groups}; supported are Linear, Conv1D, Embedding and Conv2d "
+        "with groups 1: leave it out (exclude_modules) or name other target_modules"
     )
 
 
@@ -440,5 +445,5 @@ def _relative_distance(a: Tensor, b: Tensor) -> float:
 
 
 def _warn(text: str) -> None:
-    """Without a layer's name, so that Python shows it once for all layers."""
+    """Warn without naming a layer, so that Python shows the warning once for all layers."""
     warnings.warn(text, BasePrecisionWarning, stacklevel=2)

@@ -1,4 +1,4 @@
-"""A trained adapter of the family as an ordinary LoRA adapter, for stock PEFT and LoRA servers.
+"""A trained adapter of ours as an ordinary LoRA adapter, for stock PEFT and LoRA servers.
 
 Exact, because the update is a product B A of rank r: A = U_r, B = Write diag(scale delta). Files: adapter_config.json
 and adapter_model.safetensors in float32, rank and alpha per layer (alpha = rank, so that PEFT's own scaling is 1).
@@ -23,7 +23,7 @@ from adapters.layer import FactorLayer
 
 
 def as_lora(model: PeftModel, adapter_name: str = "default") -> tuple[LoraConfig, dict[str, Tensor]]:
-    """The LoRA config and its tensors, named as PEFT saves them. ValueError where the adapter is none of ours."""
+    """The LoRA config and its tensors, named as PEFT saves them. Raises ValueError for an adapter that is not ours."""
     tensors: dict[str, Tensor] = {}
     ranks: dict[str, int] = {}
     transposed = False
@@ -42,7 +42,7 @@ def as_lora(model: PeftModel, adapter_name: str = "default") -> tuple[LoraConfig
             tensors |= {f"{name}.{part}": value.float().contiguous().cpu() for part, value in parts.items()}
     if not ranks:
         known = ", ".join(f"{name} ({config.peft_type})" for name, config in model.peft_config.items())
-        raise ValueError(f"there is no adapter of this family named {adapter_name}; the model has {known}")
+        raise ValueError(f"the model has no adapter of ours named {adapter_name}, it has {known}")
     ours: Any = model.peft_config[adapter_name]
     family = model.base_model.prefix
     saved = get_peft_model_state_dict(model, adapter_name=adapter_name, save_embedding_layers=False)

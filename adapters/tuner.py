@@ -25,7 +25,7 @@ log = logging.getLogger(__name__)
 
 
 class FactorTuner(BaseTuner):
-    """Puts a `FactorLayer` around each target; the base model's own tensors are never written."""
+    """Wraps each target in a `FactorLayer`; the base model's own tensors are never changed."""
 
     tuner_layer_cls = FactorLayer
     target_module_mapping: Any = TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING
@@ -53,11 +53,11 @@ class FactorTuner(BaseTuner):
         if config.factorization().chooses_rank:
             log.info("ranks chosen from the weights: %s", chosen)
         elif chosen:
-            log.warning("rank %d is larger than some weights' smaller side and is clamped there: %s", config.r, chosen)
+            log.warning("rank %d is reduced to the smaller dimension of some weights: %s", config.r, chosen)
         self._check_fingerprint(model, config)
 
     def _prepare_model(self, peft_config: Any, model: Any) -> None:
-        """Note which weights belong to two modules (a tied head): an adapter on one would not reach the other."""
+        """Find weights that two modules share (a tied head): an adapter on one would not change the other."""
         own = (m._parameters.get("weight") for m in model.modules())  # m.weight would count PEFT's wrappers too
         owners = Counter(id(weight) for weight in own if weight is not None)
         self._shared = {weight for weight, count in owners.items() if count > 1}
@@ -79,15 +79,15 @@ class FactorTuner(BaseTuner):
             matrix_shape(target, current_key)
             if id(target.weight) in self._shared:
                 raise ValueError(
-                    f"{current_key} shares its weight with another module (tied embeddings), an adapter would untie "
+                    f"{current_key} shares its weight with another module (tied embeddings); an adapter would untie "
                     f"them: leave it out (exclude_modules=['{target_name}']) or load with tie_word_embeddings=False"
                 )
             kind = FactorLinear if isinstance(target, (nn.Linear, Conv1D)) else FactorLayer
             if config.reads_input:
                 if kind is FactorLayer:
                     raise ValueError(
-                        f"{current_key} is a {type(target).__name__}; {config.method} goes on Linear and Conv1D: leave "
-                        f"it out (exclude_modules=['{target_name}'])"
+                        f"{current_key} is a {type(target).__name__}; {config.method} supports Linear and Conv1D: "
+                        f"leave it out (exclude_modules=['{target_name}'])"
                     )
                 kind = InputLinear
             layer = kind(target, current_key, config.method)
@@ -102,7 +102,7 @@ class FactorTuner(BaseTuner):
             self._replace_module(parent, target_name, layer, target)
 
     def _take_back(self, model: nn.Module, adapter_name: str) -> None:
-        """Leave the model as it was before an injection that failed at a later layer."""
+        """Restore the model after an injection that failed at a later layer."""
         for name, layer in list(model.named_modules()):
             if isinstance(layer, FactorLayer) and adapter_name in layer.maps:
                 layer.delete_adapter(adapter_name)
@@ -111,7 +111,7 @@ class FactorTuner(BaseTuner):
 
     @staticmethod
     def _check_target_module_exists(peft_config: Any, key: str) -> Any:
-        """all-linear also names the copies of a module that another adapter trains whole: they are no targets."""
+        """all-linear also matches the copies of a module that another adapter trains whole; these are not targets."""
         if {"modules_to_save", "original_module"} & set(key.split(".")):
             return False
         return BaseTuner._check_target_module_exists(peft_config, key)
@@ -135,21 +135,26 @@ class FactorTuner(BaseTuner):
 
     @contextmanager
     def _enable_peft_forward_hooks(self, *args: Any, adapter_names: Any = None, **kwargs: Any) -> Iterator[None]:
-        """PEFT drops adapter_names (one per sample, LoRA's alone) silently where a method has no such hook."""
+        """Refuse adapter_names (one per sample, LoRA only), which PEFT would silently ignore."""
         if adapter_names is not None:
-            raise ValueError("no adapter_names per sample: set_adapter, and run each adapter's samples apart")
+            raise ValueError(
+                "adapter_names per sample is not supported: call set_adapter and run each adapter's samples separately"
+            )
         yield
 
     def _cast_adapter_dtype(self, adapter_name: str, autocast_adapter_dtype: bool = True) -> None:
-        """Cores are float32 from the start, and the frozen maps stay in the base's dtype."""
+        """Nothing to cast: cores are float32 from the start, and frozen maps keep the base's dtype."""
 
     def _check_fingerprint(self, model: nn.Module, config: FactorConfig) -> None:
-        classifies = config.task_type in (TaskType.SEQ_CLS, TaskType.TOKEN_CLS)  # with a head that no checkpoint holds
+        classifies = config.task_type in (
+            TaskType.SEQ_CLS,
+            TaskType.TOKEN_CLS,
+        )  # the base's checkpoint has no such head
         heads = [f"{name}." for name in config.modules_to_save or ()] if classifies else []
         ours = (self.prefix, "modules_to_save.", *heads)
         bases = [p for name, p in model.named_parameters() if p.ndim >= 2 and not any(part in name for part in ours)]
         if any(p.is_meta or not p.dtype.is_floating_point for p in bases) or getattr(model, "is_quantized", False):
-            return  # nothing to probe yet, or packed: each adapted weight is checked by itself
+            return  # no values yet, or packed ones: each adapted weight is checked by itself
         found = base_fingerprint(probe_digest(p.flatten(1), p.flatten(1).shape) for p in bases)
         if config.base_fingerprint is None:
             config.base_fingerprint = found
@@ -163,7 +168,7 @@ class FactorTuner(BaseTuner):
 
 
 def adaptable_modules(model: nn.Module) -> list[str]:
-    """Last parts of the names of all modules the family can adapt, for error messages."""
+    """Last parts of the names of all modules that can be adapted, for error messages."""
     kinds = (nn.Linear, Conv1D, nn.Conv2d, nn.Embedding)
     names = {name.rpartition(".")[2] for name, module in model.named_modules() if isinstance(module, kinds)}
     return sorted(names - {"base_layer"})

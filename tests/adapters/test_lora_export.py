@@ -174,7 +174,7 @@ def test_a_model_without_our_adapter_is_refused(method, tmp_path):
     lora = get_peft_model(tiny_llama(), LoraConfig(target_modules=["q_proj"]))
     ours = get_peft_model(tiny_llama(), config(target_modules=["q_proj"]))
 
-    with pytest.raises(ValueError, match=r"no adapter of this family named default; the model has default \(.*LORA\)"):
+    with pytest.raises(ValueError, match=r"no adapter of ours named default, it has default \(.*LORA\)"):
         as_lora(lora)
-    with pytest.raises(ValueError, match=rf"named other; the model has default \(.*{method.upper()}\)"):
+    with pytest.raises(ValueError, match=rf"named other, it has default \(.*{method.upper()}\)"):
         as_lora(ours, "other")

@@ -139,7 +139,7 @@ def test_one_without_factors_says_where_they_come_from():
 
 
 def test_a_layer_that_is_not_linear_is_refused_by_name():
-    with pytest.raises(ValueError, match=r"embed_tokens is a Embedding; lorasb goes on Linear and Conv1D"):
+    with pytest.raises(ValueError, match=r"embed_tokens is a Embedding; lorasb supports Linear and Conv1D"):
         get_peft_model(tiny_llama(), LoRASBConfig(r=4, target_modules=["embed_tokens"]))
     with pytest.raises(ValueError, match="e is a Embedding; gradients are taken on Linear and Conv1D"):
         gradient_sums({"e": nn.Embedding(4, 4)}).__enter__()
