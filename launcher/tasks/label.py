@@ -1,7 +1,7 @@
-"""Sequence classification: one or two columns of text and a label, in place of a question and an answer.
+"""Sequence classification in the form of GLUE: each row has one or two columns of text, and a label.
 
-GLUE's form. A label is a whole number or a name (classes) or a number with a fraction (regression, as in STS-B). The
-model's own head and loss are used; a checkpoint without a head gets a new one from the seed, to be trained whole and
+A label is a class (a whole number or a name), or a number with a fraction to predict (regression, as in STS-B). The
+model's own head and loss are used. A checkpoint without a head gets a new one, drawn from the seed, trained whole and
 saved beside the adapter (`modules_to_save`).
 """
 
@@ -25,12 +25,12 @@ from launcher.tasks.base import Batch, Layout, Samples, Task, by_length
 from launcher.tasks.evaluation import Evaluation
 
 SUMS = 7  # numbers that `moments` counts
-Labels = tuple[str, ...]  # the classes, in the order of the head's outputs; none: a number is predicted
+Labels = tuple[str, ...]  # the classes, in the order of the head's outputs; empty for regression
 
 
 @dataclass(frozen=True)
 class LabelReport(DataReport):
-    """What became of the rows."""
+    """Counts of rows and tokens."""
 
     def __str__(self) -> str:
         line = f"{self.kept:,} labelled rows, {self.tokens:,} tokens"
@@ -39,11 +39,11 @@ class LabelReport(DataReport):
 
 @dataclass(frozen=True, eq=False)
 class Labelled(Encoded):
-    """Samples as in `Encoded`, each with one label; each counts as one target."""
+    """Samples as in `Encoded`, each with one label. Each sample counts as one target."""
 
     classes: Labels
-    labels: Tensor  # (S,) int64 places in classes, or float32 where a number is predicted
-    segments: Tensor | None  # (T,) int8: first or second text, for models that are told
+    labels: Tensor  # (S,) int64 indices into classes, or float32 for regression
+    segments: Tensor | None  # (T,) int8: first or second text, for models with token types
 
     def digest(self) -> str:
         return hashlib.sha256(super().digest().encode() + self.labels.numpy().tobytes()).hexdigest()
@@ -167,9 +167,10 @@ def collate(data: Labelled, rows: Sequence[int], pad_id: int) -> dict[str, Tenso
 
 def moments(logits: Tensor, labels: Tensor) -> Tensor:
     """Sums (SUMS,) over samples from which `metrics` follow, so that ranks can add theirs up. float64."""
-    said, true = logits.float().argmax(-1) if logits.shape[-1] > 1 else logits[:, 0], labels
-    p, t = said.double(), true.double()
-    return torch.stack([(said == true).double().sum(), p.sum(), t.sum(), p @ p, t @ t, p @ t, torch.ones_like(p).sum()])
+    predicted = logits.float().argmax(-1) if logits.shape[-1] > 1 else logits[:, 0]
+    p, t = predicted.double(), labels.double()
+    right = (predicted == labels).double().sum()
+    return torch.stack([right, p.sum(), t.sum(), p @ p, t @ t, p @ t, torch.ones_like(p).sum()])
 
 
 def metrics(sums: Tensor, labels: Labels) -> dict[str, float]:
@@ -178,12 +179,12 @@ def metrics(sums: Tensor, labels: Labels) -> dict[str, float]:
     result = {"accuracy": right / n} if labels else {}
     if len(labels) in (0, 2):
         spread = max((n * pp - p * p) * (n * tt - t * t), 0.0) ** 0.5
-        result["correlation"] = (n * pt - p * t) / spread if spread else 0.0  # all the same: nothing was told apart
+        result["correlation"] = (n * pt - p * t) / spread if spread else 0.0  # all predictions are equal
     return result
 
 
 def head_settings(labels: Labels, pad_id: int) -> dict[str, Any]:
-    """What the model's config says of its head. A decoder's looks for the last token before the padding, by pad_id."""
+    """The head's settings in the model's config. A decoder's head reads the last token before the padding (pad_id)."""
     if not labels:
         return {"num_labels": 1, "problem_type": "regression", "pad_token_id": pad_id}
     names = dict(enumerate(labels))
@@ -224,7 +225,7 @@ def _classes(rows: Sequence[records.Record]) -> Labels:
         raise ValueError(f"{other['where']} has the label {other['label']!r}, record 0 has {rows[0]['label']!r}")
     values = sorted({row["label"] for row in rows})
     if len(values) < 2:
-        raise ValueError(f"all {len(rows)} training rows have the label {values[0]!r}: there is nothing to tell apart")
+        raise ValueError(f"all {len(rows)} training rows have the label {values[0]!r}: give data with at least two")
     if kinds == {int} and values != list(range(len(values))):
         raise ValueError(f"classes are numbered from 0 without gaps, the training rows have {values[:20]}")
     return tuple(map(_name, values))

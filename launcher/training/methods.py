@@ -95,16 +95,12 @@ def peft_config(config: AdapterConfig, task_type: str = "CAUSAL_LM") -> PeftConf
         raise ValueError(f"--method {config.method}: {error}") from None
 
 
-def unusual_learning_rate(config: AdapterConfig, learning_rate: float) -> str | None:
+def unusual_learning_rate(method: str, adapter: PeftConfig | None, learning_rate: float) -> str | None:
     """A warning where the learning rate is more than ten times off the one at which this core trained best."""
-    adapter = peft_config(config)
     usual = adapter.usual_learning_rate if isinstance(adapter, FactorConfig) else None
     if usual is None or 0.099 < learning_rate / usual < 10.1:
         return None
-    return (
-        f"--learning-rate {learning_rate:g} is far from {usual:g}, at which {config.method} trained best on small "
-        "models"
-    )
+    return f"--learning-rate {learning_rate:g} is far from {usual:g}, at which {method} trained best on small models"
 
 
 def _typed(field: str, text: str, hint: Any, method: str) -> Any:

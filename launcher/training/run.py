@@ -382,7 +382,8 @@ def _introduce(
     rows = " packed rows" if config.data.packing else ""
     padding = f"{1 - token_share:.0%} of computed positions are padding"
     say(f"training: {steps} steps, batch size {size_of_batch}{rows}, {padding}")
-    if ranks.is_main and (unusual := unusual_learning_rate(config.adapter, config.optimizer.learning_rate)):
+    learning_rate = config.optimizer.learning_rate
+    if ranks.is_main and (unusual := unusual_learning_rate(adapter.method, chosen.adapter, learning_rate)):
         log.warning(unusual)
 
 

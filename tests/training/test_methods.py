@@ -206,7 +206,7 @@ def test_names_and_options_become_pefts_fields(method, options, expected):
     ],
 )
 def test_a_rate_far_from_the_one_that_trained_best_is_said_of_our_methods(method, options, rate, usual):
-    said = unusual_learning_rate(AdapterConfig(method=method, options=options), rate)
+    said = unusual_learning_rate(method, peft_config(AdapterConfig(method=method, options=options)), rate)
 
     assert said == (
         usual and f"--learning-rate {rate:g} is far from {usual}, at which {method} trained best on small models"
