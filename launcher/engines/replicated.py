@@ -77,7 +77,9 @@ class Replicated:
     def reduce(self, extra: Sequence[Tensor]) -> list[Tensor]:
         """After the last backward of a step: sum gradients and the extra numbers over all ranks."""
         mine = [] if self.info.averages else list(self.parameters.values())
-        reached = [] if self._checked else self._reached()  # in the same collective, so that it costs none
+        flags = [] if self._checked else self._reached()
+        # They join this collective. Under --cpu-offload parameters are on another device than the extra numbers.
+        reached = [torch.tensor(float(flag), device=extra[0].device) for flag in flags]
         summed = sum_over_ranks(mine, [*extra, *reached], self.ranks.world_size)
         if not self._checked:
             self._checked = True
@@ -112,9 +114,9 @@ class Replicated:
         parts = [each.to_local() if isinstance(each, DTensor) else each for each in gradients]
         return [nothing if part is None else (~part.isfinite()).any().float() for part in parts]
 
-    def _reached(self) -> list[Tensor]:
-        """For each trained parameter 1 where this rank's backward passes gave it a gradient, else 0."""
-        return [torch.tensor(float(p.grad is not None), device=p.device) for p in self.parameters.values()]
+    def _reached(self) -> list[bool]:
+        """For each trained parameter whether this rank's backward passes gave it a gradient."""
+        return [parameter.grad is not None for parameter in self.parameters.values()]
 
     def _warn_of_unreached(self, reached: Sequence[Tensor]) -> None:
         """A layer whose weight the model reads without calling the layer never trains."""

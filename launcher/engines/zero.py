@@ -111,8 +111,8 @@ class Zero2(Replicated):
     def _nonfinite(self) -> list[Tensor]:
         return list(self._nan.float())
 
-    def _reached(self) -> list[Tensor]:
-        return [torch.tensor(float(name in self._seen), device=self._nan.device) for name in self.parameters]
+    def _reached(self) -> list[bool]:
+        return [name in self._seen for name in self.parameters]
 
     def _watch(self) -> None:
         """Record for each trained parameter whether it got a gradient, and whether that was finite.
@@ -125,7 +125,7 @@ class Zero2(Replicated):
 
         def note(gradient: Tensor, at: int, name: str) -> None:
             self._seen.add(name)
-            self._nan[at] |= (~gradient.isfinite()).any()
+            self._nan[at] |= (~gradient.isfinite()).any().to(self._nan.device)
 
         for at, (name, parameter) in enumerate(self.parameters.items()):
             parameter.register_hook(functools.partial(note, at=at, name=name))
