@@ -228,8 +228,10 @@ def named_options(words: list[str]) -> Iterator[tuple[str, set[str], frozenset[s
     while words and re.fullmatch(r"[A-Z_]+=.*", words[0]):
         words = words[1:]
     recipe = next((place for place, word in enumerate(words) if re.search(r"recipes/\w+\.py$", word)), None)
-    if words[:2] == ["loldu", "train"]:
-        yield "loldu train", flags(words[3:]), settings()
+    if words[:2] == ["loldu", "train"] or words[-1:] and "launcher" in words:
+        start = words.index("train") + 1
+        of_recipe = {"--task"} if "roberta_glue_loldu" in words[start : start + 1] else set()
+        yield "loldu train", flags(words[start:]), settings() | of_recipe
     elif words[:1] == ["loldu"]:
         name = " ".join(words[1:3]) if " ".join(words[1:3]) in COMMANDS else " ".join(words[1:2])
         assert name in COMMANDS, f"there is no command loldu {name}"
