@@ -7,6 +7,7 @@ before a block changes what happens with it:
     <!-- slow -->              it is executed in the slow tier only
     <!-- ci: NAME -->          .ci/run executes it on a fresh clone
     <!-- file: NAME -->        it is written to this file, which later blocks of the page use
+    <!-- change: NAME -->      it is a change of this file, which a test of the page's own makes
 """
 
 from __future__ import annotations
@@ -87,7 +88,7 @@ BLOCKS = {page: blocks_of(page) for page in PAGES}
 
 
 def is_executed_by_its_page(block: Block, *, slow: bool) -> bool:
-    marked = {"not run", "ci", *(() if slow else ("slow",))} & block.marks.keys()
+    marked = {"not run", "ci", "file", "change", *(() if slow else ("slow",))} & block.marks.keys()
     return block.language in EXECUTED and not marked
 
 
@@ -156,7 +157,9 @@ def test_each_block_names_its_language_and_says_why_it_is_not_run(page):
             assert len(block.marks["not run"].split()) >= 2, f"{block} does not give the reason why it is not run"
         if "ci" in block.marks:
             assert page == "README.md", f"{block}: .ci/run reads README.md alone"
-        assert block.marks.keys() <= {"not run", "slow", "ci", "file"}, f"{block} has an unknown mark {block.marks}"
+        assert block.marks.keys() <= {"not run", "slow", "ci", "file", "change"}, (
+            f"{block} has an unknown mark {block.marks}"
+        )
 
 
 @pytest.mark.parametrize("page", PAGES)
@@ -203,7 +206,9 @@ def settings() -> frozenset[str]:
 
 
 def flags(words: list[str]) -> set[str]:
-    return {word.partition("=")[0].replace("_", "-") for word in words if re.match(r"--[a-z]", word)}
+    """The options among words; --no-X counts as --X."""
+    named = {word.partition("=")[0].replace("_", "-") for word in words if re.match(r"--[a-z]", word)}
+    return {re.sub("^--no-", "--", option) for option in named}
 
 
 def commands_in(block: Block) -> Iterator[list[str]]:
