@@ -8,6 +8,7 @@ before a block changes what happens with it:
     <!-- ci: NAME -->          .ci/run executes it on a fresh clone
     <!-- file: NAME -->        it is written to this file, which later blocks of the page use
     <!-- change: NAME -->      it is a change of this file, which a test of the page's own makes
+    <!-- run: WHERE -->        a test of the page's own executes it
 """
 
 from __future__ import annotations
@@ -88,7 +89,7 @@ BLOCKS = {page: blocks_of(page) for page in PAGES}
 
 
 def is_executed_by_its_page(block: Block, *, slow: bool) -> bool:
-    marked = {"not run", "ci", "file", "change", *(() if slow else ("slow",))} & block.marks.keys()
+    marked = {"not run", "ci", "file", "change", "run", *(() if slow else ("slow",))} & block.marks.keys()
     return block.language in EXECUTED and not marked
 
 
@@ -157,7 +158,7 @@ def test_each_block_names_its_language_and_says_why_it_is_not_run(page):
             assert len(block.marks["not run"].split()) >= 2, f"{block} does not give the reason why it is not run"
         if "ci" in block.marks:
             assert page == "README.md", f"{block}: .ci/run reads README.md alone"
-        assert block.marks.keys() <= {"not run", "slow", "ci", "file", "change"}, (
+        assert block.marks.keys() <= {"not run", "slow", "ci", "file", "change", "run"}, (
             f"{block} has an unknown mark {block.marks}"
         )
 
@@ -233,7 +234,7 @@ def named_options(words: list[str]) -> Iterator[tuple[str, set[str], frozenset[s
     while words and re.fullmatch(r"[A-Z_]+=.*", words[0]):
         words = words[1:]
     recipe = next((place for place, word in enumerate(words) if re.search(r"recipes/\w+\.py$", word)), None)
-    if words[:2] == ["loldu", "train"] or words[-1:] and "launcher" in words:
+    if words[:2] == ["loldu", "train"] or ("launcher" in words and "train" in words):
         start = words.index("train") + 1
         of_recipe = {"--task"} if "roberta_glue_loldu" in words[start : start + 1] else set()
         yield "loldu train", flags(words[start:]), settings() | of_recipe
