@@ -43,8 +43,11 @@ def list_tensors(folder: Path) -> dict[str, TensorInfo]:
     index, single = folder / "model.safetensors.index.json", folder / "model.safetensors"
     if index.exists():
         try:
-            files = sorted({folder / name for name in json.loads(index.read_text())["weight_map"].values()})
-        except (ValueError, KeyError, AttributeError) as error:
+            names = set(json.loads(index.read_text())["weight_map"].values())
+            if outside := [name for name in names if Path(name).name != name]:
+                raise ValueError(f"{outside[0]!r} is not the name of a file beside it")
+            files = sorted(folder / name for name in names)
+        except (ValueError, KeyError, AttributeError, TypeError, RecursionError) as error:
             raise ValueError(f"{index} is no index of weight files ({error!r}): fetch this file again") from None
         if single.exists() and single not in files:
             raise ValueError(
@@ -91,7 +94,7 @@ def _header(file: Path) -> list[tuple[str, tuple[int, ...], str]]:
         return _read_header(file, stat.st_size, stat.st_mtime_ns)
     except FileNotFoundError:
         raise ValueError(f"{file} is missing although the checkpoint's index names it: fetch the model again") from None
-    except SafetensorError as error:
+    except (SafetensorError, OSError) as error:
         raise ValueError(f"{file} is damaged or cut short ({error}): fetch this file again") from None
 
 

@@ -76,6 +76,7 @@ def main() -> int:
     parser.add_argument("--results", type=Path)
     chosen = parser.parse_args()
     preload()
+    commit = subprocess.check_output(["git", "rev-parse", "--short", "HEAD"], text=True, cwd=REPO).strip()
     began, ran, bad = time.monotonic(), Counter(), []
     with tempfile.TemporaryDirectory(prefix="loldu-hostile-") as name:
         place = Path(name)
@@ -98,7 +99,7 @@ def main() -> int:
     counts = Counter(fault.split(" ")[0] if fault[0].isdigit() else fault for one in bad for fault in one["faults"])
     summary = {
         "date": time.strftime("%Y-%m-%d"), "machine": f"{platform.machine()}, {os.cpu_count()} cores",
-        "commit": subprocess.check_output(["git", "rev-parse", "--short", "HEAD"], text=True).strip(),
+        "commit": commit,
         "seconds": round(time.monotonic() - began), "cases": sum(kinds.values()), "cases_by_kind": kinds,
         "ran": sum(ran.values()), "ran_by_kind": ran, "fine": sum(ran.values()) - len(bad), "with_a_fault": len(bad),
         "tracebacks": sum("traceback" in one["faults"] for one in bad),

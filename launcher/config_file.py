@@ -64,9 +64,11 @@ def _yaml(text: str) -> Any:
         def construct_mapping(self, node: Any, deep: bool = False) -> dict[Hashable, Any]:
             seen = set()
             for key, _ in node.value:
+                if not isinstance(key.value, str):
+                    raise ValueError(f"line {key.start_mark.line + 1}: expected a name before the colon")
                 if key.value in seen:
                     raise ValueError(f"line {key.start_mark.line + 1}: {key.value} is there twice")
-                seen.add(key.value if isinstance(key.value, str) else id(key))
+                seen.add(key.value)
             return super().construct_mapping(node, deep)
 
     for tag, pattern, first in (

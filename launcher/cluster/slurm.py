@@ -451,9 +451,9 @@ def parse_scontrol(text: str) -> list[JobState]:
     for line in text.split("\n"):
         line = re.sub(r"\sJobName=.*\sUserId=", " UserId=", line)
         fields = dict(re.findall(r"(?:^|\s)([A-Za-z]+)=(\S*)", line)[::-1])  # a name's first value counts
-        if "JobState" in fields and ("JobId" in fields or {"ArrayJobId", "ArrayTaskId"} <= fields.keys()):
+        if {"JobId", "JobState"} <= fields.keys():
             task = fields.get("ArrayTaskId")
-            job_id = f"{fields['ArrayJobId']}_{task}" if task else fields["JobId"]
+            job_id = f"{fields['ArrayJobId']}_{task}" if task and "ArrayJobId" in fields else fields["JobId"]
             told = {name: value for name, value in fields.items() if value not in ("None", "(null)")}
             reason, nodes, restarts = told.get("Reason", ""), told.get("NodeList", ""), _whole(told.get("Restarts"))
             found.append(JobState(job_id, fields["JobState"], reason, nodes, restarts))

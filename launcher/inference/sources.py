@@ -112,7 +112,7 @@ def adapter_config(folder: Path) -> Any:
         raise ValueError(f"{weights}: {bad} holds NaN or infinite numbers: use an earlier checkpoint, or train again")
     try:
         config = PeftConfig.from_pretrained(str(folder))
-    except (KeyError, TypeError, json.JSONDecodeError) as error:
+    except (KeyError, TypeError, AttributeError, json.JSONDecodeError, UnicodeDecodeError, RecursionError) as error:
         raise ValueError(
             f"{folder / 'adapter_config.json'} is not the config of a known PEFT method ({first_line(error)}): "
             "it may come from a newer version of this project or of PEFT"

@@ -5,7 +5,6 @@ Reads files that a run wrote, also while it writes them: a line that is cut shor
 
 from __future__ import annotations
 
-import json
 import math
 import re
 from dataclasses import dataclass, field
@@ -14,6 +13,8 @@ from typing import Any, NamedTuple
 
 import numpy as np
 from safetensors import SafetensorError, safe_open
+
+from launcher.files import open_regular, parse_json, read_json, read_or_empty
 
 Line = dict[str, Any]
 LAYER = re.compile(r"(?:^|\.)(\d+)\.")  # the first number in a module's name is that of its layer
@@ -55,14 +56,14 @@ def read_run(folder: Path) -> Run:
     """Read a run folder. Raises ValueError where the folder is none, or its config.json is damaged."""
     file = folder / "config.json"
     try:
-        recorded = json.loads(file.read_text(encoding="utf-8"))
+        recorded = read_json(file)
         config, resolved = recorded["config"], recorded.get("resolved", {})
         if not (isinstance(config, dict) and isinstance(config["adapter"], dict) and isinstance(resolved, dict)):
             raise TypeError
     except OSError as error:
         reason = error.strerror or error
         raise ValueError(f"{folder} is not a run folder ({file.name}: {reason}): give runs/NAME") from None
-    except (ValueError, KeyError, TypeError, RecursionError):
+    except (ValueError, KeyError, TypeError, AttributeError):
         raise ValueError(f"{file} is damaged: it is not the config.json of a run") from None
     events = read_lines(folder / "events.jsonl")
     changes, unit = read_changes(folder)
@@ -83,14 +84,15 @@ def read_run(folder: Path) -> Run:
 def read_lines(file: Path) -> list[Line]:
     """The objects of a JSONL file; lines that are damaged or no objects are left out."""
     try:
-        text = file.read_text(encoding="utf-8", errors="replace")
+        with open_regular(file) as opened:
+            text = opened.read().decode(errors="replace")
     except OSError:
         return []
     found = []
     for line in text.splitlines():
         try:
-            value = json.loads(line)
-        except (ValueError, RecursionError):
+            value = parse_json(line)
+        except ValueError:
             continue
         if isinstance(value, dict):
             found.append(value)
@@ -99,10 +101,7 @@ def read_lines(file: Path) -> list[Line]:
 
 def read_state(folder: Path) -> str:
     """running, stopped, finished or failed; unknown where the file is missing or holds something else."""
-    try:
-        state = (folder / "state").read_text(encoding="utf-8", errors="replace").strip()
-    except OSError:
-        return "unknown"
+    state = read_or_empty(folder / "state")
     return state if state in ("running", "stopped", "finished", "failed") else "unknown"
 
 
@@ -115,7 +114,9 @@ def read_changes(folder: Path) -> tuple[list[Change], str]:
     """
     adapter = folder / "adapter"
     try:
-        config = json.loads((adapter / "adapter_config.json").read_text(encoding="utf-8"))
+        config = read_json(adapter / "adapter_config.json")
+        if not isinstance(config, dict) or not (adapter / "adapter_model.safetensors").is_file():
+            return [], ""
         with safe_open(adapter / "adapter_model.safetensors", framework="np") as opened:
             names = set(opened.keys())
             trained = {
@@ -173,7 +174,8 @@ def _is_relative(config: dict[str, Any]) -> bool:
 
 def _numbers(line: Line, *names: str) -> bool:
     return all(
-        isinstance(line.get(name), (int, float)) and not isinstance(line[name], bool) and math.isfinite(line[name])
+        (isinstance(value := line.get(name), float) and math.isfinite(value))
+        or (type(value) is int and abs(value) < 1 << 63)  # a whole number in JSON may have any length
         for name in names
     )
 
