@@ -98,6 +98,9 @@ class Resources:
         for word in (*self.sbatch, *self.srun):
             if not word.startswith("-"):
                 raise ValueError(f"--sbatch and --srun expect options with dashes, as --sbatch=--mem=0, got {word!r}")
+        for name in ("python", "container"):
+            if not (getattr(self, name) or "").isprintable():
+                raise ValueError(f"--{name} contains a line break or an unprintable character: {getattr(self, name)!r}")
         for name in PLACE:
             if getattr(self, name) == "":
                 raise ValueError(f"--{name} is empty: leave it out to use the site's default")
