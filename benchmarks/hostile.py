@@ -66,6 +66,33 @@ def try_case(case: Case, folder: Path) -> tuple[Ended, list[str]]:
     return ended, found
 
 
+def again(results: Path, known: list[Case], place: Path, commit: str) -> int:
+    """Run the cases with a fault once more: those that end as they should now are listed as mended."""
+    summary = json.loads(results.read_text())
+    faulty = {(one["kind"], one["case"]): one for one in summary["faults"]}
+    left, mended = [], summary.get("mended", [])
+    for at, case in enumerate(case for case in known if (case.kind, case.name) in faulty):
+        _, found = try_case(case, place / f"case{at}")
+        one = faulty[case.kind, case.name]
+        if found:
+            left.append(one | {"faults": found})
+        else:
+            mended.append(one | {"mended at": commit})
+        print(case.kind, case.name, found, flush=True)
+    summary |= {"with_a_fault": len(left), "fine": summary["ran"] - len(left), "faults": left, "mended": mended}
+    results.write_text(json.dumps(summary | counts(left), indent=1) + "\n")
+    return 1 if left else 0
+
+
+def counts(bad: list[dict]) -> dict[str, int]:
+    """How many cases have each of the faults that must never happen."""
+    return {
+        "tracebacks": sum("traceback" in one["faults"] for one in bad),
+        "over_10_s": sum(any(f.endswith(" s") and f[0].isdigit() for f in one["faults"]) for one in bad),
+        "files_touched": sum(any(f.startswith("touched") for f in one["faults"]) for one in bad),
+    }
+
+
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", type=Path, required=True)
@@ -74,6 +101,7 @@ def main() -> int:
     parser.add_argument("--seconds", type=float, default=float("inf"))
     parser.add_argument("--only", default="", help="run only cases whose name contains this, and print what they say")
     parser.add_argument("--results", type=Path)
+    parser.add_argument("--again", type=Path, help="run only the cases with a fault in these results, and update them")
     chosen = parser.parse_args()
     preload()
     commit = subprocess.check_output(["git", "rev-parse", "--short", "HEAD"], text=True, cwd=REPO).strip()
@@ -85,6 +113,8 @@ def main() -> int:
         known = all_cases(made)
         kinds = Counter(case.kind for case in known)
         wanted = [case for case in known if case.kind in (chosen.kind or KINDS) and chosen.only in case.name]
+        if chosen.again:
+            return again(chosen.again, wanted, place, commit)
         random.Random(0).shuffle(wanted)  # a run that is cut short has tried some of every kind
         for at, case in enumerate(wanted[:: chosen.every]):
             if time.monotonic() - began > chosen.seconds:
@@ -96,18 +126,15 @@ def main() -> int:
                 bad += [{"kind": case.kind, "case": case.name, "faults": found, "last line": last}] if found else []
                 print(f"{case.kind:8} {case.name[:70]:70} {'; '.join(found) or 'fine'} | {last}", flush=True)
             shutil.rmtree(place / f"case{at}", ignore_errors=True)
-    counts = Counter(fault.split(" ")[0] if fault[0].isdigit() else fault for one in bad for fault in one["faults"])
     summary = {
         "date": time.strftime("%Y-%m-%d"), "machine": f"{platform.machine()}, {os.cpu_count()} cores",
         "commit": commit,
         "seconds": round(time.monotonic() - began), "cases": sum(kinds.values()), "cases_by_kind": kinds,
         "ran": sum(ran.values()), "ran_by_kind": ran, "fine": sum(ran.values()) - len(bad), "with_a_fault": len(bad),
-        "tracebacks": sum("traceback" in one["faults"] for one in bad),
-        "over_10_s": sum(any(f.endswith(" s") and f[0].isdigit() for f in one["faults"]) for one in bad),
-        "files_touched": sum(any(f.startswith("touched") for f in one["faults"]) for one in bad),
+        **counts(bad),
         "faults": bad,
     }  # fmt: skip
-    print(json.dumps({key: value for key, value in summary.items() if key != "faults"}, indent=2), counts)
+    print(json.dumps({key: value for key, value in summary.items() if key != "faults"}, indent=2))
     if chosen.results:
         chosen.results.write_text(json.dumps(summary, indent=1) + "\n")
     return 1 if bad else 0

@@ -84,7 +84,7 @@ def parse(text: str, file: str = "hostfile") -> list[Host]:
         name, given = words[0], words[1:]
         wrong = ""
         if not NAME.fullmatch(name):
-            wrong = f"{name[:300]!r} is not a host name (put users and IPv6 addresses into ~/.ssh/config under a short name)"
+            wrong = f"{name[:300]!r} is not a host name (give users and IPv6 addresses a short name in ~/.ssh/config)"
         elif name in lines:
             wrong = f"{name} is already on line {lines[name]}"
         elif len(given) != 1 or not re.fullmatch(r"slots=\d+", given[0]):

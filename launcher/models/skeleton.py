@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import logging
 import re
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -138,7 +139,7 @@ def bare_skeleton(
     """
     settings = settings_of(config, folder, head)
     architecture = language_model_class(settings) if head is None else AutoModelForSequenceClassification
-    with init_empty_weights(include_buffers=False):
+    with _own_config(folder), init_empty_weights(include_buffers=False):
         base: Any = architecture.from_config(
             settings,
             dtype=getattr(torch, dtype),
@@ -163,9 +164,28 @@ def bare_skeleton(
     return base
 
 
+@contextmanager
+def _own_config(folder: Path) -> Iterator[None]:
+    """Turn what transformers and torch raise for values in config.json into one ValueError that names the file."""
+    try:
+        yield
+    except ValueError as error:
+        if "trust_remote_code" in str(error):  # a model with code of its own has its own message
+            raise
+        raise ValueError(_damaged_config(folder, error)) from error
+    except Exception as error:  # these libraries have many kinds of errors with no common parent
+        raise ValueError(_damaged_config(folder, error)) from error
+
+
+def _damaged_config(folder: Path, error: Exception) -> str:
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()] or [type(error).__name__]
+    return f"{folder / 'config.json'} describes no model that can be built ({lines[-1][:300]}): fetch this file again"
+
+
 def settings_of(config: ModelConfig, folder: Path, head: Mapping[str, Any] | None = None) -> Any:
-    """The model's own config, with the settings of a classification head in it."""
-    settings = AutoConfig.from_pretrained(folder, trust_remote_code=config.trust_remote_code, **(head or {}))
+    """The model's own config, with the settings of a classification head in it. Raises ValueError if it is damaged."""
+    with _own_config(folder):
+        settings = AutoConfig.from_pretrained(folder, trust_remote_code=config.trust_remote_code, **(head or {}))
     if head and "pad_token_id" in head:  # a model that also sees has it in the part for text
         settings.get_text_config().pad_token_id = head["pad_token_id"]
     return settings
