@@ -66,7 +66,7 @@ def try_case(case: Case, folder: Path) -> tuple[Ended, list[str]]:
     return ended, found
 
 
-def again(results: Path, known: list[Case], place: Path, commit: str) -> int:
+def again(results: Path, known: list[Case], place: Path) -> int:
     """Run the cases with a fault once more: those that end as they should now are listed as mended."""
     summary = json.loads(results.read_text())
     faulty = {(one["kind"], one["case"]): one for one in summary["faults"]}
@@ -77,7 +77,7 @@ def again(results: Path, known: list[Case], place: Path, commit: str) -> int:
         if found:
             left.append(one | {"faults": found})
         else:
-            mended.append(one | {"mended at": commit})
+            mended.append(one | {"mended": True})
         print(case.kind, case.name, found, flush=True)
     summary |= {"with_a_fault": len(left), "fine": summary["ran"] - len(left), "faults": left, "mended": mended}
     results.write_text(json.dumps(summary | counts(left), indent=1) + "\n")
@@ -114,7 +114,7 @@ def main() -> int:
         kinds = Counter(case.kind for case in known)
         wanted = [case for case in known if case.kind in (chosen.kind or KINDS) and chosen.only in case.name]
         if chosen.again:
-            return again(chosen.again, wanted, place, commit)
+            return again(chosen.again, wanted, place)
         random.Random(0).shuffle(wanted)  # a run that is cut short has tried some of every kind
         for at, case in enumerate(wanted[:: chosen.every]):
             if time.monotonic() - began > chosen.seconds:
