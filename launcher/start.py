@@ -19,6 +19,8 @@ from launcher.processes import print_error
 from launcher.recipes import find_recipe, recipe_names, run_name, run_python
 from launcher.text import printable
 
+log = logging.getLogger(__name__)
+
 TRAIN = """usage: loldu train RECIPE|FILE [options]
 
 Train with the settings of a recipe or file. Options that follow replace them: loldu train RECIPE --help lists all.
@@ -54,7 +56,7 @@ def train(arguments: Sequence[str]) -> int:
         return code
     if found[0].suffix == ".py":
         return run_python(found[0], options, prog)
-    return guarded(lambda: _start(parse_config(read_config(found[0]), options, prog), run_name(found[0])))
+    return guarded(lambda: _start(_parse(read_config(found[0]), options, prog), run_name(found[0])))
 
 
 def run_recipe(
@@ -77,7 +79,7 @@ def run_recipe(
         """Train the small Llama that comes with the project on its instructions: minutes on a CPU, no network."""
 
     def read(config: Config) -> Options:
-        return parse_config(Options(**vars(config)), arguments, prog or f"recipes/{name}.py")
+        return _parse(Options(**vars(config)), arguments, prog or f"recipes/{name}.py")
 
     def plain(options: Options) -> Config:
         config = Config(**{part: value for part, value in vars(options).items() if part != "tiny"})
@@ -94,6 +96,17 @@ def run_recipe(
         return _start(plain(options), name, instead=instead, **callbacks)
 
     return guarded(act)
+
+
+def _parse(config: Any, arguments: Sequence[str], prog: str) -> Any:
+    """The config with these options. --method alone takes the options of the replaced method out, and says so."""
+    parsed = parse_config(config, arguments, prog)
+    words = {word.partition("=")[0] for word in arguments}
+    foreign = config.adapter.options if parsed.adapter.method != config.adapter.method else ()
+    if not foreign or "--options" in words:
+        return parsed
+    log.warning("--options %s belongs to %s: left out", " ".join(foreign), config.adapter.method)
+    return replace(parsed, adapter=replace(parsed.adapter, options=()))
 
 
 def _start(config: Config, name: str, **settings: Any) -> int:

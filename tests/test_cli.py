@@ -186,3 +186,24 @@ def test_the_hub_is_given_ten_seconds_and_no_more(monkeypatch):
 
     assert "no answer within" in reason
     assert time.monotonic() - started < 2
+
+
+@pytest.mark.parametrize(
+    ("arguments", "expected"),
+    [
+        ([], ("scale=2",)),
+        (["--method", "lora"], ()),
+        (["--method=lora", "--options", "lora_alpha=8"], ("lora_alpha=8",)),
+        (["--method", "loldu"], ("scale=2",)),
+    ],
+)
+def test_another_method_does_not_get_the_options_of_the_recipes_own(arguments, expected, monkeypatch, caplog):
+    default = Config()
+    default = replace(default, adapter=replace(default.adapter, options=("scale=2",)))
+    ran = []
+    monkeypatch.setattr("launcher.training.run.run", lambda config, name, instead: ran.append(config))
+
+    start.run_recipe("test", lambda: default, None, arguments)
+
+    assert ran[0].adapter.options == expected
+    assert ("scale=2 belongs to loldu" in caplog.text) == (expected == ())
