@@ -119,17 +119,23 @@ def find(folder: Path, key: str) -> Entry | None:
     return _reading(_file(folder, key), lambda opened, entry: entry, framework="np")
 
 
-def load(folder: Path, key: str, rows: slice = slice(None)) -> Factors | None:
+def load(
+    folder: Path, key: str, rows: slice = slice(None), misfit: Callable[[Factors], str | None] = lambda factors: None
+) -> Factors | None:
     """The verified factors of a key. With rows, `write` (out, r) holds only those rows; the other factors are whole.
 
-    None where there is no such file, or where it was damaged (now set aside): compute the factors again.
+    None where there is no such file, or where it was damaged or misfit(factors) says why it does not fit (now set
+    aside): compute the factors again.
     """
     from adapters.factors import Factors
 
     def read(opened: Any, entry: Entry) -> Factors:
-        return Factors(
+        found = Factors(
             *(_rows(opened, entry, name, rows if name == "write" else slice(None)) for name in Factors._fields)
         )
+        if why := misfit(found):
+            raise _Damaged(f"{why}; it belongs to {_owner(entry.file)}")
+        return found
 
     return _reading(_file(folder, key), read) if _is_key(key) else None
 
@@ -267,6 +273,13 @@ def _reading(file: Path, read: Callable[[Any, Entry], T], use: bool = True, fram
         with suppress(OSError):
             os.utime(file)
     return result
+
+
+def _owner(file: Path) -> str:
+    try:
+        return f"user {file.owner()}"
+    except (KeyError, OSError):  # a user without a name here, or no such file any more
+        return "an unknown user"
 
 
 def _header(opened: Any, file: Path) -> Entry:

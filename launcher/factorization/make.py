@@ -10,6 +10,7 @@ import os
 from collections.abc import Callable, Mapping
 from contextlib import suppress
 from dataclasses import dataclass
+from functools import partial
 from math import prod
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -164,7 +165,7 @@ def factors_of(request: FactorRequest, folder: Path, rows: slice = slice(None)) 
     """Verified factors, with these rows of `write`. This process makes factors again that are damaged or gone."""
     for _ in range(3):  # another job may prune the cache between making and reading
         key = lookup(request, folder) or make(request, folder).key
-        if factors := cache.load(folder, key, rows):
+        if factors := cache.load(folder, key, rows, partial(_misfit, request, rows)):
             return factors
     raise ValueError(
         f"the factors of {request.module} in {folder} are damaged or gone each time after they are made: check that "
@@ -207,6 +208,26 @@ class _Turned:
 def _open_matrix(info: TensorInfo) -> Any:
     """Slices of a tensor (a, b) as stored; a convolution is read whole, as a matrix of a rows."""
     return open_tensor(info) if len(info.shape) == 2 else open_tensor(info)[:].flatten(1)
+
+
+def _misfit(request: FactorRequest, rows: slice, factors: Factors) -> str | None:
+    """Why cached factors cannot be those of this weight, from what is cheap to check; None where nothing speaks
+    against them. A well-formed file may be anybody's, in a cache that users share."""
+    (m, n), r = request.shape, len(factors.values)
+    out = n if request.embedding else m
+    if r != request.rank and not (request.method.chooses_rank and 0 < r <= min(m, n)):
+        return f"it has rank {r}, expected {request.rank}"
+    write, read = tuple(factors.write.shape), tuple(factors.read.shape)
+    if write != (len(range(out)[rows]), r) or read not in ((r,), (r, r), (r, n)) or factors.pivots.shape != (r,):
+        return f"its maps have the shapes {write} and {read}"
+    if not all(bool(torch.isfinite(part).all()) for part in (factors.write, factors.read, factors.values)):
+        return "it has NaN or infinite numbers"
+    if not bool(((factors.pivots >= 0) & (factors.pivots < max(m, n))).all()):
+        return "its pivots are not rows of the weight"
+    opened = _open_matrix(request.tensor)
+    if not torch.equal(probe_digest(_Turned(opened) if request.transposed else opened, request.shape), factors.probe):
+        return "it was made from another weight"
+    return None
 
 
 def remedy(refused: Mapping[str, str]) -> str:

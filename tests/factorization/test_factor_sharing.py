@@ -4,6 +4,7 @@ import errno
 import json
 import multiprocessing
 import os
+import re
 import signal
 import threading
 import time
@@ -486,6 +487,31 @@ def test_a_zero_pivot_says_which_column_and_what_to_type(tmp_path, folder):
 
     with pytest.raises(ValueError, match=r"^q \(q.weight in .*zero pivot in column 2.*--exclude q, or lower --rank"):
         factorize(requests_for(tmp_path), folder, ALONE)
+
+
+@pytest.mark.parametrize(
+    ("lie", "said"),
+    [
+        (
+            lambda f: f._replace(write=f.write[:, :2], read=f.read[:2, :2], values=f.values[:2]),
+            "it has rank 2, expected 4",
+        ),
+        (lambda f: f._replace(write=f.write[1:]), r"its maps have the shapes \(15, 4\) and \(4, 4\)"),
+        (lambda f: f._replace(read=f.read * float("nan")), "it has NaN or infinite numbers"),
+        (lambda f: f._replace(pivots=f.pivots + 1000), "its pivots are not rows of the weight"),
+        (lambda f: f._replace(probe=f.probe.flip(0)), "it was made from another weight"),
+    ],
+)
+def test_a_well_formed_file_that_does_not_fit_the_weight_is_set_aside_and_made_again(model, folder, caplog, lie, said):
+    request = requests_for(model)[0]
+    good = factors_of(request, folder)
+    (entry,) = cache.entries(folder)
+    cache.store(folder, entry.key, lie(good), entry.about)
+
+    again = factors_of(request, folder)
+
+    assert all(torch.equal(one, other) for one, other in zip(again, good, strict=True))
+    assert re.search(f"{said}; it belongs to user .*renamed to", caplog.text)
 
 
 def test_all_weights_without_factors_are_listed_at_once_and_the_others_are_kept(model, folder):
