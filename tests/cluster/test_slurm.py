@@ -41,7 +41,7 @@ def test_two_nodes_give_the_curve_of_one_process(cluster, one_process, tmp_path)
     assert final == "COMPLETED", said(run)
     torch.testing.assert_close(losses(run), expected, atol=5e-6, rtol=0)
     assert {path.name for path in run.glob("logs/rank*")} == {"rank0@node1.log", "rank1@node2.log"}
-    assert "on 2 x cpu" in cluster.loldu("logs", run, "--rank=0", "--lines=100").stdout
+    assert "device: cpu, 2 processes" in cluster.loldu("logs", run, "--rank=0", "--lines=100").stdout
     assert (run / f"slurm-{job}.log").exists()
 
 
