@@ -61,6 +61,23 @@ def load_tokenizer(folder: Path, *, trust_remote_code: bool = False) -> Any:
     raise ValueError(f"{folder} has no tokenizer that loads ({reason}): copy the model's tokenizer files there")
 
 
+def check_ids(tokenizer: Any, largest: int, rows: int, *, labels: bool = False) -> None:
+    """Raises ValueError where a token of the data is beyond the `rows` of the model's embedding.
+
+    A padding token beyond it is replaced in the tokenizer, since padding is masked; a model for labels looks for it.
+    """
+    pad = tokenizer.pad_token_id
+    if largest >= rows or (labels and pad is not None and pad >= rows):
+        which = largest if largest >= rows else pad
+        raise ValueError(
+            f"the tokenizer writes token {which} ({tokenizer.convert_ids_to_tokens(which)!r}), but the embedding of "
+            f"the model has {rows} rows, so the two belong to different models: give the model its own tokenizer's "
+            "files, or resize its embedding (model.resize_token_embeddings) and save it again"
+        )
+    if pad is not None and pad >= rows:
+        tokenizer.pad_token_id = 0
+
+
 def has_tokenizer(folder: Path) -> bool:
     """Whether any tokenizer's file lies in the folder."""
     return any((folder / name).is_file() for name in TOKENIZER_FILES)

@@ -26,6 +26,7 @@ from adapters.checkpoint_files import list_tensors
 from launcher.models.suitable import is_plain, read_by_parents
 
 OLDEST = (0, 50)  # of bitsandbytes: the first that multiplies by 4-bit weights with 8-bit scales on every backend
+INTEGERS = ("I64", "I32", "I16", "BOOL")  # tables, such as DeepSeek-V4's of tokens and experts: never a packed weight
 READABLE = ("F64", "F32", "F16", "BF16")  # as safetensors names them
 # PEFT's methods that train on packed weights as on the same numbers unpacked. The layers of most others take the bytes
 # for numbers: some fail, some train on them without a word, some write them.
@@ -94,7 +95,7 @@ def check_base(folder: Path, kind: str) -> None:
     if kind == "none":
         return
     for info in list_tensors(folder).values():
-        if len(info.shape) == 2 and info.dtype not in READABLE:
+        if len(info.shape) == 2 and info.dtype not in (*READABLE, *INTEGERS):
             raise ValueError(
                 f"--quantize {kind}: {info.name} in {info.file} is stored as {info.dtype}; bitsandbytes quantises "
                 f"{', '.join(READABLE)}: give the full-precision checkpoint"

@@ -342,7 +342,13 @@ def misfit(
 def prepare_base(base: Any, config: ModelConfig, folder: Path) -> None:
     base.name_or_path = str(folder.resolve()) if Path(config.model).is_dir() else config.model
     if config.gradient_checkpointing:
-        base.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+        try:
+            base.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+        except ValueError:
+            raise ValueError(
+                f"--gradient-checkpointing: transformers does not support it for a {type(base).__name__}: leave it "
+                "out, and lower --micro-batch-size where memory is short"
+            ) from None
 
 
 # What PEFT puts into the names of the base model's modules.

@@ -175,8 +175,11 @@ def unmatched(model: Any, targets: Iterable[str]) -> list[str]:
 
 def _is_fused(bare: Any, name: str) -> bool:
     """Whether a parameter holds the matrices of several experts."""
-    return bare.get_parameter(name).ndim == 3 and not isinstance(
-        bare.get_submodule(name.rpartition(".")[0]), (nn.Conv1d, nn.Conv2d, nn.Conv3d)
+    shape = bare.get_parameter(name).shape
+    return (
+        len(shape) == 3
+        and min(shape) > 1
+        and not isinstance(bare.get_submodule(name.rpartition(".")[0]), (nn.Conv1d, nn.Conv2d, nn.Conv3d))
     )
 
 

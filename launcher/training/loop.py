@@ -7,9 +7,10 @@ the global batch, so 1, 2 and 4 processes give the same curve.
 from __future__ import annotations
 
 import hashlib
+import logging
 import math
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -34,6 +35,8 @@ from launcher.training.report import Events, Log, Screen, Throughput, memory_gib
 from launcher.training.stop import StopRequest
 
 Event = dict[str, Any]  # a line of events.jsonl
+
+log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -248,9 +251,24 @@ def gradients(training: Training, step: int) -> tuple[float, GlobalBatch, bool]:
         loss = batch_loss(training, [batch.rows[place] for place in places], batch.targets)
         training.engine.backward(loss)
         total += loss.detach()
+    if step == 1 and training.comm.ranks.is_main:
+        warn_of_idle(training.engine.parameters)
     asked = torch.tensor(float(training.stop.asked()), device=training.device)
     total, stops = training.engine.reduce([total, asked])
     return float(total), batch, bool(stops > 0)
+
+
+def warn_of_idle(parameters: Mapping[str, torch.nn.Parameter]) -> None:
+    """Log the modules whose trained numbers no gradient has reached: after a backward pass and before it is reduced."""
+    idle = sorted({name.partition(".base_layer")[0] for name, p in parameters.items() if p.grad is None})
+    if not idle or len(idle) == len(parameters):  # DeepSpeed keeps gradients elsewhere
+        return
+    names = ", ".join(idle[:3]) + (f" and {len(idle) - 3} more" if len(idle) > 3 else "")
+    log.warning(
+        "no gradient reached %s in the first step: these do not train, since the model does not use them on this data "
+        "(or reads their weights itself). Leave them out with --exclude",
+        names,
+    )
 
 
 def suspects(training: Training, step: int) -> list[int]:

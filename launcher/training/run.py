@@ -34,7 +34,7 @@ from launcher.exit_codes import DONE, FAILED, MISTAKE, STOPPED
 from launcher.factorization.make import factors_of, fingerprint
 from launcher.files import disk_errors, write_atomically
 from launcher.models.build import build
-from launcher.models.files import context_length, load_tokenizer
+from launcher.models.files import check_ids, context_length, load_tokenizer
 from launcher.models.head_loss import HeadLoss
 from launcher.models.quantize import base_size, quantised_share, size
 from launcher.models.skeleton import bare_skeleton
@@ -142,6 +142,8 @@ def _run(
     trusted = config.model.trust_remote_code
     tokenizer = comm.each("tokenizer", lambda: load_tokenizer(start.base, trust_remote_code=trusted))
     samples = _read_in_turn(start, tokenizer)
+    embedding, largest = start.bare.get_input_embeddings().weight.shape[0], int(samples.train.ids.max())
+    comm.together("data", lambda: check_ids(tokenizer, largest, embedding, labels=resolved.task.labels))
     global_batches = _global_batches(config, samples.train, ranks.world_size)
     steps = resolved.steps(len(global_batches.rows))
     comm.together("the factors", stop.before_training)

@@ -24,9 +24,11 @@ from adapters.checkpoint_names import model_tensors, skeleton_of
 from launcher.config import AdapterConfig, Config, DataConfig, ModelConfig, OptimizerConfig, RunConfig
 from launcher.engines.fsdp2 import Rows, open_alone, shard, shard_mesh
 from launcher.models.build import build, settle_base
+from launcher.models.files import check_ids
 from launcher.models.fill import fill
-from launcher.models.skeleton import skeleton
+from launcher.models.skeleton import prepare_base, skeleton
 from launcher.processes import Ranks
+from launcher.training.loop import warn_of_idle
 from launcher.training.run import run
 
 TINY = Path(__file__).resolve().parents[2] / "recipes" / "tiny"
@@ -197,3 +199,43 @@ def test_the_attention_that_a_model_lacks_is_found_before_anything_is_made(tmp_p
     assert found[1:] == ("eager", "this model has no sdpa")
     with pytest.raises(ValueError, match=r"--attention sdpa: .* has no sdpa attention .*: give --attention auto"):
         settle_base(ModelConfig(model=str(tmp_path), attention="sdpa"), tmp_path, reason="as asked", **how)
+
+
+class Words:
+    """A tokenizer, as far as `check_ids` asks."""
+
+    def __init__(self, pad):
+        self.pad_token_id = pad
+
+    def convert_ids_to_tokens(self, token):
+        return f"<{token}>"
+
+
+def test_tokens_beyond_the_embedding_are_refused_by_name_and_padding_there_is_replaced():
+    with pytest.raises(ValueError, match=r"writes token 400 \('<400>'\), but the embedding of the model has 356 rows"):
+        check_ids(Words(2), 400, 356)
+    with pytest.raises(ValueError, match=r"writes token 356"):
+        check_ids(Words(356), 10, 356, labels=True)
+
+    padded = Words(356)
+    check_ids(padded, 355, 356)
+
+    assert padded.pad_token_id == 0
+
+
+def test_a_module_that_no_gradient_reaches_is_named(caplog):
+    used, unused = torch.nn.Parameter(torch.ones(1)), torch.nn.Parameter(torch.ones(1))
+    (2 * used).backward()
+
+    warn_of_idle({"a.core": used, "b.core": unused})
+
+    assert "no gradient reached b.core in the first step" in caplog.text
+    assert "a.core" not in caplog.text
+
+
+def test_what_transformers_cannot_checkpoint_is_refused_with_the_remedy():
+    model = AutoModel.from_config(MixtralConfig(**SIZES, num_local_experts=2))
+    model.supports_gradient_checkpointing = False
+
+    with pytest.raises(ValueError, match=r"--gradient-checkpointing: .* does not support it for a MixtralModel: leave"):
+        prepare_base(model, ModelConfig(gradient_checkpointing=True), TINY)
