@@ -150,7 +150,9 @@ def plan_merge(source: Source, dtype: torch.dtype | None, quantize: Kind = "none
             "original with --base; --quantize quantises the result"
         )
     tensors = list_tensors(source.base)
-    bare: Any = skeleton(source.base, source.trust_remote_code).float()
+    bare: Any = (
+        skeleton(source.base, source.trust_remote_code).float().to("meta")
+    )  # DiffLlama draws some of its numbers on the CPU
     by_parameter = model_tensors(bare, tensors)
     tied = bool(getattr(bare.config.get_text_config(), "tie_word_embeddings", False))
     embeddings = (bare.get_input_embeddings(), bare.get_output_embeddings())
