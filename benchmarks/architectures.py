@@ -61,7 +61,8 @@ LEFT_OUT = (
     "data2vec-text", "electra", "emu3", "ernie", "fuyu", "git", "got_ocr2", "marian", "mbart", "megatron-bert", "moshi",
     "moss_transcribe_diarize", "musicgen", "musicgen_melody", "mvp", "pegasus", "phi4_multimodal", "plbart",
     "prophetnet", "reformer", "rembert", "roberta", "roberta-prelayernorm", "roc_bert", "roformer", "trocr", "whisper",
-    "xlm", "xlm-roberta", "xlm-roberta-xl", "xlnet", "xmod", "gemma4_assistant", "gemma4_unified_assistant", "beam",
+    "xlm", "xlm-roberta", "xlm-roberta-xl", "xlnet", "xmod", "gemma4_assistant", "gemma4_unified_assistant", "blt",
+    "dots3_note", "gemma3n",
 )  # fmt: skip
 
 # A value is taken where a type's config has a field of that name.
@@ -102,7 +103,7 @@ LATENT_ATTENTION = (
     "axk1", "axk2", "deepseek_v2", "deepseek_v3", "deepseek_v32", "dots3_note_text", "glm4_moe_lite", "glm_moe_dsa",
 )  # fmt: skip
 HYBRIDS = (
-    "qwen3_next", "bailing_hybrid", "kimi_linear", "olmo_hybrid", "minimax", "granitemoehybrid", "bamba", "lfm2",
+    "qwen3_next", "bailing_hybrid", "kimi_linear", "olmo_hybrid", "minimax", "lfm2",
     "qwen3_5_text", "qwen3_5_moe_text", "recurrent_gemma", "nemotron_h",
 )  # fmt: skip
 OWN: dict[str, dict[str, Any]] = {
@@ -126,6 +127,8 @@ OWN: dict[str, dict[str, Any]] = {
             "rope_type": "default", "rope_theta": 1e4, "mrope_section": [1, 1, 2], "partial_rotary_factor": 0.5
         },
     },
+    "bamba": {"attn_layer_indices": [1]},
+    "granitemoehybrid": {"layer_types": ["mamba", "attention"]},
     "zaya": {"num_experts_per_tok": 1},
     "zamba": MAMBA | {"attention_hidden_size": 128, "attention_head_dim": 32},
     "zamba2": {"num_hidden_layers": 4, "layers_block_type": MAMBA["layer_types"], "num_mem_blocks": 1},

@@ -148,13 +148,13 @@ class HeadLoss:
         """While this lasts the head returns a loss, which the model must not bend as it bends logits."""
         self._labels, self._divisor = labels, divisor
         if self.cap:
-            self.settings.final_logit_softcapping = None
+            vars(self.settings)["final_logit_softcapping"] = None  # Gemma 3n's config would refuse it
         try:
             yield
         finally:
             self._labels = None
             if self.cap:
-                self.settings.final_logit_softcapping = self.cap
+                vars(self.settings)["final_logit_softcapping"] = self.cap
 
     def _forward(self, hidden: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         if self._labels is None:
