@@ -101,10 +101,11 @@ SLIDING = {"num_hidden_layers": 2, "layer_types": ["sliding_attention", "full_at
 MAMBA = {"num_hidden_layers": 4, "layer_types": ["mamba", "hybrid", "mamba", "hybrid"]}
 LATENT_ATTENTION = (
     "axk1", "axk2", "deepseek_v2", "deepseek_v3", "deepseek_v32", "dots3_note_text", "glm4_moe_lite", "glm_moe_dsa",
+    "minicpm3", "youtu",
 )  # fmt: skip
 HYBRIDS = (
     "qwen3_next", "bailing_hybrid", "kimi_linear", "olmo_hybrid", "minimax", "lfm2",
-    "qwen3_5_text", "qwen3_5_moe_text", "recurrent_gemma", "nemotron_h",
+    "qwen3_5_text", "qwen3_5_moe_text", "qwen4_exp_text", "recurrent_gemma", "nemotron_h",
 )  # fmt: skip
 OWN: dict[str, dict[str, Any]] = {
     **dict.fromkeys(LATENT_ATTENTION, FULL_HEADS),

@@ -96,6 +96,7 @@ def _fill_base(
     """All that is still on meta, from the checkpoint; and the buffers to the device."""
     base: Any = getattr(model, "get_base_model", lambda: model)()
     tensors: dict[str, TensorInfo] = base.stored
+    tied = getattr(base, "all_tied_weights_keys", None) or {}
     places: dict[int, list[tuple[nn.Module, str, str]]] = {}  # a tied parameter has several
     for prefix, module in model.named_modules():
         for name, parameter in module._parameters.items():
@@ -112,7 +113,9 @@ def _fill_base(
         dora = dora_layer(model, prefix)
         if dora is not None:
             modules = [modules[0].partition(".lora_magnitude_vector.")[0]]
-        info = next((tensors[full] for module in modules if (full := f"{module}.{name}") in tensors), None)
+        full = [f"{module}.{name}" for module in modules]
+        full += [tied[one] for one in full if one in tied]  # layers that share a weight may hold a copy each here
+        info = next((tensors[one] for one in full if one in tensors), None)
         packed: Any = owner if name == "weight" and isinstance(owner, Quantised) else None
         of = whole if dora is None else dora.weight
         expected = packed.from_shape if packed else tuple(getattr(of, "ds_shape", of.shape))  # ZeRO-3's has no shape
