@@ -107,7 +107,9 @@ def unsuitable(model: Any, *, labels: bool = False) -> dict[str, str]:
             found[name] = f"{read[name][0]} multiplies by its weight without calling it, so an adapter would not train"
         elif not is_plain(module):
             found[name] = f"a {type(module).__name__} computes more than a matrix product"
-        elif owners[id(module.weight)] > 1:
+        elif (
+            owners[id(module.weight)] > 1 and module is not model.get_output_embeddings()
+        ):  # all-linear leaves that out
             found[name] = "it shares its weight with another layer, and an adapter would part them"
         elif labels and not name.startswith(prefix):
             found[name] = "the new head is trained whole"
