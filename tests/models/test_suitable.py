@@ -110,7 +110,7 @@ def test_falcons_own_linear_class_is_quantised(saved, tmp_path, capsys):
 
     assert train(folder, tmp_path / "out", quantize="nf4", targets=("query_key_value",)) == 0
 
-    share = re.search(r"(\d+)% of them in nf4", capsys.readouterr().out)
+    share = re.search(r"(\d+)% of them stored in nf4", capsys.readouterr().out)
     assert share
     assert int(share[1]) > 50
 
