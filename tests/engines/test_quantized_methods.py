@@ -3,6 +3,7 @@
 import hashlib
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -53,14 +54,14 @@ def unpacked(folder, kind, method, monkeypatch, device):
     plain = AutoModelForCausalLM.from_pretrained
 
     def load(*given, **options):
-        model = plain(*given, **options)
+        model, found = plain(*given, **options)
         for name, layer in packed.items():
             weight = dequantize_bnb_weight(layer.weight, state=getattr(layer, "state", None))
             model.get_submodule(name).weight.data.copy_(weight)
-        return model
+        return model, found
 
     with monkeypatch.context() as patch:
-        patch.setattr(model_module.AutoModelForCausalLM, "from_pretrained", load)
+        patch.setattr(model_module, "language_model_class", lambda _: SimpleNamespace(from_pretrained=load))
         return built(folder, "none", method, device)
 
 
