@@ -127,7 +127,7 @@ def test_a_method_that_has_no_weights_to_merge_is_refused(babyllama, tmp_path):
     tuning = PromptTuningConfig(num_virtual_tokens=4, task_type="CAUSAL_LM")
     get_peft_model(AutoModelForCausalLM.from_pretrained(babyllama), tuning).save_pretrained(tmp_path / "prompt")
 
-    with pytest.raises(ValueError, match="PROMPT_TUNING cannot be merged"):
+    with pytest.raises(ValueError, match="PEFT cannot merge PROMPT_TUNING adapters"):
         merge(str(tmp_path / "prompt"), out=str(tmp_path / "out"))
 
     assert not (tmp_path / "out").exists()
