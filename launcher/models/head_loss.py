@@ -120,6 +120,7 @@ class HeadLoss:
         self._labels: Tensor | None = None
         self._divisor = 1.0
         self._seen: Tensor | None = None
+        self._checking = False
         if self.head is not None:
             self._own_forward = self.head.forward
             self.head.forward = self._forward
@@ -158,9 +159,10 @@ class HeadLoss:
 
     def _forward(self, hidden: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         if self._labels is None:
-            self._seen = self._own_forward(hidden, *args, **kwargs)
+            logits = self._own_forward(hidden, *args, **kwargs)
+            self._seen = logits if self._checking else None
             self.logits_rows += hidden[..., 0].numel()
-            return self._seen
+            return logits
         labels = self._labels
         if hidden.shape[:2] != labels.shape:
             raise _Unlike(f"its head sees {tuple(hidden.shape[:2])} positions of {tuple(labels.shape)}")
@@ -185,7 +187,7 @@ class HeadLoss:
                 raise _Unlike("it names no output head")
             few = {"input_ids": batch["input_ids"][:1, :PROBE]}
             few["labels"] = few["input_ids"].clone()
-            self._seen = None
+            self._checking = True
             own = self.run(**few, use_cache=False)
             seen, self._seen = self._seen, None
             if seen is None:
@@ -204,6 +206,7 @@ class HeadLoss:
             )
             return False
         finally:
+            self._checking, self._seen = False, None
             self.base.train(training)
         return True
 

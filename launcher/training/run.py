@@ -199,6 +199,7 @@ def _run(
                 save_template(samples.template, tokenizer, folder)
 
         saved = comm.from_main("adapter", lambda: str(save_final(model, whole, start.output, config, save_template_in)))
+        state.write("finished")  # before the report, which shows it
         _report(training, Path(saved), time.monotonic() - started)
     return status
 
