@@ -65,7 +65,7 @@ def test_it_learns_rows_by_heart_and_its_adapter_and_head_score_the_same_in_plai
     assert last["correlation"] == pytest.approx(1.0)
     assert said.tolist() == list(labels)
     trained = json.loads((folder / "config.json").read_text())["resolved"]["trained"]
-    with pytest.raises(ValueError, match="labels texts and writes none"):
+    with pytest.raises(ValueError, match="is a text classifier"):
         find(str(folder))
     assert trained == 4 * 32 + (32 * 32 + 32) + (32 * 2 + 2), "4 cores at full rank and the head"
 
