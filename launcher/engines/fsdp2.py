@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
-from torch.distributed.fsdp import CPUOffloadPolicy, OffloadPolicy, fully_shard
+from torch.distributed.fsdp import CPUOffloadPolicy, FSDPModule, OffloadPolicy, fully_shard
 from torch.distributed.tensor import DTensor
 from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
 
@@ -36,6 +36,12 @@ class FullyShard(Replicated):
         shard(model, shard_mesh(source.ranks, source.device, group), cpu_offload=run.cpu_offload)
         fill(model, source.folder, source.factors, Rows(), source.device, source.progress, cpu_offload=run.cpu_offload)
         return model
+
+    def restore(self, found: Checkpoint) -> None:
+        for module in self.model.modules():
+            if isinstance(module, FSDPModule):
+                module.reshard()  # a pass before this one leaves the root unit gathered, with the old values
+        super().restore(found)
 
     def _piece(self, tensor: Tensor) -> Piece | None:
         assert isinstance(tensor, DTensor)
