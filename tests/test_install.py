@@ -84,7 +84,7 @@ def test_an_installed_project_trains_answers_and_finds_recipes_by_name_in_an_emp
         [str(installed / "python"), "-c", "import adapters, launcher, loldu; print(loldu.LoLDUConfig)"], tmp_path
     )
 
-    assert "2 steps of 16" in trained.stdout
+    assert "training: 2 steps, batch size 16" in trained.stdout
     assert (tmp_path / "second" / "adapter" / "adapter_model.safetensors").is_file()
     assert answered.stdout.strip()
     assert f"{installed.parent}" in script

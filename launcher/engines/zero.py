@@ -145,7 +145,8 @@ class Zero2(Replicated):
         for name, parameter in self.parameters.items():
             value = found.read(f"model/{name}", shapes[name]).to(parameter.device)
             if self.stage == 3:
-                parameter.partition()  # a pass before this one may have gathered it, and small ones stay gathered
+                # a pass before this one may have gathered it, and small ones stay gathered
+                parameter.partition()  # type: ignore[attr-defined]
                 part = _part(parameter, value)
                 parameter.ds_tensor.data.copy_(part)  # type: ignore[attr-defined]
                 safe_set_local_fp32_param(parameter, part)

@@ -29,6 +29,6 @@ def test_the_demo_elicits_the_pretrained_skills(tmp_path):
     before, after = (event["exact_match"] for event in events if "exact_match" in event)
     assert before < 0.15
     assert after > 0.60
-    assert "3,584 trained" in done.stdout
+    assert "3,584 trainable parameters" in done.stdout
     assert "loldu chat" in done.stdout
     assert "before" in done.stdout
