@@ -32,7 +32,7 @@ KINDS = {
     "zamba2": "layers that share their weights",
 }
 TYPES = {"pythia": "gpt_neox"}
-MAY_REFUSE = {"jamba": {"packing"}, "mamba": {"packing"}, "zamba2": {"packing"}}
+MAY_REFUSE = {"jamba": {"packing"}, "mamba": {"packing"}, "zamba2": {"packing", "fsdp2"}}
 
 
 def tried(kind, tmp_path, cases):
