@@ -194,7 +194,8 @@ def worker(folder: Path, methods: Sequence[str], rates: Sequence[float], steps: 
                 limit(megabits)
                 seconds.append(one_step(engine, ids))
             after, meetings = quiet(), steps * (2 if engine.gathers else 1)
-            gradients = 4 * (sum(p.numel() for p in engine.parameters.values()) + (0 if engine.averages else CONTROL))
+            control = 0 if engine.info.averages else CONTROL
+            gradients = 4 * (sum(p.numel() for p in engine.parameters.values()) + control)
             found.append({
                 "method": method, "megabits": megabits, "step_s": seconds, "computing_s": computing,
                 "latency_s": latency_s, "sent_bytes": (after[0] - before[0]) / meetings, "resent": after[1] - before[1],
