@@ -99,7 +99,7 @@ def run_recipe(
 
 
 def _parse(config: Any, arguments: Sequence[str], prog: str) -> Any:
-    """The config with these options. --method alone takes the options of the replaced method out, and says so."""
+    """The config with these options. A new --method drops the replaced method's options, with a warning."""
     parsed = parse_config(config, arguments, prog)
     words = {word.partition("=")[0] for word in arguments}
     foreign = config.adapter.options if parsed.adapter.method != config.adapter.method else ()

@@ -170,7 +170,7 @@ class Head:
         self.ranks[rank] = reader, writer, challenge
 
     async def prove(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> tuple[int, bytes]:
-        """The rank on the other side and its challenge. Raises ValueError for whoever does not know the token."""
+        """The rank on the other side and its challenge. Raises ValueError if it does not know the token."""
         challenge = secrets.token_hex(16).encode()
         writer.write(b"loldu %s\n" % challenge)
         try:

@@ -494,7 +494,7 @@ def state_of(folder: Path, run: Run = subprocess.run) -> JobState | None:
 def status(given: Sequence[str] = (), *, as_json: bool = False, run: Run = subprocess.run) -> int:
     """Print the state of the given runs, or of all runs in runs/. Returns an exit code.
 
-    A damaged run is one row that says so; the other rows are unaffected.
+    A damaged run is one row marked as damaged; the other rows are unaffected.
     """
     tops = [runs.find_run(one) for one in given] if given else runs.all_runs()
     folders = {folder: top for top in tops for folder in runs.tasks_of(top) or [top]}
