@@ -54,6 +54,7 @@ MAY_IMPORT = {  # beside itself; in the order in which data flows
         *BELOW_TRAINING,
     },
     "launcher.inference": {"adapters", "launcher.text", *SMALL, *ROOMS},
+    "launcher.serving": {"adapters", "launcher.options", "launcher.text", "launcher.inference", *SMALL, *ROOMS},
     "launcher.reports": {"launcher.exit_codes", "launcher.files"},  # reads what runs wrote, without torch
     # starts commands; of what they do it knows how they end and which packages they need
     "launcher.cluster": {

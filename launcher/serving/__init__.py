@@ -1,0 +1,1 @@
+"""One base and many adapters behind an OpenAI-compatible HTTP server."""
