@@ -23,7 +23,7 @@ SMALL = {
     "launcher.processes",
 }
 ROOMS = {"launcher.factorization", "launcher.data", "launcher.models", "launcher.tasks", "launcher.engines"}
-BELOW_TRAINING = {"adapters", "launcher.availability", *SMALL, *ROOMS}
+BELOW_TRAINING = {"adapters", "launcher.availability", "launcher.methods", *SMALL, *ROOMS}
 MAY_IMPORT = {  # beside itself; in the order in which data flows
     "adapters": set(),  # they run on a laptop with no launcher in sight
     "launcher.shipped": set(),
@@ -37,8 +37,10 @@ MAY_IMPORT = {  # beside itself; in the order in which data flows
     "launcher.processes": {"launcher.engines.registry", "launcher.shipped", "launcher.text"},
     "launcher.text": set(),
     "launcher.availability": {"adapters"},
+    "launcher.methods": {"adapters", "launcher.config"},
     "launcher.factorization": {
-        "adapters", "launcher.config", "launcher.files", "launcher.options", "launcher.processes", "launcher.text",
+        "adapters", "launcher.config", "launcher.files", "launcher.methods", "launcher.options", "launcher.processes",
+        "launcher.text",
     },
     "launcher.data": {"launcher.config", "launcher.factorization"},
     "launcher.models": {"adapters", "launcher.config", "launcher.engines.registry", "launcher.text"},

@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import dataclasses
 import shlex
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, Literal
+from typing import TYPE_CHECKING, Annotated, Literal
 
 from rich.box import SIMPLE
 from rich.console import Console
@@ -39,9 +38,7 @@ def factorize(
     targets: Sequence[str] = ("q_proj", "v_proj"),
     exclude: Sequence[str] = (),
     method: str = AdapterConfig.method,
-    normalize: bool = False,
-    energy: float | None = None,
-    svd: Literal["auto", "exact", "block"] = "auto",
+    options: Sequence[str] = (),
     dtype: Literal["float32", "bfloat16"] = "float32",
     cache_folder: Folder = None,
     cache_per_node: bool = False,
@@ -58,10 +55,7 @@ def factorize(
         targets: Last parts of module names, or all-linear.
         exclude: Modules to leave out.
         method: The --method of the run: one of ours whose factors come from the weights.
-        normalize: For runs with --options normalize_directions=true.
-        energy: For runs with --options energy=X: each weight gets the least rank that holds this share of its squared
-            singular values.
-        svd: For runs with --options svd=X.
+        options: The --options of the run, as name=value.
         dtype: The --dtype of the run.
         cache_folder: Cache folder; default: the user's cache directory.
         cache_per_node: The cache folder is a different one on each node, and each node computes all factors.
@@ -80,14 +74,10 @@ def factorize(
     comm = comm or connect(Ranks.from_environment())
     console = (console or Console()) if comm.ranks.is_main else Console(quiet=True)
     started, folder = time.monotonic(), _folder(cache_folder)
-    if rank < 1:
-        raise ValueError(f"--rank is at least 1, got {rank}")
-    options: dict[str, Any] = {
-        "normalize_directions": normalize or None,
-        "energy": energy,
-        "svd": None if svd == "auto" else svd,
-    }
-    how = _factorization(method, {name: value for name, value in options.items() if value is not None})
+    adapter = AdapterConfig(
+        method=method, rank=rank, targets=tuple(targets), exclude=tuple(exclude), options=tuple(options)
+    )
+    how = _factorization(adapter)
 
     def look() -> list[FactorRequest]:
         path = local_folder(model)
@@ -117,20 +107,17 @@ def factorize(
     return 0
 
 
-def _factorization(method: str, options: dict[str, Any]) -> Factorization:
-    """How the method factors weights. Raises ValueError for an unknown method or an option that it does not have."""
+def _factorization(adapter: AdapterConfig) -> Factorization:
+    """How the method factors weights. Raises ValueError for an unknown method or option, or a method without factors."""
     from adapters import METHODS, FactorConfig
+    from launcher.methods import peft_config
 
-    known = {name: config for name, config in METHODS.items() if issubclass(config, FactorConfig)}
-    if method not in known:
-        raise ValueError(f"--method {method} has no factors to make; these have: {', '.join(known)}")
-    fields = {field.name for field in dataclasses.fields(known[method])}
-    flags = {"normalize_directions": "--normalize"}
-    if missing := [flags.get(name, f"--{name}") for name in options if name not in fields]:
-        raise ValueError(f"--method {method} does not have the option {', '.join(missing)}: leave it out")
-    config = known[method](**options)
+    config = peft_config(adapter)
+    if not isinstance(config, FactorConfig):
+        known = ", ".join(name for name, kind in METHODS.items() if issubclass(kind, FactorConfig))
+        raise ValueError(f"--method {adapter.method} has no factors to make; these have: {known}")
     if config.factors_from_gradients:
-        raise ValueError(f"--method {method} makes its factors from gradients of the data, when a run starts")
+        raise ValueError(f"--method {adapter.method} makes its factors from gradients of the data, when a run starts")
     return config.factorization()
 
 

@@ -20,7 +20,7 @@ from launcher.models.quantize import READ_4BIT_CLASS, check_method, check_quanti
 from launcher.processes import Ranks
 from launcher.tasks import task_of
 from launcher.tasks.base import Task
-from launcher.training.methods import peft_config
+from launcher.methods import peft_config
 from launcher.training.report import check_trackers
 
 

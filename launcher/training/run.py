@@ -46,7 +46,7 @@ from launcher.training import factoring
 from launcher.training.factoring import Factoring
 from launcher.training.folder import State, finished, prepare, save_final
 from launcher.training.loop import Callbacks, Event, Training, evaluation_of, train
-from launcher.training.methods import unusual_learning_rate
+from launcher.methods import unusual_learning_rate
 from launcher.training.ownership import Ownership
 from launcher.training.packing import Way, candidates, check_causal, check_packing
 from launcher.training.report import Screen, open_trackers, read_events

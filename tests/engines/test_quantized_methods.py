@@ -18,7 +18,7 @@ from launcher.models.fill import fill
 from launcher.models.quantize import ON_INT8, ON_PACKED, Quantised
 from launcher.models.skeleton import skeleton
 from launcher.processes import Ranks, open_alone
-from launcher.training.methods import peft_config
+from launcher.methods import peft_config
 from launcher.training.resolve import resolve
 
 HOW: dict = {"dtype": "float32", "attention": "sdpa", "factors": lambda module, rows=None: None}

@@ -9,7 +9,7 @@ from launcher.engines.choose import Demands, check_carries, check_sharding, refu
 from launcher.engines.engine import engine_class
 from launcher.engines.registry import ENGINES, configured_by_accelerate, fitting, give, names
 from launcher.processes import Ranks
-from launcher.training.methods import peft_config
+from launcher.methods import peft_config
 from launcher.training.resolve import check_carried
 
 ALL_DEMANDS = [

@@ -11,7 +11,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[2] / "recipes"))
 import llama2_alpaca_loldu
 import llama2_alpaca_svfit
 
-from launcher.training.methods import peft_config
+from launcher.methods import peft_config
 from launcher.training.run import run
 
 

@@ -14,7 +14,7 @@ from launcher.tasks import task_of
 from launcher.training import memory
 from launcher.training import run as running
 from launcher.training.memory import check_memory, check_size, main_memory
-from launcher.training.methods import peft_config
+from launcher.methods import peft_config
 from launcher.training.resolve import Resolved
 
 NUMBERS = 260_032  # of stories260K

@@ -18,7 +18,7 @@ from launcher.factorization import cache
 from launcher.models.build import build
 from launcher.processes import Ranks
 from launcher.training import checkpoint
-from launcher.training.methods import peft_config, unusual_learning_rate
+from launcher.methods import peft_config, unusual_learning_rate
 from launcher.training.run import run
 
 PROJECTIONS = ("q_proj", "v_proj", "down_proj")
