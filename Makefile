@@ -1,8 +1,8 @@
-# Everything a reviewer runs: format, lint, types, tests.
+# Everything a reviewer runs: format, lint, types, tests (about four minutes on two cores).
 check:
 	ruff format --check .
 	ruff check .
 	mypy
-	pytest
+	pytest -n 2
 
 .PHONY: check
