@@ -15,10 +15,10 @@ from transformers import AutoModelForCausalLM
 from launcher.config import AdapterConfig, Config, DataConfig, ModelConfig, OptimizerConfig, RunConfig
 from launcher.engines.replicated import Replicated
 from launcher.factorization import cache
+from launcher.methods import peft_config, unusual_learning_rate
 from launcher.models.build import build
 from launcher.processes import Ranks
 from launcher.training import checkpoint
-from launcher.methods import peft_config, unusual_learning_rate
 from launcher.training.run import run
 
 PROJECTIONS = ("q_proj", "v_proj", "down_proj")

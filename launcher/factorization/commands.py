@@ -108,7 +108,7 @@ def factorize(
 
 
 def _factorization(adapter: AdapterConfig) -> Factorization:
-    """How the method factors weights. Raises ValueError for an unknown method or option, or a method without factors."""
+    """How the method factors weights. Raises ValueError for an unknown method or option, or one without factors."""
     from adapters import METHODS, FactorConfig
     from launcher.methods import peft_config
 

@@ -15,12 +15,12 @@ from launcher.config import Config
 from launcher.data import batches
 from launcher.engines.choose import Demands, check_carries, check_offload, check_sharding
 from launcher.factorization.cache import default_folder
+from launcher.methods import peft_config
 from launcher.models.build import choose_attention, choose_dtype
 from launcher.models.quantize import READ_4BIT_CLASS, check_method, check_quantize
 from launcher.processes import Ranks
 from launcher.tasks import task_of
 from launcher.tasks.base import Task
-from launcher.methods import peft_config
 from launcher.training.report import check_trackers
 
 

@@ -33,6 +33,7 @@ from launcher.engines.registry import ENGINES
 from launcher.exit_codes import DONE, FAILED, MISTAKE, STOPPED
 from launcher.factorization.make import factors_of, fingerprint
 from launcher.files import disk_errors, write_atomically
+from launcher.methods import unusual_learning_rate
 from launcher.models.build import build
 from launcher.models.files import check_ids, context_length, load_tokenizer
 from launcher.models.head_loss import HeadLoss
@@ -46,7 +47,6 @@ from launcher.training import factoring
 from launcher.training.factoring import Factoring
 from launcher.training.folder import State, finished, prepare, save_final
 from launcher.training.loop import Callbacks, Event, Training, evaluation_of, train
-from launcher.methods import unusual_learning_rate
 from launcher.training.ownership import Ownership
 from launcher.training.packing import Way, candidates, check_causal, check_packing
 from launcher.training.report import Screen, open_trackers, read_events

@@ -12,13 +12,13 @@ from transformers import AutoModelForCausalLM
 
 from launcher.config import AdapterConfig, Config, ModelConfig
 from launcher.engines.fsdp2 import Rows, shard, shard_mesh
+from launcher.methods import peft_config
 from launcher.models import build as model_module
 from launcher.models.build import build
 from launcher.models.fill import fill
 from launcher.models.quantize import ON_INT8, ON_PACKED, Quantised
 from launcher.models.skeleton import skeleton
 from launcher.processes import Ranks, open_alone
-from launcher.methods import peft_config
 from launcher.training.resolve import resolve
 
 HOW: dict = {"dtype": "float32", "attention": "sdpa", "factors": lambda module, rows=None: None}

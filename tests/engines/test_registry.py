@@ -8,8 +8,8 @@ from launcher.config import AdapterConfig, Config, ModelConfig
 from launcher.engines.choose import Demands, check_carries, check_sharding, refusal
 from launcher.engines.engine import engine_class
 from launcher.engines.registry import ENGINES, configured_by_accelerate, fitting, give, names
-from launcher.processes import Ranks
 from launcher.methods import peft_config
+from launcher.processes import Ranks
 from launcher.training.resolve import check_carried
 
 ALL_DEMANDS = [
