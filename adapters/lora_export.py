@@ -2,24 +2,32 @@
 
 Exact, because the update is a product B A of rank r: A = U_r, B = Write diag(scale delta). Files: adapter_config.json
 and adapter_model.safetensors in float32, rank and alpha per layer (alpha = rank, so that PEFT's own scaling is 1).
+`lower_rank` rewrites such files at a lower rank, each product by its best approximation.
 """
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import torch
 from peft import LoraConfig, PeftModel, get_peft_model_state_dict
 from peft.utils.transformers_weight_conversion import (
     _MOE_TARGET_MODULE_MAPPING,
     convert_peft_config_for_transformers,
 )
+from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 from transformers.pytorch_utils import Conv1D
 
 from adapters.layer import FactorLayer
+
+FILE = "adapter_model.safetensors"
+PARTS = {"lora_A.weight": "lora_B.weight", "lora_embedding_A": "lora_embedding_B"}  # the two tensors of a layer
+ROWS = 4096  # of a weight at once, where two updates are compared
 
 
 def as_lora(model: PeftModel, adapter_name: str = "default") -> tuple[LoraConfig, dict[str, Tensor]]:
@@ -88,5 +96,70 @@ def export_lora(model: PeftModel, out: Path, adapter_name: str = "default") -> N
     """Write the adapter as a LoRA adapter into the folder out."""
     config, tensors = as_lora(model, adapter_name)
     out.mkdir(parents=True, exist_ok=True)
-    save_file(tensors, out / "adapter_model.safetensors", metadata={"format": "pt"})
+    save_file(tensors, out / FILE, metadata={"format": "pt"})
     config.save_pretrained(str(out))
+
+
+def lower_rank(
+    folder: Path, rank: int, device: torch.device, progress: Callable[[str, int, float], None]
+) -> dict[str, float]:
+    """Rewrite a LoRA adapter's files so that no layer has a rank above `rank`.
+
+    progress(layer, its rank so far, relative error) is called for each layer. Returns those errors, in the Frobenius
+    norm of the update and measured on the tensors as they are written; 0 for layers whose rank stays.
+    """
+    config: Any = LoraConfig.from_pretrained(str(folder))
+    tensors: dict[str, Tensor] = {}
+    errors: dict[str, float] = {}
+    ranks: dict[str, int] = {}
+    with safe_open(folder / FILE, framework="pt") as file:
+        for key in file.keys():  # noqa: SIM118 (no mapping)
+            first = next((part for part in PARTS if key.endswith(f".{part}")), None)
+            if first is None:
+                if not any(key.endswith(f".{part}") for part in PARTS.values()):
+                    tensors[key] = file.get_tensor(key)
+                continue
+            name, other = key.removesuffix(f".{first}"), key.removesuffix(first) + PARTS[first]
+            A, B = file.get_tensor(key), file.get_tensor(other)
+            (low_A, low_B), error = low_rank(A.flatten(1).to(device), B.flatten(1).to(device), rank)
+            tensors[key] = low_A.reshape(-1, *A.shape[1:]).contiguous().cpu()
+            tensors[other] = low_B.reshape(len(B), -1, *B.shape[2:]).contiguous().cpu()
+            layer = name.removeprefix("base_model.model.")
+            errors[layer], ranks[layer] = error, len(tensors[key])
+            progress(layer, len(A), error)
+    config.r = config.lora_alpha = max(ranks.values())
+    named = {f"{layer}.weight" if f"{layer}.weight" in (config.target_parameters or ()) else layer: r
+             for layer, r in ranks.items()}  # fmt: skip
+    config.rank_pattern = {name: r for name, r in named.items() if r != config.r}
+    config.alpha_pattern = dict(config.rank_pattern)
+    lowered_file = folder / f".{FILE}"  # the tensors that stay are read from the old file while this one is written
+    save_file(tensors, lowered_file, metadata={"format": "pt"})
+    lowered_file.replace(folder / FILE)
+    config.save_pretrained(str(folder))
+    return errors
+
+
+def low_rank(A: Tensor, B: Tensor, rank: int) -> tuple[tuple[Tensor, Tensor], float]:
+    """The pair A' (k, n), B' (m, k), k <= rank, whose product is nearest to B A, and its relative error.
+
+    A (r, n), B (m, r). Exact, up to rounding, where no more than `rank` directions of the update are nonzero: where
+    that many columns of B are, they are taken as they are.
+    """
+    if len(A) <= rank:
+        return (A, B), 0.0
+    used = ((B != 0).any(0) & (A != 0).any(1)).nonzero().flatten()
+    if len(used) <= rank:
+        used = used if len(used) else torch.zeros(1, dtype=torch.long, device=A.device)  # PEFT wants one at least
+        return (A[used], B[:, used]), 0.0
+    QB, RB = torch.linalg.qr(B[:, used].double())
+    QA, RA = torch.linalg.qr(A[used].double().T)
+    U, s, Vh = torch.linalg.svd(RB @ RA.T)  # B A = (QB U) diag(s) (QA V)^T
+    root = s[:rank].sqrt()
+    low_B = (QB @ U[:, :rank] * root).to(B.dtype)
+    low_A = (root[:, None] * (QA @ Vh[:rank].T).T).to(A.dtype)
+    gap = whole = 0.0
+    for at in range(0, len(B), ROWS):
+        wanted = B[at : at + ROWS].double() @ A.double()
+        gap += float((low_B[at : at + ROWS].double() @ low_A.double() - wanted).square().sum())
+        whole += float(wanted.square().sum())
+    return (low_A, low_B), (gap / whole) ** 0.5

@@ -91,6 +91,7 @@ def export_lora(
     *,
     out: str,
     base: str | None = None,
+    rank: int | None = None,
     tolerance: float = 1e-4,
     device: str = "auto",
     trust_remote_code: bool = False,
@@ -101,10 +102,14 @@ def export_lora(
         adapter: Adapter folder, or run folder (runs/NAME).
         out: Folder to write. It must not exist, or be empty.
         base: Base model to use instead of the one that the adapter or run names.
+        rank: Highest rank of a layer in the LoRA adapter; above it, the best approximation is written and its error is
+            measured. Default: the trained rank, which is exact.
         tolerance: Largest allowed difference between logits, in float32. Above it, nothing is written.
         device: Where to compute: auto (a GPU if there is one), cpu, cuda, ...
         trust_remote_code: Run Python code from the model's folder. Only for models that you trust.
     """
     from launcher.inference.export import export_lora as run
 
-    run(adapter, out=out, base=base, tolerance=tolerance, device=device, trust_remote_code=trust_remote_code)
+    run(
+        adapter, out=out, base=base, rank=rank, tolerance=tolerance, device=device, trust_remote_code=trust_remote_code
+    )  # fmt: skip

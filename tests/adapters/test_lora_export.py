@@ -11,7 +11,7 @@ from torch import nn
 from transformers.models.gemma3.modeling_gemma3 import Gemma3TextScaledWordEmbedding
 
 from adapters.layer import FactorLayer
-from adapters.lora_export import as_lora, export_lora
+from adapters.lora_export import as_lora, export_lora, low_rank, lower_rank
 
 pytestmark = pytest.mark.usefixtures("method")
 not_lorasb = pytest.mark.not_lorasb
@@ -168,6 +168,75 @@ def test_loading_and_going_on_with_the_export_trains_lora(tmp_path):
     lora = PeftModel.from_pretrained(tiny_llama(), tmp_path, is_trainable=True)
 
     assert {n.split(".")[-3] for n, p in lora.named_parameters() if p.requires_grad} == {"lora_A", "lora_B"}
+
+
+def lowered(model, base, out, rank):
+    """The base with the exported adapter at a lower rank, loaded by PEFT alone; and the error of each layer."""
+    export_lora(model, out)
+    errors = lower_rank(out, rank, torch.device("cpu"), lambda *_: None)
+    return PeftModel.from_pretrained(base, out).eval(), errors
+
+
+@not_lorasb  # its core does not start at zero
+def test_a_rank_that_the_cores_do_not_need_is_left_out_without_loss(tmp_path):
+    base = tiny_llama()
+    model = adapted(copy.deepcopy(base), r=12)
+    for layer in layers(model):
+        core = layer.maps["default"].core
+        core.data[3:] = 0  # three directions of each weight are trained
+        if core.ndim == 2:
+            core.data[:, 3:] = 0
+
+    lora, errors = lowered(model, copy.deepcopy(base), tmp_path, rank=4)
+
+    assert max(errors.values()) < 1e-6
+    assert PeftConfig.from_pretrained(tmp_path).r <= 4
+    torch.testing.assert_close(logits(lora), logits(model), **CLOSE)
+
+
+def test_a_lower_rank_is_the_best_approximation_and_its_error_is_that_of_what_peft_loads(tmp_path):
+    """The error of the best approximation follows from the singular values alone (Eckart and Young)."""
+    base = tiny_llama()
+    model = adapted(copy.deepcopy(base), r=24)
+
+    lora, errors = lowered(model, copy.deepcopy(base), tmp_path, rank=3)
+
+    for layer in layers(model):
+        wanted = layer.get_delta_weight("default").double()
+        found = lora.get_base_model().get_submodule(layer.name).get_delta_weight("default").double()
+        s = torch.linalg.svdvals(wanted)
+        assert errors[layer.name] == pytest.approx(float(s[3:].norm() / s.norm()), rel=1e-3, abs=1e-6)
+        assert float((found - wanted).norm() / wanted.norm()) == pytest.approx(errors[layer.name], rel=1e-3, abs=1e-6)
+        assert lora.get_base_model().get_submodule(layer.name).scaling["default"] == 1
+
+
+@pytest.mark.parametrize(
+    "layer",
+    [nn.Conv2d(4, 12, 3, stride=2, padding=1), nn.Linear(16, 12), nn.Embedding(40, 16)],
+    ids=lambda layer: type(layer).__name__,
+)
+@not_lorasb
+def test_the_rank_of_every_kind_of_layer_can_be_lowered(layer, tmp_path):
+    """At one rank below the full one, the outputs move by less than that rank carries, and not at all at the own."""
+    torch.manual_seed(0)
+    model = one_layer(copy.deepcopy(layer), r=5)
+    x = tokens(40) if isinstance(layer, nn.Embedding) else torch.randn(2, 4, 9, 7)
+    x = torch.randn(2, 16) if isinstance(layer, nn.Linear) else x
+
+    same, _ = lowered(model, nn.Sequential(copy.deepcopy(layer)), tmp_path / "5", rank=5)
+    lower, errors = lowered(model, nn.Sequential(copy.deepcopy(layer)), tmp_path / "4", rank=4)
+
+    torch.testing.assert_close(same(x), model(x), **CLOSE)
+    assert 0 < (error := max(errors.values())) < 1
+    effect = model(x) - layer(x)
+    assert 0 < (lower(x) - model(x)).norm() < 5 * error * effect.norm()
+
+
+def test_an_update_of_zero_keeps_one_direction():
+    (A, B), error = low_rank(torch.randn(6, 8), torch.zeros(5, 6), 2)
+
+    assert (A.shape, B.shape, error) == ((1, 8), (5, 1), 0.0)
+    assert not B.any()
 
 
 def test_a_model_without_our_adapter_is_refused(method, tmp_path):

@@ -1,14 +1,17 @@
 """The exported LoRA: stock PEFT reads it and says what the adapter says."""
 
+import re
 import subprocess
 import sys
 
 import pytest
 import torch
-from peft import LoraConfig, get_peft_model
+from peft import LoraConfig, PeftConfig, get_peft_model
 from safetensors.torch import load_file
+from trained_adapter import save_adapter
 from transformers import AutoModelForCausalLM
 
+from launcher import cli
 from launcher.inference import export as module
 from launcher.inference.checks import probe_logits
 from launcher.inference.export import export_lora
@@ -59,3 +62,35 @@ def test_a_lora_is_not_exported_again(babyllama, tmp_path):
 
     with pytest.raises(ValueError, match="is a LORA adapter: PEFT loads it already"):
         export_lora(str(tmp_path / "a"), out=str(tmp_path / "out"))
+
+
+def test_the_rank_is_lowered_and_the_error_of_each_layer_printed(adapter, babyllama, tmp_path, capfd):
+    assert cli.main(["export-lora", str(adapter), "--out", str(tmp_path / "lora"), "--rank", "3"]) == 0
+
+    said = capfd.readouterr().err
+    errors = [float(number) for number in re.findall(r"rank 8 to 3, relative error ([\d.e-]+)", said)]
+    assert len(errors) == 5 * 7  # layers of the model times linear layers in each
+    worst = float(re.search(r"lowered to rank 3: largest relative error ([\d.e-]+)", said)[1])
+    assert worst == max(errors)
+    assert 0.05 < worst < 1
+    assert PeftConfig.from_pretrained(tmp_path / "lora").r == 3
+    assert "--max-lora-rank 8" in said
+
+
+def test_what_servers_refuse_is_named(babyllama, tmp_path, capfd):
+    whole = save_adapter(babyllama, tmp_path / "whole", target_modules=["q_proj"], modules_to_save=["lm_head"])
+
+    export_lora(str(whole), out=str(tmp_path / "lora"))
+
+    said = " ".join(capfd.readouterr().err.split())
+    assert "has lm_head whole (modules_to_save), and LoRA servers such as vLLM refuse that" in said
+    [line] = module._servers({"r": 513}, False)
+    assert line.startswith("warning: vLLM refuses a rank above 512: give --rank 512 or less")
+
+
+@pytest.mark.parametrize("rank", ["0", "-1"])
+def test_a_rank_below_one_is_refused_before_anything_is_loaded(adapter, rank, tmp_path, capfd):
+    assert cli.main(["export-lora", str(adapter), "--out", str(tmp_path / "lora"), "--rank", rank]) == 2
+
+    assert capfd.readouterr().err == f"error: --rank is at least 1, got {rank}\n"
+    assert list(tmp_path.iterdir()) == []
