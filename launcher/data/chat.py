@@ -192,8 +192,22 @@ def _closing(jinja: str, date: str, tokens: str, marks: tuple[str, ...]) -> tupl
 def samples_of(record: dict[str, Any], chat: Chat, marks: tuple[str, ...]) -> Rendered:
     """The samples of a conversation. marks: the texts of the tokenizer's special tokens.
 
-    Raises BadRecord where the template refuses the conversation or hides its answers.
+    Raises BadRecord where the template refuses the conversation, hides its answers or writes none.
     """
+    rendered = _samples_of(record, chat, marks)
+    for sample in rendered.samples:
+        if not any(sample.text[start:stop].strip() for start, stop in sample.answers):
+            there = f"only {sample.text!r:.80}" if sample.text.strip() else "nothing"
+            blocks = "the template's {% generation %} blocks" if chat.has_blocks else "the template"
+            raise BadRecord(
+                "no answer in what the chat template writes",
+                f"for the conversation that begins {_begin(record)} the chat template writes {there}, in which no text "
+                f"is an answer to learn: look at {blocks} (--prompt-template FILE.jinja gives another)",
+            )
+    return rendered
+
+
+def _samples_of(record: dict[str, Any], chat: Chat, marks: tuple[str, ...]) -> Rendered:
     messages = record["messages"]
     answers = [i for i, message in enumerate(messages) if message["role"] == "assistant"]
     trained = [i for i in answers if messages[i].get("weight", 1)]

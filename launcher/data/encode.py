@@ -188,11 +188,13 @@ def _tokenise(
         for first, end in places:
             answers[len(head) + first : len(head) + end] = [True] * (end - first)
         whole = head + found.ids + tail
-        answers[0] = False  # nothing stands before the first token to predict it from
+        if whole:
+            answers[0] = False  # nothing stands before the first token to predict it from
         if True not in answers:
             raise ValueError(
                 f"the sample that begins {sample.text!r:.50} has no token of an answer, although its text has one: "
-                "look at the {% generation %} blocks of the chat template"
+                f"the tokenizer makes {len(whole)} tokens of the text; look at the template and its "
+                "{% generation %} blocks"
             )
         yield whole, answers
 

@@ -402,11 +402,25 @@ def test_chat_templates_that_hide_their_answers_are_refused():
 
     for chat_template, expected in [
         (forgetful, r"does not begin answer 2 of the conversation that begins 'Be brief\.' as it begins"),
-        (unmarked, r"sample that begins 'Be brief\..* has no token of an answer"),
+        (unmarked, r"writes only 'Be brief\..*, in which no text is an answer to learn: .* {% generation %} blocks"),
         (strict, r"the chat template refuses the conversation that begins 'Be brief\.': no system role"),
     ]:
         with pytest.raises(ValueError, match=expected):
             encode([{"messages": CHAT}], byte_tokenizer(chat_template), prompt_template="chat")
+
+
+@pytest.mark.parametrize(
+    ("template", "writes"),
+    [
+        ("{% if false %}x{% endif %}", "nothing"),
+        ("{% generation %}{% endgeneration %}", "nothing"),
+        ("{{ messages[1].content }}", "only 'Hi\\?'"),
+        ("{{ messages[1].content }}{% generation %} {% endgeneration %}", "only 'Hi\\? '"),
+    ],
+)
+def test_a_chat_template_that_writes_no_answer_is_refused(template, writes):
+    with pytest.raises(ValueError, match=f"begins 'Be brief.' the chat template writes {writes}, in which no text"):
+        encode([{"messages": CHAT[:3]}], byte_tokenizer(template), prompt_template="chat")
 
 
 def test_generation_starts_from_the_ids_that_stood_before_the_answer(babyllama):
