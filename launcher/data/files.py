@@ -22,7 +22,8 @@ from typing import Any, NamedTuple
 
 from launcher.data.limits import LimitExceeded, limits
 
-TEXT = (".json", ".jsonl", ".ndjson", ".csv", ".tsv")
+CSV = (".csv", ".tsv")
+TEXT = (".json", ".jsonl", ".ndjson", *CSV)
 SUFFIXES = (*TEXT, ".parquet")
 PACKED = (".gz", ".zst")  # after one of TEXT
 FORMS = (
@@ -70,6 +71,13 @@ def is_local(source: str) -> bool:
         or _unpacked_name(source).endswith(SUFFIXES)
         or source.startswith((".", "~", os.sep))
     )
+
+
+def holds_csv(source: str) -> bool:
+    """Whether a source is a CSV file or a folder with one: there every value is text."""
+    path = Path(source).expanduser()
+    files = path.rglob("*") if path.is_dir() else [path]
+    return any(_unpacked_name(file.name).endswith(CSV) for file in files)
 
 
 def _unpacked_name(name: str) -> str:

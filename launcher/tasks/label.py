@@ -1,13 +1,16 @@
 """Sequence classification in the form of GLUE: each row has one or two columns of text, and a label.
 
-A label is a class (a whole number or a name), or a number with a fraction to predict (regression, as in STS-B). The
-model's own head and loss are used. A checkpoint without a head gets a new one, drawn from the seed, trained whole and
-saved beside the adapter (`modules_to_save`).
+A label is a class (a whole number or a name), or a number with a fraction to predict (regression, as in STS-B). A CSV
+file holds text alone: there, labels that all read as numbers are numbers. The model's own head and loss are used. A
+checkpoint without a head gets a new one, drawn from the seed, trained whole and saved beside the adapter
+(`modules_to_save`).
 """
 
 from __future__ import annotations
 
 import hashlib
+import math
+import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -21,6 +24,7 @@ from torch import Tensor
 from launcher.config import Config, DataConfig
 from launcher.data import records
 from launcher.data.encode import DataReport, Encoded
+from launcher.data.files import holds_csv
 from launcher.tasks.base import Batch, Layout, Samples, Task, by_length
 from launcher.tasks.evaluation import Evaluation
 
@@ -32,8 +36,11 @@ Labels = tuple[str, ...]  # the classes, in the order of the head's outputs; emp
 class LabelReport(DataReport):
     """Counts of rows and tokens."""
 
+    classes: int = 0  # 0: numbers are predicted
+
     def __str__(self) -> str:
-        line = f"{self.kept:,} labelled rows, {self.tokens:,} tokens"
+        what = f"{self.classes} classes" if self.classes else "numbers"
+        line = f"{self.kept:,} rows labelled with {what}, {self.tokens:,} tokens"
         return line + (f"; {self.truncated:,} cut at {self.max_length} tokens" if self.truncated else "")
 
 
@@ -143,7 +150,7 @@ def encode(rows: Sequence[records.Record], labels: Labels, tokenizer: Any, confi
         loss=torch.zeros(tokens, dtype=torch.bool),
         offsets=offsets,
         targets=torch.ones(count, dtype=torch.int64),
-        report=LabelReport(count, count, cut, 0, tokens, count, config.max_length),
+        report=LabelReport(count, count, cut, 0, tokens, count, config.max_length, classes=len(labels)),
         classes=labels,
         labels=answers,
         segments=flat["token_type_ids"].to(torch.int8) if "token_type_ids" in flat else None,
@@ -198,6 +205,7 @@ def _load(source: str, *, option: str = "--data", columns: Sequence[str], label:
     if not rows:
         raise ValueError(f"{option} {source} holds no rows")
     found = []
+    numbers = _numbers_in_text([row.get(label) if isinstance(row, dict) else None for row in rows], source, option)
     for index, row in enumerate(rows):
         where = f"record {index} of {source}"
         if not isinstance(row, dict):
@@ -205,14 +213,52 @@ def _load(source: str, *, option: str = "--data", columns: Sequence[str], label:
                 f"{where} is a {type(row).__name__}, expected an object with {', '.join(columns)}, {label}"
             )
         texts = [records.text_of(row, column, where) for column in columns]
-        value = row.get(label)
+        value = row.get(label) if numbers is None else numbers[index]
         if isinstance(value, bool) or not isinstance(value, (int, float, str)):
             there = f"the {type(value).__name__} {value!r:.40}" if label in row else f"its columns: {', '.join(row)}"
             raise ValueError(f"{where}: {label!r} is a class (whole number or name) or a number, got {there}")
+        if isinstance(value, str) and not value.strip():
+            raise ValueError(f"{where} has an empty {label!r}: give it a label, or leave the record out")
         if isinstance(value, int) and value < 0:
             raise ValueError(f"{where} has the label {value}: it is unlabelled, as test splits are; give another split")
         found.append({"texts": texts, "label": value, "where": where})
     return found
+
+
+def _numbers_in_text(labels: Sequence[Any], source: str, option: str) -> list[float] | None:
+    """The labels of a CSV file as numbers, where all of them read as such; None where labels are what they are.
+
+    Raises ValueError where numbers with a fraction stand beside other text, or in quotes in a file that has types: each
+    would become a class of its own.
+    """
+    if not labels or not all(isinstance(label, str) for label in labels):
+        return None
+    read = [_number(label) for label in labels]
+    fractions = [label for label, number in zip(labels, read, strict=True) if isinstance(number, float)]
+    numbers = [number for number in read if number is not None]
+    csv = holds_csv(source)
+    if len(numbers) == len(labels) and csv:
+        return [float(number) for number in numbers] if fractions else numbers
+    if not fractions or 2 * len(numbers) < len(labels):
+        return None
+    if len(numbers) == len(labels):
+        raise ValueError(f"{option} {source} has numbers as text ({fractions[0]!r}) for labels: write them unquoted")
+    odd = read.index(None)
+    raise ValueError(
+        f"{option} {source} has numbers for labels ({fractions[0]}, ...), but record {odd} has {labels[odd]!r}: give "
+        "it a number, or leave the record out"
+    )
+
+
+def _number(text: str) -> int | float | None:
+    """What a text reads as: a whole number, a number with a fraction, or neither (NaN and infinity too)."""
+    if re.fullmatch(r"\s*[+-]?\d{1,18}\s*", text):
+        return int(text)
+    try:
+        number = float(text)
+    except ValueError:
+        return None
+    return number if math.isfinite(number) else None
 
 
 def _classes(rows: Sequence[records.Record]) -> Labels:
@@ -227,7 +273,10 @@ def _classes(rows: Sequence[records.Record]) -> Labels:
     if len(values) < 2:
         raise ValueError(f"all {len(rows)} training rows have the label {values[0]!r}: give data with at least two")
     if kinds == {int} and values != list(range(len(values))):
-        raise ValueError(f"classes are numbered from 0 without gaps, the training rows have {values[:20]}")
+        raise ValueError(
+            f"classes are numbered from 0 without gaps, the training rows have {values[:20]}: number them so, or give "
+            "them names"
+        )
     return tuple(map(_name, values))
 
 

@@ -363,6 +363,62 @@ def test_a_mistake_in_the_rows_is_named(rows, message, tmp_path):
         label.load_splits(config(write(tmp_path, rows)))
 
 
+def csv_of(folder, *labels, name="rows.csv"):
+    path = folder / name
+    path.write_text("sentence,label\n" + "".join(f"text {i},{label}\n" for i, label in enumerate(labels)))
+    return str(path)
+
+
+@pytest.mark.parametrize("name", ["rows.csv", "folder/train.csv"])
+def test_whole_numbers_in_a_csv_file_are_classes_in_the_order_of_numbers(name, tmp_path):
+    """As text they would be ordered 0, 1, 10, 2: a base that has a head already would learn other classes."""
+    (tmp_path / "folder").mkdir()
+    source = csv_of(tmp_path, *range(11), name=name)
+
+    rows, _, classes = label.load_splits(config(str(Path(source).parent) if "/" in name else source))
+
+    assert classes == tuple(map(str, range(11)))
+    assert [row["label"] for row in rows] == list(range(11))
+
+
+def test_numbers_with_a_fraction_in_a_csv_file_are_predicted_as_numbers(tmp_path, tokenizer):
+    """As text each of them would be a class of its own."""
+    settings = config(csv_of(tmp_path, "0.5", "-2", "3e1"), eval_data=csv_of(tmp_path, 1, 2, name="held.csv"))
+
+    rows, held_out, classes = label.load_splits(settings)
+
+    assert classes == ()
+    assert label.encode(rows, classes, tokenizer, settings).labels.tolist() == [0.5, -2.0, 30.0]
+    assert label.encode(held_out, classes, tokenizer, settings).labels.tolist() == [1.0, 2.0]
+
+
+def test_names_in_a_csv_file_stay_names(tmp_path):
+    _, _, classes = label.load_splits(config(csv_of(tmp_path, "good", "bad", "7")))
+
+    assert classes == ("7", "bad", "good")
+
+
+@pytest.mark.parametrize(
+    ("labels", "message"),
+    [
+        ((0.5, 1.5, "n/a"), r"numbers for labels \(0\.5, \.\.\.\), but record 2 has 'n/a': give it a number"),
+        ((0, 1, -1), "record 2 of .* has the label -1: it is unlabelled"),
+        ((0, 2), r"from 0 without gaps.*\[0, 2\]: number them so, or give them names"),
+        ((0, 1, ""), "record 2 of .* has an empty 'label'"),
+    ],
+)
+def test_labels_of_a_csv_file_that_cannot_be_meant_are_refused(labels, message, tmp_path):
+    with pytest.raises(ValueError, match=message):
+        label.load_splits(config(csv_of(tmp_path, *labels)))
+
+
+def test_numbers_with_a_fraction_in_quotes_are_refused(tmp_path):
+    rows = write(tmp_path, [{"sentence": "good", "label": "0.5"}, {"sentence": "bad", "label": "0.25"}])
+
+    with pytest.raises(ValueError, match=r"numbers as text \('0\.5'\) for labels: write them unquoted"):
+        label.load_splits(config(rows))
+
+
 def test_a_held_out_label_that_training_does_not_know_is_named(tmp_path):
     train = write(tmp_path, [ROW, {"sentence": "bad", "label": 0}])
     held_out = write(tmp_path, [ROW, {"sentence": "so", "label": 2}], "held.json")
