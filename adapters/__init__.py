@@ -13,6 +13,7 @@ from adapters.factors import Factors
 from adapters.layer import BasePrecisionWarning, factors_from
 from adapters.loldu import LoLDUConfig, LoLDUXSConfig
 from adapters.lora_sb import LoRASBConfig, factors_from_gradients
+from adapters.many import ManyAdapters
 from adapters.svd import LoRAXSConfig, SVFitConfig, SVFTConfig
 from adapters.tuner import register
 
@@ -43,6 +44,7 @@ __all__ = [
     "LoLDUXSConfig",
     "LoRASBConfig",
     "LoRAXSConfig",
+    "ManyAdapters",
     "SVFTConfig",
     "SVFitConfig",
     "factors_from",

@@ -178,7 +178,10 @@ class FactorConfig(PeftConfig, ABC):
         return torch.zeros(self.core_shape(len(values)))
 
     def multiply(self, h: Tensor, core: Tensor) -> Tensor:
-        """The r x r matrix that the core stands for, times h (..., r)."""
+        """The r x r matrix that the core stands for, times h (..., r).
+
+        In a batch of many adapters, core has leading dimensions that broadcast with those of h: a core for each row.
+        """
         return h * core
 
     def core_matrix(self, core: Tensor, r: int) -> Tensor:
@@ -197,4 +200,4 @@ class DenseCore:
         return (r, r)
 
     def multiply(self, h: Tensor, core: Tensor) -> Tensor:
-        return F.linear(h, core)
+        return F.linear(h, core) if core.ndim == 2 else h @ core.mT  # (..., tokens, r) @ (..., r, r)

@@ -43,11 +43,11 @@ class InputMap(FactorMap):
         self._filled = self._filled or bool(self.probe.any())
         return self._filled
 
-    def forward(self, x: Tensor, bias: Tensor | None, onto: Tensor) -> Tensor:
+    def forward(self, x: Tensor, bias: Tensor | None, onto: Tensor, cores: Tensor | None = None) -> Tensor:
         """onto + write (scale core (read x)) for the layer's input x (..., n)."""
         wide = torch.promote_types(self.read.dtype, self.core.dtype)
         h = F.linear(x.to(self.read.dtype), self.read).to(wide)
-        h = self.config.multiply(h, self.scaled_core(wide))
+        h = self.config.multiply(h, self.scaled_core(wide) if cores is None else cores.to(wide))
         return onto + F.linear(h.to(self.write.dtype), self.write).to(onto.dtype)
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Any:
@@ -78,6 +78,13 @@ class InputLinear(FactorLinear):
     def add_update(self, adapter_name: str, x: Tensor, y0: Tensor, onto: Tensor) -> Tensor:
         """onto plus the adapter's update, for the layer's input x (..., n)."""
         return self._ready(adapter_name)(x, None, onto=onto)
+
+    def add_group(self, adapter_names: Sequence[str], which: Tensor, x: Tensor, y0: Tensor) -> Tensor:
+        """y0 (rows, ..., m) plus the update of the one adapter in this group: each has maps of its own."""
+        return self.add_update(adapter_names[0], x, y0, onto=y0)
+
+    def share_maps(self, one: str, other: str) -> bool:
+        return one == other
 
     @torch.compiler.disable
     def refresh(self, *_: Any) -> None:

@@ -128,12 +128,22 @@ class FactorMap(nn.Module):
             self._seen = self.probe
         return False
 
+    def same_directions(self, other: FactorMap) -> bool:
+        """Whether the maps of both follow from the same weight, pivots and settings."""
+        return (
+            self.config.factorization() == other.config.factorization()
+            and (self.write.shape, self.write.dtype) == (other.write.shape, other.write.dtype)
+            and torch.equal(self.pivots, other.pivots)
+            and torch.equal(self.probe, other.probe)
+        )
+
     def _origin(self) -> bytes:
         return torch.cat([self.pivots.cpu().view(torch.uint8), self.probe.cpu()]).numpy().tobytes()
 
-    def forward(self, y0: Tensor, bias: Tensor | None, onto: Tensor) -> Tensor:
+    def forward(self, y0: Tensor, bias: Tensor | None, onto: Tensor, cores: Tensor | None = None) -> Tensor:
         """onto + Write (scale core * Read (y0 - bias)); y0 (..., out) is the base output with its bias.
 
+        cores (rows, *core_shape), with the scale in them, stand in for the own core: y0 is then (rows, tokens, out).
         y0 is not overwritten, which would save a tensor of its size: other code may keep it (selective activation
         checkpointing does), and on a CPU the step was not faster.
         """
@@ -148,7 +158,11 @@ class FactorMap(nn.Module):
             if bias is not None:
                 taken = taken - bias[self.rows]
             h = lower_linear(taken.to(self.read.dtype), self.read)
-        h = self.config.multiply(h, self.scaled_core(h.dtype)).to(self.write.dtype)
+        if cores is None:
+            core = self.scaled_core(h.dtype)
+        else:  # a vector core is the same for all tokens of its row
+            core = (cores if self.core.ndim == 2 else cores.unsqueeze(1)).to(h.dtype)
+        h = self.config.multiply(h, core).to(self.write.dtype)
         if y0.dtype != self.write.dtype:  # under autocast
             return onto + F.linear(h, self.write).to(onto.dtype)
         at_full_rank = len(self.rows) == onto.shape[-1] and not self.config.through_write
@@ -252,6 +266,7 @@ class FactorLayer(nn.Module, BaseTunerLayer):
         factor_map = FactorMap(out, r, config, self.frozen_dtype, weight.device, embedding=self.embedding)
         if factors is not None:
             factor_map.set_factors(factors)
+            factor_map.set_factors(self._shared_factors(factor_map) or factors)
             if not weight.is_meta:
                 factor_map.start(self.name)
         self._put(adapter_name, factor_map)
@@ -261,7 +276,8 @@ class FactorLayer(nn.Module, BaseTunerLayer):
         self.maps[adapter_name] = factor_map
         self.set_adapter(self.active_adapters, inference_mode=factor_map.config.inference_mode)
 
-    def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+    def forward(self, x: Tensor, *args: Any, adapter_names: Sequence[str] | None = None, **kwargs: Any) -> Tensor:
+        """adapter_names, from PEFT, is the adapter of each sample; "__base__" is none."""
         if self.disable_adapters and self.merged:
             self.unmerge()
         y = self.base_layer(x, *args, **kwargs)
@@ -269,10 +285,44 @@ class FactorLayer(nn.Module, BaseTunerLayer):
             return y
         channels_first = isinstance(self.base, nn.Conv2d)
         y0 = y = y.movedim(1, -1) if channels_first else y
-        for adapter_name in self.active_adapters:
-            if adapter_name in self.maps:
-                y = self.add_update(adapter_name, x, y0, onto=y)
+        if adapter_names is not None:
+            y = self.add_updates(adapter_names, x, y0)
+        else:
+            for adapter_name in self.active_adapters:
+                if adapter_name in self.maps:
+                    y = self.add_update(adapter_name, x, y0, onto=y)
         return y.movedim(-1, 1) if channels_first else y
+
+    def add_updates(self, adapter_names: Sequence[str], x: Tensor, y0: Tensor) -> Tensor:
+        """y0 (samples, ..., m) plus the update of each sample's adapter; those with the same maps in one product."""
+        if len(adapter_names) != len(y0):
+            raise ValueError(f"adapter_names has {len(adapter_names)} names for a batch of {len(y0)} samples")
+        self.refresh()
+        y, left = y0, [name for name in dict.fromkeys(adapter_names) if name in self.maps]
+        while left:
+            together = [name for name in left if self.share_maps(left[0], name)]
+            left = [name for name in left if name not in together]
+            rows = [row for row, name in enumerate(adapter_names) if name in together]
+            at = torch.tensor(rows, device=y0.device)
+            which = torch.tensor([together.index(adapter_names[row]) for row in rows], device=y0.device)
+            y = y.index_copy(0, at, self.add_group(together, which, x.index_select(0, at), y0.index_select(0, at)))
+        return y
+
+    def add_group(self, adapter_names: Sequence[str], which: Tensor, x: Tensor, y0: Tensor) -> Tensor:
+        """y0 (rows, ..., m) plus the updates of adapters that share their maps; which (rows,) tells each row's."""
+        maps = [self.maps[name] for name in adapter_names]
+        cores = torch.stack([each.scaled_core(each.core.dtype) for each in maps]).index_select(0, which)
+        flat = y0.reshape(len(y0), -1, y0.shape[-1])
+        return maps[0](flat, getattr(self.base, "bias", None), onto=flat, cores=cores).view(y0.shape)
+
+    def share_maps(self, one: str, other: str) -> bool:
+        """Whether two adapters have the same frozen maps in memory, and cores of one shape."""
+        first, second = self.maps[one], self.maps[other]
+        return first is second or (
+            first.write.data_ptr() == second.write.data_ptr() != 0
+            and first.read.data_ptr() == second.read.data_ptr()
+            and first.core.shape == second.core.shape
+        )
 
     def add_update(self, adapter_name: str, x: Tensor, y0: Tensor, onto: Tensor) -> Tensor:
         """onto plus the adapter's update, for the layer's input x and the base's output y0 (..., m)."""
@@ -293,7 +343,8 @@ class FactorLayer(nn.Module, BaseTunerLayer):
         for adapter_name, factor_map in self.maps.items():
             if factor_map.stale:
                 saved = {name: getattr(factor_map, name) for name in ("pivots", "values", "probe")}
-                factor_map.set_factors(self._saved_factors(adapter_name, factor_map)._replace(**saved))
+                factors = self._shared_factors(factor_map) or self._saved_factors(adapter_name, factor_map)
+                factor_map.set_factors(factors._replace(**saved))
 
     def matrix(self) -> Tensor:
         """The unmerged W (m, n); dequantised where the base is quantised."""
@@ -401,6 +452,13 @@ class FactorLayer(nn.Module, BaseTunerLayer):
         except ValueError as error:
             raise ValueError(f"{self.name}: {error}; leave the layer out (exclude_modules) or lower the rank") from None
         return made._replace(probe=probe_digest(W, self.shape))
+
+    def _shared_factors(self, factor_map: FactorMap) -> Factors | None:
+        """The factors of another adapter with the same directions, so that their maps are in memory once."""
+        for other in self.maps.values():
+            if other is not factor_map and not other.stale and other.same_directions(factor_map):
+                return other.factors
+        return None
 
     def _checkpoint_matrices(self) -> Iterator[Tensor]:
         """W (m, n) in full precision from each of the named checkpoints that is on this machine."""

@@ -167,7 +167,7 @@ class SVFTConfig(SVDConfig):
     def multiply(self, h: Tensor, core: Tensor) -> Tensor:
         r, total = h.shape[-1], torch.zeros_like(h)
         bands = self._bands(r)
-        for (above, count), band in zip(bands, core.split([count for _, count in bands]), strict=True):
+        for (above, count), band in zip(bands, core.split([count for _, count in bands], -1), strict=True):
             row, column = max(0, -above), max(0, above)
             total[..., row : row + count] += h[..., column : column + count] * band
         return total

@@ -5,13 +5,18 @@ from __future__ import annotations
 import logging
 import warnings
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from functools import partial
 from typing import Any
 
 from peft import PeftType, TaskType
 from peft.tuners.tuners_utils import BaseTuner
-from peft.utils import TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING, register_peft_method
+from peft.utils import (
+    TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING,
+    AuxiliaryTrainingWrapper,
+    register_peft_method,
+)
 from peft.utils.error import NoMatchingPeftModuleError
 from torch import nn
 from transformers.pytorch_utils import Conv1D
@@ -135,12 +140,35 @@ class FactorTuner(BaseTuner):
 
     @contextmanager
     def _enable_peft_forward_hooks(self, *args: Any, adapter_names: Any = None, **kwargs: Any) -> Iterator[None]:
-        """Refuse adapter_names (one per sample, LoRA only), which PEFT would silently ignore."""
-        if adapter_names is not None:
+        """Hand adapter_names, one name per sample, to the layers for one call, as PEFT's own LoRA does."""
+        if adapter_names is None:
+            yield
+            return
+        layers = [module for module in self.modules() if isinstance(module, (FactorLayer, AuxiliaryTrainingWrapper))]
+        known = {"__base__", *(name for layer in layers if isinstance(layer, FactorLayer) for name in layer.maps)}
+        if unknown := sorted(set(adapter_names) - known):
             raise ValueError(
-                "adapter_names per sample is not supported: call set_adapter and run each adapter's samples separately"
+                f"adapter_names names {', '.join(unknown)}, which this model does not have: load it, or name one of "
+                f"{', '.join(sorted(known))}"
             )
-        yield
+        if merged := sorted({name for layer in layers for name in getattr(layer, "merged_adapters", ())}):
+            raise ValueError(f"{', '.join(merged)} is merged: call unmerge_adapter before passing adapter_names")
+        if self.training:
+            raise ValueError("adapter_names works in evaluation mode only: call model.eval() first")
+        encodes = self.model.get_encoder() if getattr(self.model.config, "is_encoder_decoder", False) else None
+        once = set(encodes.modules()) if encodes is not None else set()  # an encoder sees each sample once
+        repeated = [name for name in adapter_names for _ in range(kwargs.get("num_beams") or 1)]
+        hooks = [
+            layer.register_forward_pre_hook(
+                partial(_with_names, names=adapter_names if layer in once else repeated), with_kwargs=True
+            )
+            for layer in layers
+        ]
+        try:
+            yield
+        finally:
+            for hook in hooks:
+                hook.remove()
 
     def _cast_adapter_dtype(self, adapter_name: str, autocast_adapter_dtype: bool = True) -> None:
         """Nothing to cast: cores are float32 from the start, and frozen maps keep the base's dtype."""
@@ -165,6 +193,10 @@ class FactorTuner(BaseTuner):
                 BasePrecisionWarning,
                 stacklevel=2,
             )
+
+
+def _with_names(module: nn.Module, args: Any, kwargs: dict[str, Any], names: Sequence[str]) -> tuple[Any, Any]:
+    return args, {**kwargs, "adapter_names": names}
 
 
 def adaptable_modules(model: nn.Module) -> list[str]:

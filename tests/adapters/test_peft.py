@@ -652,13 +652,6 @@ def test_methods_of_lora_that_do_not_exist_here_say_so(call):
         getattr(model, call)
 
 
-def test_adapters_per_sample_are_refused():
-    model = adapted(tiny_llama())
-
-    with pytest.raises(ValueError, match="adapter_names per sample is not supported: call set_adapter"):
-        model(tokens(), adapter_names=["default", "__base__"])
-
-
 def test_factors_come_from_a_source_where_there_is_one(
     method,
 ):

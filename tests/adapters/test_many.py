@@ -1,0 +1,444 @@
+"""Many adapters in one batch: every row is what its adapter alone gives."""
+
+import copy
+import warnings
+
+import pytest
+import torch
+from peft import LoraConfig, PeftModel, get_peft_model
+from tiny_models import adapted, layers, lm_config, randomise, tiny_gpt2, tiny_llama, tokens
+from torch import nn
+
+from adapters import (
+    BasePrecisionWarning,
+    LoLDUConfig,
+    LoLDUXSConfig,
+    LoRAXSConfig,
+    ManyAdapters,
+    SVFitConfig,
+    SVFTConfig,
+)
+
+CLOSE = {"rtol": 1e-5, "atol": 1e-5}  # float32: only the order of additions differs
+
+
+def written(folder, config, count=3, base=tiny_llama, seed=10):
+    """Folders of adapters with random cores, and the base's logits with each of them alone."""
+    expected = {}
+    for i in range(count):
+        model = randomise(get_peft_model(base(), copy.deepcopy(config)), seed=seed + i).eval()
+        model.save_pretrained(folder / f"a{i}")
+        expected[f"a{i}"] = model
+    return expected
+
+
+def alone(models, base, name, ids):
+    with torch.no_grad():
+        return (base if name is None else models[name])(ids).logits
+
+
+CONFIGS = {
+    "loldu": LoLDUConfig(r=8, target_modules="all-linear"),
+    "loldu normalised, scaled": LoLDUConfig(r=8, target_modules="all-linear", normalize_directions=True, scale=0.5),
+    "loldu full rank": LoLDUConfig(r=99, target_modules="all-linear"),
+    "lolduxs": LoLDUXSConfig(r=6, target_modules="all-linear"),
+    "svfit": SVFitConfig(r=8, target_modules="all-linear"),
+    "svfit by energy": SVFitConfig(energy=0.7, target_modules="all-linear"),
+    "svft": SVFTConfig(r=8, target_modules="all-linear", off_diagonals=2),
+    "loraxs": LoRAXSConfig(r=8, target_modules="all-linear"),
+    "loraxs normalised": LoRAXSConfig(r=8, target_modules=["q_proj", "down_proj"], normalize_directions=True),
+}
+
+
+@pytest.mark.parametrize("config", CONFIGS.values(), ids=CONFIGS.keys())
+def test_each_row_of_a_batch_is_its_adapter_alone(config, tmp_path):
+    models, base, ids = written(tmp_path, config), tiny_llama(), tokens(shape=(5, 12))
+    many = ManyAdapters(model := tiny_llama())
+    for name in models:
+        many.add(name, tmp_path / name)
+    names = ["a2", None, "a0", "a2", "a1"]
+
+    with torch.no_grad(), many.rows(names):
+        mixed = model(ids).logits
+
+    for row, name in enumerate(names):
+        expected = alone(models, base, name, ids[row : row + 1])
+        torch.testing.assert_close(mixed[row : row + 1], expected, **CLOSE)
+        assert name is None or (expected - alone(models, base, None, ids[row : row + 1])).abs().max() > 0.01
+    assert len(many._groups) == 1  # their maps are in memory once
+
+
+@pytest.mark.parametrize("config", CONFIGS.values(), ids=CONFIGS.keys())
+def test_each_token_of_a_packed_batch_has_its_adapter(config, tmp_path):
+    """One layer, for attention across packed samples is the caller's."""
+    models = written(tmp_path, config, count=2)
+    many = ManyAdapters(model := tiny_llama())
+    for name in models:
+        many.add(name, tmp_path / name)
+    x = torch.randn(1, 9, 32, generator=torch.Generator().manual_seed(0))
+    path = "model.layers.1.self_attn.q_proj"
+
+    with torch.no_grad(), many.packed([("a1", 4), (None, 2), ("a0", 3)]):
+        y = model.get_submodule(path)(x)
+
+    with torch.no_grad():
+        parts = [
+            models["a1"].base_model.model.get_submodule(path)(x[:, :4]),
+            tiny_llama().get_submodule(path)(x[:, 4:6]),
+            models["a0"].base_model.model.get_submodule(path)(x[:, 6:]),
+        ]
+    torch.testing.assert_close(y, torch.cat(parts, 1), **CLOSE)
+
+
+def test_the_base_is_a_choice_and_equals_the_base_bit_for_bit(tmp_path):
+    written(tmp_path, CONFIGS["loldu"], count=1)
+    many, ids = ManyAdapters(model := tiny_llama()), tokens(shape=(3, 12))
+    expected = tiny_llama()(ids).logits
+    many.add("a0", tmp_path / "a0")
+
+    with many.rows([None, "a0", None]):
+        mixed = model(ids).logits
+    with many.rows([None] * 3):
+        all_base = model(ids).logits
+
+    assert torch.equal(mixed[[0, 2]], expected[[0, 2]])
+    assert not torch.allclose(mixed[1], expected[1], atol=1e-2)
+    assert torch.equal(all_base, expected)
+    assert torch.equal(model(ids).logits, expected)  # outside
+
+
+def test_ranks_methods_and_lora_share_a_batch(tmp_path):
+    kinds = [CONFIGS["loldu"], LoLDUConfig(r=4, target_modules=["q_proj"]), CONFIGS["loraxs"], CONFIGS["svft"]]
+    models = {}
+    for i, config in enumerate(kinds):
+        models[f"k{i}"] = written(tmp_path / str(i), config, count=1, seed=20 + i)["a0"]
+    torch.manual_seed(5)
+    plain = [
+        LoraConfig(r=4, lora_alpha=6, target_modules=["q_proj", "up_proj"], init_lora_weights=False),
+        LoraConfig(
+            r=2, use_rslora=True, target_modules="all-linear", init_lora_weights=False, alpha_pattern={"q_proj": 3}
+        ),
+    ]
+    for i, config in enumerate(plain):
+        models[f"lora{i}"] = get_peft_model(tiny_llama(), config).eval()
+        models[f"lora{i}"].save_pretrained(tmp_path / f"lora{i}")
+    many, ids = ManyAdapters(model := tiny_llama()), tokens(shape=(8, 12))
+    for i in range(len(kinds)):
+        many.add(f"k{i}", tmp_path / str(i) / "a0")
+    for i in range(len(plain)):
+        many.add(f"lora{i}", tmp_path / f"lora{i}")
+    names = ["lora1", "k0", "k2", None, "lora0", "k1", "k3", "lora1"]
+
+    with torch.no_grad(), many.rows(names):
+        mixed = model(ids).logits
+
+    for row, name in enumerate(names):
+        torch.testing.assert_close(mixed[row : row + 1], alone(models, tiny_llama(), name, ids[row : row + 1]), **CLOSE)
+
+
+def test_adapters_with_maps_of_their_own_share_a_batch_too(method, tmp_path):
+    """Of every build, LoRA-SB among them, whose maps do not follow from the base."""
+    models = {}
+    for i in range(2):
+        models[f"a{i}"] = adapted(tiny_llama(), seed=30 + i)
+        models[f"a{i}"].save_pretrained(tmp_path / f"a{i}")
+    many, ids = ManyAdapters(model := tiny_llama()), tokens(shape=(3, 12))
+    for name in models:
+        many.add(name, tmp_path / name)
+
+    with torch.no_grad(), many.rows(names := ["a1", "a0", None]):
+        mixed = model(ids).logits
+
+    for row, name in enumerate(names):
+        torch.testing.assert_close(mixed[row : row + 1], alone(models, tiny_llama(), name, ids[row : row + 1]), **CLOSE)
+
+
+@pytest.mark.parametrize("config", [CONFIGS["loldu"], CONFIGS["loraxs"]], ids=["loldu", "loraxs"])
+def test_padded_prefill_and_decode_generate_what_each_adapter_alone_generates(config, tmp_path):
+    models = written(tmp_path, config)
+    many, ids = ManyAdapters(model := tiny_llama()), tokens(shape=(4, 9))
+    for name in models:
+        many.add(name, tmp_path / name)
+    mask = torch.ones_like(ids)
+    for row, padding in enumerate((0, 4, 2, 0)):
+        mask[row, :padding] = 0
+    settings = {"max_new_tokens": 12, "do_sample": False, "pad_token_id": 0}
+
+    with many.rows(names := ["a0", "a1", None, "a2"]):
+        made = model.generate(ids, attention_mask=mask, **settings)
+
+    for row, name in enumerate(names):
+        own = ids[row : row + 1, mask[row].bool()]
+        each = tiny_llama() if name is None else models[name]
+        expected = each.generate(input_ids=own, attention_mask=torch.ones_like(own), **settings)[0, own.shape[1] :]
+        assert made[row, 9 : 9 + len(expected)].tolist() == expected.tolist()
+
+
+def test_bfloat16_stays_within_its_rounding(tmp_path):
+    """Measured: the largest difference is 0.016 of logits up to 3.5, one step of bfloat16 at that size."""
+    written(tmp_path, CONFIGS["loldu"], count=2)
+    many, ids = ManyAdapters(model := tiny_llama().bfloat16()), tokens(shape=(2, 12))
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", BasePrecisionWarning)
+        for name in ("a0", "a1"):
+            many.add(name, tmp_path / name)
+        single = PeftModel.from_pretrained(tiny_llama().bfloat16(), tmp_path / "a1").eval()
+
+    with torch.no_grad(), many.rows(["a0", "a1"]):
+        mixed = model(ids).logits[1:]
+
+    with torch.no_grad():
+        torch.testing.assert_close(mixed, single(ids[1:]).logits, rtol=0.016, atol=0.016)
+
+
+def test_conv1d_and_embeddings_are_adapted_per_row(tmp_path):
+    config = LoLDUConfig(r=8, target_modules=["c_attn", "c_fc"])
+    models = written(tmp_path, config, count=2, base=tiny_gpt2)
+    many, ids = ManyAdapters(model := tiny_gpt2()), tokens(shape=(3, 12))
+    for name in models:
+        many.add(name, tmp_path / name)
+
+    with torch.no_grad(), many.rows(names := ["a1", None, "a0"]):
+        mixed = model(ids).logits
+
+    for row, name in enumerate(names):
+        torch.testing.assert_close(mixed[row : row + 1], alone(models, tiny_gpt2(), name, ids[row : row + 1]), **CLOSE)
+
+    config = LoLDUConfig(r=8, target_modules=["embed_tokens", "q_proj"])
+    models = written(tmp_path / "embedding", config, count=2)
+    many = ManyAdapters(model := tiny_llama())
+    for name in models:
+        many.add(name, tmp_path / "embedding" / name)
+
+    with torch.no_grad(), many.rows(names):
+        mixed = model(ids).logits
+
+    for row, name in enumerate(names):
+        torch.testing.assert_close(mixed[row : row + 1], alone(models, tiny_llama(), name, ids[row : row + 1]), **CLOSE)
+
+
+def test_the_table_grows_shrinks_and_reuses_rows(tmp_path):
+    models = written(tmp_path, CONFIGS["loldu"], count=2)
+    many, ids = ManyAdapters(model := tiny_llama()), tokens(shape=(2, 12))
+    for i in range(100):
+        many.add(f"m{i}", tmp_path / f"a{i % 2}")
+    (group,) = many._groups.values()
+    numbers = group.table.shape[1]
+    assert many.memory()["tables"] <= 1.2 * 101 * numbers * 4
+
+    with torch.no_grad(), many.rows(["m99", "m0"]):
+        for i in range(98):  # also while a batch is under way
+            many.remove(f"m{i}")
+        mixed = model(ids).logits
+    many.remove("m98")
+
+    torch.testing.assert_close(mixed[:1], alone(models, None, "a1", ids[:1]), **CLOSE)
+    assert len(many) == 1
+    many.add("again", tmp_path / "a0")
+    with torch.no_grad(), many.rows(["again", "m99"]):
+        mixed = model(ids).logits
+    torch.testing.assert_close(mixed[:1], alone(models, None, "a0", ids[:1]), **CLOSE)
+    torch.testing.assert_close(mixed[1:], alone(models, None, "a1", ids[1:]), **CLOSE)
+    many.remove("m99")
+    many.add("low", tmp_path / "a1")
+    many.remove("again")
+    many.add("lowest", tmp_path / "a0")
+    assert len(group.table) <= 101
+    many.remove("low")
+    many.remove("lowest")
+    assert not many._groups
+    assert not many._hooks
+    assert torch.equal(model(ids).logits, tiny_llama()(ids).logits)
+
+
+def test_a_table_whose_end_is_free_shrinks(tmp_path):
+    written(tmp_path, CONFIGS["loldu"], count=1)
+    many = ManyAdapters(tiny_llama())
+    for i in range(100):
+        many.add(f"m{i}", tmp_path / "a0")
+    (group,) = many._groups.values()
+    grown = len(group.table)
+
+    for i in reversed(range(10, 100)):
+        many.remove(f"m{i}")
+
+    assert grown > 100
+    assert len(group.table) < 25
+    assert group.table[1:11].abs().sum(1).min() > 0
+
+
+def test_what_was_saved_is_the_adapter(tmp_path):
+    models = written(tmp_path, CONFIGS["loldu normalised, scaled"], count=1)
+    many, ids = ManyAdapters(tiny_llama()), tokens()
+    many.add("a0", tmp_path / "a0")
+
+    many.save("a0", tmp_path / "again")
+
+    loaded = PeftModel.from_pretrained(tiny_llama(), tmp_path / "again").eval()
+    with torch.no_grad():
+        torch.testing.assert_close(loaded(ids).logits, models["a0"](ids).logits, **CLOSE)
+
+
+def broken(tmp_path, change):
+    """A saved adapter after a change of its config and tensors."""
+    model = adapted(tiny_llama(), seed=1)
+    model.save_pretrained(tmp_path)
+    from peft import PeftConfig
+    from safetensors.torch import load_file
+
+    config, tensors = PeftConfig.from_pretrained(tmp_path), load_file(tmp_path / "adapter_model.safetensors")
+    change(config, tensors)
+    return config, tensors
+
+
+def _drop(name):
+    return lambda config, tensors: [tensors.pop(key) for key in list(tensors) if key.endswith(name)]
+
+
+LAYER = "model.layers.0.self_attn.q_proj"
+CHANGES = {
+    "another base": (lambda c, t: None, "does not fit this base"),
+    "a tensor of the base": (
+        lambda c, t: t.update(
+            {"base_model.model.model.layers.0.self_attn.q_proj.base_layer.weight": torch.ones(32, 32)}
+        ),
+        "holds tensors that are not part of the adapter",
+    ),
+    "no pivots": (_drop("pivots"), "lacks pivots of"),
+    "another rank": (
+        lambda c, t: t.update({key: value[:3] for key, value in t.items() if key.endswith("core")}),
+        r"has shape \(3,\)",
+    ),
+    "a whole module": (lambda c, t: setattr(c, "modules_to_save", ["lm_head"]), "trains whole modules"),
+    "unknown modules": (
+        lambda c, t: [t.__setitem__(key.replace("q_proj", "query"), t.pop(key)) for key in list(t)],
+        "does not have: load it on the base it was trained on",
+    ),
+}
+
+
+@pytest.mark.parametrize("what", CHANGES)
+def test_what_does_not_fit_is_refused_by_name(what, tmp_path):
+    change, message = CHANGES[what]
+    config, tensors = broken(tmp_path, change)
+    many = ManyAdapters(tiny_llama(seed=9 if what == "another base" else 0))
+
+    with pytest.raises(ValueError, match=message):
+        many.add_tensors("bad", config, tensors)
+
+    assert not many.adapters
+    assert not many._hooks
+
+
+def test_variants_of_lora_are_refused(tmp_path):
+    get_peft_model(tiny_llama(), LoraConfig(use_dora=True, target_modules=["q_proj"])).save_pretrained(tmp_path)
+
+    with pytest.raises(ValueError, match="is a LoRA with use_dora, which cannot share a batch"):
+        ManyAdapters(tiny_llama()).add("dora", tmp_path)
+
+
+def test_a_name_in_use_an_unknown_name_and_a_wrong_number_of_rows_are_refused(tmp_path):
+    written(tmp_path, CONFIGS["loldu"], count=1)
+    many = ManyAdapters(model := tiny_llama())
+    many.add("a0", tmp_path / "a0")
+
+    with pytest.raises(ValueError, match="there is an adapter a0 already"):
+        many.add("a0", tmp_path / "a0")
+    with pytest.raises(KeyError, match="nobody"), many.rows(["nobody"]):
+        pass
+    with pytest.raises(KeyError, match="nobody"):
+        many.remove("nobody")
+    with pytest.raises(ValueError, match="do not keep rows apart"), many.rows(["a0"] * 3):
+        model(tokens(shape=(2, 12)))
+    assert torch.equal(model(tokens()).logits, tiny_llama()(tokens()).logits)  # the failed batch left nothing behind
+
+
+def test_gradients_of_a_table_are_those_of_each_adapter_alone(tmp_path):
+    """Adapter i's row gets the gradient of its own samples, and no other's."""
+    models = written(tmp_path, CONFIGS["loldu"])
+    many, ids = ManyAdapters(model := tiny_llama().requires_grad_(False)), tokens(shape=(3, 12))
+    for name in models:
+        many.add(name, tmp_path / name)
+    (group,) = many._groups.values()
+    group.table.requires_grad_(True)
+
+    with many.rows(names := ["a2", "a0", "a1"]):
+        logits = model(ids).logits
+    sum(nn.functional.cross_entropy(logits[i, :-1], ids[i, 1:]) for i in range(3)).backward()
+
+    for row, name in enumerate(names):
+        own = models[name](ids[row : row + 1]).logits
+        nn.functional.cross_entropy(own[0, :-1], ids[row, 1:]).backward()
+        alone_grad = {layer.name: layer.maps["default"].core.grad for layer in layers(models[name])}
+        found = group.table.grad[many.adapters[name].row]
+        for module, columns in group.columns.items():
+            torch.testing.assert_close(found[columns], alone_grad[module].flatten(), **CLOSE)
+
+
+# PEFT's own way: adapter_names in a mixed batch
+
+
+def with_adapters(count=3, **changes):
+    model = get_peft_model(tiny_llama(), lm_config(**changes), adapter_name="a0")
+    for i in range(1, count):
+        model.add_adapter(f"a{i}", lm_config(**changes))
+    for i in range(count):
+        randomise(model, f"a{i}", seed=40 + i)
+    return model.eval()
+
+
+def test_adapter_names_gives_each_sample_its_adapter(method):
+    model, ids = with_adapters(), tokens(shape=(5, 12))
+    names = ["a2", "__base__", "a0", "a2", "a1"]
+
+    with torch.no_grad():
+        mixed = model(ids, adapter_names=names).logits
+
+    for row, name in enumerate(names):
+        with torch.no_grad():
+            if name == "__base__":
+                with model.disable_adapter():
+                    assert torch.equal(mixed[row], model(ids).logits[row])
+            else:
+                model.set_adapter(name)
+                torch.testing.assert_close(mixed[row : row + 1], model(ids[row : row + 1]).logits, **CLOSE)
+
+
+def test_adapter_names_generates_with_beams_too(method):
+    model, ids = with_adapters(), tokens(shape=(3, 9))
+    settings = {"max_new_tokens": 8, "do_sample": False, "pad_token_id": 0, "attention_mask": torch.ones_like(ids)}
+
+    for beams in (1, 2):
+        mixed = model.generate(input_ids=ids, adapter_names=["a2", "a0", "a1"], num_beams=beams, **settings)
+        for row, name in enumerate(["a2", "a0", "a1"]):
+            model.set_adapter(name)
+            assert mixed[row].tolist() == model.generate(input_ids=ids, num_beams=beams, **settings)[row].tolist()
+
+
+@pytest.mark.not_lorasb
+def test_adapters_of_one_kind_hold_their_maps_once(method, tmp_path):
+    model = with_adapters()
+    model.save_pretrained(tmp_path)
+    loaded = PeftModel.from_pretrained(tiny_llama(), tmp_path / "a0", adapter_name="a0")
+    loaded.load_adapter(tmp_path / "a1", adapter_name="a1")
+    loaded(tokens())
+
+    for each in (model, loaded):
+        for layer in layers(each):
+            assert layer.maps["a0"].write.data_ptr() == layer.maps["a1"].write.data_ptr()
+            assert layer.maps["a0"].core.data_ptr() != layer.maps["a1"].core.data_ptr()
+
+
+def test_adapter_names_that_cannot_be_are_refused():
+    model, ids = with_adapters(), tokens()
+
+    with pytest.raises(ValueError, match="names nobody, which this model does not have"):
+        model(ids, adapter_names=["nobody", "a0"])
+    with pytest.raises(ValueError, match="3 names for a batch of 2 samples"):
+        model(ids, adapter_names=["a0"] * 3)
+    model.train()
+    with pytest.raises(ValueError, match="evaluation mode only"):
+        model(ids, adapter_names=["a0", "a1"])
+    model.eval().merge_adapter(["a0"])
+    with pytest.raises(ValueError, match="a0 is merged: call unmerge_adapter"):
+        model(ids, adapter_names=["a0", "a1"])
