@@ -36,6 +36,7 @@ MAY_IMPORT = {  # beside itself; in the order in which data flows
     "launcher.recipes": {"launcher.config_file", "launcher.shipped"},  # finds and starts them
     "launcher.processes": {"launcher.engines.registry", "launcher.shipped", "launcher.text"},
     "launcher.text": set(),
+    "launcher.main_memory": set(),
     "launcher.availability": {"adapters"},
     "launcher.methods": {"adapters", "launcher.config"},
     "launcher.factorization": {
@@ -53,10 +54,13 @@ MAY_IMPORT = {  # beside itself; in the order in which data flows
     },
     "launcher.training": {
         "launcher.text", "launcher.reports", "launcher.training.checkpoint", "launcher.training.checkpoint_index",
+        "launcher.main_memory",
         *BELOW_TRAINING,
     },
     "launcher.inference": {"adapters", "launcher.text", *SMALL, *ROOMS},
-    "launcher.serving": {"adapters", "launcher.options", "launcher.text", "launcher.inference", *SMALL, *ROOMS},
+    "launcher.serving": {
+        "adapters", "launcher.main_memory", "launcher.options", "launcher.text", "launcher.inference", *SMALL, *ROOMS,
+    },
     "launcher.reports": {"launcher.exit_codes", "launcher.files"},  # reads what runs wrote, without torch
     # starts commands; of what they do it knows how they end and which packages they need
     "launcher.cluster": {

@@ -3,12 +3,10 @@
 from __future__ import annotations
 
 import math
-import os
 import socket
 from collections.abc import Callable
-from contextlib import suppress
 from dataclasses import replace
-from pathlib import Path, PurePosixPath
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -16,6 +14,7 @@ import torch
 from adapters.checkpoint_files import list_tensors
 from launcher.engines.registry import ENGINES, fitting
 from launcher.engines.registry import give as how_to_get
+from launcher.main_memory import main_memory
 from launcher.models.quantize import bytes_per_number
 from launcher.training.resolve import Resolved, check_carried
 
@@ -93,21 +92,3 @@ def check_size(
         f"the weights of {folder} take {needs[kind] / 1e9:.3g} GB in {kind}{copies} on {where}, {has} "
         f"{memory / 1e9:.3g} GB: give {', or '.join(give)}"
     )
-
-
-def main_memory(proc: Path = Path("/proc/self/cgroup"), root: Path = Path("/sys/fs/cgroup")) -> tuple[int, bool]:
-    """Bytes of main memory that this process may use, and whether its container or job limits them."""
-    machine = limit = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
-    for line in proc.read_text().splitlines() if proc.exists() else ():
-        _, controllers, group = line.split(":", 2)
-        if not controllers:  # version 2
-            top, name = root, "memory.max"
-        elif "memory" in controllers.split(","):
-            top, name = root / "memory", "memory.limit_in_bytes"
-        else:
-            continue
-        inside = PurePosixPath(group.lstrip("/"))
-        for folder in (inside, *inside.parents):  # the smallest limit of all levels applies
-            with suppress(OSError, ValueError):  # none at this level, not ours to read, or "max"
-                limit = min(limit, int((top / folder / name).read_text()))
-    return limit, limit < machine

@@ -9,12 +9,13 @@ import pytest
 import torch
 
 from launcher.config import AdapterConfig, Config, DataConfig, ModelConfig, RunConfig
+from launcher.main_memory import main_memory
 from launcher.methods import peft_config
 from launcher.processes import Ranks
 from launcher.tasks import task_of
 from launcher.training import memory
 from launcher.training import run as running
-from launcher.training.memory import check_memory, check_size, main_memory
+from launcher.training.memory import check_memory, check_size
 from launcher.training.resolve import Resolved
 
 NUMBERS = 260_032  # of stories260K

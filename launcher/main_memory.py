@@ -1,0 +1,25 @@
+"""How much main memory this process may use: its container's or job's limit, else the machine's."""
+
+from __future__ import annotations
+
+import os
+from contextlib import suppress
+from pathlib import Path, PurePosixPath
+
+
+def main_memory(proc: Path = Path("/proc/self/cgroup"), root: Path = Path("/sys/fs/cgroup")) -> tuple[int, bool]:
+    """Bytes of main memory that this process may use, and whether its container or job limits them."""
+    machine = limit = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    for line in proc.read_text().splitlines() if proc.exists() else ():
+        _, controllers, group = line.split(":", 2)
+        if not controllers:  # version 2
+            top, name = root, "memory.max"
+        elif "memory" in controllers.split(","):
+            top, name = root / "memory", "memory.limit_in_bytes"
+        else:
+            continue
+        inside = PurePosixPath(group.lstrip("/"))
+        for folder in (inside, *inside.parents):  # the smallest limit of all levels applies
+            with suppress(OSError, ValueError):  # none at this level, not ours to read, or "max"
+                limit = min(limit, int((top / folder / name).read_text()))
+    return limit, limit < machine
