@@ -1,0 +1,422 @@
+"""The engine on the embedded model: answers of a mixed batch are those that each adapter gives alone."""
+
+import logging
+import threading
+import time
+from functools import cache
+from pathlib import Path
+
+import pytest
+import torch
+from peft import LoraConfig, PeftModel, get_peft_model, set_peft_model_state_dict
+from safetensors.torch import load_file
+from transformers import AutoModelForCausalLM
+
+from adapters import LoLDUConfig, LoRAXSConfig, SVFitConfig
+from launcher.serving.cache_size import bytes_per_token, cache_size
+from launcher.serving.engine import BatchedEngine, load_engine
+from launcher.serving.requests import Request, Sampling, Token
+
+TINY = Path(__file__).parents[2] / "recipes" / "tiny" / "model"
+QUESTIONS = ["What is 2 plus 3?", "Name a colour.", "Sort: 3 1 2", "Reverse the word stone.", "Say hello to Anna."]
+MANY = 64
+
+
+def base():
+    return AutoModelForCausalLM.from_pretrained(TINY).eval()
+
+
+class Asked:
+    """A request on its way: its tokens as they come."""
+
+    def __init__(self, engine, model, prompt, sampling, id=None):
+        self.tokens: list[Token] = []
+        self.ended, self.begun = threading.Event(), threading.Event()
+        self.id = id or f"{model}-{time.perf_counter_ns()}"
+        ids = engine.tokenizer.encode(prompt) if isinstance(prompt, str) else prompt
+        engine.submit(Request(self.id, model, tuple(ids), sampling), self.emit)
+
+    def emit(self, token):
+        self.tokens.append(token)
+        self.begun.set()
+        if token.finish:
+            self.ended.set()
+
+    def wait(self):
+        assert self.ended.wait(60), "no answer in a minute"
+        return self
+
+    @property
+    def text(self):
+        return "".join(token.text for token in self.tokens)
+
+    @property
+    def ids(self):
+        return [token.id for token in self.tokens]
+
+    @property
+    def finish(self):
+        return self.tokens[-1].finish
+
+
+def kind_of(number: int) -> int:
+    """Most adapters are of the first kind."""
+    return number % 16 if number % 16 < 4 else 0
+
+
+def random_cores(model, seed, size):
+    generator = torch.Generator().manual_seed(seed)
+    for name, parameter in model.named_parameters():
+        if name.endswith(".core") or "lora_" in name:
+            parameter.data = size * torch.randn(parameter.shape, generator=generator)
+    return model
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory) -> Path:
+    """Adapters by number, of several methods and ranks, that change the base's answers."""
+    folder = tmp_path_factory.mktemp("adapters")
+    kinds = [
+        LoLDUConfig(r=8, target_modules="all-linear", normalize_directions=True),
+        SVFitConfig(r=8, target_modules="all-linear"),
+        LoRAXSConfig(r=4, target_modules="all-linear", normalize_directions=True),
+        LoraConfig(r=2, target_modules=["q_proj", "up_proj"]),
+    ]
+    sizes = [4.0, 4.0, 1.0, 0.3]
+    for kind, (config, size) in enumerate(zip(kinds, sizes, strict=True)):
+        model = get_peft_model(base(), config)
+        for number in [n for n in range(MANY) if kind_of(n) == kind]:
+            random_cores(model, number, size).save_pretrained(folder / f"a{number}")
+    return folder
+
+
+@pytest.fixture(scope="module")
+def served(folder):
+    """The running engine with all adapters."""
+    engine, _ = load_engine(str(TINY), cache_bytes=200_000_000)
+    for number in range(MANY):
+        engine.add_adapter(f"a{number}", folder / f"a{number}")
+    engine.start()
+    yield engine
+    engine.stop(0)
+
+
+@cache
+def stock(folder, kind):
+    """Stock PEFT with the first adapter of a kind."""
+    first = next(number for number in range(MANY) if kind_of(number) == kind)
+    return PeftModel.from_pretrained(base(), folder / f"a{first}").eval()
+
+
+def with_adapter(folder, number):
+    """Stock PEFT with this adapter alone; its kind's model is used again."""
+    if number is None:
+        return base()
+    model = stock(folder, kind_of(number))
+    set_peft_model_state_dict(model, load_file(folder / f"a{number}" / "adapter_model.safetensors"))
+    return model
+
+
+def alone(folder, number, prompt, tokens):
+    """transformers' own greedy answer of one adapter, with the token that ends it."""
+    ids = torch.tensor([prompt])
+    made = with_adapter(folder, number).generate(
+        input_ids=ids, attention_mask=torch.ones_like(ids), max_new_tokens=tokens, do_sample=False, eos_token_id=1
+    )
+    return made[0, len(prompt) :].tolist()
+
+
+def test_answers_of_64_adapters_in_shared_batches_are_those_of_each_alone(served, folder):
+    before = dict(served.stats())
+    prompts = {n: served.tokenizer.encode(QUESTIONS[n % len(QUESTIONS)] * (1 + n % 3)) for n in range(MANY)}
+
+    asked = {n: Asked(served, f"a{n}", prompts[n], Sampling(16)) for n in range(MANY)}
+    asked[None] = Asked(served, served.base_id, prompts[0], Sampling(16))
+    for each in asked.values():
+        each.wait()
+
+    prompts[None] = prompts[0]
+    for n, each in asked.items():
+        assert each.ids == alone(folder, n, prompts[n], 16), f"adapter {n}"
+        assert each.finish == ("stop" if each.ids[-1] == 1 else "length")
+        assert each.text == served.tokenizer.decode(each.ids, skip_special_tokens=True)
+    alike = [n for n in range(MANY) if prompts[n] == prompts[0]]
+    assert len({tuple(asked[n].ids) for n in alike}) > len(alike) // 2  # to one question they answer differently
+    after = served.stats()
+    passes = after["forward_passes"] - before["forward_passes"]
+    assert after["tokens"] - before["tokens"] == sum(len(each.ids) for each in asked.values())
+    assert passes < 60  # one at a time would be up to 65 * 16
+    assert after["running"] == after["waiting"] == 0
+    assert after["cache_blocks_used"] == 0
+
+
+def test_a_seed_gives_the_same_answer_whatever_else_is_in_the_batch(served):
+    how = Sampling(24, temperature=1.5, top_p=0.95, seed=7)
+    first = Asked(served, "a1", QUESTIONS[0], how).wait()
+
+    others = [Asked(served, f"a{n}", QUESTIONS[2], Sampling(24, temperature=2.0)) for n in range(8)]
+    again = Asked(served, "a1", QUESTIONS[0], how).wait()
+    another = Asked(served, "a1", QUESTIONS[0], Sampling(24, temperature=1.5, top_p=0.95, seed=8)).wait()
+
+    assert again.ids == first.ids
+    assert another.ids != first.ids
+    assert all(each.wait().finish in ("stop", "length") for each in others)
+
+
+def test_log_probabilities_are_the_models_own(served, folder):
+    prompt = served.tokenizer.encode(QUESTIONS[1])
+
+    asked = Asked(served, "a0", prompt, Sampling(8, temperature=0.7, seed=1, logprobs=3)).wait()
+
+    with torch.no_grad():
+        logits = (
+            with_adapter(folder, 0)(torch.tensor([prompt + asked.ids])).logits[0, len(prompt) - 1 : -1].log_softmax(-1)
+        )
+    for row, token in zip(logits, asked.tokens, strict=True):
+        assert token.logprob == pytest.approx(float(row[token.id]), abs=1e-3)
+        values, ids = row.topk(3)
+        assert [id for id, _ in token.top] == ids.tolist()
+        assert [value for _, value in token.top] == pytest.approx(values.tolist(), abs=1e-3)
+
+
+def test_a_stop_text_ends_the_answer_before_it(served):
+    whole = Asked(served, served.base_id, QUESTIONS[3], Sampling(24)).wait().text
+    assert len(whole) > 3
+
+    asked = Asked(served, served.base_id, QUESTIONS[3], Sampling(24, stop=(whole[2:4], "never"))).wait()
+
+    assert asked.text == whole[: whole.find(whole[2:4])]
+    assert asked.finish == "stop"
+
+
+def long_request(engine, model, **sampling):
+    """One that does not end by itself for a while: sampled at a temperature where the end is unlikely."""
+    how = Sampling(**{"max_tokens": 400, "temperature": 50.0, "seed": 3, **sampling})
+    asked = Asked(engine, model, QUESTIONS[0], how)
+    assert asked.begun.wait(60)
+    return asked
+
+
+def test_a_cancelled_request_ends_and_frees_its_blocks_while_others_go_on(served):
+    other, asked = long_request(served, "a2", max_tokens=40), long_request(served, "a0")
+
+    served.cancel(asked.id)
+
+    assert asked.wait().finish == "cancelled"
+    assert other.wait().finish in ("length", "stop")
+    assert len(asked.tokens) < 400
+    served.cancel(asked.id)  # nothing happens
+    until = time.monotonic() + 10
+    while served.stats()["cache_blocks_used"] and time.monotonic() < until:
+        time.sleep(0.02)
+    assert served.stats()["cache_blocks_used"] == 0
+
+
+def test_an_adapter_that_is_removed_ends_its_answers_with_an_error_and_no_others(served, folder):
+    served.add_adapter("short-lived", folder / "a5")
+    gone, other = long_request(served, "short-lived"), long_request(served, "a6", max_tokens=60)
+
+    served.remove_adapter("short-lived")
+
+    assert gone.wait().finish == "error"
+    assert gone.tokens[-1].error == "adapter short-lived was removed"
+    assert other.wait().finish in ("length", "stop")
+    with pytest.raises(KeyError, match="short-lived"):
+        Asked(served, "short-lived", QUESTIONS[0], Sampling(4))
+    with pytest.raises(KeyError, match="short-lived"):
+        served.remove_adapter("short-lived")
+    served.add_adapter("short-lived", folder / "a7")  # takes the freed row
+    prompt = served.tokenizer.encode(QUESTIONS[0])
+    assert Asked(served, "short-lived", prompt, Sampling(8)).wait().ids == alone(folder, 7, prompt, 8)
+    served.remove_adapter("short-lived")
+
+
+def test_adapters_come_and_go_while_requests_run(served, folder):
+    expected = alone(folder, 8, served.tokenizer.encode(QUESTIONS[4]), 16)
+    stop, failures = threading.Event(), []
+
+    def churn():
+        round = 0
+        while not stop.is_set():
+            try:
+                for n in range(12):
+                    served.add_adapter(f"churn-{round}-{n}", folder / f"a{n}")
+                for n in range(12):
+                    served.remove_adapter(f"churn-{round}-{n}")
+            except Exception as error:
+                failures.append(error)
+                return
+            round += 1
+
+    thread = threading.Thread(target=churn)
+    thread.start()
+    found = [Asked(served, "a8", QUESTIONS[4], Sampling(16)).wait().ids for _ in range(10)]
+    stop.set()
+    thread.join()
+
+    assert not failures
+    assert found == [expected] * 10
+
+
+def test_one_adapter_whose_numbers_overflow_fails_alone(served, folder, tmp_path):
+    huge = get_peft_model(base(), LoLDUConfig(r=8, target_modules="all-linear"))
+    random_cores(huge, 0, 1e38).save_pretrained(tmp_path / "huge")
+    served.add_adapter("huge", tmp_path / "huge")
+    prompt = served.tokenizer.encode(QUESTIONS[0])
+    expected = alone(folder, 9, prompt, 24)
+
+    asked = [Asked(served, name, prompt, Sampling(24)) for name in ("a9", "huge", "a9", "huge", "a9")]
+
+    for place, each in enumerate(asked):
+        each.wait()
+        if place % 2:
+            assert each.finish == "error"
+            assert each.tokens[-1].error == "the logits of huge are NaN or infinite"
+        else:
+            assert each.ids == expected
+    served.remove_adapter("huge")
+
+
+def test_what_cannot_be_answered_is_refused(served):
+    with pytest.raises(KeyError, match="there is no model nobody"):
+        Asked(served, "nobody", QUESTIONS[0], Sampling(4))
+    with pytest.raises(ValueError, match="the prompt has 512 tokens; with at least one of an answer, at most 512 fit"):
+        Asked(served, "a0", [5] * 512, Sampling(4))
+    with pytest.raises(ValueError, match="the prompt has 0 tokens"):
+        Asked(served, "a0", [], Sampling(4))
+    with pytest.raises(ValueError, match="token ids outside of the vocabulary, 0 to 355"):
+        Asked(served, "a0", [5, 356], Sampling(4))
+    with pytest.raises(ValueError, match="max_tokens is at least 1, got 0"):
+        Asked(served, "a0", [5], Sampling(0))
+    assert Asked(served, "a0", [5] * 511, Sampling(4)).wait().finish in ("length", "stop")
+    assert len(Asked(served, "a0", [5] * 510, Sampling(9, temperature=50.0, seed=1)).wait().tokens) <= 2
+
+
+def test_folders_that_are_no_adapter_of_this_base_are_refused(served, folder, tmp_path):
+    with pytest.raises(ValueError, match="there is an adapter a0 already"):
+        served.add_adapter("a0", folder / "a0")
+    with pytest.raises(ValueError, match="is the base's name"):
+        served.add_adapter(served.base_id, folder / "a0")
+    with pytest.raises(ValueError, match="has no adapter_model"):
+        served.add_adapter("none", tmp_path)
+    assert "none" not in served.models()
+    assert served.models()[0] == served.base_id
+
+
+def small_engine(folder, **settings):
+    engine, _ = load_engine(str(TINY), **{"cache_bytes": 8_000_000, "running": 8, "batch_tokens": 32, **settings})
+    engine.add_adapter("a0", folder / "a0")
+    return engine
+
+
+def test_a_small_cache_answers_more_requests_than_it_holds(folder, caplog):
+    """Requests wait for blocks, or give theirs up and are computed again; the memory stays within the bound."""
+    with caplog.at_level(logging.WARNING):
+        engine = small_engine(folder, cache_bytes=2_500_000)
+    assert engine.context_length < 512
+    assert "limits prompt and answer to" in caplog.text
+    engine.start()
+    config = engine.model.config
+    cache = engine._manager.batch_processor.cache
+    assert cache.cache_tensor.nbytes <= 2_500_000
+    assert engine.size.bytes <= 2_500_000
+    assert bytes_per_token(config, torch.float32, 32) > cache.cache_tensor.nbytes / cache.num_blocks / 32
+    prompt = engine.tokenizer.encode(QUESTIONS[0])
+    with pytest.raises(ValueError, match=f"at most {engine.context_length} fit"):
+        Asked(engine, "a0", [5] * 500, Sampling(4))
+
+    many = [Asked(engine, "a0", prompt, Sampling(60, temperature=50.0, seed=n)) for n in range(12)]
+
+    lengths = [len(each.wait().tokens) for each in many]
+    assert {each.finish for each in many} <= {"length", "stop"}
+    single = [Asked(engine, "a0", prompt, Sampling(60, temperature=50.0, seed=n)).wait() for n in (0, 5)]
+    assert [each.ids for each in single] == [many[0].ids, many[5].ids]
+    assert sum(lengths) > engine.size.tokens  # more than the cache holds
+    engine.stop(0)
+
+
+def test_the_cache_is_bounded_by_memory_and_by_what_can_be_used():
+    config = base().config
+    settings = {"context": 512, "running": 16, "batch_tokens": 64, "page": 32}
+
+    little, much = (cache_size(config, torch.float32, **settings, budget=each) for each in (5_000_000, 10**12))
+
+    assert little.bytes <= 5_000_000
+    assert little.tokens < 512 * 16
+    assert much.tokens == 512 * 16
+    with pytest.raises(ValueError, match="for the cache is not enough"):
+        cache_size(config, torch.float32, **settings, budget=100_000)
+
+
+def test_a_containers_limit_bounds_the_cache(monkeypatch):
+    monkeypatch.setattr("launcher.serving.cache_size.main_memory", lambda: (0, True))
+    with pytest.raises(ValueError, match="0 GB for the cache is not enough"):
+        load_engine(str(TINY))
+
+
+def test_stop_waits_for_what_runs_and_cancels_the_rest(folder):
+    engine = small_engine(folder)
+    with pytest.raises(RuntimeError, match="has not been started"):
+        Asked(engine, "a0", QUESTIONS[0], Sampling(4))
+    engine.start()
+    short, long = long_request(engine, "a0", max_tokens=3), long_request(engine, "a0", seed=5)
+
+    stopping = threading.Thread(target=engine.stop, args=(0.3,))
+    stopping.start()
+    while engine._refusing is None:
+        time.sleep(0.001)
+    with pytest.raises(RuntimeError, match="the engine is stopping"):
+        Asked(engine, "a0", QUESTIONS[0], Sampling(4))
+    stopping.join(30)
+
+    assert not engine._manager.is_running()
+    assert short.wait().finish in ("length", "stop")
+    assert long.wait().finish in ("cancelled", "length", "stop")
+    engine.stop(0)  # twice is fine
+
+
+def test_a_failure_of_the_engines_thread_ends_every_request_and_refuses_more(folder, monkeypatch, caplog):
+    engine = small_engine(folder)
+    engine.start()
+    asked = [long_request(engine, "a0", seed=n) for n in range(3)]
+
+    def fail(*args, **kwargs):
+        raise RuntimeError("out of memory, say")
+
+    monkeypatch.setattr(engine.many, "packed", fail)
+
+    for each in asked:
+        assert each.wait().finish == "error"
+        assert "out of memory, say" in each.tokens[-1].error
+    engine._manager._generation_thread.join(30)
+    with pytest.raises(RuntimeError, match="the engine has failed: out of memory, say"):
+        Asked(engine, "a0", QUESTIONS[0], Sampling(4))
+    engine.stop(1)
+
+
+def test_a_receiver_that_fails_stops_no_other(served):
+    def fail(token):
+        raise OSError("gone")
+
+    served.submit(Request("gone", "a0", (5, 6), Sampling(50)), fail)
+
+    assert Asked(served, "a1", QUESTIONS[0], Sampling(4)).wait().finish in ("length", "stop")
+    until = time.monotonic() + 10
+    while served.stats()["running"] and time.monotonic() < until:
+        time.sleep(0.02)
+    assert served.stats()["running"] == 0
+
+
+def test_a_model_whose_packed_answers_differ_is_refused(monkeypatch):
+    engine, _ = load_engine(str(TINY), cache_bytes=8_000_000, running=4, batch_tokens=32)
+    monkeypatch.setattr(BatchedEngine, "_next_logits", lambda self, prompt: -9.0)
+
+    with pytest.raises(ValueError, match="models of type llama cannot be served: in a packed batch"):
+        engine.start()
+
+    assert not engine._manager.is_running()
+
+
+def test_an_adapter_given_as_the_model_is_refused(folder):
+    with pytest.raises(ValueError, match="is an adapter: give its base"):
+        load_engine(str(folder / "a0"))
