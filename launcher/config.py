@@ -18,11 +18,14 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Annotated, Any, Literal, Union, get_args, get_origin, get_type_hints
 
 from launcher.engines.registry import ENGINES
+from launcher.tasks.registry import REGISTERED
 
 if TYPE_CHECKING:
     Sharding = str
-else:
-    Sharding = Literal[tuple(ENGINES)]  # --help and the error for a wrong name list what the registry has
+    TaskName = str
+else:  # --help and the error for a wrong name list what the registries have
+    Sharding = Literal[tuple(ENGINES)]
+    TaskName = Literal[("auto", *REGISTERED)]
 
 
 SHORT = reprlib.Repr()  # the repr of a value whose YAML repeats itself by aliases would never end
@@ -92,8 +95,12 @@ class DataConfig(Checked):
     """JSON, JSONL, CSV or parquet file, folder, or hub dataset name: instructions, prompts with completions, or
     conversations. Several can be given, each with a weight: a.jsonl b.parquet:0.3 (below 1 the share of its records
     that is used, above 1 how often they are used)."""
+    task: TaskName = "auto"
+    """What is learned: instruct (instructions and conversations), label (classes of --text-columns), text (plain text)
+    or prefer (pairs of a chosen and a rejected answer). auto is label with --text-columns, else instruct."""
     columns: tuple[str, ...] = ()
-    """Columns of other names, as prompt=question answer=solution; also input, system, history, messages, tools."""
+    """Columns of other names, as prompt=question answer=solution; also input, system, history, messages, tools. With
+    --task text: text=COLUMN; with --task prefer: prompt, chosen and rejected."""
     eval_data: str | None = None
     """File with held-out records of the same form. Without it, eval_records are held out of data."""
     eval_records: CountOrZero = 0
@@ -118,13 +125,18 @@ class DataConfig(Checked):
     """error ends the run with a list of the first ten records that cannot be used and a count of each kind of fault;
     skip leaves them out and logs the same list."""
     text_columns: tuple[str, ...] = ()
-    """Train a text classifier: the one or two columns with the text to classify."""
+    """With --task label: the one or two columns with the text to classify."""
     label_column: str = "label"
     """With text_columns: the column with a class (whole number from 0, or name), or a fraction to predict."""
     exact_match: bool = False
     """At each evaluation, also generate every held-out answer greedily and count exact matches."""
     answer_tokens: Count = 64
     """Maximum tokens of an answer that is generated for exact_match."""
+    preference_loss: Literal["dpo", "orpo"] = "dpo"
+    """With --task prefer: DPO compares with the base model (the adapter disabled), ORPO adds its odds ratio to the loss
+    of the chosen answer and needs no reference."""
+    preference_beta: Annotated[float, Range(0, 1e3, above=True)] = 0.1
+    """With --task prefer: how strongly the preference weighs (beta of DPO, lambda of ORPO)."""
 
     def __post_init__(self) -> None:
         super().__post_init__()

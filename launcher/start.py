@@ -20,6 +20,10 @@ from launcher.recipes import find_recipe, recipe_names, run_name, run_python
 from launcher.text import printable
 
 log = logging.getLogger(__name__)
+OF_A_TASK = {  # what recipes set for their own data
+    "run": ("show_samples", "eval_every"),
+    "data": ("exact_match", "prompt_template", "text_columns", "columns", "eval_data"),
+}
 
 TRAIN = """usage: loldu train RECIPE|FILE [options]
 
@@ -99,14 +103,36 @@ def run_recipe(
 
 
 def _parse(config: Any, arguments: Sequence[str], prog: str) -> Any:
-    """The config with these options. A new --method drops the replaced method's options, with a warning."""
+    """The config with these options. A new --method drops the replaced method's options, with a warning; a new --task
+    what the recipe sets for its own."""
     parsed = parse_config(config, arguments, prog)
-    words = {word.partition("=")[0] for word in arguments}
+    words = {word.partition("=")[0].replace("_", "-") for word in arguments}
+    if parsed.data.task != config.data.task:
+        parsed = _for_another_task(parsed, words)
     foreign = config.adapter.options if parsed.adapter.method != config.adapter.method else ()
     if not foreign or "--options" in words:
         return parsed
     log.warning("--options %s belongs to %s: left out", " ".join(foreign), config.adapter.method)
     return replace(parsed, adapter=replace(parsed.adapter, options=()))
+
+
+def _for_another_task(config: Any, words: set[str]) -> Any:
+    """The config without the settings that a recipe has for its own task, but for those that are given as words."""
+    default, dropped = Config(), []
+    parts = {"data": config.data, "run": config.run}
+    for part, names in OF_A_TASK.items():
+        for name in names:
+            own, usual, option = getattr(parts[part], name), getattr(getattr(default, part), name), _option(name)
+            if own != usual and option not in words:
+                dropped.append(option)
+                parts[part] = replace(parts[part], **{name: usual})
+    if dropped:
+        log.warning("the recipe's %s belong to another task than %s: left out", ", ".join(dropped), config.data.task)
+    return replace(config, **parts)
+
+
+def _option(name: str) -> str:
+    return f"--{name.replace('_', '-')}"
 
 
 def _start(config: Config, name: str, **settings: Any) -> int:

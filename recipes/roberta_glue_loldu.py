@@ -1,7 +1,7 @@
 """RoBERTa-base on a GLUE task with LoLDU: 18,432 trained parameters and a new head (arXiv 2410.13618, GLUE).
 
-    accelerate launch recipes/roberta_glue_loldu.py --task sst2      # mnli, mrpc, cola, qnli, qqp, rte, stsb
-    accelerate launch recipes/roberta_glue_loldu.py --task rte --model DIR --data FILE --eval-data FILE
+    accelerate launch recipes/roberta_glue_loldu.py --glue sst2      # mnli, mrpc, cola, qnli, qqp, rte, stsb
+    accelerate launch recipes/roberta_glue_loldu.py --glue rte --model DIR --data FILE --eval-data FILE
 
 Settings, and where they come from (the paper's tables, as transcribed; its body text was not available):
     rank 768 (full) on query and value, scale 1, the learning rates, epochs and lengths below: its table of settings;
@@ -34,7 +34,7 @@ TASKS = {  # text columns, learning rate, epochs, length
 def roberta_glue(task: str) -> Config:
     """The paper's run of one task, tested on the published validation split."""
     if task not in TASKS:
-        raise ValueError(f"--task must be one of {', '.join(TASKS)}, got {task}")
+        raise ValueError(f"--glue must be one of {', '.join(TASKS)}, got {task}")
     columns, rate, epochs, length = TASKS[task]
     data, split = f"nyu-mll/glue:{task}", "validation_matched" if task == "mnli" else "validation"
     return Config(
@@ -49,8 +49,8 @@ def roberta_glue(task: str) -> Config:
 
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
-    parser.add_argument("--task", default="sst2")
+    parser.add_argument("--glue", default="sst2")
     chosen, sys.argv[1:] = parser.parse_known_args()
     if {"-h", "--help"} & {*sys.argv}:
-        print(f"--task {{{','.join(TASKS)}}}  (default: sst2), and the settings, which options replace:\n")
-    raise SystemExit(recipe("roberta_glue_loldu", partial(roberta_glue, chosen.task), None))
+        print(f"--glue {{{','.join(TASKS)}}}  (default: sst2), and the settings, which options replace:\n")
+    raise SystemExit(recipe("roberta_glue_loldu", partial(roberta_glue, chosen.glue), None))

@@ -11,7 +11,7 @@ from pathlib import Path
 from adapters import METHODS
 from launcher.config import DataConfig
 from launcher.engines.registry import ENGINES
-from launcher.tasks import REGISTERED
+from launcher.tasks.registry import REGISTERED
 
 PROJECT = Path(__file__).resolve().parents[1]
 SMALL = {
@@ -28,7 +28,8 @@ MAY_IMPORT = {  # beside itself; in the order in which data flows
     "adapters": set(),  # they run on a laptop with no launcher in sight
     "launcher.shipped": set(),
     "launcher.engines.registry": {"launcher.shipped"},  # plain data: what each engine can do
-    "launcher.config": {"launcher.engines.registry"},
+    "launcher.tasks.registry": set(),
+    "launcher.config": {"launcher.engines.registry", "launcher.tasks.registry"},
     "launcher.files": set(),
     "launcher.packages": set(),
     "launcher.exit_codes": set(),
@@ -45,7 +46,7 @@ MAY_IMPORT = {  # beside itself; in the order in which data flows
     },
     "launcher.data": {"launcher.config", "launcher.factorization"},
     "launcher.models": {"adapters", "launcher.config", "launcher.engines.registry", "launcher.text"},
-    "launcher.tasks": {"adapters", "launcher.config", "launcher.data", "launcher.models"},
+    "launcher.tasks": {"adapters", "launcher.config", "launcher.data", "launcher.models", "launcher.tasks.registry"},
     "launcher.training.checkpoint_index": set(),
     "launcher.training.checkpoint": {"launcher.files", "launcher.processes", "launcher.training.checkpoint_index"},
     "launcher.engines": {
@@ -209,7 +210,7 @@ def task_names(file: Path) -> Iterator[str]:
             yield f"{where}:{node.lineno} reads the setting {node.attr}"
         elif isinstance(node, ast.Compare):
             compared = {each.value for each in ast.walk(node) if isinstance(each, ast.Constant)}
-            if compared & {*REGISTERED}:
+            if compared & {*REGISTERED} and re.search(r"\btask", ast.unparse(node)):
                 yield f"{where}:{node.lineno} compares a task: {ast.unparse(node)}"
 
 

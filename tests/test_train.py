@@ -10,6 +10,8 @@ import pytest
 import yaml
 
 from launcher import cli, recipes
+from launcher.config import Config, DataConfig, RunConfig
+from launcher.start import _parse
 
 REPO = Path(__file__).resolve().parents[1]
 TINY = REPO / "recipes" / "tiny"
@@ -178,3 +180,15 @@ def test_a_rank_of_a_cluster_starts_from_settings_too(tmp_path):
 
     assert done.returncode == 0, done.stderr
     assert len(losses(tmp_path / "run")) == 1
+
+
+def test_another_task_leaves_out_what_the_recipe_sets_for_its_own(caplog):
+    recipe = Config(
+        data=DataConfig(eval_data="own.json", exact_match=True, prompt_template="short"), run=RunConfig(show_samples=3)
+    )
+
+    found = _parse(recipe, ["--task", "prefer", "--data=mine.json", "--eval-records=4", "--show-samples", "2"], "loldu")
+
+    assert (found.data.eval_data, found.data.exact_match, found.data.prompt_template) == (None, False, "auto")
+    assert (found.data.data, found.data.eval_records, found.run.show_samples) == ("mine.json", 4, 2)
+    assert "--exact-match, --prompt-template, --eval-data belong to another task than prefer: left out" in caplog.text

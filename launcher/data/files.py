@@ -23,7 +23,7 @@ from typing import Any, NamedTuple
 from launcher.data.limits import LimitExceeded, limits
 
 CSV = (".csv", ".tsv")
-TEXT = (".json", ".jsonl", ".ndjson", *CSV)
+TEXT = (".json", ".jsonl", ".ndjson", ".txt", *CSV)
 SUFFIXES = (*TEXT, ".parquet")
 PACKED = (".gz", ".zst")  # after one of TEXT
 FORMS = (
@@ -158,6 +158,8 @@ def _read_file(path: Path, option: str) -> list[Any]:
     del data
     if not text.strip():
         raise ValueError(f"{option} {path} is empty; expected {FORMS}")
+    if suffix == ".txt":
+        return [{"text": text}]
     if suffix in (".csv", ".tsv"):
         return list(_csv_rows(text, "\t" if suffix == ".tsv" else ",", f"{option} {path}"))
     if suffix == ".json":

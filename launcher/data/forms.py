@@ -76,7 +76,7 @@ def kind_of(row: Any, mapping: Mapping[str, str], where: str) -> str:
     if {"chosen", "rejected"} <= there:
         raise BadRecord(
             "a preference pair",
-            f"{where} is a preference pair (chosen, rejected), which is not supported: keep the chosen answer alone",
+            f"{where} is a preference pair (chosen, rejected): give --task prefer, or keep the chosen answer alone",
         )
     for asked in ("question", "prompt", "query", "problem"):
         for answered in ("answer", "response", "solution", "output", "completion"):
@@ -88,8 +88,8 @@ def kind_of(row: Any, mapping: Mapping[str, str], where: str) -> str:
     if "text" in there:
         raise BadRecord(
             "plain text",
-            f"{where} is plain text ('text' without a question): training on plain text is not supported; expected "
-            f"{FORMS}, or other names by --columns prompt=COLUMN answer=COLUMN",
+            f"{where} is plain text ('text' without a question): give --task text to learn all of it; for answers, "
+            f"expected {FORMS}, or other names by --columns prompt=COLUMN answer=COLUMN",
         )
     raise BadRecord(
         "unknown columns",

@@ -15,7 +15,18 @@ from launcher.data.bad_records import BadRecord, BadRecords
 from launcher.data.files import FORMS, load_rows, source_of
 from launcher.data.forms import Record, as_conversation, kind_of, mapping_of, records_of, text_of
 
-__all__ = ["Record", "answer", "load_records", "load_rows", "load_splits", "question", "split", "splits_of", "text_of"]
+__all__ = [
+    "Record",
+    "answer",
+    "load_records",
+    "load_rows",
+    "load_splits",
+    "question",
+    "split",
+    "splits_of",
+    "text_of",
+    "warn",
+]
 log = logging.getLogger(__name__)
 SPLIT_SEED = 20240  # not the training seed: every run on a file holds out the same records
 Sources = str | Sequence[str]
@@ -125,8 +136,7 @@ def load_records(
                     empty.append(index)
         except BadRecord as error:
             bad.add(error)
-    if (left_out := bad.tell(f"{option} {source}", len(rows))) is not None:
-        log.warning("%s", left_out)
+    warn(bad.tell(f"{option} {source}", len(rows)))
     if empty:
         some = ", ".join(map(str, empty[:8])) + (", ..." if len(empty) > 8 else "")
         if not records:
@@ -139,6 +149,12 @@ def load_records(
     if any("messages" in record for record in records):  # Alpaca records with a system or a history are conversations
         return [as_conversation(record) for record in records]
     return records
+
+
+def warn(text: str | None) -> None:
+    """Log what `BadRecords.tell` returns."""
+    if text is not None:
+        log.warning("%s", text)
 
 
 def answer(record: Record) -> str:

@@ -2,15 +2,15 @@
 
 from __future__ import annotations
 
-from dataclasses import fields
+from dataclasses import fields, replace
 from typing import Any
 
 from launcher.config import Config, DataConfig, from_dict
-from launcher.data import encode, records
+from launcher.data import encode
 from launcher.inference.sources import Source
 from launcher.models.files import load_tokenizer
-from launcher.tasks import task_of
 from launcher.tasks.base import Samples
+from launcher.tasks.choose import task_of
 from launcher.tasks.evaluation import Evaluation
 
 AT_MOST = 200  # records that are used of a --data file
@@ -27,15 +27,18 @@ def held_out(source: Source, file: str | None) -> tuple[encode.Encoded, Any]:
     if file is not None:
         settings |= {"data": file, "eval_data": None}
     config = from_dict(DataConfig, settings)
+    task: Any = task_of(Config(data=config))
+    if task.labels:
+        raise ValueError("the loss is measured for models that predict tokens, and this run trained a classifier")
     if file is not None:
-        held = records.load_records(file, columns=config.columns, on_bad_record=config.on_bad_record)[:AT_MOST]
+        held = task.splits(replace(config, eval_records=0))[0][:AT_MOST]
     elif config.eval_records or config.eval_data:
-        held = records.splits_of(config)[1]
+        held = task.splits(config)[1]
     else:
         known = "the run has no held-out records" if source.data else f"{source.adapter} is not in a run folder"
         raise ValueError(f"there are no records to measure the loss on ({known}): give --data FILE")
     tokenizer = load_tokenizer(source.tokenizer, trust_remote_code=source.trust_remote_code)
-    return encode.encode(held, tokenizer, config, source.saved_template), tokenizer
+    return task.encode(held, tokenizer, config, source.saved_template), tokenizer
 
 
 def mean_loss(model: Any, encoded: encode.Encoded, tokenizer: Any) -> float:

@@ -47,16 +47,12 @@ class _SummedLoss(torch.autograd.Function):
             part, wanted = hidden[start : start + CHUNK], targets[start : start + CHUNK]
             logits = (F.linear(part, weight, bias) * scale).float()
             if cap:
-                bent = torch.tanh(logits / cap)
-                logits = cap * bent
+                logits = cap * torch.tanh(logits / cap)
             total += F.cross_entropy(logits, wanted, reduction="sum")
             if not any(wants):
                 continue
-            d_logits = torch.softmax(logits, -1)
-            d_logits[torch.arange(len(wanted), device=wanted.device), wanted] -= 1
-            if cap:
-                d_logits *= 1 - bent.square()
-            d_logits = (d_logits * (scale / divisor)).to(weight.dtype)  # divided before it is rounded, as autograd does
+            d_logits = (_d_logits(logits, wanted, cap) * (scale / divisor)).to(weight.dtype)  # divided before it is
+            # rounded, as autograd does
             if d_hidden is not None:
                 d_hidden[start : start + CHUNK] = d_logits @ weight
             if d_weight is not None:
@@ -73,6 +69,41 @@ class _SummedLoss(torch.autograd.Function):
         d_hidden, d_weight, d_bias = ctx.saved_tensors
         grads = [None if g is None else (g * d_total).to(ctx.dtype) for g in (d_hidden, d_weight, d_bias)]
         return (*grads, None, None, None, None)
+
+
+class _TokenLosses(torch.autograd.Function):
+    """The loss of each token under a frozen head: chunks of logits, and the gradient of each token's loss at once."""
+
+    @staticmethod
+    def forward(
+        ctx: Any, hidden: Tensor, weight: Tensor, bias: Tensor | None, targets: Tensor, *shape: float
+    ) -> Tensor:
+        scale, cap = shape
+        losses, d_hidden = [], torch.empty_like(hidden) if ctx.needs_input_grad[0] else None
+        for start in range(0, len(targets), CHUNK):
+            part, wanted = hidden[start : start + CHUNK], targets[start : start + CHUNK]
+            logits = (F.linear(part, weight, bias) * scale).float()
+            if cap:
+                logits = cap * torch.tanh(logits / cap)
+            losses.append(F.cross_entropy(logits, wanted, reduction="none"))
+            if d_hidden is not None:
+                d_hidden[start : start + CHUNK] = (_d_logits(logits, wanted, cap) * scale).to(weight.dtype) @ weight
+        ctx.save_for_backward(d_hidden)
+        return torch.cat(losses) if losses else torch.zeros(0, device=hidden.device)
+
+    @staticmethod
+    def backward(ctx: Any, *outputs: Tensor) -> tuple[Tensor | None, ...]:
+        (d_hidden,) = ctx.saved_tensors
+        return ((outputs[0][:, None] * d_hidden).to(d_hidden.dtype), None, None, None, None, None)
+
+
+def _d_logits(logits: Tensor, targets: Tensor, cap: float) -> Tensor:
+    """The gradient (T, V) of each token's loss by its logits before they were bent to +-cap."""
+    grads = torch.softmax(logits, -1)
+    grads[torch.arange(len(targets), device=targets.device), targets] -= 1
+    if cap:
+        grads *= 1 - (logits / cap).square()
+    return grads
 
 
 def summed_loss(
@@ -117,8 +148,9 @@ class HeadLoss:
         self.scale, self.cap = 1.0, float(getattr(self.settings, "final_logit_softcapping", None) or 0.0)
         self.usable: bool | None = None  # not known before the first loss
         self.logits_rows = 0  # tokens whose logits were computed, for those who count
+        self.model = model
         self._labels: Tensor | None = None
-        self._divisor = 1.0
+        self._divisor: float | None = 1.0  # None: the head returns the loss of each token
         self._seen: Tensor | None = None
         self._checking = False
         if self.head is not None:
@@ -139,13 +171,24 @@ class HeadLoss:
             return self.run(**batch, num_items_in_batch=num_items_in_batch)
         return LossOutput(self._through_head(batch, num_items_in_batch))
 
-    def _through_head(self, batch: Mapping[str, Any], divisor: float) -> Tensor:
+    def token_losses(self, **batch: Any) -> Tensor:
+        """The loss (T,) of each token with a label (B, N), row after row. Called as the model is, with labels."""
+        if self.usable is None:
+            self.usable = self._check(batch)
+        if self.usable:
+            return self._through_head(batch, None)
+        labels = batch.pop("labels")
+        chosen = labels[:, 1:] != NO_LOSS
+        logits = self.run(**batch).logits[:, :-1][chosen].float()
+        return F.cross_entropy(logits, labels[:, 1:][chosen], reduction="none")
+
+    def _through_head(self, batch: Mapping[str, Any], divisor: float | None) -> Tensor:
         inputs = {name: value for name, value in batch.items() if name != "labels"}
         with self._asking(batch["labels"], divisor):
             return self.run(**inputs).logits / self.scale
 
     @contextmanager
-    def _asking(self, labels: Tensor, divisor: float) -> Iterator[None]:
+    def _asking(self, labels: Tensor, divisor: float | None) -> Iterator[None]:
         """While this lasts the head returns a loss, which the model must not bend as it bends logits."""
         self._labels, self._divisor = labels, divisor
         if self.cap:
@@ -169,13 +212,20 @@ class HeadLoss:
         chosen = labels[:, 1:] != NO_LOSS
         hidden, targets = hidden[:, :-1][chosen], labels[:, 1:][chosen]
         self.logits_rows += len(targets)
+        divisor = self._divisor
         if type(self.head) is nn.Linear:
-            weight, bias, divisor = self.head.weight, self.head.bias, self._divisor
-            return summed_loss(hidden, weight, bias, targets, scale=self.scale, cap=self.cap, divisor=divisor)
+            weight, bias = self.head.weight, self.head.bias
+            if divisor is not None:
+                return summed_loss(hidden, weight, bias, targets, scale=self.scale, cap=self.cap, divisor=divisor)
+            if not weight.requires_grad:
+                losses: Any = _TokenLosses.apply(hidden, weight, bias, targets, self.scale, self.cap)
+                return losses
         logits = (self._own_forward(hidden) * self.scale).float()  # an adapter on the head, or a quantised one
         if self.cap:
             logits = self.cap * torch.tanh(logits / self.cap)
-        return F.cross_entropy(logits, targets, reduction="sum") / self._divisor
+        if divisor is None:
+            return F.cross_entropy(logits, targets, reduction="none")
+        return F.cross_entropy(logits, targets, reduction="sum") / divisor
 
     @torch.no_grad()
     def _check(self, batch: Mapping[str, Any]) -> bool:

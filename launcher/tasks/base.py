@@ -15,9 +15,10 @@ import torch
 from peft import PeftConfig
 from torch import Tensor
 
-from launcher.config import Config
+from launcher.config import Config, DataConfig
 from launcher.data.batches import PackedAs, collate, target_tokens
 from launcher.data.encode import Encoded
+from launcher.data.forms import Record
 from launcher.data.templates import Template
 
 if TYPE_CHECKING:
@@ -70,8 +71,8 @@ class Task(Protocol):
     labels: bool = False  # the model has a classification head in place of its head for words
 
     def wants(self, config: Config) -> bool:
-        """Whether this config asks for this task."""
-        ...
+        """Whether a config that names no task (--task auto) asks for this one."""
+        return False
 
     def check(self, config: Config, adapter: PeftConfig | None) -> None:
         """Raises ValueError for settings that the task does not support. Touches no file and no device."""
@@ -122,6 +123,16 @@ class Task(Protocol):
 
 class NextToken(Task, Protocol):
     """Predict each token that carries loss from those before it: collate, loss and evaluation of such tasks."""
+
+    def splits(self, data: DataConfig) -> tuple[list[Record], list[Record]]:
+        """Training and held-out records, checked. Raises ValueError naming the record for a mistake in the data."""
+        ...
+
+    def encode(
+        self, rows: Sequence[Record], tokenizer: Any, data: DataConfig, template: Template | None = None
+    ) -> Encoded:
+        """Records as samples of the plain loss per token. template replaces the one that data names."""
+        ...
 
     def collate(self, data: Encoded, rows: Sequence[Any], layout: Layout) -> Batch:
         return collate(

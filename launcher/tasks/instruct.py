@@ -9,11 +9,13 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from peft import PeftConfig
 from torch import Tensor
 
-from launcher.config import Config
+from launcher.config import Config, DataConfig
 from launcher.data import records, templates
 from launcher.data.bad_records import BadRecord
+from launcher.data.encode import Encoded, encode
 from launcher.data.tokenised import encode_once
 from launcher.models.generation import answer
 from launcher.tasks.base import NextToken, Question, Samples, Table, Task
@@ -28,9 +30,16 @@ class Instruct(NextToken):
     def wants(self, config: Config) -> bool:
         return True
 
+    def check(self, config: Config, adapter: PeftConfig | None) -> None:
+        if config.data.text_columns:
+            raise ValueError(
+                "--text-columns is for --task label: name the columns of instructions with --columns prompt=COLUMN "
+                "answer=COLUMN"
+            )
+
     def read(self, config: Config, tokenizer: Any, cache: Path) -> Samples:
         data = config.data
-        train, held_out = records.splits_of(data)
+        train, held_out = self.splits(data)
         template = templates.template_of(data, train[0], tokenizer)
         samples = Samples(
             train=encode_once(train, tokenizer, data, cache),
@@ -38,7 +47,19 @@ class Instruct(NextToken):
             template=template,
         )
         asked = held_out if data.exact_match or config.run.show_samples else []
-        return replace(samples, questions=list(_questions(asked, template, tokenizer)))
+        return replace(samples, questions=list(questions_of(asked, template, tokenizer)))
+
+    def splits(self, data: DataConfig) -> tuple[list[records.Record], list[records.Record]]:
+        return records.splits_of(data)
+
+    def encode(
+        self,
+        rows: Sequence[records.Record],
+        tokenizer: Any,
+        data: DataConfig,
+        template: templates.Template | None = None,
+    ) -> Encoded:
+        return encode(rows, tokenizer, data, template)
 
     def evaluate(self, evaluation: Evaluation) -> dict[str, float]:
         result = super().evaluate(evaluation)
@@ -73,7 +94,7 @@ class Instruct(NextToken):
 TASK: Task = Instruct()
 
 
-def _questions(asked: Sequence[records.Record], template: templates.Template, tokenizer: Any) -> Iterator[Question]:
+def questions_of(asked: Sequence[records.Record], template: templates.Template, tokenizer: Any) -> Iterator[Question]:
     """The questions; those that the template refuses were left out and logged when the data were tokenised."""
     for record in asked:
         with suppress(BadRecord):

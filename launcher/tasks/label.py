@@ -66,6 +66,8 @@ class Label(Task):
         return bool(config.data.text_columns)
 
     def check(self, config: Config, adapter: PeftConfig | None) -> None:
+        if not config.data.text_columns:
+            raise ValueError("--task label needs the columns to classify: give --text-columns COLUMN")
         if config.data.packing or config.data.exact_match:
             raise ValueError("--text-columns asks for labels: leave --packing and --exact-match out")
         if config.run.show_samples:

@@ -19,8 +19,8 @@ from launcher.methods import peft_config
 from launcher.models.build import choose_attention, choose_dtype
 from launcher.models.quantize import READ_4BIT_CLASS, check_method, check_quantize
 from launcher.processes import Ranks
-from launcher.tasks import task_of
 from launcher.tasks.base import Task
+from launcher.tasks.choose import task_of
 from launcher.training.report import check_trackers
 
 

@@ -157,7 +157,7 @@ def test_a_wrong_mapping_is_refused(tmp_path, columns, expected):
     ("row", "expected"),
     [
         ({"question": "Hi?", "answer": "Ho."}, r"give --columns prompt=question answer=answer"),
-        ({"text": "Once upon a time."}, r"is plain text .*training on plain text is not supported"),
+        ({"text": "Once upon a time."}, r"is plain text .*give --task text"),
         ({"prompt": "?", "chosen": "a", "rejected": "b"}, r"is a preference pair"),
         (
             {"messages": [{"role": "user", "content": [{"type": "image_url"}]}, ANSWER]},

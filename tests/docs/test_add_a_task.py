@@ -7,17 +7,15 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
-import torch
+from launching import REPO
 from transformers import AutoTokenizer
 
 from launcher import tasks
 from launcher.config import AdapterConfig, Config, DataConfig, ModelConfig, OptimizerConfig, RunConfig
-from launcher.processes import Ranks
-from launcher.tasks import task_of
-from launcher.training.resolve import resolve
+from launcher.tasks import registry
+from launcher.tasks.choose import task_of
 from launcher.training.run import run
 
-REPO = Path(__file__).resolve().parents[2]
 PAGE = REPO / "docs" / "add-a-task.md"
 TINY = REPO / "recipes" / "tiny"
 BLOCKS = dict(re.findall(r"<!-- file: (\S+) -->\n```python\n(.*?)```", PAGE.read_text(), re.DOTALL))
@@ -26,25 +24,25 @@ BLOCKS = dict(re.findall(r"<!-- file: (\S+) -->\n```python\n(.*?)```", PAGE.read
 @pytest.fixture
 def registered(tmp_path, monkeypatch):
     """The page's file beside the tasks that are there, and its line in their list."""
-    (tmp_path / "text.py").write_text(BLOCKS["launcher/tasks/text.py"])
+    (tmp_path / "complete.py").write_text(BLOCKS["launcher/tasks/complete.py"])
     monkeypatch.setattr(tasks, "__path__", [*tasks.__path__, str(tmp_path)])
     listed: dict = {}
-    exec(BLOCKS["launcher/tasks/__init__.py"], listed)
-    assert sorted({*tasks.REGISTERED, "text"}) == sorted(listed["REGISTERED"])  # one line more
-    monkeypatch.setattr(tasks, "REGISTERED", listed["REGISTERED"])
-    monkeypatch.delitem(sys.modules, "launcher.tasks.text", raising=False)
+    exec(BLOCKS["launcher/tasks/registry.py"], listed)
+    assert (*registry.REGISTERED, "complete") == listed["REGISTERED"]  # one line more
+    monkeypatch.setattr(registry, "REGISTERED", listed["REGISTERED"])
+    monkeypatch.delitem(sys.modules, "launcher.tasks.complete", raising=False)
 
 
 @pytest.fixture
-def config(tmp_path):
+def config(tmp_path, registered):
     records = json.loads((TINY / "instructions" / "train.json").read_text())[:60]
     rows = [{"text": f"{record['instruction']}\n{record['output']}"} for record in records]
     (tmp_path / "texts.json").write_text(json.dumps(rows))
+    data = DataConfig(data=str(tmp_path / "texts.json"), eval_records=8, max_length=48)
+    object.__setattr__(data, "task", "complete")  # the names that the command line knows were read with the module
     return Config(
         model=ModelConfig(model=str(TINY / "model"), dtype="float32"),
-        data=DataConfig(
-            data=str(tmp_path / "texts.json"), text_columns=("text",), label_column="", eval_records=8, max_length=48
-        ),
+        data=data,
         adapter=AdapterConfig(rank=15, targets=("all-linear",)),
         optimizer=OptimizerConfig(learning_rate=1e-2, batch_size=4, max_steps=6),
         run=RunConfig(output=str(tmp_path / "run"), cache=str(tmp_path / "cache"), report=False),
@@ -55,7 +53,7 @@ def events(config):
     return [json.loads(line) for line in (Path(config.run.output) / "events.jsonl").read_text().splitlines()]
 
 
-def test_the_task_of_the_page_trains_evaluates_and_resumes_exactly(registered, config, tmp_path, capsys):
+def test_the_task_of_the_page_trains_evaluates_and_resumes_exactly(config, tmp_path, capsys):
     def stop_at_three(training, event):
         if event["step"] == 3:
             training.stop.request("the test")
@@ -74,31 +72,22 @@ def test_the_task_of_the_page_trains_evaluates_and_resumes_exactly(registered, c
     assert "loldu merge" in capsys.readouterr().out  # the next steps of every model that predicts tokens
 
 
-def test_a_long_text_becomes_several_samples_and_loses_no_token(registered, config):
-    from launcher.tasks import text  # type: ignore[attr-defined]
-
+def test_the_second_half_of_each_sample_carries_loss(config):
     tokenizer = AutoTokenizer.from_pretrained(TINY / "model")
-    story = "once upon a time there was a model " * 20
 
-    found = text.encode([{"text": story}], tokenizer=tokenizer, max_length=48)
+    found = task_of(config).encode([{"text": "a b"}, {"text": "once upon a time " * 20}], tokenizer, config.data)
 
-    ids = tokenizer(story, add_special_tokens=False)["input_ids"]
-    assert found.ids.tolist() == [tokenizer.bos_token_id, *ids, tokenizer.eos_token_id]
-    assert max(found.lengths) == 48
-    assert torch.equal(found.targets, torch.tensor(found.lengths) - 1)
-    assert int(found.loss.sum()) == int(found.targets.sum())
-
-
-def test_settings_that_the_task_of_the_page_does_not_support_are_refused(registered, config):
-    asked = replace(config, data=replace(config.data, exact_match=True))
-
-    with pytest.raises(ValueError, match="plain text has no questions"):
-        resolve(asked, Ranks())
+    for loss in found.loss.split(found.lengths):
+        half = len(loss) // 2
+        assert not loss[:half].any()
+        assert loss[max(half, 1) :].all()
+    assert found.targets.tolist() == [int(loss.sum()) for loss in found.loss.split(found.lengths)]
 
 
-def test_a_config_gets_the_first_task_that_wants_it(registered, config):
-    labels = DataConfig(text_columns=("text",))
+def test_a_config_gets_the_task_it_names_or_the_first_that_wants_it(config):
+    labels = Config(data=DataConfig(text_columns=("text",)))
+    text = Config(data=DataConfig(task="text"))
 
-    found = [type(task_of(each)).__name__ for each in (config, Config(data=labels), Config())]
+    found = [type(task_of(each)).__name__ for each in (config, text, labels, Config())]
 
-    assert found == ["Text", "Label", "Instruct"]
+    assert found == ["Complete", "Text", "Label", "Instruct"]

@@ -236,7 +236,7 @@ def named_options(words: list[str]) -> Iterator[tuple[str, set[str], frozenset[s
     recipe = next((place for place, word in enumerate(words) if re.search(r"recipes/\w+\.py$", word)), None)
     if words[:2] == ["loldu", "train"] or ("launcher" in words and "train" in words):
         start = words.index("train") + 1
-        of_recipe = {"--task"} if "roberta_glue_loldu" in words[start : start + 1] else set()
+        of_recipe = {"--glue"} if "roberta_glue_loldu" in words[start : start + 1] else set()
         yield "loldu train", flags(words[start:]), settings() | of_recipe
     elif words[:1] == ["loldu"]:
         name = " ".join(words[1:3]) if " ".join(words[1:3]) in COMMANDS else " ".join(words[1:2])
@@ -251,7 +251,7 @@ def named_options(words: list[str]) -> Iterator[tuple[str, set[str], frozenset[s
         yield f"loldu {name}", flags(own), options_of(name)
         yield "a recipe", flags(settings_given), settings()
     elif recipe is not None:
-        of_recipe = settings() | ({"--task"} if "glue" in words[recipe] else set())
+        of_recipe = settings() | ({"--glue"} if "glue" in words[recipe] else set())
         yield words[recipe], flags(words[recipe + 1 :]), frozenset(of_recipe)
 
 

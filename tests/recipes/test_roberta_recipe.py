@@ -138,5 +138,5 @@ def test_every_task_is_a_complete_run_with_a_head_that_is_saved():
 
         assert config.data.data == f"nyu-mll/glue:{task}"
         assert config.adapter.modules_to_save == ("classifier",)
-    with pytest.raises(ValueError, match="--task must be one of mnli"):
+    with pytest.raises(ValueError, match="--glue must be one of mnli"):
         roberta_glue("snli")

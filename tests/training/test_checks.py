@@ -12,7 +12,7 @@ from launcher.config import AdapterConfig, Config, DataConfig, ModelConfig, RunC
 from launcher.main_memory import main_memory
 from launcher.methods import peft_config
 from launcher.processes import Ranks
-from launcher.tasks import task_of
+from launcher.tasks.choose import task_of
 from launcher.training import memory
 from launcher.training import run as running
 from launcher.training.memory import check_memory, check_size

@@ -11,7 +11,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from launcher.config import AdapterConfig, Config, DataConfig, ModelConfig, OptimizerConfig, RunConfig
 from launcher.data import batches, encode, records
-from launcher.tasks import task_of
+from launcher.tasks.choose import task_of
 from launcher.training.run import run
 from launcher.training.sample_gradients import SampleGradients
 

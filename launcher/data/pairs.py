@@ -1,0 +1,120 @@
+"""Preference pairs in their public forms, each turned into two records of the same prompt.
+
+    {"prompt": text or messages, "chosen": text or messages, "rejected": text or messages}
+    {"chosen": messages, "rejected": messages}      whole conversations, which begin alike
+
+With "input", "system" and "tools" as in instruction records, and columns of other names by --columns.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections import Counter
+from typing import Any, Literal
+
+from launcher.data.bad_records import BadRecord, BadRecords
+from launcher.data.files import load_rows
+from launcher.data.forms import Record, as_conversation, records_of
+
+log = logging.getLogger(__name__)
+NAMES = ("prompt", "chosen", "rejected", "input", "system", "tools")
+EXPECTED = "{prompt, chosen, rejected} as texts or messages, or {chosen, rejected} as whole conversations"
+
+
+def mapping_of(columns: tuple[str, ...]) -> dict[str, str]:
+    """{our field: column} of `--columns prompt=question chosen=good rejected=bad`. Raises ValueError."""
+    found = dict(pair.partition("=")[::2] for pair in columns)
+    if set(found) - {*NAMES} or not all(found.values()):
+        raise ValueError(f"--columns of --task prefer takes {', '.join(NAMES)}, each =COLUMN; got {' '.join(columns)}")
+    return found
+
+
+def load_pairs(
+    source: str,
+    *,
+    option: str = "--data",
+    columns: tuple[str, ...] = (),
+    on_bad_record: Literal["error", "skip"] = "error",
+) -> list[Record]:
+    """The pairs {chosen: record, rejected: record} of a source, checked, in order.
+
+    Raises ValueError for bad records, with the first ten and the count of each kind of fault, or with skip logs them.
+    """
+    mapping, rows = mapping_of(columns), load_rows(source, option)
+    if not rows:
+        raise ValueError(f"{option} {source} holds no pairs; expected {EXPECTED}")
+    bad, ignored, pairs = BadRecords(on_bad_record), Counter[str](), []
+    for index, row in enumerate(rows):
+        where = f"record {index} of {source}"
+        try:
+            pairs.append(pair_of(row, mapping, where, ignored))
+        except BadRecord as error:
+            bad.add(error)
+    if (left_out := bad.tell(f"{option} {source}", len(rows))) is not None:
+        log.warning("%s", left_out)
+    for name, count in sorted(ignored.items()):
+        log.warning("%s: %r carries meaning in some formats and is not used here: %d times", source, name, count)
+    if any("messages" in record for pair in pairs for record in pair.values()):
+        return [{name: as_conversation(record) for name, record in pair.items()} for pair in pairs]
+    return pairs
+
+
+def pair_of(row: Any, mapping: dict[str, str], where: str, ignored: Counter[str]) -> Record:
+    """The records of both answers. Raises BadRecord naming the place."""
+    if not isinstance(row, dict):
+        raise BadRecord("no object", f"{where} is a {type(row).__name__}, expected {EXPECTED}")
+    if missing := [column for column in mapping.values() if column not in row]:
+        raise BadRecord(
+            "a column of --columns is missing",
+            f"{where} has no {missing[0]!r}, which --columns names (its columns: {', '.join(map(str, row))})",
+        )
+    row = row | {name: row[column] for name, column in mapping.items()}
+    for name in ("chosen", "rejected"):
+        if not row.get(name):
+            raise BadRecord(
+                f"no {name} answer",
+                f"{where} has no {name!r} answer (its columns: {', '.join(map(str, row))}); expected {EXPECTED}, or "
+                "other names by --columns prompt=COLUMN chosen=COLUMN rejected=COLUMN",
+            )
+    if row["chosen"] == row["rejected"]:
+        raise BadRecord("equal answers", f"{where}: the chosen and the rejected answer are the same")
+    prompt, chosen, rejected = _parts(row, where)
+    rest = {name: row[name] for name in ("input", "system", "tools") if row.get(name)}
+    made = {}
+    for name, answer in (("chosen", chosen), ("rejected", rejected)):
+        [(record, answered)] = records_of(
+            {"prompt": prompt, "completion": answer, **rest}, "prompt", f"{where}, {name}", {}, ignored
+        )
+        if not answered:
+            raise BadRecord(f"an empty {name} answer", f"{where}: the {name} answer is empty")
+        made[name] = record
+    return made
+
+
+def _parts(row: Record, where: str) -> tuple[Any, Any, Any]:
+    """(prompt, chosen, rejected): all texts, or all lists of messages, the answers without the prompt."""
+    prompt, chosen, rejected = row.get("prompt", row.get("instruction")), row["chosen"], row["rejected"]
+    lists = [isinstance(answer, list) for answer in (chosen, rejected)]
+    if all(lists) and (prompt is None or (chosen[:1] == rejected[:1] and _role(chosen[0]) != "assistant")):
+        count = next((i for i, both in enumerate(zip(chosen, rejected, strict=False)) if both[0] != both[1]), None)
+        if not count:
+            raise BadRecord(
+                "conversations that do not begin alike",
+                f"{where}: 'chosen' and 'rejected' are whole conversations, which must begin alike",
+            )
+        return chosen[:count], chosen[count:], rejected[count:]
+    if prompt is None:
+        raise BadRecord("no prompt", f"{where} has no 'prompt': expected {EXPECTED}")
+    if not isinstance(prompt, list) and any(lists):
+        prompt = [{"role": "user", "content": prompt}]
+    if isinstance(prompt, list):
+        chosen, rejected = (_messages(answer) for answer in (chosen, rejected))
+    return prompt, chosen, rejected
+
+
+def _messages(answer: Any) -> Any:
+    return [{"role": "assistant", "content": answer}] if isinstance(answer, str) else answer
+
+
+def _role(turn: Any) -> Any:
+    return turn.get("role") if isinstance(turn, dict) else None

@@ -1,0 +1,252 @@
+"""Preferences: the model learns to prefer a chosen answer to a rejected one. Asked for by --task prefer.
+
+DPO (arXiv 2305.18290, equation 7). The reference is the same model with its adapter disabled, so there is no second
+model. ORPO (arXiv 2403.07691, equations 6 and 7), which needs no reference.
+
+Shapes: b pairs of a micro-batch, B = 2 b rows (chosen ones, then rejected ones), T tokens that carry loss.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from functools import cached_property, partial
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+import torch.nn.functional as F
+from peft import PeftConfig
+from torch import Tensor
+
+from launcher.config import Config, DataConfig
+from launcher.data import records, templates
+from launcher.data.bad_records import BadRecord, BadRecords
+from launcher.data.batches import NO_LOSS, collate
+from launcher.data.chat import many
+from launcher.data.encode import DataReport, Encoded, encode
+from launcher.data.pairs import load_pairs
+from launcher.tasks.base import Batch, Layout, Samples, Task
+from launcher.tasks.evaluation import Evaluation
+from launcher.tasks.instruct import Instruct, questions_of
+
+WHOLE = 2**31 - 1  # a max_length that cuts nothing
+
+
+class Preference(NamedTuple):
+    """Which loss, and its weight."""
+
+    loss: str  # dpo or orpo
+    beta: float
+
+
+@dataclass(frozen=True, eq=False)
+class Pairs(Encoded):
+    """Samples as in `Encoded`, each a chosen answer with its prompt and then a rejected one with the same prompt.
+
+    Each pair counts as one target.
+    """
+
+    borders: Tensor  # (2 S + 1,) int64: offsets of all answers, chosen and rejected in turn
+    preference: Preference
+
+    @cached_property
+    def answers(self) -> Encoded:
+        """The answers as samples of their own: of pair i the chosen one is 2 i, the rejected one 2 i + 1."""
+        return Encoded(self.ids, self.loss, self.borders, torch.ones(len(self.borders) - 1).long(), self.report)
+
+    def digest(self) -> str:
+        setting = f"{self.preference.loss} {self.preference.beta}".encode()
+        return hashlib.sha256(super().digest().encode() + self.borders.numpy().tobytes() + setting).hexdigest()
+
+
+class PairReport(DataReport):
+    """Counts of pairs and tokens."""
+
+    def __str__(self) -> str:
+        line = f"{self.kept:,} of {self.records:,} pairs, {self.tokens:,} tokens, {self.loss_share:.1%} are of answers"
+        if self.truncated:
+            line += f"; {self.truncated:,} answers lost their end at {self.max_length} tokens"
+        if self.dropped:
+            line += f"; {self.dropped:,} dropped, their prompt alone fills {self.max_length} tokens"
+        return line
+
+
+class Prefer(Instruct):
+    """Preference optimisation. Held-out questions can be answered as in instruction tuning (--show-samples)."""
+
+    def wants(self, config: Config) -> bool:
+        return False
+
+    def check(self, config: Config, adapter: PeftConfig | None) -> None:
+        data = config.data
+        if data.packing or data.exact_match or data.loss_on != "answers":
+            raise ValueError(
+                "--task prefer compares whole answers: leave --packing, --exact-match and --loss-on all out"
+            )
+        if adapter is None and data.preference_loss == "dpo":
+            raise ValueError(
+                "--preference-loss dpo compares with the model whose adapter is disabled, which --method full does "
+                "not have: give --preference-loss orpo, or another method"
+            )
+        if getattr(adapter, "factors_from_gradients", False) or getattr(adapter, "is_prompt_learning", False):
+            raise ValueError(
+                f"--method {config.adapter.method} does not support --task prefer: choose a method whose adapter "
+                "changes weights and needs no gradients before training"
+            )
+
+    def read(self, config: Config, tokenizer: Any, cache: Path) -> Samples:
+        data = config.data
+        train, held_out = self._pairs(data)
+        template = templates.template_of(data, train[0]["chosen"], tokenizer)
+        encoded = partial(encode_pairs, tokenizer=tokenizer, data=data, template=template)
+        asked = [pair["chosen"] for pair in held_out] if config.run.show_samples else []
+        return Samples(
+            train=encoded(train),
+            held_out=encoded(held_out) if held_out else None,
+            template=template,
+            questions=list(questions_of(asked, template, tokenizer)),
+        )
+
+    def splits(self, data: DataConfig) -> tuple[list[records.Record], list[records.Record]]:
+        """The chosen answers, for the plain loss per token."""
+        train, held_out = self._pairs(data)
+        return [pair["chosen"] for pair in train], [pair["chosen"] for pair in held_out]
+
+    def _pairs(self, data: DataConfig) -> tuple[list[records.Record], list[records.Record]]:
+        load = partial(load_pairs, columns=data.columns, on_bad_record=data.on_bad_record)
+        return records.load_splits(data.data, data.eval_data, data.eval_records, load, fewer=data.fewer_eval_records)
+
+    def collate(self, data: Encoded, rows: Sequence[int], layout: Layout) -> Batch:
+        assert isinstance(data, Pairs)
+        order = [2 * row for row in rows] + [2 * row + 1 for row in rows]
+        return collate(data.answers, order, pad_id=layout.pad_id) | {"preference": data.preference}
+
+    def loss(self, forward: Callable[..., Any], batch: Batch, targets: int) -> Tensor:
+        losses, _ = compare(forward, batch)
+        return losses.sum() / targets
+
+    def evaluate(self, evaluation: Evaluation) -> dict[str, float]:
+        """eval_loss, the share of pairs in which the chosen answer is preferred, and its mean margin."""
+
+        def measure(parts: Sequence[Sequence[int]]) -> tuple[Tensor]:
+            losses, margins = compare(evaluation.forward, evaluation.batch(self, parts[0]))
+            return (torch.stack([losses.sum(), (margins > 0).float().sum(), margins.sum()]).double(),)
+
+        (sums,) = evaluation.total(evaluation.micro_batches, measure, size=1)
+        loss, preferred, margin = (sums / len(evaluation.held_out)).tolist()
+        return {"eval_loss": loss, "preferred": preferred, "margin": margin}
+
+
+TASK: Task = Prefer()
+
+
+def encode_pairs(
+    pairs: Sequence[records.Record], tokenizer: Any, data: DataConfig, template: templates.Template
+) -> Pairs:
+    """Tokenise pairs {chosen, rejected}; an answer over data.max_length loses its end.
+
+    A pair of which an answer keeps no token is dropped and counted. Raises ValueError when none is left, and for pairs
+    that the template cannot carry, unless data.on_bad_record is skip.
+    """
+    bad, usable = BadRecords(data.on_bad_record), []
+    with many("rendering the chat template"):
+        for pair in pairs:
+            try:
+                for record in pair.values():
+                    if len(templates.render(record, template, tokenizer).samples) > 1:
+                        raise BadRecord("several answers", _several(record))
+                usable.append(pair)
+            except BadRecord as error:
+                bad.add(error)
+    records.warn(bad.tell("the pairs", len(pairs)))
+    flat = [record for pair in usable for record in (pair["chosen"], pair["rejected"])]
+    whole = encode(flat, tokenizer, replace(data, max_length=WHOLE), template)
+    assert len(whole) == 2 * len(usable)
+
+    ids, loss, lengths, cut = [], [], [], 0
+    for first in range(0, len(whole), 2):
+        spans = [slice(*whole.offsets[each : each + 2].tolist()) for each in (first, first + 1)]
+        kept = [slice(span.start, min(span.stop, span.start + data.max_length)) for span in spans]
+        if all(bool(whole.loss[span].any()) for span in kept):
+            ids += [whole.ids[span] for span in kept]
+            loss += [whole.loss[span] for span in kept]
+            lengths += [span.stop - span.start for span in kept]
+            cut += sum(one.stop != other.stop for one, other in zip(spans, kept, strict=True))
+    count = len(lengths) // 2
+    if not count:
+        raise ValueError(f"no pair is left: the prompt alone of each fills --max-length {data.max_length}")
+    borders = torch.tensor([0, *lengths]).cumsum(0)
+    masks = torch.cat(loss)
+    report = PairReport(
+        len(usable), count, cut, len(usable) - count, len(masks), int(masks.sum()), data.max_length, whole.report.notes
+    )
+    return Pairs(
+        ids=torch.cat(ids),
+        loss=masks,
+        offsets=borders[::2].contiguous(),
+        targets=torch.ones(count, dtype=torch.int64),
+        report=report,
+        borders=borders,
+        preference=Preference(data.preference_loss, data.preference_beta),
+    )
+
+
+def compare(forward: Any, batch: Batch) -> tuple[Tensor, Tensor]:
+    """Losses and margins (b,) of the pairs. A margin above 0 prefers the chosen answer.
+
+    dpo: the margin is beta times (log probability of the answer - that under the reference), chosen less rejected.
+    orpo: the difference of the mean log probability of a token.
+    """
+    batch = dict(batch)
+    loss, beta = batch.pop("preference")
+    rows = (batch["labels"][:, 1:] != NO_LOSS).nonzero()[:, 0]
+    size = len(batch["labels"])
+
+    def log_probabilities() -> Tensor:
+        zeros = torch.zeros(size, device=rows.device)
+        return zeros.index_add(0, rows, -forward.token_losses(**batch, use_cache=False))
+
+    if loss == "dpo":
+        with torch.no_grad(), adapters_disabled(forward.model):
+            reference = log_probabilities()
+        chosen, rejected = (log_probabilities() - reference).chunk(2)
+        margins = beta * (chosen - rejected)
+        return -F.logsigmoid(margins), margins
+    tokens = torch.bincount(rows, minlength=size)
+    chosen, rejected = (log_probabilities() / tokens).chunk(2)
+    odds = (chosen - _log_of_rest(chosen)) - (rejected - _log_of_rest(rejected))
+    return -chosen - beta * F.logsigmoid(odds), chosen - rejected
+
+
+def _log_of_rest(log_p: Tensor) -> Tensor:
+    """log(1 - p), exact for small and for large p (Maechler 2012, log1mexp)."""
+    log_p = log_p.clamp(max=-1e-7)  # a probability of 1 has infinite odds
+    return torch.where(log_p > -0.6931, torch.log(-torch.expm1(log_p)), torch.log1p(-torch.exp(log_p)))
+
+
+@contextmanager
+def adapters_disabled(model: Any) -> Iterator[None]:
+    """The base model, while this lasts.
+
+    PEFT's own `disable_adapter` also switches `requires_grad` off and on again, of all of an adapter's numbers.
+    """
+    layers = [module for module in model.modules() if hasattr(module, "_disable_adapters")]
+    before = [layer._disable_adapters for layer in layers]
+    for layer in layers:
+        layer._disable_adapters = True
+    try:
+        yield
+    finally:
+        for layer, was in zip(layers, before, strict=True):
+            layer._disable_adapters = was
+
+
+def _several(record: records.Record) -> str:
+    begin = record["messages"][0].get("content") or ""
+    return (
+        f"the pair that begins {begin!r:.50} has several answers, which the chat template rewrites as the conversation "
+        "grows: keep one answer in chosen and in rejected"
+    )
