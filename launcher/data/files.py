@@ -6,10 +6,12 @@ mistake. Nothing local ever touches the network.
 
 from __future__ import annotations
 
+import codecs
 import csv
 import difflib
 import gzip
 import io
+import itertools
 import json
 import os
 import re
@@ -32,7 +34,9 @@ FORMS = (
 )
 COLUMNS = {"instruction", "messages", "conversations", "conversation", "prompt", "question", "text"}  # of one record
 TRAINING, HELD_OUT = ("train", "training"), ("test", "validation", "valid", "val", "dev", "eval")
-UNPACK_AT_ONCE = 2**24
+UNPACK_AT_ONCE = 2**22
+ROWS_AT_ONCE = 1000
+BLANK = re.compile(r"[ \t\n\r]*")
 SMALL = 2**26  # bytes; smaller files may unpack to any size up to this
 
 
@@ -54,9 +58,16 @@ def source_of(text: str) -> Source:
 
 
 def load_rows(source: str, option: str) -> list[Any]:
+    """The rows of `each_row`, all in memory."""
+    return list(each_row(source, option))
+
+
+def each_row(source: str, option: str) -> Iterator[Any]:
     """The rows of a file, a folder, or a hub dataset NAME[:CONFIGURATION[:SPLIT]], unchecked.
 
-    Raises ValueError naming the option, the file and the line of a mistake.
+    They are read as they are taken, so that few are in memory (a JSON file whose records are no plain list, and CSV,
+    are read at once). Raises ValueError naming the option, the file and the line of a mistake, perhaps after the rows
+    before it.
     """
     path = Path(source).expanduser()
     if not is_local(source):
@@ -85,7 +96,7 @@ def _unpacked_name(name: str) -> str:
     return next((name.removesuffix(ending) for ending in PACKED if name.endswith(ending)), name)
 
 
-def _read_hub(name: str, option: str) -> list[Any]:
+def _read_hub(name: str, option: str) -> Iterator[Any]:
     if not re.fullmatch(r"[\w.-]+(/[\w.-]+)?(:[\w.-]+){0,2}", name):
         raise ValueError(
             f"{option} {name!r} is neither a file nor the name of a hub dataset: "
@@ -95,7 +106,7 @@ def _read_hub(name: str, option: str) -> list[Any]:
 
     try:
         dataset, configuration, split = [*name.split(":"), None, None][:3]
-        return datasets.load_dataset(dataset, configuration, split=split or "train").to_list()
+        yield from _in_parts(datasets.load_dataset(dataset, configuration, split=split or "train"))
     except Exception as error:  # the hub, its client and the network have many error classes with no common parent
         raise ValueError(
             f"{option} {name}: there is no such file, and the hub dataset of that name cannot be read "
@@ -104,7 +115,13 @@ def _read_hub(name: str, option: str) -> list[Any]:
         ) from error
 
 
-def _read_folder(path: Path, option: str) -> list[Any]:
+def _in_parts(dataset: Any) -> Iterator[Any]:
+    """The rows of a `datasets.Dataset`, without decoding images as its own iterator does."""
+    for start in range(0, len(dataset), ROWS_AT_ONCE):
+        yield from dataset.select(range(start, min(start + ROWS_AT_ONCE, len(dataset)))).to_list()
+
+
+def _read_folder(path: Path, option: str) -> Iterator[Any]:
     """The rows of a folder that `datasets` saved, or of its files of one split, in the order of their names."""
     if (path / "dataset_dict.json").is_file() or (path / "state.json").is_file():
         import datasets
@@ -114,8 +131,8 @@ def _read_folder(path: Path, option: str) -> list[Any]:
         except Exception as error:  # damaged Arrow files raise many classes
             raise ValueError(f"{option} {path} is not a folder that `datasets` saved: {_first_line(error)}") from error
         if not isinstance(found, datasets.DatasetDict):
-            return found.to_list()
-        return found[_split(list(found), f"{option} {path}", option)].to_list()
+            return _in_parts(found)
+        return _in_parts(found[_split(list(found), f"{option} {path}", option)])
     files = [file for file in sorted(path.rglob("*")) if _unpacked_name(file.name).endswith(SUFFIXES)]
     files = [file for file in files if not any(part.startswith(".") for part in file.relative_to(path).parts)]
     if not files:
@@ -127,7 +144,7 @@ def _read_folder(path: Path, option: str) -> list[Any]:
     elif any(splits.values()):
         odd = ", ".join(file.name for file in files if not splits[file])
         raise ValueError(f"{option} {path}: some files are named after a split and others are not ({odd}): give a file")
-    return [row for file in files for row in _read_file(file, option)]
+    return (row for file in files for row in _read_file(file, option))
 
 
 def _split_in_name(name: str) -> str | None:
@@ -145,43 +162,145 @@ def _split(names: list[str], where: str, option: str) -> str:
     return found
 
 
-def _read_file(path: Path, option: str) -> list[Any]:
+def _read_file(path: Path, option: str) -> Iterator[Any]:
     suffix = Path(_unpacked_name(path.name)).suffix
     _check_file(path, suffix, option)
     if suffix == ".parquet":
-        return _read_parquet(path, option)
-    data = _unpack(path, option)
-    try:
-        text = data.decode("utf-8-sig")
-    except UnicodeDecodeError as error:
-        raise ValueError(f"{option} {path} is not UTF-8 text (byte {error.start}): save it as UTF-8") from error
-    del data
-    if not text.strip():
-        raise ValueError(f"{option} {path} is empty; expected {FORMS}")
+        return _parquet_rows(path, option)
     if suffix == ".txt":
-        return [{"text": text}]
+        return ({"text": text} for text in [_text(path, option)])
     if suffix in (".csv", ".tsv"):
-        return list(_csv_rows(text, "\t" if suffix == ".tsv" else ",", f"{option} {path}"))
-    if suffix == ".json":
-        try:
-            return _rows(_parsed(text), path, option)
-        except json.JSONDecodeError as error:
-            if not error.msg.startswith("Extra data") or not text.lstrip().startswith("{"):
-                raise ValueError(f"{option} {path}, line {error.lineno}, is not JSON: {error.msg}") from error
-            # several objects one after the other: JSON lines under another ending
-        except _NotJSON as error:
-            raise ValueError(f"{option} {path} is not JSON that can be read: {error}") from None
-    rows = []
-    for number, line in enumerate(text.split("\n"), 1):  # not splitlines(): U+2028 may stand inside a JSON string
+        return _csv_rows(_text(path, option), "\t" if suffix == ".tsv" else ",", f"{option} {path}")
+    return _json_rows(path, option) if suffix == ".json" else _line_rows(_pieces(path, option), path, option)
+
+
+def _json_rows(path: Path, option: str) -> Iterator[Any]:
+    """The records of a JSON file: those of a list one by one, else of the whole text, which also tells the mistakes."""
+    try:
+        yield from _listed(_pieces(path, option))
+    except _NoList as error:
+        yield from itertools.islice(_whole_json(_text(path, option), path, option), error.before, None)
+
+
+def _whole_json(text: str, path: Path, option: str) -> Iterator[Any]:
+    try:
+        yield from _rows(_parsed(text), path, option)
+    except json.JSONDecodeError as error:
+        if not error.msg.startswith("Extra data") or not text.lstrip().startswith("{"):
+            raise ValueError(f"{option} {path}, line {error.lineno}, is not JSON: {error.msg}") from error
+        # several objects one after the other: JSON lines under another ending
+        yield from _line_rows(iter([text]), path, option)
+    except _NotJSON as error:
+        raise ValueError(f"{option} {path} is not JSON that can be read: {error}") from None
+
+
+def _line_rows(pieces: Iterator[str], path: Path, option: str) -> Iterator[Any]:
+    """The records of JSON lines, from their text in pieces."""
+    found = False
+    for number, line in enumerate(_split_lines(pieces), 1):
         if line.strip():
+            found = True
             try:
-                rows.append(_parsed(line))
+                yield _parsed(line)
             except (json.JSONDecodeError, _NotJSON) as error:
                 reason = error.msg if isinstance(error, json.JSONDecodeError) else error
                 raise ValueError(
                     f"{option} {path}, line {number}, is not JSON: {reason} (one record a line is expected)"
                 ) from None
-    return rows
+    if not found:
+        raise _empty(path, option)
+
+
+def _split_lines(pieces: Iterator[str]) -> Iterator[str]:
+    """The lines of a text in pieces. Not splitlines(): U+2028 may stand inside a JSON string."""
+    begun: list[str] = []
+    for piece in pieces:
+        first, *lines = piece.split("\n")
+        begun.append(first)
+        if lines:
+            yield "".join(begun)
+            yield from lines[:-1]
+            begun = lines[-1:]
+    yield "".join(begun)
+
+
+class _NoList(Exception):
+    """A text that is no list of JSON values; before: how many values of it were taken until that was found."""
+
+    def __init__(self, before: int):
+        self.before = before
+
+
+def _listed(pieces: Iterator[str]) -> Iterator[Any]:
+    """The values of a JSON list whose text comes in pieces, one by one. Raises _NoList."""
+    text, at, taken = "", 0, 0
+    decode = json.JSONDecoder().raw_decode
+
+    def more() -> bool:
+        """Add at least as much text as is left, so that long values are not parsed too often; False at the end."""
+        nonlocal text, at
+        parts, size = [text[at:]], 0
+        while size <= len(parts[0]) and (piece := next(pieces, None)) is not None:
+            parts.append(piece)
+            size += len(piece)
+        text, at = "".join(parts), 0
+        return size > 0
+
+    expected = "["
+    while True:
+        at = BLANK.match(text, at).end()  # type: ignore[union-attr]
+        if at == len(text):
+            if more():
+                continue
+            if expected:
+                raise _NoList(taken)
+            return
+        if text[at] in "[,]" and text[at] in expected:
+            expected = {"[": "]v", ",": "v", "]": ""}[text[at]]
+            at += 1
+            continue
+        if "v" not in expected:
+            raise _NoList(taken)
+        try:
+            value, stop = decode(text, at)
+        except json.JSONDecodeError as error:
+            cut = error.pos > len(text) - 16 or error.msg.startswith("Unterminated string")
+            if cut and more():
+                continue
+            raise _NoList(taken) from None
+        except (RecursionError, ValueError):
+            raise _NoList(taken) from None
+        if stop == len(text) and more():  # a number may continue
+            continue
+        taken, at, expected = taken + 1, stop, ",]"
+        yield value
+
+
+def _text(path: Path, option: str) -> str:
+    """The whole text. Raises ValueError for an empty file."""
+    text = "".join(_pieces(path, option))
+    if not text.strip():
+        raise _empty(path, option)
+    return text
+
+
+def _empty(path: Path, option: str) -> ValueError:
+    return ValueError(f"{option} {path} is empty; expected {FORMS}")
+
+
+def _pieces(path: Path, option: str) -> Iterator[str]:
+    """The unpacked text of a file in pieces, without a byte order mark. Raises ValueError where it is not UTF-8."""
+    decoder, done, begun = codecs.getincrementaldecoder("utf-8")(), 0, False
+    for data in itertools.chain(_unpack(path, option), [b""]):
+        try:
+            text = decoder.decode(data, final=not data)
+        except UnicodeDecodeError as error:
+            byte = done + len(data) - len(error.object) + error.start  # object: also what was left of the last piece
+            raise ValueError(f"{option} {path} is not UTF-8 text (byte {byte}): save it as UTF-8") from error
+        done += len(data)
+        if text:
+            yield text if begun else text.removeprefix("\ufeff")
+            begun = True
 
 
 def _check_file(path: Path, suffix: str, option: str) -> None:
@@ -210,26 +329,24 @@ def _check_file(path: Path, suffix: str, option: str) -> None:
         raise LimitExceeded(f"{option} {path} has {status.st_size:,} bytes: {limits().raised('read_bytes')}")
 
 
-def _unpack(path: Path, option: str) -> bytes:
+def _unpack(path: Path, option: str) -> Iterator[bytes]:
     """The file's bytes, unpacked by its first bytes. Stops at an archive that unpacks to far more than its size."""
     with path.open("rb") as raw:
         magic = raw.read(4)
-    most = limits()
+    most, size = limits(), 0
     allowed = min(most.read_bytes, max(SMALL, most.read_ratio * path.stat().st_size))
-    pieces, size = [], 0
     try:
         with _opened(path, magic) as file:
             while piece := file.read(UNPACK_AT_ONCE):
-                pieces.append(piece)
                 size += len(piece)
                 if size > allowed and _is_packed(magic):
                     raise LimitExceeded(
                         f"{option} {path} has {path.stat().st_size:,} bytes and unpacks to more than {allowed:,}, over "
                         f"read_ratio times its size: {most.raised('read_ratio')}, or unpack it first"
                     )
+                yield piece
     except (OSError, EOFError, zlib.error) as error:  # gzip.BadGzipFile and pyarrow's errors are OSErrors
         raise ValueError(f"{option} {path} cannot be read: {_first_line(error)}") from error
-    return b"".join(pieces)
 
 
 def _is_packed(magic: bytes) -> bool:
@@ -282,7 +399,7 @@ def _csv_rows(text: str, delimiter: str, where: str) -> Iterator[dict[str, str]]
         raise ValueError(f"{where} is not CSV: {error}") from None
 
 
-def _read_parquet(path: Path, option: str) -> list[Any]:
+def _parquet_rows(path: Path, option: str) -> Iterator[Any]:
     import pyarrow.parquet
 
     try:
@@ -291,7 +408,8 @@ def _read_parquet(path: Path, option: str) -> list[Any]:
         size = sum(group.total_byte_size for group in groups)
         if size > limits().read_bytes:
             raise LimitExceeded(f"{option} {path} unpacks to {size:,} bytes: {limits().raised('read_bytes')}")
-        return file.read().to_pylist()
+        for batch in file.iter_batches(ROWS_AT_ONCE):
+            yield from batch.to_pylist()
     except LimitExceeded:
         raise
     except (OSError, ValueError, NotImplementedError) as error:  # pyarrow's ArrowInvalid is a ValueError

@@ -7,12 +7,12 @@ from __future__ import annotations
 
 import logging
 from collections import Counter
-from collections.abc import Callable, Sequence
-from typing import Any, Literal
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any, Literal, TypeVar
 
 from launcher.config import DataConfig
 from launcher.data.bad_records import BadRecord, BadRecords
-from launcher.data.files import FORMS, load_rows, source_of
+from launcher.data.files import FORMS, Source, each_row, load_rows, source_of
 from launcher.data.forms import Record, as_conversation, kind_of, mapping_of, records_of, text_of
 
 __all__ = [
@@ -30,6 +30,7 @@ __all__ = [
 log = logging.getLogger(__name__)
 SPLIT_SEED = 20240  # not the training seed: every run on a file holds out the same records
 Sources = str | Sequence[str]
+T = TypeVar("T")
 
 
 def splits_of(config: DataConfig) -> tuple[list[Record], list[Record]]:
@@ -54,48 +55,74 @@ def load_splits(
     *,
     fewer: bool = False,
 ) -> tuple[list[Record], list[Record]]:
-    """Training and held-out records; of a separate eval_data, eval_records (0: all) are taken.
-
-    Of several sources, each FILE or FILE:WEIGHT, a weight below 1 is the share of the records that is used, and one
-    above 1 says how often each training record is used. Held-out records are never used for training.
-    fewer: where eval_records would leave none to train on, hold out a tenth and warn; otherwise that is a ValueError.
-    """
+    """Training and held-out records, all in memory. See `chosen_places` for the arguments; load reads a source."""
     load = load or load_records
-    found = [_weighted(text, load) for text in ([data] if isinstance(data, str) else data)]
-    records = [record for some, _ in found for record in some]
-    if eval_data is not None:
-        held_out = load(eval_data, option="--eval-data")
-        if 0 < eval_records < len(held_out):
-            held_out = split(held_out, eval_records)[1]
-        chosen = set()
+    sources = [source_of(text) for text in ([data] if isinstance(data, str) else data)]
+    found = [load(source.name, option="--data") for source in sources]
+    records = [record for some in found for record in some]
+    others = None if eval_data is None else load(eval_data, option="--eval-data")
+    train, held_out = chosen_places(
+        [(source, len(some)) for source, some in zip(sources, found, strict=True)],
+        eval_records,
+        None if others is None else len(others),
+        fewer=fewer,
+    )
+    return [records[i] for i in train], [(records if others is None else others)[i] for i in held_out]
+
+
+def chosen_places(
+    sources: Sequence[tuple[Source, int]], eval_records: int, others: int | None, *, fewer: bool = False
+) -> tuple[list[int], list[int]]:
+    """Which records train and which are held out, in order; each source comes with the number of its records.
+
+    The training records are places in all sources one after the other, and so are the held-out ones; with `others`
+    records of a separate file they are places in that file, eval_records of them (0: all). A weight below 1 is the
+    share of a source's records that is used, one above 1 says how often each training record is used. Held-out records
+    are never used for training. fewer: where eval_records would leave none to train on, hold out a tenth and warn;
+    otherwise that is a ValueError.
+    """
+    used, first = [], 0
+    for source, count in sources:
+        places = list(range(first, first + count))
+        if source.weight != 1:
+            places = _sample(places, source.weight) if source.weight < 1 else places
+            log.info("%s: %d of %d records, weight %g", source.name, len(places), count, source.weight)
+        used.append((places, max(source.weight, 1.0)))
+        first += count
+    every = [place for places, _ in used for place in places]
+    if others is not None:
+        few = 0 < eval_records < others
+        held_out, chosen = split(list(range(others)), eval_records)[1] if few else list(range(others)), set[int]()
     else:
-        if fewer and eval_records >= len(records) > 1:
-            share = max(1, len(records) // 10)
+        if fewer and eval_records >= len(every) > 1:
+            share = max(1, len(every) // 10)
             log.warning(
                 "held out are %d of the %d records, since the recipe's %d would leave none to train on: "
                 "--eval-records N gives another number",
                 share,
-                len(records),
+                len(every),
                 eval_records,
             )
             eval_records = share
-        chosen = _held_out(len(records), eval_records)
-        held_out = [record for i, record in enumerate(records) if i in chosen]
-    train: list[Record] = []
-    start = 0
-    for some, weight in found:
-        kept = [record for i, record in enumerate(some, start) if i not in chosen]
-        train += _repeated(kept, weight)
-        start += len(some)
+        held_out = split(every, eval_records)[1]
+        chosen = set(held_out)
+    train: list[int] = []
+    for places, weight in used:
+        train += _repeated([place for place in places if place not in chosen], weight)
     return train, held_out
 
 
-def split(records: list[Record], eval_records: int) -> tuple[list[Record], list[Record]]:
-    """(training, held out), both in the file's order; which is which depends on the two counts alone."""
-    held_out = _held_out(len(records), eval_records)
+def split(items: list[T], eval_records: int) -> tuple[list[T], list[T]]:
+    """(training, held out), both in their order; which is which depends on the two counts alone."""
+    if eval_records >= len(items) > 0:
+        raise ValueError(
+            f"--eval-records {eval_records} of {len(items)} records leaves none to train on: "
+            f"give at most {len(items) - 1}, or a file of their own with --eval-data FILE"
+        )
+    held_out = set(_order(len(items))[:eval_records])
     return (
-        [record for i, record in enumerate(records) if i not in held_out],
-        [record for i, record in enumerate(records) if i in held_out],
+        [item for i, item in enumerate(items) if i not in held_out],
+        [item for i, item in enumerate(items) if i in held_out],
     )
 
 
@@ -106,19 +133,33 @@ def load_records(
     columns: tuple[str, ...] = (),
     on_bad_record: Literal["error", "skip"] = "error",
 ) -> list[Record]:
+    """The records of `each_record`, all in memory; all conversations if any of them is one."""
+    records = list(each_record(source, option=option, columns=columns, on_bad_record=on_bad_record))
+    if any("messages" in record for record in records):  # Alpaca records with a system or a history are conversations
+        return [as_conversation(record) for record in records]
+    return records
+
+
+def each_record(
+    source: str,
+    *,
+    option: str = "--data",
+    columns: tuple[str, ...] = (),
+    on_bad_record: Literal["error", "skip"] = "error",
+) -> Iterator[Record]:
     """Every record of a file, a folder, or a hub dataset's train split, checked, in order.
 
     A record whose answer is empty is left out with a warning that names it: the published Alpaca has some.
-    columns: as in DataConfig. Raises ValueError for bad records, with the first ten and the count of each kind of
-    fault, or with skip logs the same and leaves them out.
+    columns: as in DataConfig. After the last record raises ValueError for bad ones, with the first ten and the count of
+    each kind of fault, or with skip logs the same.
     """
     mapping = mapping_of(columns)
-    rows = load_rows(source, option)
-    if not rows:
-        raise ValueError(f"{option} {source} holds no records; expected {FORMS}")
-    bad, ignored, empty, records = BadRecords(on_bad_record), Counter[str](), list[int](), list[Record]()
+    bad, ignored = BadRecords(on_bad_record), Counter[str]()
     kind: str | None = None
-    for index, row in enumerate(rows):
+    rows = kept = empty = 0
+    first_empty: list[int] = []
+    for index, row in enumerate(each_row(source, option)):
+        rows += 1
         where = f"record {index} of {source}"
         try:
             this = kind_of(row, mapping, where)
@@ -129,26 +170,27 @@ def load_records(
                     f"{where} has the column {this!r}, but the records before it have {kind!r}: one file holds one "
                     "kind of record",
                 )
-            for record, answered in records_of(row, kind, where, mapping, ignored):
-                if answered:
-                    records.append(record)
-                else:
-                    empty.append(index)
+            found = records_of(row, kind, where, mapping, ignored)
         except BadRecord as error:
             bad.add(error)
-    warn(bad.tell(f"{option} {source}", len(rows)))
+            continue
+        for record, answered in found:
+            if answered:
+                kept += 1
+                yield record
+            else:
+                empty += 1
+                first_empty += [index] if len(first_empty) < 8 else []
+    if not rows:
+        raise ValueError(f"{option} {source} holds no records; expected {FORMS}")
+    warn(bad.tell(f"{option} {source}", rows))
     if empty:
-        some = ", ".join(map(str, empty[:8])) + (", ..." if len(empty) > 8 else "")
-        if not records:
+        some = ", ".join(map(str, first_empty)) + (", ..." if empty > len(first_empty) else "")
+        if not kept:
             raise ValueError(f"{option} {source}: every record's answer is empty (records {some})")
-        log.warning(
-            "%s: %d of %d records have an empty answer and are left out: %s", source, len(empty), len(rows), some
-        )
+        log.warning("%s: %d of %d records have an empty answer and are left out: %s", source, empty, rows, some)
     for name, count in sorted(ignored.items()):
         log.warning("%s: %r carries meaning in some formats and is not used here: %d times", source, name, count)
-    if any("messages" in record for record in records):  # Alpaca records with a system or a history are conversations
-        return [as_conversation(record) for record in records]
-    return records
 
 
 def warn(text: str | None) -> None:
@@ -168,37 +210,17 @@ def question(record: Record) -> str:
     return f"{asked}\n{record['input']}" if record.get("input") else asked
 
 
-def _weighted(text: str, load: Callable[..., list[Record]]) -> tuple[list[Record], float]:
-    """The records of a source that are used, and how often each one is."""
-    source = source_of(text)
-    records = load(source.name, option="--data")
-    if source.weight == 1:
-        return records, 1.0
-    used = _sample(records, source.weight) if source.weight < 1 else records
-    log.info("%s: %d of %d records, weight %g", source.name, len(used), len(records), source.weight)
-    return used, max(source.weight, 1.0)
+def _sample(items: list[T], share: float) -> list[T]:
+    """A share of the items, at least one, in their order."""
+    count = max(1, round(share * len(items)))
+    chosen = set(_order(len(items))[:count])
+    return [item for i, item in enumerate(items) if i in chosen]
 
 
-def _sample(records: list[Record], share: float) -> list[Record]:
-    """A share of the records, at least one, in their order."""
-    count = max(1, round(share * len(records)))
-    chosen = set(_order(len(records))[:count])
-    return [record for i, record in enumerate(records) if i in chosen]
-
-
-def _repeated(records: list[Record], weight: float) -> list[Record]:
+def _repeated(items: list[T], weight: float) -> list[T]:
     whole = int(weight)
-    rest = _sample(records, weight - whole) if weight > whole and records else []
-    return records * whole + rest
-
-
-def _held_out(count: int, eval_records: int) -> set[int]:
-    if eval_records >= count > 0:
-        raise ValueError(
-            f"--eval-records {eval_records} of {count} records leaves none to train on: "
-            f"give at most {count - 1}, or a file of their own with --eval-data FILE"
-        )
-    return set(_order(count)[:eval_records])
+    rest = _sample(items, weight - whole) if weight > whole and items else []
+    return items * whole + rest
 
 
 def _order(count: int) -> list[Any]:
