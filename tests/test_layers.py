@@ -21,6 +21,7 @@ SMALL = {
     "launcher.engines.registry",
     "launcher.exit_codes",
     "launcher.processes",
+    "launcher.progress",
 }
 ROOMS = {"launcher.factorization", "launcher.data", "launcher.models", "launcher.tasks", "launcher.engines"}
 BELOW_TRAINING = {"adapters", "launcher.availability", "launcher.methods", *SMALL, *ROOMS}
@@ -37,18 +38,25 @@ MAY_IMPORT = {  # beside itself; in the order in which data flows
     "launcher.recipes": {"launcher.config_file", "launcher.shipped"},  # finds and starts them
     "launcher.processes": {"launcher.engines.registry", "launcher.shipped", "launcher.text"},
     "launcher.text": set(),
+    "launcher.progress": {"launcher.text"},
     "launcher.main_memory": set(),
     "launcher.availability": {"adapters"},
     "launcher.methods": {"adapters", "launcher.config"},
     "launcher.factorization": {
         "adapters", "launcher.config", "launcher.files", "launcher.methods", "launcher.options", "launcher.processes",
-        "launcher.text",
+        "launcher.progress", "launcher.text",
     },
-    "launcher.data": {"launcher.config", "launcher.factorization"},
+    "launcher.data": {
+        "launcher.config", "launcher.factorization", "launcher.files", "launcher.processes", "launcher.progress",
+    },
     "launcher.models": {"adapters", "launcher.config", "launcher.engines.registry", "launcher.text"},
-    "launcher.tasks": {"adapters", "launcher.config", "launcher.data", "launcher.models", "launcher.tasks.registry"},
+    "launcher.tasks": {
+        "adapters", "launcher.config", "launcher.data", "launcher.models", "launcher.progress", "launcher.tasks.registry",
+    },
     "launcher.training.checkpoint_index": set(),
-    "launcher.training.checkpoint": {"launcher.files", "launcher.processes", "launcher.training.checkpoint_index"},
+    "launcher.training.checkpoint": {
+        "launcher.files", "launcher.processes", "launcher.progress", "launcher.training.checkpoint_index",
+    },
     "launcher.engines": {
         "launcher.shipped", "launcher.engines.registry", "launcher.config", "launcher.processes", "launcher.models",
         "launcher.training.checkpoint",

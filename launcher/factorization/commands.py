@@ -4,31 +4,28 @@ from __future__ import annotations
 
 import shlex
 import time
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Literal
 
 from rich.box import SIMPLE
 from rich.console import Console
 from rich.markup import escape
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from rich.table import Table
 
 from launcher.config import AdapterConfig
 from launcher.factorization import cache
 from launcher.options import Option
 from launcher.processes import Communicator, Ranks, connect
+from launcher.progress import Bars
 from launcher.text import one_line
 
 if TYPE_CHECKING:
     from adapters.base import Factorization
     from launcher.factorization.make import Factored, FactorRequest
-    from launcher.factorization.watch import OnProgress
 
 GB = 1e9
 Folder = Annotated[str | None, Option(name="cache")]
-LINE_EVERY_S = 10.0  # between progress lines where the output is not a terminal
 
 
 def factorize(
@@ -91,7 +88,8 @@ def factorize(
     requests = comm.each("the weights to factor", look)  # a node without the model ends all, with its name
     if not how.chooses_rank and (clamped := [request for request in requests if request.rank < rank]):
         console.print(f"--rank {rank} is reduced to the smaller dimension of {len(clamped)} weights")
-    with _bar(console) as on_progress:
+    with Bars(console).bar("factors", len(requests)) as bar:
+        on_progress = lambda done, total, weight: bar(done, weight, of=total)  # noqa: E731
         done = share.factorize(requests, folder, comm, on_progress, verify_base=verify_base, per_node=cache_per_node)
     if not comm.ranks.is_main:
         return 0
@@ -173,11 +171,11 @@ def cache_verify(cache_folder: Folder = None, console: Console | None = None) ->
     def count(entry: cache.Entry) -> None:
         nonlocal good
         good += 1
-        bar(good, total, one_line(entry.about.get("name", "?")))
+        bar(good, str(entry.about.get("name", "?")))
 
     cache.check_folder(folder)
     total = len(list((folder / "factors").glob("*.safetensors")))
-    with _bar(console, "verifying") as bar:
+    with Bars(console).bar("verifying", total) as bar:
         damaged = cache.verify(folder, count)
     for file in damaged:
         _print(console, f"damaged: {file}")
@@ -238,32 +236,6 @@ def _show(console: Console, columns: Sequence[str], rows: Sequence[Sequence[str]
     elif rows:
         for row in [columns, *rows]:
             print("\t".join(row), file=console.file)  # rich would turn the tabs into spaces
-
-
-@contextmanager
-def _bar(console: Console, what: str = "factoring") -> Iterator[OnProgress]:
-    """A progress bar on a terminal; elsewhere a line every LINE_EVERY_S seconds."""
-    if not console.is_terminal:
-        printed = time.monotonic()
-
-        def print_line(done: int, total: int, weight: str) -> None:
-            nonlocal printed
-            if time.monotonic() - printed > LINE_EVERY_S:
-                printed = time.monotonic()
-                _print(console, f"{what}: {done} of {total} weights, now {weight}")
-
-        yield print_line
-        return
-    columns = (
-        TextColumn(what),
-        BarColumn(),
-        MofNCompleteColumn(),
-        TimeRemainingColumn(),
-        TextColumn("{task.fields[weight]}", markup=False),
-    )
-    with Progress(*columns, console=console, transient=True) as progress:
-        task = progress.add_task(what, total=None, weight="")
-        yield lambda done, total, weight: progress.update(task, completed=done, total=total, weight=weight)
 
 
 def _bytes(count: float) -> str:

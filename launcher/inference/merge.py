@@ -27,7 +27,6 @@ from typing import Any, NamedTuple
 import torch
 from huggingface_hub import split_state_dict_into_shards_factory
 from rich.console import Console
-from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeRemainingColumn
 from safetensors import safe_open
 from torch import Tensor, nn
 
@@ -43,6 +42,7 @@ from launcher.inference.heldout import held_out
 from launcher.inference.sources import DTYPES, Kind, Source, adapter_config, attach, choose_device, find, load_model
 from launcher.models.files import first_line
 from launcher.models.quantize import check_quantize, linear_layers, transformers_config
+from launcher.progress import Bars, growth
 
 NAMES = {torch.float64: "F64", torch.float32: "F32", torch.bfloat16: "BF16", torch.float16: "F16"}
 FLOATS = {name: dtype for dtype, name in NAMES.items()}  # as safetensors writes them
@@ -117,7 +117,7 @@ def merge(
         if not isinstance(config, FactorConfig):
             console.print(f"PEFT merges {config.peft_type.value} adapters with the whole model in memory")
             place = partial if held is None else partial / "whole"
-            written = _merge_in_memory(source, place, dtype, shard_gb)
+            written = _merge_in_memory(source, place, dtype, shard_gb, console)
             whole = plain(source, place)
         if isinstance(config, FactorConfig) or held is not None:
             plan = plan_merge(whole, DTYPES.get(dtype), quantize)
@@ -388,12 +388,16 @@ def _write_checkpoint(plan: Plan, folder: Path, shard_gb: float, console: Consol
         filename_pattern="model{suffix}.safetensors",
         max_shard_size=int(shard_gb * 1e9),
     )
-    columns = (TextColumn("merging"), BarColumn(), DownloadColumn(), TimeRemainingColumn())
-    with Progress(*columns, console=console) as progress:
-        task = progress.add_task("merging", total=total)
+    done = 0
+
+    def tick(size: int) -> None:
+        nonlocal done
+        done += size
+        show(done)
+
+    with Bars(console).bar("merging", total, unit="bytes") as show:
         for file, names in split.filename_to_tensors.items():
-            entries = [by_name[name] for name in names]
-            write_safetensors(folder / file, entries, lambda done: progress.advance(task, done))
+            write_safetensors(folder / file, [by_name[name] for name in names], tick)
     if split.is_sharded:
         index = {"metadata": {"total_size": total}, "weight_map": split.tensor_to_filename}
         (folder / "model.safetensors.index.json").write_text(json.dumps(index, indent=2) + "\n", encoding="utf-8")
@@ -413,7 +417,7 @@ def _write_config(base: Path, folder: Path, plan: Plan) -> None:
     (folder / "config.json").write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
 
 
-def _merge_in_memory(source: Source, folder: Path, dtype: str, shard_gb: float) -> torch.dtype:
+def _merge_in_memory(source: Source, folder: Path, dtype: str, shard_gb: float, console: Console) -> torch.dtype:
     model = load_model(source, dtype=dtype, device="cpu")
     method = next(iter(model.peft_config.values())).peft_type.value
     try:
@@ -425,5 +429,7 @@ def _merge_in_memory(source: Source, folder: Path, dtype: str, shard_gb: float) 
     ends = (merged.get_input_embeddings(), merged.get_output_embeddings())
     if all(ends) and ends[0].weight is not ends[1].weight:
         merged.config.get_text_config().tie_word_embeddings = merged.config.tie_word_embeddings = False
-    merged.save_pretrained(folder, max_shard_size=int(shard_gb * 1e9))
+    total = sum(tensor.nbytes for tensor in merged.state_dict().values())
+    with Bars(console).bar("saving", total, unit="bytes") as show, growth(show, folder, total):
+        merged.save_pretrained(folder, max_shard_size=int(shard_gb * 1e9))
     return merged.dtype

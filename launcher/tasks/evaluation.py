@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from typing import Any, TypeVar
 
@@ -12,6 +13,7 @@ from torch import Tensor
 from launcher.config import Config
 from launcher.data.encode import Encoded
 from launcher.data.microbatches import mean_positions, plan
+from launcher.progress import silent
 from launcher.tasks.base import Batch, Layout, Samples, Task, on_device
 
 T = TypeVar("T")
@@ -36,6 +38,8 @@ class Evaluation:
     gathers: bool = False  # a forward pass is a collective: every rank must make the same number of them
     add_up: Callable[[Tensor], Tensor] = lambda tensor: tensor  # a tensor's sum over all ranks
     interrupted: Callable[[], bool] = lambda: False  # whether any rank was asked to stop; called by all ranks
+    # bar(what, total) shows how far it is: `Bars.bar`
+    bar: Callable[..., AbstractContextManager[Callable[..., None]]] = lambda *_, **__: nullcontext(silent)
 
     @property
     def held_out(self) -> Encoded:
@@ -77,12 +81,14 @@ class Evaluation:
         """
         shares = self.world_size if one_pass or not self.gathers else 1
         sums: list[Tensor] = []
-        for start in range(0, len(items), size * shares):
-            if self.interrupted():
-                raise Interrupted
-            part = items[start : start + size * shares][self.rank % shares :: shares]
-            with torch.no_grad():
-                found = measure(part or items[:1])
-            found = found if part else tuple(map(torch.zeros_like, found))
-            sums = [before + more for before, more in zip(sums, found, strict=True)] if sums else list(found)
+        with self.bar("evaluating", len(items), brief=True) as show:
+            for start in range(0, len(items), size * shares):
+                if self.interrupted():
+                    raise Interrupted
+                part = items[start : start + size * shares][self.rank % shares :: shares]
+                with torch.no_grad():
+                    found = measure(part or items[:1])
+                found = found if part else tuple(map(torch.zeros_like, found))
+                sums = [before + more for before, more in zip(sums, found, strict=True)] if sums else list(found)
+                show(min(start + size * shares, len(items)))
         return [self.add_up(each) / (self.world_size // shares) for each in sums]

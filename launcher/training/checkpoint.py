@@ -18,9 +18,9 @@ import re
 import shutil
 import threading
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import AbstractContextManager, ExitStack
+from contextlib import AbstractContextManager, ExitStack, contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -32,6 +32,7 @@ from torch import Tensor
 
 from launcher.files import allow_by_umask, digest, disk_errors, open_regular, sync
 from launcher.processes import Communicator
+from launcher.progress import Bars, growth
 from launcher.training.checkpoint_index import DTYPES, Index, TensorEntry, read_format, read_index
 
 log = logging.getLogger(__name__)
@@ -107,8 +108,7 @@ def save(
     before() runs on rank 0 in another thread and ends before the checkpoint becomes complete. Raises ValueError on all
     ranks if one of them cannot write, or holds a number that is not finite; older checkpoints stay.
     """
-    final = root / f"step-{step:06d}"
-    partial = final.with_suffix(".tmp")
+    final, partial = root / f"step-{step:06d}", _partial(root, step)
     file = f"rank-{comm.ranks.rank:05d}.safetensors"
 
     def write() -> dict[str, Any]:
@@ -156,6 +156,10 @@ def save(
     return final
 
 
+def _partial(root: Path, step: int) -> Path:
+    return root / f"step-{step:06d}.tmp"
+
+
 class Saver:
     """Saves one checkpoint after another. In the background, training waits only for a copy of the rows.
 
@@ -195,6 +199,21 @@ class Saver:
         # A daemon: if other ranks have died it waits for their rows, and must not keep this process from exiting.
         self._thread = threading.Thread(target=work_aside, args=(copies,), name="save", daemon=True)
         self._thread.start()
+
+    @contextmanager
+    def bar(self, bars: Bars, step: int, pieces: Mapping[str, Piece]) -> Iterator[None]:
+        """Show how much of this checkpoint is written, unless that is done in the background."""
+        if self.background:
+            yield
+            return
+        sharded = any(tuple(piece.rows.shape) != tuple(piece.shape) for piece in pieces.values())
+        writers = self.comm.ranks.world_size if sharded else 1
+        total = writers * sum(piece.rows.nbytes for piece in pieces.values())
+        with (
+            bars.bar("saving", total, unit="bytes", brief=True) as show,
+            growth(show, _partial(self.root, step), total),
+        ):
+            yield
 
     def wait(self) -> None:
         """Wait until the last save is done. Raises its error."""

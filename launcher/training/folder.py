@@ -16,6 +16,7 @@ from typing import Any
 from launcher.config import Config
 from launcher.files import allow_by_umask, digest, disk_errors, read_json, read_or_empty, sync, write_atomically
 from launcher.processes import Communicator, Ranks, nodes_without
+from launcher.progress import growth, silent
 from launcher.training import checkpoint
 from launcher.training.changes import changes
 from launcher.training.ownership import Ownership
@@ -250,16 +251,18 @@ def save_final(
     output: Path,
     config: Config,
     add_files: Callable[[Path], None] = lambda folder: None,
+    show: Callable[[int], None] = silent,
 ) -> Path:
     """Write the final PEFT folder, or the whole model for full fine-tuning; an older one is renamed.
 
-    add_files writes what else belongs into the folder.
+    add_files writes what else belongs into the folder. show is told how many bytes are written.
     """
     final = _final_folder(config, output)
     partial = final.with_suffix(".tmp")
     with disk_errors("the trained parameters", output, "run the same command again with more space"):
         shutil.rmtree(partial, ignore_errors=True)
-        model.save_pretrained(str(partial), state_dict=whole)
+        with growth(show, partial, sum(tensor.nbytes for tensor in whole.values())):
+            model.save_pretrained(str(partial), state_dict=whole)
         add_files(partial)
         lines = (f"{checksum}  {name}\n" for name, checksum in _checksums(partial).items())
         (partial / CHECKSUMS).write_text("".join(lines))

@@ -224,13 +224,14 @@ class _Loop:
         pieces, keep_last, best = training.engine.pieces(), self.config.run.keep_last, state.best_step
         world_size = training.comm.ranks.world_size
         meta = {"identity": training.identity, "progress": dict(vars(state)), "world_size": world_size}
-        if self.events is None:
-            saver.save(state.step, pieces, meta)
-        else:
-            training.ownership.check()
-            meta["events"] = self.events.seal()
-            prune_old = lambda: prune(saver.root, keep_last, best)  # noqa: E731
-            saver.save(state.step, pieces, meta, before=self.events.sync, after=prune_old)
+        with saver.bar(training.screen, state.step, pieces):
+            if self.events is None:
+                saver.save(state.step, pieces, meta)
+            else:
+                training.ownership.check()
+                meta["events"] = self.events.seal()
+                prune_old = lambda: prune(saver.root, keep_last, best)  # noqa: E731
+                saver.save(state.step, pieces, meta, before=self.events.sync, after=prune_old)
         self.saved = state.step
 
 
@@ -341,6 +342,7 @@ def evaluation_of(training: Training) -> Evaluation:
         gathers=engine.gathers,
         add_up=add_up,
         interrupted=lambda: stop_agreed(training),
+        bar=training.screen.bar,
     )
 
 

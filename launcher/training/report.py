@@ -9,23 +9,21 @@ import os
 import re
 import sys
 import time
-from collections.abc import Iterator
-from contextlib import contextmanager, suppress
+from contextlib import suppress
 from pathlib import Path
 from typing import IO, Any, cast
 
 import torch
 from rich.console import Console
 from rich.panel import Panel
-from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 from rich.table import Table
 from rich.text import Text
 
 from launcher.files import open_regular, parse_json, replacing, write_atomically
+from launcher.progress import Bars
 from launcher.text import printable
 
 log = logging.getLogger(__name__)
-LINE_EVERY_S = 5.0
 
 
 class Events:
@@ -104,14 +102,14 @@ def _bytes_of(file: Path) -> bytes:
         return b""
 
 
-class Screen:
-    """Progress and results for a person; with is_main False nothing is shown.
+class Screen(Bars):
+    """Progress bars and results for a person; with is_main False nothing is shown.
 
     Text of files and models is never markup, and its control characters are written out.
     """
 
     def __init__(self, is_main: bool):
-        self.console = Console(file=cast(IO[str], _Output()), quiet=not is_main)
+        super().__init__(Console(file=cast(IO[str], _Output()), quiet=not is_main))
         logging.basicConfig(handlers=[_Notes(self)], level=logging.WARNING, format="%(message)s", force=True)
         logging.captureWarnings(True)
         if not is_main:
@@ -125,29 +123,6 @@ class Screen:
     def banner(self, text: str) -> None:
         """A framed text that must not be overlooked."""
         self.console.print(Panel(Text(printable(text)), border_style="yellow"))
-
-    @contextmanager
-    def bar(self, what: str, total: int, done: int = 0) -> Iterator[Any]:
-        """A progress bar as a function (done, note, of); without a terminal, a line every few seconds.
-
-        A total of 0 is not known yet: nothing is shown until `of` gives it.
-        """
-        if not self.console.is_terminal:
-            yield _Lines(self, what, total, done)
-            return
-        columns = (
-            TextColumn("{task.description}", markup=False),
-            BarColumn(bar_width=None),
-            TextColumn("{task.completed}/{task.total} {task.fields[note]}", markup=False),
-            TimeRemainingColumn(),
-        )
-        with Progress(*columns, console=self.console, expand=True) as progress:
-            task = progress.add_task(what, total=total, completed=done, note="", visible=total > 0)
-
-            def show(completed: int, note: str = "", of: int = total) -> None:
-                progress.update(task, completed=completed, total=of, note=printable(note), visible=True)
-
-            yield show
 
     def table(self, title: str, header: list[str], rows: list[list[str]]) -> None:
         table = Table(title=title, title_justify="left", show_lines=len(header) > 3)
@@ -188,20 +163,6 @@ class _Notes(logging.Handler):
         if record.name == "py.warnings":  # file:line: Category: message, then a line of source
             text = re.sub(r"^.*?:\d+: ", "", text.partition("\n  ")[0])
         self.screen.console.print(label + Text(printable(text)), soft_wrap=True)
-
-
-class _Lines:
-    """Progress without a terminal, such as in a log file: a line every few seconds, and one at the end."""
-
-    def __init__(self, screen: Screen, what: str, total: int, done: int):
-        self.screen, self.what, self.total = screen, what, total
-        self.shown, self.last = done, time.monotonic()
-
-    def __call__(self, done: int, note: str = "", of: int | None = None) -> None:
-        now, total = time.monotonic(), of or self.total
-        if done != self.shown and (done == total or now - self.last > LINE_EVERY_S):
-            self.shown, self.last = done, now
-            self.screen.say(f"{self.what} {done}/{total} {note}".rstrip())
 
 
 class Throughput:

@@ -198,7 +198,12 @@ def _run(
             if samples.template is not None:
                 save_template(samples.template, tokenizer, folder)
 
-        saved = comm.from_main("adapter", lambda: str(save_final(model, whole, start.output, config, save_template_in)))
+        def save() -> str:
+            total = sum(tensor.nbytes for tensor in whole.values())
+            with screen.bar("saving", total, unit="bytes", brief=True) as show:
+                return str(save_final(model, whole, start.output, config, save_template_in, show))
+
+        saved = comm.from_main("adapter", save)
         state.write("finished")  # before the report, which shows it
         _report(training, Path(saved), time.monotonic() - started)
     return status

@@ -1,7 +1,6 @@
 """`loldu factorize` and `loldu cache`: output and exit codes."""
 
 import io
-import time
 
 import pytest
 from rich.console import Console
@@ -145,14 +144,3 @@ def test_an_empty_or_absent_cache_is_no_error(tmp_path, screen):
 def test_pruning_without_or_with_negative_limits_is_refused(tmp_path, options, message):
     with pytest.raises(ValueError, match=message):
         commands.cache_prune(str(tmp_path), **options)
-
-
-def test_without_a_terminal_a_long_factorisation_prints_lines(screen, monkeypatch):
-    monkeypatch.setattr(commands, "LINE_EVERY_S", 0.01)
-
-    with commands._bar(screen) as on_progress:
-        for done in range(3):
-            time.sleep(0.02)
-            on_progress(done, 3, "layers.0.q_proj")
-
-    assert said(screen).splitlines()[0] == "factoring: 0 of 3 weights, now layers.0.q_proj"
