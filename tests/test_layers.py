@@ -51,7 +51,8 @@ MAY_IMPORT = {  # beside itself; in the order in which data flows
     },
     "launcher.models": {"adapters", "launcher.config", "launcher.engines.registry", "launcher.text"},
     "launcher.tasks": {
-        "adapters", "launcher.config", "launcher.data", "launcher.models", "launcher.progress", "launcher.tasks.registry",
+        "adapters", "launcher.config", "launcher.data", "launcher.models", "launcher.progress",
+        "launcher.tasks.registry",
     },
     "launcher.training.checkpoint_index": set(),
     "launcher.training.checkpoint": {

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
+from collections.abc import Mapping, Sequence
 from typing import Literal
 
 SHOWN = 10  # bad records that are named
@@ -19,10 +20,12 @@ class BadRecord(ValueError):
 class BadRecords:
     """The bad records of a source. With policy error they end the run, with skip they are left out."""
 
-    def __init__(self, policy: Literal["error", "skip"]):
+    def __init__(
+        self, policy: Literal["error", "skip"], first: Sequence[str] = (), kinds: Mapping[str, int] | None = None
+    ):
         self.policy = policy
-        self.first: list[str] = []
-        self.kinds: Counter[str] = Counter()
+        self.first: list[str] = list(first)
+        self.kinds: Counter[str] = Counter(kinds)
 
     def add(self, error: BadRecord) -> None:
         self.kinds[error.kind] += 1

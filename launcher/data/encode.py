@@ -10,12 +10,12 @@ from __future__ import annotations
 
 import copy
 import hashlib
+import itertools
 import json
 import logging
-from array import array
 from collections import Counter
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -25,13 +25,14 @@ from tokenizers import Tokenizer
 from torch import Tensor
 
 from launcher.config import DataConfig
-from launcher.data.bad_records import BadRecord, BadRecords
+from launcher.data.bad_records import SHOWN, BadRecord, BadRecords
 from launcher.data.chat import Rendered, Sample, many
 from launcher.data.forms import Record
 from launcher.data.templates import Template, check_template, frame, render, template_of
 
 log = logging.getLogger(__name__)
 CHUNK = 1000  # records tokenised at once: enough to keep a fast tokenizer busy, little memory
+IDS_AT_ONCE = 1 << 22
 SHORT_SEGMENT = 256  # characters; the ids of shorter ones (headers of answers, which repeat) are kept
 
 
@@ -75,6 +76,7 @@ class Encoded:
     offsets: Tensor  # (S + 1,) int64
     targets: Tensor  # (S,) int64, tokens of each sample that carry loss
     report: DataReport
+    known_digest: str | None = field(default=None, kw_only=True)  # of a file that was verified
 
     def __len__(self) -> int:
         return len(self.targets)
@@ -85,14 +87,31 @@ class Encoded:
 
     def digest(self) -> str:
         """sha256 of tokens, masks and borders: equal for equal data on every machine."""
+        if self.known_digest is not None:
+            return self.known_digest
         sha = hashlib.sha256()
         for tensor in (self.ids, self.loss, self.offsets):
-            sha.update(tensor.numpy().astype(tensor.numpy().dtype.newbyteorder("<"), copy=False).tobytes())
+            sha.update(little_endian(tensor.numpy()))
         return sha.hexdigest()
+
+    def distinct_ids(self) -> Tensor:
+        """The tokens that occur, ascending, int64."""
+        seen = torch.zeros(0, dtype=torch.bool)
+        for part in self.ids.split(IDS_AT_ONCE):
+            here = torch.bincount(part) > 0
+            short, long = sorted((seen, here), key=len)
+            long[: len(short)] |= short
+            seen = long
+        return seen.nonzero().flatten()
+
+
+def little_endian(numbers: np.ndarray) -> Any:
+    """The bytes of an array, the same on every machine, without a copy where they are that already."""
+    return np.ascontiguousarray(numbers, numbers.dtype.newbyteorder("<")).view(np.uint8).data
 
 
 def encode(records: Sequence[Record], tokenizer: Any, config: DataConfig, template: Template | None = None) -> Encoded:
-    """Tokenise bos + prompt + answer + eos (a chat template writes its own marks).
+    """Tokenise bos + prompt + answer + eos (a chat template writes its own marks), all in memory.
 
     The whole text of a sample is tokenised at once, as `apply_chat_template(tokenize=True)` does, and the borders of
     the loss are mapped to tokens by their offsets. A token that lies on both sides of a border carries loss.
@@ -101,49 +120,121 @@ def encode(records: Sequence[Record], tokenizer: Any, config: DataConfig, templa
     records that the template cannot carry, unless config.on_bad_record is skip.
     """
     assert records
-    template = template or template_of(config, records[0], tokenizer)
-    check_template(template, conversations="messages" in records[0])
-    head, tail = frame(template, tokenizer)
-    seen, bad = _Seen(tokenizer), BadRecords(config.on_bad_record)
-    ids, loss, offsets, targets = array("i"), bytearray(), [0], []
-    samples, truncated, shortest = 0, 0, None
-    for start in range(0, len(records), CHUNK):
+    encoder = Encoder(records[0], tokenizer, config, template)
+    parts = [encoder.part(records[start : start + CHUNK]) for start in range(0, len(records), CHUNK)]
+    report = encoder.report([part.tally for part in parts], len(records))
+    report.log()
+    lengths, targets, ids, loss = (torch.from_numpy(np.concatenate([part[i] for part in parts])) for i in (0, 1, 2, 3))
+    return Encoded(
+        ids=ids,
+        loss=loss,
+        offsets=torch.cat([torch.zeros(1, dtype=torch.int64), lengths.cumsum(0)]),
+        targets=targets,
+        report=report,
+    )
+
+
+@dataclass
+class Tally:
+    """What is counted of some records, for the report and the log. JSON holds it."""
+
+    samples: int = 0
+    kept: int = 0
+    tokens: int = 0
+    target_tokens: int = 0
+    truncated: int = 0
+    shortest: int | None = None  # tokens up to the first of the answer, of the samples that are dropped
+    bad: list[str] = field(default_factory=list)  # the first records that the template refuses
+    bad_kinds: dict[str, int] = field(default_factory=dict)
+    left_out: dict[str, int] = field(default_factory=dict)  # what the chat template does not write
+    split: int = 0  # conversations that became several samples
+    last_characters: int = 0
+    all_characters: int = 0
+    answers: int = 0
+    joined: int = 0  # answers that the tokenizer joins with their prompt
+    first_joined: str = ""
+    whole: int = 0  # samples that were not cut
+    stopped: int = 0  # those with an answer that ends in a token that stops generation
+
+    def add(self, later: Tally) -> None:
+        """Count what was counted of the records after these."""
+        found = [shortest for shortest in (self.shortest, later.shortest) if shortest is not None]
+        self.shortest = min(found, default=None)
+        self.bad = (self.bad + later.bad)[:SHOWN]
+        self.first_joined = self.first_joined or later.first_joined
+        for name in ("bad_kinds", "left_out"):
+            setattr(self, name, dict(Counter(getattr(self, name)) + Counter(getattr(later, name))))
+        for name in (
+            "samples", "kept", "tokens", "target_tokens", "truncated", "split", "last_characters", "all_characters",
+            "answers", "joined", "whole", "stopped",
+        ):  # fmt: skip
+            setattr(self, name, getattr(self, name) + getattr(later, name))
+
+
+class Part(NamedTuple):
+    """The samples of some records, end to end."""
+
+    lengths: np.ndarray  # (S,) int64
+    targets: np.ndarray  # (S,) int64
+    ids: np.ndarray  # (T,) int32
+    loss: np.ndarray  # (T,) bool
+    tally: Tally
+
+
+class Encoder:
+    """What turns records into samples, part by part; the parts do not depend on each other."""
+
+    def __init__(self, first: Record, tokenizer: Any, config: DataConfig, template: Template | None = None):
+        self.template = template or template_of(config, first, tokenizer)
+        check_template(self.template, conversations="messages" in first)
+        self.tokenizer, self.config = tokenizer, config
+        self.head, self.tail = frame(self.template, tokenizer)
+        self.seen = _Seen(tokenizer)
+
+    def part(self, records: Sequence[Record]) -> Part:
+        """The samples of these records."""
+        seen, config, bad = self.seen, self.config, BadRecords(self.config.on_bad_record)
+        seen.tally = tally = Tally()
+        ids, loss = [np.zeros(0, dtype=np.int32)], [np.zeros(0, dtype=np.bool_)]
         with many("rendering the chat template"):
-            rendered = [seen.add(one) for one in _render(records[start : start + CHUNK], template, tokenizer, bad)]
-        for sample_ids, answers in _tokenise([each for one in rendered for each in one.samples], seen, head, tail):
-            samples += 1
-            needed = answers.index(True) + 1
+            rendered = [seen.add(one) for one in _render(records, self.template, self.tokenizer, bad)]
+        samples = [each for one in rendered for each in one.samples]
+        for sample_ids, answers in _tokenise(samples, seen, self.head, self.tail):
+            tally.samples += 1
+            needed = int(answers.argmax()) + 1
             if needed > config.max_length:
-                shortest = min(needed, shortest or needed)
+                tally.shortest = min(needed, tally.shortest or needed)
                 continue
             if len(sample_ids) <= config.max_length:
                 seen.count_stop(sample_ids, answers)
-            truncated += len(sample_ids) > config.max_length
-            del sample_ids[config.max_length :], answers[config.max_length :]
+            tally.truncated += len(sample_ids) > config.max_length
             if config.loss_on == "all":
-                answers = [False] + [True] * (len(answers) - 1)
-            ids.extend(sample_ids)
-            loss.extend(answers)
-            offsets.append(len(ids))
-            targets.append(sum(answers))
-    left_out = bad.tell("the records", len(records))
-    if not targets:
-        raise ValueError(
-            f"no sample is left: the prompt alone of all {samples} records fills --max-length {config.max_length}"
-            f"; the shortest needs --max-length {shortest} for the first token of its answer"
-        )
-    report = DataReport(
-        samples, len(targets), truncated, samples - len(targets), len(ids), sum(targets), config.max_length,
-        (*([left_out] if left_out else []), *seen.notes(template)),
-    )  # fmt: skip
-    report.log()
-    return Encoded(
-        ids=torch.from_numpy(np.frombuffer(ids, dtype=np.int32)),
-        loss=torch.from_numpy(np.frombuffer(loss, dtype=np.bool_)),
-        offsets=torch.tensor(offsets),
-        targets=torch.tensor(targets),
-        report=report,
-    )
+                answers[1:] = True
+            ids.append(sample_ids[: config.max_length])
+            loss.append(answers[: config.max_length])
+        lengths = np.array([len(each) for each in ids[1:]], dtype=np.int64)
+        targets = np.array([np.count_nonzero(each) for each in loss[1:]], dtype=np.int64)
+        tally.kept, tally.tokens, tally.target_tokens = len(lengths), int(lengths.sum()), int(targets.sum())
+        tally.bad, tally.bad_kinds = bad.first, dict(bad.kinds)
+        return Part(lengths, targets, np.concatenate(ids), np.concatenate(loss), tally)
+
+    def report(self, tallies: Iterable[Tally], records: int) -> DataReport:
+        """The report of all parts, in order. Raises ValueError for bad records and where nothing is left to learn."""
+        total = Tally()
+        for tally in tallies:
+            total.add(tally)
+        bad = BadRecords(self.config.on_bad_record, total.bad, Counter(total.bad_kinds))
+        left_out, most = bad.tell("the records", records), self.config.max_length
+        if not total.kept:
+            raise ValueError(
+                f"no sample is left: the prompt alone of all {total.samples} records fills --max-length {most}"
+                f"; the shortest needs --max-length {total.shortest} for the first token of its answer"
+            )
+        notes = (*([left_out] if left_out else []), *self.seen.notes(total, self.template))
+        return DataReport(
+            total.samples, total.kept, total.truncated, total.samples - total.kept, total.tokens, total.target_tokens,
+            most, notes,
+        )  # fmt: skip
 
 
 def _render(records: Sequence[Record], template: Template, tokenizer: Any, bad: BadRecords) -> Iterator[Rendered]:
@@ -164,8 +255,8 @@ class _Tokens(NamedTuple):
 
 def _tokenise(
     samples: list[Sample], seen: _Seen, head: list[int], tail: list[int]
-) -> Iterator[tuple[list[int], list[bool]]]:
-    """(token ids, whether each carries loss) of each sample."""
+) -> Iterator[tuple[np.ndarray, np.ndarray]]:
+    """(token ids, whether each carries loss) of each sample: (N,) int32 and bool."""
     tokens = seen.tokens([sample.text for sample in samples], [_borders(sample) for sample in samples])
     spans = []
     for sample, found in zip(samples, tokens, strict=True):
@@ -184,13 +275,13 @@ def _tokenise(
         if number in joined:
             prompt, answer = joined[number]
             found, places = _Tokens(prompt + answer, found.begins, found.ends), [(len(prompt), len(prompt + answer))]
-        answers = [False] * (len(head) + len(found.ids)) + [True] * len(tail)
+        whole = np.array(head + found.ids + tail, dtype=np.int32)
+        answers = np.zeros(len(whole), dtype=np.bool_)
+        answers[len(head) + len(found.ids) :] = True
         for first, end in places:
-            answers[len(head) + first : len(head) + end] = [True] * (end - first)
-        whole = head + found.ids + tail
-        if whole:
-            answers[0] = False  # nothing stands before the first token to predict it from
-        if True not in answers:
+            answers[len(head) + first : len(head) + end] = True
+        answers[:1] = False  # nothing stands before the first token to predict it from
+        if not answers.any():
             raise ValueError(
                 f"the sample that begins {sample.text!r:.50} has no token of an answer, although its text has one: "
                 f"the tokenizer makes {len(whole)} tokens of the text; look at the template and its "
@@ -212,18 +303,17 @@ class _Seen:
         self.stop = stop_ids(tokenizer)
         self.added = np.array(sorted(tokenizer.added_tokens_decoder), dtype=np.int64)
         self.segments: dict[str, list[int]] = {}
-        self.dropped: Counter[str] = Counter()
-        self.split, self.last_characters, self.all_characters = 0, 0, 0
-        self.answers, self.joined, self.first_joined = 0, 0, ""
-        self.whole, self.stopped = 0, 0
+        self.tally = Tally()  # of the part at work
 
     def add(self, rendered: Rendered) -> Rendered:
         """Count what became of a record."""
-        self.dropped += rendered.dropped
+        tally = self.tally
+        for what, count in rendered.dropped.items():
+            tally.left_out[what] = tally.left_out.get(what, 0) + count
         if rendered.split:
-            self.split += 1
-            self.last_characters += len(rendered.samples[-1].text)
-            self.all_characters += sum(len(sample.text) for sample in rendered.samples)
+            tally.split += 1
+            tally.last_characters += len(rendered.samples[-1].text)
+            tally.all_characters += sum(len(sample.text) for sample in rendered.samples)
         return rendered
 
     def tokens(self, texts: list[str], borders: list[list[int]]) -> list[_Tokens]:
@@ -231,9 +321,17 @@ class _Seen:
             return []
         if self.offsets is None:
             return [self._by_prefixes(*each) for each in zip(texts, borders, strict=True)]
-        found = self.offsets(texts, add_special_tokens=False, return_offsets_mapping=True, verbose=False)
+        found = self.offsets(
+            texts,
+            add_special_tokens=False,
+            return_offsets_mapping=True,
+            return_attention_mask=False,
+            return_token_type_ids=False,
+            verbose=False,
+        )
+        flat = itertools.chain.from_iterable
         return [
-            _Tokens(ids, *np.array(offsets, dtype=np.int64).reshape(-1, 2).T)
+            _Tokens(ids, *np.fromiter(flat(offsets), dtype=np.int64, count=2 * len(ids)).reshape(-1, 2).T)
             for ids, offsets in zip(found["input_ids"], found["offset_mapping"], strict=True)
         ]
 
@@ -275,15 +373,15 @@ class _Seen:
         self.segments |= {segment: made for segment, made in ids.items() if len(segment) < SHORT_SEGMENT}
         apart = {}
         for number, segment, expected, start in checks:
-            self.answers += 1
+            self.tally.answers += 1
             if (self.segments[segment] if segment in self.segments else ids[segment]) == expected:
                 continue
             text = samples[number].text
             if free and (answer := self._continued(text[start:])) is not None:
                 apart[number] = self._ids(text[:start]), answer
                 continue
-            self.joined += 1
-            self.first_joined = self.first_joined or f"{segment[-10:]!r} and {text[start : start + 20]!r}"
+            self.tally.joined += 1
+            self.tally.first_joined = self.tally.first_joined or f"{segment[-10:]!r} and {text[start : start + 20]!r}"
         return apart
 
     def _continued(self, text: str) -> list[int] | None:
@@ -294,28 +392,28 @@ class _Seen:
                 return both[len(alone) :]
         return None
 
-    def count_stop(self, ids: list[int], answers: list[bool]) -> None:
+    def count_stop(self, ids: np.ndarray, answers: np.ndarray) -> None:
         """Count a whole sample, and whether an answer of it ends in a token that ends generation."""
-        self.whole += 1
-        ends = (i for i in range(len(ids)) if answers[i] and not (i + 1 < len(ids) and answers[i + 1]))
-        self.stopped += any(ids[i] in self.stop for i in ends)
+        self.tally.whole += 1
+        ends = answers & ~np.append(answers[1:], False)
+        self.tally.stopped += any(token in self.stop for token in ids[ends].tolist())
 
-    def notes(self, template: Template) -> Iterator[str]:
-        if self.split:
-            growth = self.all_characters / self.last_characters
+    def notes(self, total: Tally, template: Template) -> Iterator[str]:
+        if total.split:
+            growth = total.all_characters / total.last_characters
             yield (
-                f"the chat template rewrites earlier turns: {self.split:,} conversations became one sample for each "
+                f"the chat template rewrites earlier turns: {total.split:,} conversations became one sample for each "
                 f"answer, as the model is served, {growth:.2f} times the text"
             )
-        for what, count in sorted(self.dropped.items()):
+        for what, count in sorted(total.left_out.items()):
             yield f"the chat template leaves out {what}: {count:,} times"
-        if self.joined:
+        if total.joined:
             yield (
-                f"in {self.joined:,} of {self.answers:,} answers the tokenizer joins the end of the prompt with the "
-                f"beginning of the answer (the first: {self.first_joined}), so generation starts from other tokens "
+                f"in {total.joined:,} of {total.answers:,} answers the tokenizer joins the end of the prompt with the "
+                f"beginning of the answer (the first: {total.first_joined}), so generation starts from other tokens "
                 "than training: let the template end with a line break, not with a space"
             )
-        if self.whole and not self.stopped:
+        if total.whole and not total.stopped:
             names = ", ".join(repr(self.tokenizer.decode([token])) for token in sorted(self.stop)) or "none"
             yield (
                 f"no answer ends in a token that stops generation ({names}), so the model would not learn to stop: "

@@ -1,7 +1,7 @@
-"""Tokenised data on disk: one process of each machine tokenises, and later starts read its result.
+"""Tokenised data on disk, made once by all processes of a machine, and mapped into the memory of each.
 
 Each result is one file in the folder of the factor cache, tokenised/<key>.safetensors. The key is a hash of everything
-that the tokens depend on, and the file is compared with its own digest when it is read.
+that the tokens depend on. One process of each machine compares the file with its own digest when it is found.
 """
 
 from __future__ import annotations
@@ -11,42 +11,56 @@ import hashlib
 import json
 import logging
 import os
-from collections.abc import Sequence
-from contextlib import suppress
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack, suppress
 from functools import cache
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
+import numpy as np
 import tokenizers
+import torch
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 
 from launcher.config import DataConfig
-from launcher.data.encode import DataReport, Encoded, encode, stop_ids
+from launcher.data.crew import ALONE, Crew, Tick
+from launcher.data.encode import CHUNK, DataReport, Encoded, Encoder, Tally, encode, little_endian, stop_ids
 from launcher.data.forms import Record
+from launcher.data.stored import Stored
 from launcher.data.templates import frame, template_of
 from launcher.factorization.cache import put
 
 log = logging.getLogger(__name__)
 FORMAT = 2  # changes whenever `encode` gives other tokens for the same records
-TENSORS = ("ids", "loss", "offsets", "targets")
+TENSORS = {"offsets": "I64", "targets": "I64", "ids": "I32", "loss": "BOOL"}  # in the file's order, so all are aligned
+COPY_BYTES = 1 << 24
 
 
-def encode_once(records: Sequence[Record], tokenizer: Any, config: DataConfig, folder: Path) -> Encoded:
-    """`encode`, or its result from the cache in folder. Warns where the cache cannot be written."""
-    if not hasattr(tokenizer, "backend_tokenizer"):
-        return encode(records, tokenizer, config)  # a pure Python tokenizer has no content to make a key of
-    file = folder / "tokenised" / f"{_key(records, tokenizer, config)}.safetensors"
-    if (found := _read(file)) is not None:
-        found.report.log()
-        return found
-    made = encode(records, tokenizer, config)
-    about = {"report": json.dumps(dataclasses.asdict(made.report)), "digest": _digest(made)}
-    try:
-        put(folder, file, lambda partial: save_file({name: getattr(made, name) for name in TENSORS}, partial, about))
-    except ValueError as error:
-        _warn_once(f"the tokenised data cannot be kept for the next start: {error}")
-    return made
+def encode_once(
+    records: Sequence[Record], tokenizer: Any, config: DataConfig, folder: Path, crew: Crew = ALONE
+) -> Encoded:
+    """What `encode` gives, from the cache in folder, or made by the crew and mapped from its file there.
+
+    Called by all processes of the crew with the same records. Warns where the cache cannot be written. Raises the
+    errors of `encode`, on all processes.
+    """
+    if not hasattr(tokenizer, "backend_tokenizer"):  # a pure Python tokenizer has no content to make a key of
+        return crew.comm.each("data", lambda: encode(records, tokenizer, config))
+
+    def look() -> list[Any]:
+        file = folder / "tokenised" / f"{_key(records, tokenizer, config)}.safetensors"
+        return [str(file), _verified(file)]
+
+    machines = crew.led("data", look)
+    (name, digest), file = machines[0], Path(machines[0][0])
+    with ExitStack() as stack:
+        if None in [found for _, found in machines]:
+            work = stack.enter_context(crew.folder(folder))
+            made = _make(records, tokenizer, config, work, file, crew, mine=digest is None)
+            name, digest = made if digest is None else (name, digest)
+        encoded = crew.comm.each("data", lambda: _read(Path(name), digest))  # before the folder is removed
+    encoded.report.log()
+    return encoded
 
 
 @cache
@@ -54,15 +68,143 @@ def _warn_once(text: str) -> None:
     log.warning("%s", text)
 
 
-def _read(file: Path) -> Encoded | None:
-    """The file's content; None where it is missing or, with a warning, damaged."""
+def _make(
+    records: Sequence[Record], tokenizer: Any, config: DataConfig, work: Path, file: Path, crew: Crew, *, mine: bool
+) -> tuple[str, str]:
+    """Tokenise on all processes of a machine, then write the file on its first; returns its name and digest.
+
+    mine: whether this machine lacks the file; otherwise what is returned means nothing.
+    """
+
+    def tokenise(tick: Tick) -> None:
+        if mine:
+            encoder = Encoder(records[0], tokenizer, config)
+            chunks = crew.claims(work.name, -(-len(records) // CHUNK))
+            _write_part(encoder, records, chunks, work / f"part-{crew.comm.ranks.rank}", tick)
+
+    def join(tick: Tick) -> list[str]:
+        if not (mine and crew.leads):
+            return ["", ""]
+        pieces = _Pieces(work)
+        report = Encoder(records[0], tokenizer, config).report(pieces.tallies, len(records))
+        try:
+            put(file.parent.parent, file, lambda partial: pieces.write(partial, report, tick))
+            return [str(file), pieces.digest]
+        except ValueError as error:
+            _warn_once(f"the tokenised data cannot be kept for the next start: {error}")
+        made = work / "tokenised.safetensors"
+        pieces.write(made, report, tick)
+        return [str(made), pieces.digest]
+
+    own = len(records) if mine and crew.leads else 0  # the machine's total is told by its first process
+    crew.work("tokenising", own, tokenise)
+    made: list[list[str]] = []
+    crew.work("writing tokens", 0, lambda tick: made.append(join(tick)))
+    name, digest = crew.led("data", lambda: made[0])[0]
+    return name, digest
+
+
+def _write_part(encoder: Encoder, records: Sequence[Record], chunks: Iterator[int], folder: Path, tick: Tick) -> None:
+    """Tokenise these chunks one after the other, into files of a folder, and an index of what they hold."""
+    # A fast tokenizer would take all cores for itself, as many times as there are processes: as many as torch takes.
+    os.environ.setdefault("RAYON_NUM_THREADS", str(torch.get_num_threads()))
+    folder.mkdir()
+    index, done = [], 0
+    with ExitStack() as stack:
+        files = {name: stack.enter_context(open(folder / name, "xb")) for name in ("lengths", "targets", "ids", "loss")}
+        for chunk in chunks:
+            some = records[chunk * CHUNK : (chunk + 1) * CHUNK]
+            part = encoder.part(list(some))
+            for name, opened in files.items():
+                opened.write(little_endian(getattr(part, name)))
+            index.append([chunk, dataclasses.asdict(part.tally)])
+            done += len(some)
+            tick(done)
+    (folder / "index.json").write_text(json.dumps(index))
+
+
+class _Pieces:
+    """The files of all processes of a machine, to be written as one."""
+
+    def __init__(self, work: Path):
+        chunks: list[tuple[int, Path, Tally, int, int]] = []  # number, folder, counts, samples and tokens before it
+        for folder in sorted(work.glob("part-*")):
+            samples = tokens = 0
+            for number, tally in json.loads((folder / "index.json").read_text()):
+                counted = Tally(**tally)
+                chunks.append((number, folder, counted, samples, tokens))
+                samples, tokens = samples + counted.kept, tokens + counted.tokens
+        self.chunks = sorted(chunks, key=lambda chunk: chunk[0])
+        self.tallies = [tally for _, _, tally, _, _ in self.chunks]
+        self.digest = ""  # of what was written: `Encoded.digest`
+
+    def write(self, file: Path, report: DataReport, tick: Tick) -> None:
+        """Write the file that `_read` reads, a little at a time."""
+        lengths, targets = (self._counts(name) for name in ("lengths", "targets"))
+        offsets = np.concatenate([np.zeros(1, dtype=np.int64), lengths.cumsum()])
+        sizes = {"offsets": len(offsets), "targets": len(targets), "ids": report.tokens, "loss": report.tokens}
+        sha = hashlib.sha256()
+        header_size = len(_header(sizes, report, "0" * 64))
+        with open(file, "xb") as opened:
+            opened.seek(header_size)
+            opened.write(little_endian(offsets))
+            opened.write(little_endian(targets))
+            for done, name in enumerate(("ids", "loss")):
+                for data in self._bytes(name):
+                    opened.write(data)
+                    sha.update(data)
+                tick(done)
+            sha.update(little_endian(offsets))
+            self.digest = sha.hexdigest()
+            header = _header(sizes, report, _with_targets(self.digest, targets))
+            assert len(header) == header_size
+            opened.seek(0)
+            opened.write(header)
+
+    def _counts(self, name: str) -> np.ndarray:
+        found = [
+            np.fromfile(folder / name, dtype="<i8", count=tally.kept, offset=8 * samples)
+            for _, folder, tally, samples, _ in self.chunks
+        ]
+        return np.concatenate(found)
+
+    def _bytes(self, name: str) -> Iterator[bytes]:
+        width, opened = {"ids": 4, "loss": 1}[name], dict[Path, BinaryIO]()
+        with ExitStack() as stack:
+            for _, folder, tally, _, tokens in self.chunks:
+                if folder not in opened:
+                    opened[folder] = stack.enter_context(open(folder / name, "rb"))
+                opened[folder].seek(width * tokens)
+                left = width * tally.tokens
+                while left:
+                    data = opened[folder].read(min(left, COPY_BYTES))
+                    assert data, f"{folder / name} is shorter than its index says"
+                    left -= len(data)
+                    yield data
+
+
+def _header(sizes: dict[str, int], report: DataReport, digest: str) -> bytes:
+    """The beginning of a safetensors file with these tensors one after the other."""
+    about = {"report": json.dumps(dataclasses.asdict(report)), "digest": digest}
+    header: dict[str, Any] = {"__metadata__": about}
+    at = 0
+    for name, dtype in TENSORS.items():
+        end = at + sizes[name] * {"I64": 8, "I32": 4, "BOOL": 1}[dtype]
+        header[name] = {"dtype": dtype, "shape": [sizes[name]], "data_offsets": [at, end]}
+        at = end
+    text = json.dumps(header).encode()
+    text += b" " * (-len(text) % 8)
+    return len(text).to_bytes(8, "little") + text
+
+
+def _verified(file: Path) -> str | None:
+    """The digest of the tokens in a file; None where it is missing or, with a warning, damaged."""
     try:
         with safe_open(file, framework="pt") as opened:
-            about = opened.metadata()
-            report = json.loads(about["report"])
-            report["notes"] = tuple(report["notes"])
-            found = Encoded(**{name: opened.get_tensor(name) for name in TENSORS}, report=DataReport(**report))
-        if _digest(found) != about["digest"]:
+            expected = opened.metadata()["digest"]
+        found = _read(file, None)
+        digest = found.digest()
+        if _with_targets(digest, found.targets.numpy()) != expected:
             raise ValueError("its tokens differ from their digest")
     except FileNotFoundError:
         return None
@@ -71,18 +213,33 @@ def _read(file: Path) -> Encoded | None:
         return None
     with suppress(OSError):  # the cache is pruned by the time of last use
         os.utime(file)
-    return found
+    return digest
 
 
-def _digest(encoded: Encoded) -> str:
-    return hashlib.sha256(f"{encoded.digest()} {encoded.targets.tolist()}".encode()).hexdigest()
+def _read(file: Path, digest: str | None) -> Encoded:
+    """The file's content, mapped and not read; digest: of its tokens, where they have been verified."""
+    with safe_open(file, framework="pt") as opened:
+        report = json.loads(opened.metadata()["report"])
+        report["notes"] = tuple(report["notes"])
+        tensors = {name: opened.get_tensor(name) for name in TENSORS}
+    return Encoded(**tensors, report=DataReport(**report), known_digest=digest)
+
+
+def _with_targets(digest: str, targets: np.ndarray) -> str:
+    return hashlib.sha256(f"{digest} {targets.tolist()}".encode()).hexdigest()
 
 
 def _key(records: Sequence[Record], tokenizer: Any, config: DataConfig) -> str:
+    """sha256 of the JSON text of everything that the tokens depend on, the records last."""
     template = template_of(config, records[0], tokenizer)
     depends_on = [
         FORMAT, tokenizers.__version__, tokenizer.backend_tokenizer.to_str(), str(tokenizer.special_tokens_map),
         template, frame(template, tokenizer), sorted(stop_ids(tokenizer)), config.max_length, config.loss_on,
-        config.on_bad_record, list(records),
+        config.on_bad_record, [],
     ]  # fmt: skip
-    return hashlib.sha256(json.dumps(depends_on, sort_keys=True).encode()).hexdigest()
+    sha = hashlib.sha256(json.dumps(depends_on, sort_keys=True).removesuffix("]]").encode())
+    each: Callable[[], Iterator[str]] = lambda: (json.dumps(record, sort_keys=True) for record in records)  # noqa: E731
+    for number, text in enumerate(records.sorted_json() if isinstance(records, Stored) else each()):
+        sha.update(f", {text}".encode() if number else text.encode())
+    sha.update(b"]]")
+    return sha.hexdigest()

@@ -22,9 +22,11 @@ import json
 import logging
 import os
 import re
+import shutil
 import time
-from collections.abc import Callable, Mapping
-from contextlib import suppress
+import uuid
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple, TypeVar
 
@@ -54,6 +56,7 @@ TYPES: Mapping[str, type | tuple[type, ...]] = {  # of a header's fields
     "key": str, "checksums": dict, "name": str, "method": str, "dtype": str, "rank": int, "shape": list,
     "residual": (int, float), "versions": dict,
 }  # fmt: skip
+WORK = re.compile(r"\.[0-9a-f]{32}\.work")  # a folder of files in progress
 ABANDONED_S = 3600.0  # a temporary file this old belongs to a process that was killed
 
 
@@ -221,6 +224,14 @@ def prune(folder: Path, max_bytes: float | None = None, older_than_s: float | No
     for file in sorted(file for name in FOLDERS for file in _files(folder / name, LEFT_OVER)):
         if file.suffix == ".damaged" or now - _used(file) > ABANDONED_S:
             removed, freed = removed + 1, freed + _remove(file)
+    for work in _files(folder / "tokenised", WORK):
+        parts: list[Path] = []
+        with suppress(OSError):  # its job has just ended
+            parts = [work, *work.iterdir()] if not work.is_symlink() else []
+        if parts and now - max(map(_used, parts)) > ABANDONED_S:
+            freed += sum(map(_size, parts[1:]))
+            removed += len(parts) - 1
+            shutil.rmtree(work, ignore_errors=True)
     files = sorted((file for kind in KINDS for file in _files(folder / kind, ENTRY)), key=_used)
     left = sum(_size(file) for file in files)
     for file in files:
@@ -331,15 +342,29 @@ def _rows(opened: Any, entry: Entry, name: str, rows: slice) -> Tensor:
 
 def put(folder: Path, file: Path, write: Callable[[Path], Any]) -> None:
     """Write a file of this cache through write(temporary name), then rename it. Raises ValueError as `store` does."""
+    with _writing(folder):
+        file.parent.mkdir(parents=True, exist_ok=True)
+        with replacing(file) as temporary:
+            write(temporary)
+
+
+def working_folder(folder: Path) -> Path:
+    """A new folder in this cache for files of a work in progress, to be removed by the caller. Raises as `store`."""
+    made = folder / "tokenised" / f".{uuid.uuid4().hex}.work"
+    with _writing(folder):
+        made.mkdir(parents=True)
+    return made
+
+
+@contextmanager
+def _writing(folder: Path) -> Iterator[None]:
     free = "free some with `loldu cache prune --max-gb X`"
     with disk_errors("cache files", folder, "give another folder with --cache DIR", free=free):
         # For its owner alone: to share a cache, make its folder with the permissions that it should have.
         folder.mkdir(mode=0o700, parents=True, exist_ok=True)
         with suppress(FileExistsError), open(folder / MARK, "x") as mark:
             mark.write(MARK_TEXT)
-        file.parent.mkdir(parents=True, exist_ok=True)
-        with replacing(file) as temporary:
-            write(temporary)
+        yield
 
 
 def _files(folder: Path, pattern: re.Pattern[str]) -> list[Path]:

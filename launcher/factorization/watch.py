@@ -28,11 +28,13 @@ class Watch:
         self.on_progress = on_progress
         self.heard: dict[Any, tuple[int, float]] = {}  # rank -> its last heartbeat and when it changed
         self.told = False
+        self.left = False  # whether a rank has set own["left"]: it has failed, and tells so when all have stopped
 
     def beat(self, done: int, weight: str, finished: bool = False) -> bool:
         """Post what this rank is doing; True when all ranks have finished. Raises the error of a rank that failed."""
         self.own |= {"beat": self.own["beat"] + 1, "done": done, "weight": weight, "finished": finished}
         news = self._exchange()
+        self.left = bool(news.get("left"))
         if news["error"]:
             self.told = True
             text = news["error"]["text"]
@@ -98,6 +100,7 @@ class Watch:
             "weight": next((word["weight"] for word in words if word.get("weight")), ""),
             "error": next((word["error"] for word in words if word.get("error")), None),
             "finished": all(word.get("finished") for word in words),
+            "left": any(word.get("left") for word in words),
         }
 
     def _silent(self, who: Any, beat: int) -> bool:

@@ -17,6 +17,7 @@ from torch import Tensor
 
 from launcher.config import Config, DataConfig
 from launcher.data.batches import PackedAs, collate, target_tokens
+from launcher.data.crew import TIMEOUT_S, Crew
 from launcher.data.encode import Encoded
 from launcher.data.forms import Record
 from launcher.data.templates import Template
@@ -84,6 +85,19 @@ class Task(Protocol):
         Raises ValueError naming the record for a mistake in the data.
         """
         ...
+
+    def read_together(self, config: Config, tokenizer: Any, cache: Path, crew: Crew) -> Samples:
+        """The same, called by all processes of a run. By default one process of each machine calls `read` first, so
+        that the others find its tokens in the cache."""
+        found: list[Samples] = []
+
+        def read(now: bool) -> None:
+            if now:
+                found.append(self.read(config, tokenizer, cache))
+
+        crew.comm.together("data", lambda: read(crew.leads), TIMEOUT_S)
+        crew.comm.together("data", lambda: read(not crew.leads), TIMEOUT_S)
+        return found[0]
 
     def head(self, train: Encoded, tokenizer: Any) -> dict[str, Any] | None:
         """Settings of the classification head in the model's config; None for a model that predicts tokens."""

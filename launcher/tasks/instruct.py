@@ -15,7 +15,9 @@ from torch import Tensor
 from launcher.config import Config, DataConfig
 from launcher.data import records, templates
 from launcher.data.bad_records import BadRecord
+from launcher.data.crew import ALONE, Crew
 from launcher.data.encode import Encoded, encode
+from launcher.data.stored import store_splits, stored_splits
 from launcher.data.tokenised import encode_once
 from launcher.models.generation import answer
 from launcher.tasks.base import NextToken, Question, Samples, Table, Task
@@ -38,16 +40,22 @@ class Instruct(NextToken):
             )
 
     def read(self, config: Config, tokenizer: Any, cache: Path) -> Samples:
+        return self.read_together(config, tokenizer, cache, ALONE)
+
+    def read_together(self, config: Config, tokenizer: Any, cache: Path, crew: Crew) -> Samples:
         data = config.data
-        train, held_out = self.splits(data)
-        template = templates.template_of(data, train[0], tokenizer)
-        samples = Samples(
-            train=encode_once(train, tokenizer, data, cache),
-            held_out=encode_once(held_out, tokenizer, data, cache) if held_out else None,
-            template=template,
-        )
-        asked = held_out if data.exact_match or config.run.show_samples else []
-        return replace(samples, questions=list(questions_of(asked, template, tokenizer)))
+        with crew.folder(cache) as work:
+            crew.work("reading", 0, lambda tick: store_splits(data, work, tick) if crew.leads else None)
+            train, held_out = crew.comm.each("data", lambda: stored_splits(work))
+            template = crew.comm.each("data", lambda: templates.template_of(data, train[0], tokenizer))
+            samples = Samples(
+                train=encode_once(train, tokenizer, data, cache, crew),
+                held_out=encode_once(held_out, tokenizer, data, cache, crew) if held_out else None,
+                template=template,
+            )
+            asked = held_out if data.exact_match or config.run.show_samples else []
+            questions = crew.comm.each("data", lambda: list(questions_of(asked, template, tokenizer)))
+        return replace(samples, questions=questions)
 
     def splits(self, data: DataConfig) -> tuple[list[records.Record], list[records.Record]]:
         return records.splits_of(data)

@@ -26,6 +26,7 @@ from launcher.data import records, templates
 from launcher.data.bad_records import BadRecord, BadRecords
 from launcher.data.batches import NO_LOSS, collate
 from launcher.data.chat import many
+from launcher.data.crew import Crew
 from launcher.data.encode import DataReport, Encoded, encode
 from launcher.data.pairs import load_pairs
 from launcher.tasks.base import Batch, Layout, Samples, Task
@@ -109,6 +110,9 @@ class Prefer(Instruct):
             template=template,
             questions=list(questions_of(asked, template, tokenizer)),
         )
+
+    def read_together(self, config: Config, tokenizer: Any, cache: Path, crew: Crew) -> Samples:
+        return Task.read_together(self, config, tokenizer, cache, crew)
 
     def splits(self, data: DataConfig) -> tuple[list[records.Record], list[records.Record]]:
         """The chosen answers, for the plain loss per token."""

@@ -25,6 +25,7 @@ from adapters.checkpoint_files import list_tensors
 from launcher.availability import unavailable
 from launcher.config import Config, as_dict, data_name
 from launcher.data import batches
+from launcher.data.crew import Crew
 from launcher.data.encode import Encoded
 from launcher.data.microbatches import GlobalBatches
 from launcher.data.saved_template import save_template
@@ -55,8 +56,6 @@ from launcher.training.start import Start, begin
 from launcher.training.stop import StopRequest
 
 log = logging.getLogger(__name__)
-
-TOKENISE_S = 6 * 3600.0
 
 
 def run(
@@ -141,7 +140,8 @@ def _run(
     resolved, config, ranks = start.resolved, resolved.config, comm.ranks
     trusted = config.model.trust_remote_code
     tokenizer = comm.each("tokenizer", lambda: load_tokenizer(start.base, trust_remote_code=trusted))
-    samples = _read_in_turn(start, tokenizer)
+    crew = Crew(comm, screen.bar, stop.before_training)
+    samples = resolved.task.read_together(config, tokenizer, resolved.cache, crew)
     embedding, largest = start.bare.get_input_embeddings().weight.shape[0], int(samples.train.ids.max())
     comm.together("data", lambda: check_ids(tokenizer, largest, embedding, labels=resolved.task.labels))
     global_batches = _global_batches(config, samples.train, ranks.world_size)
@@ -166,7 +166,7 @@ def _run(
     check_context(config, model.config, context_length(model))
     base: Any = getattr(model, "get_base_model", lambda: model)()
     if not resolved.task.labels:
-        ids = samples.train.ids.long().unique().to(resolved.device)
+        ids = samples.train.distinct_ids().to(resolved.device)
         comm.each("attention", lambda: check_causal(base, engine.forward, ids))
     packed_as = _packed_as(start, engine, samples) if config.data.packing else Way()
     _introduce(start, identity, samples, engine, steps, global_batches.token_share())
@@ -213,20 +213,6 @@ def _mark_running(start: Start, state: State) -> None:
     state.write("running")
     with disk_errors("the control file", start.output, "give --output elsewhere"):
         start.stop.watch(start.output / "control")
-
-
-def _read_in_turn(start: Start, tokenizer: Any) -> Samples:
-    """One process of each machine tokenises, unless that is done already; the others then find it in the cache."""
-    comm, resolved = start.comm, start.resolved
-    found: list[Samples] = []
-
-    def read(mine: bool) -> None:
-        if mine:
-            found.append(resolved.task.read(resolved.config, tokenizer, resolved.cache))
-
-    comm.together("data", lambda: read(comm.ranks.local_rank == 0), timeout_s=TOKENISE_S)
-    comm.together("data", lambda: read(comm.ranks.local_rank != 0), timeout_s=TOKENISE_S)
-    return found[0]
 
 
 def _global_batches(config: Config, data: Encoded, world_size: int) -> GlobalBatches:
@@ -349,7 +335,7 @@ def _packed_as(start: Start, engine: Engine, samples: Samples) -> Way:
         return on_device(batch, resolved.device)
 
     ways = candidates(base.config, resolved.attention, longest)
-    ids = samples.train.ids.long().unique()
+    ids = samples.train.distinct_ids()
     return start.comm.each("packing", lambda: check_packing(base, engine.forward, ways, collate, ids, longest))
 
 

@@ -25,11 +25,12 @@ def encoded(monkeypatch):
     """The data sets that were tokenised anew."""
     made = []
 
-    def counting(records, *rest):
+    def counting(records, *rest, **how):
         made.append(records)
-        return encode.encode(records, *rest)
+        return make(records, *rest, **how)
 
-    monkeypatch.setattr(tokenised, "encode", counting)
+    make = tokenised._make
+    monkeypatch.setattr(tokenised, "_make", counting)
     return made
 
 

@@ -32,6 +32,7 @@ from launcher.processes import Ranks
 from launcher.tasks import label
 from launcher.training.loop import Clock, batch_loss, evaluate
 from launcher.training.packing import Way
+from launcher.training.report import Screen
 from launcher.training.resolve import resolve
 from launcher.training.run import run
 
@@ -58,6 +59,7 @@ def training_of(model, pad_id=0, *, train=None, held_out=None, world_size=1):
         device=torch.device("cpu"), tokenizer=SimpleNamespace(pad_token_id=pad_id), packed_as=Way(),
         engine=SimpleNamespace(model=model, gathers=False), forward=model, clock=Clock(),
         comm=SimpleNamespace(ranks=Ranks(world_size=world_size)), stop=SimpleNamespace(asked=lambda: False),
+        screen=Screen(is_main=False),
     )  # fmt: skip
 
 
