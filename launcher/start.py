@@ -7,6 +7,7 @@ import os
 import sys
 import warnings
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -136,6 +137,9 @@ def _option(name: str) -> str:
 
 
 def _start(config: Config, name: str, **settings: Any) -> int:
+    if os.environ.get("RANK", "0") == "0":  # torch and transformers take seconds to import
+        with suppress(OSError, ValueError):  # a terminal that is gone ends no run
+            print(f"starting {name}", flush=True)
     if config.model.quantize == "none":
         # PEFT imports bitsandbytes wherever it is installed, a quarter of the start-up. Here it counts as missing.
         sys.modules.setdefault("bitsandbytes", None)  # type: ignore[arg-type]
