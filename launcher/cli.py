@@ -30,6 +30,7 @@ COMMANDS: Mapping[str, Command] = {
     "cache prune": Command("launcher.factorization.commands:cache_prune", "remove the least recently used factors"),
     "generate": Command("launcher.inference.commands:generate", "generate answers with a model, adapter or run"),
     "chat": Command("launcher.inference.commands:chat", "chat with a model, adapter or run"),
+    "serve": Command("launcher.serving.commands:serve", "serve a model and its adapters over HTTP, as OpenAI does"),
     "merge": Command("launcher.inference.commands:merge", "merge an adapter into its base model"),
     "export-lora": Command("launcher.inference.commands:export_lora", "convert an adapter to LoRA, for stock PEFT"),
     "report": Command("launcher.reports.commands:report", "write the HTML report of a run, or compare several"),

@@ -1,0 +1,73 @@
+"""From messages to token ids: the chat template of an adapter, or of the base, rendered one request at a time."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from threading import Lock
+from typing import Any
+
+from launcher.data.saved_template import CHAT_TEMPLATE, as_jinja, read_template
+from launcher.data.templates import Template, check_template, load_template, prompt_ids
+from launcher.files import read_text
+from launcher.serving.errors import Refused
+from launcher.serving.protocol import Asked
+
+Messages = Sequence[Mapping[str, str]]
+# Rendering limits the memory of the whole process for a moment (launcher/data/limits.py), so two must not overlap.
+RENDERING = Lock()
+
+
+def base_template(setting: str | None, base: Path, tokenizer: Any) -> Template:
+    """The template of the base: the given one, else the one saved with it, its chat template, or alpaca."""
+    with RENDERING:
+        if setting is not None:
+            return load_template(setting, tokenizer, conversations=False)
+        saved = read_template(base)
+        return saved or load_template("chat" if tokenizer.chat_template else "auto", tokenizer, conversations=False)
+
+
+def adapter_template(folder: Path) -> Template | None:
+    """The template saved in an adapter's folder; None where there is none. Raises ValueError for a damaged one."""
+    with RENDERING:
+        saved = read_template(folder)
+        if saved is None and (folder / CHAT_TEMPLATE).is_file():
+            try:
+                text = read_text(folder / CHAT_TEMPLATE)
+            except (OSError, ValueError) as error:
+                raise ValueError(f"{folder / CHAT_TEMPLATE} cannot be read: {error}") from None
+            saved = check_template(Template("chat", jinja=text))
+        return saved
+
+
+def token_ids(asked: Asked, template: Template, tokenizer: Any) -> tuple[int, ...]:
+    """The prompt of a request. Raises Refused (400) where the template or the tokenizer cannot carry it."""
+    if asked.messages is not None:
+        try:
+            with RENDERING:
+                return tuple(chat_ids(asked.messages, template, tokenizer))
+        except ValueError as error:
+            raise Refused(400, str(error), param="messages") from None
+    if isinstance(asked.prompt, str):
+        ids = tuple(tokenizer(asked.prompt, verbose=False)["input_ids"])
+    else:
+        assert asked.prompt is not None
+        ids = asked.prompt
+        if bad := [token for token in ids if not 0 <= token < len(tokenizer)]:
+            raise Refused(400, f"prompt: {bad[0]} is no token: ids go from 0 to {len(tokenizer) - 1}", param="prompt")
+    if not ids:
+        raise Refused(400, "prompt is empty: give at least one token", param="prompt")
+    return ids
+
+
+def chat_ids(messages: Messages, template: Template, tokenizer: Any) -> list[int]:
+    """Token ids of a conversation up to where the answer begins.
+
+    A template without turns carries each question as an instruction of its own, as after `loldu merge`.
+    """
+    if template.jinja is None:
+        if len(messages) == 1 and messages[0]["role"] == "user":
+            record = {"instruction": messages[0]["content"], "input": "", "output": ""}
+            return prompt_ids(record, template, tokenizer)
+        template = template._replace(jinja=as_jinja(template, has_bos=tokenizer.bos_token_id is not None))
+    return prompt_ids({"messages": [dict(message) for message in messages]}, template, tokenizer)

@@ -1,0 +1,194 @@
+"""Run the server: listen, load the model meanwhile, follow the folders, drain on a signal."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import errno
+import logging
+import signal
+import socket
+import threading
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import uvicorn
+
+from launcher.exit_codes import DONE, FAILED
+from launcher.serving.answers import TokenTexts
+from launcher.serving.app import create_app
+from launcher.serving.catalogue import Catalogue, Served, watch
+from launcher.serving.limits import Limits, is_local
+from launcher.serving.prompts import base_template
+from launcher.serving.requests import Engine
+from launcher.serving.service import Models, Service
+
+log = logging.getLogger(__name__)
+LATE_S = 2.0  # for cancelled answers to tell their clients
+MOST_CONNECTIONS = 4096
+LOCAL_NAMES = ("localhost", "127.0.0.1", "::1")
+
+
+def listen(host: str, port: int) -> socket.socket:
+    """A socket at this address. Raises ValueError where it cannot be had."""
+    if not 0 <= port < 2**16:
+        raise ValueError(f"--port lies between 0 (any free one) and 65535, got {port}")
+    try:
+        family = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0][0]
+    except (OSError, UnicodeError) as error:
+        raise ValueError(f"--host {host} is no address of this machine ({error}): give 127.0.0.1 or 0.0.0.0") from None
+    listening = socket.socket(family, socket.SOCK_STREAM)
+    listening.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+    try:
+        listening.bind((host, port))
+        listening.listen(2048)
+    except OSError as error:
+        listening.close()
+        remedy = "give another --port" if error.errno in (errno.EADDRINUSE, errno.EACCES) else "give another --host"
+        raise ValueError(f"cannot listen at {host} port {port}: {error.strerror}; {remedy}") from None
+    return listening
+
+
+def run(
+    make_engine: Callable[[], tuple[Engine, Path]],
+    *,
+    folders: Sequence[Path],
+    host: str,
+    port: int,
+    keys: Sequence[str],
+    limits: Limits,
+    template: str | None = None,
+    watch_s: float = 2.0,
+    log_requests: bool = True,
+) -> int:
+    """Serve until a signal; returns the exit code. Raises ValueError for what the model's files are wrong in.
+
+    make_engine: loads the model; returns the engine and the base's folder. It runs while /health answers 503 already.
+    """
+    if not keys and not is_local(host):
+        raise ValueError(
+            f"--host {host} lets other machines in: give --api-key-file FILE with a key that they must know "
+            "(openssl rand -hex 24 > FILE), or leave --host at 127.0.0.1"
+        )
+    listening = listen(host, port)
+    service = Service(limits, log_requests=log_requests)
+    hosts = None if keys else tuple(dict.fromkeys((host.lower(), *LOCAL_NAMES)))
+    config = uvicorn.Config(
+        create_app(service, keys=keys, hosts=hosts), log_config=None, log_level="warning", access_log=False,
+        server_header=False, ws="none", lifespan="off", limit_concurrency=MOST_CONNECTIONS,
+        timeout_graceful_shutdown=int(limits.drain_s + LATE_S) + 1,
+    )  # fmt: skip
+    shown = f"[{host}]" if ":" in host else host
+    url = f"http://{shown}:{listening.getsockname()[1]}"
+    return asyncio.run(
+        _Run(service, uvicorn.Server(config), url).serve(make_engine, listening, folders, template, watch_s)
+    )
+
+
+class _Run:
+    """A running server: the HTTP server on the event loop, and threads that load the model and watch the folders."""
+
+    def __init__(self, service: Service, server: uvicorn.Server, url: str):
+        self.service, self.server, self.url = service, server, url
+        self.stopped = threading.Event()
+        self.cut = 0  # answers that did not end in time
+        self.failure: BaseException | None = None
+        self.draining: asyncio.Task[None] | None = None
+
+    async def serve(
+        self,
+        make_engine: Callable[[], tuple[Engine, Path]],
+        listening: socket.socket,
+        folders: Sequence[Path],
+        template: str | None,
+        watch_s: float,
+    ) -> int:
+        loop = asyncio.get_running_loop()
+        for each in (signal.SIGTERM, signal.SIGINT):
+            loop.add_signal_handler(each, self.signalled)
+        self.server.capture_signals = contextlib.nullcontext  # type: ignore[method-assign,assignment] # ours, above
+
+        def load() -> None:
+            try:
+                models = load_models(make_engine, folders, template)
+            except BaseException as error:
+                self.failure = error
+                loop.call_soon_threadsafe(setattr, self.server, "should_exit", True)
+                return
+            loop.call_soon_threadsafe(self.ready, models)
+            if folders and watch_s:
+                watch(models.catalogue, self.stopped.wait, watch_s)
+
+        thread = threading.Thread(target=load, name="adapters", daemon=True)
+        thread.start()
+        await self.server.serve(sockets=[listening])
+        self.stopped.set()
+        if self.failure is not None:
+            raise self.failure
+        if self.service.models is not None:
+            await asyncio.to_thread(self.service.models.engine.stop, 0.0)
+            self.service.models.prompts.shutdown(wait=False, cancel_futures=True)
+        log.info("stopped%s", f"; {self.cut} answers were cut short" if self.cut else "")
+        return FAILED if self.cut else DONE
+
+    def ready(self, models: Models) -> None:
+        self.service.models = models
+        count = len(models.catalogue.adapters)
+        log.info("serving %s and %d adapters at %s", models.catalogue.base.name, count, self.url)
+
+    def signalled(self) -> None:
+        """The first signal stops new requests and waits for the running ones, the second one ends them."""
+        if self.draining is None:
+            self.service.stopping = True
+            log.info("stopping: %d answers may end within %g s (a second signal ends them)", len(self.service.active),
+                     self.service.limits.drain_s)  # fmt: skip
+            self.draining = asyncio.get_running_loop().create_task(self.drain())
+        else:
+            self.end()
+            self.server.force_exit = True
+
+    async def drain(self) -> None:
+        """Wait for the running answers, then let the HTTP server close. It still answers meanwhile, with 503."""
+        deadline = asyncio.get_running_loop().time() + self.service.limits.drain_s
+        while self.service.active and not self.server.force_exit:
+            if asyncio.get_running_loop().time() > deadline:
+                self.end()
+                await asyncio.sleep(LATE_S / 2)
+                break
+            await asyncio.sleep(0.05)
+        self.server.should_exit = True
+
+    def end(self) -> None:
+        if self.service.models is not None:
+            self.cut += self.service.cut()
+
+
+def load_models(
+    make_engine: Callable[[], tuple[Engine, Path]], folders: Sequence[Path], template: str | None
+) -> Models:
+    """Load the base and the adapters. Raises ValueError for a base that does not load."""
+    engine, folder = make_engine()
+    engine.start()
+    own = base_template(template, folder, engine.tokenizer)
+    log.info("prompt template of the base: %s", own.name)
+    base = Served(engine.base_id, engine.base_id, own, int(folder.stat().st_mtime))
+    catalogue = Catalogue(engine, folders, base)
+    catalogue.refresh(first=True)
+    return Models(engine, catalogue, TokenTexts(engine.tokenizer))
+
+
+@contextlib.contextmanager
+def logging_to_stderr() -> Iterator[None]:
+    """Our log lines, and warnings of libraries, on standard error with a time."""
+    handler = logging.StreamHandler()
+    handler.setFormatter(logging.Formatter("%(asctime)s %(message)s", "%H:%M:%S"))
+    ours: Any = logging.getLogger("launcher.serving")
+    before = ours.level
+    logging.getLogger().addHandler(handler)
+    ours.setLevel(logging.INFO)
+    try:
+        yield
+    finally:
+        logging.getLogger().removeHandler(handler)
+        ours.setLevel(before)

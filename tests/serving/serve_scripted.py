@@ -1,0 +1,37 @@
+"""A server of its own process with an engine that needs no model: python serve_scripted.py DIR [option=value ...]."""
+
+import sys
+import time
+from pathlib import Path
+
+from scripted_engine import TINY, ScriptedEngine
+
+from launcher.serving.limits import Limits
+from launcher.serving.server import logging_to_stderr, run
+from launcher.start import guarded
+
+folder, options = sys.argv[1], dict(word.split("=") for word in sys.argv[2:])
+
+
+def make_engine():
+    time.sleep(float(options.get("load_s", 0)))
+    if "broken" in options:
+        raise ValueError("the base is broken: download it again")
+    engine = ScriptedEngine()
+    engine.hold_at = int(options["hold_at"]) if "hold_at" in options else None
+    return engine, TINY
+
+
+def serve():
+    with logging_to_stderr():
+        return run(
+            make_engine,
+            folders=[Path(folder)],
+            host=options.get("host", "127.0.0.1"),
+            port=int(options.get("port", 0)),
+            keys=(),
+            limits=Limits(drain_s=float(options.get("drain_s", 30))),
+        )
+
+
+sys.exit(guarded(serve))

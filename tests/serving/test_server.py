@@ -1,0 +1,209 @@
+"""The server's process: its start, its signals, its end, and its start again."""
+
+import os
+import re
+import signal
+import socket
+import subprocess
+import sys
+import threading
+import time
+from pathlib import Path
+
+import httpx
+import pytest
+from conftest import until, write_adapter
+
+from launcher.cli import main
+
+HERE = Path(__file__).parent
+CHAT = {"model": "base", "messages": [{"role": "user", "content": "hi"}]}
+
+
+class Process:
+    """A server in a process of its own; what it prints is collected."""
+
+    def __init__(self, folder, **options):
+        words = [f"{name}={value}" for name, value in options.items()]
+        environment = os.environ | {"PYTHONPATH": f"{HERE.parents[1]}:{HERE}"}
+        command = [sys.executable, str(HERE / "serve_scripted.py"), str(folder), *words]
+        self.process = subprocess.Popen(command, stderr=subprocess.PIPE, text=True, env=environment)
+        self.said = ""
+        self.reader = threading.Thread(target=self._read)
+        self.reader.start()
+
+    def _read(self):
+        for line in self.process.stderr:
+            self.said += line
+
+    def url(self):
+        until(lambda: self.process.poll() is not None or " at http://" in self.said, 60)
+        return re.search(r" at (http://\S+)", self.said)[1]
+
+    def wait(self, seconds=60):
+        code = self.process.wait(seconds)
+        self.reader.join()
+        return code
+
+
+@pytest.fixture
+def serve(tmp_path):
+    started = []
+    (tmp_path / "adapters").mkdir()
+    write_adapter(tmp_path / "adapters" / "a", template="turns")
+
+    def serve(**options):
+        started.append(Process(tmp_path / "adapters", **options))
+        return started[-1]
+
+    yield serve
+    for each in started:
+        each.process.kill()
+        each.wait()
+
+
+def ask_in_thread(url, found, **fields):
+    def ask():
+        found.append(httpx.post(f"{url}/v1/chat/completions", json=CHAT | fields, timeout=60))
+
+    thread = threading.Thread(target=ask)
+    thread.start()
+    return thread
+
+
+def active(url):
+    return "loldu_requests_active 1" in httpx.get(f"{url}/metrics").text
+
+
+@pytest.mark.slow
+def test_sigterm_lets_a_running_answer_end_and_takes_no_new_one(serve):
+    server, found = serve(hold_at=3, drain_s=1.5), []
+    url = server.url()
+    thread = ask_in_thread(url, found, max_tokens=3)  # ends at the third token, where the engine holds the others
+    thread.join()
+    thread = ask_in_thread(url, found, stream=True)
+    until(lambda: active(url))
+
+    server.process.send_signal(signal.SIGTERM)
+    until(lambda: "stopping: 1 answers" in server.said)
+    refused, health = httpx.post(f"{url}/v1/chat/completions", json=CHAT), httpx.get(f"{url}/health")
+    thread.join()
+    code = server.wait()
+
+    assert found[0].json()["choices"][0]["message"]["content"] == "bas"
+    assert (refused.status_code, health.status_code, health.json()) == (503, 503, {"status": "stopping"})
+    assert "retry-after" in refused.headers
+    assert '"code":"stopping"' in found[1].text  # it did not end within 1.5 s
+    assert code == 1
+    assert "1 answers were cut short" in server.said
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("first", [signal.SIGTERM, signal.SIGINT])
+def test_an_idle_server_ends_at_once_with_exit_code_0(serve, first):
+    server = serve()
+    url = server.url()
+    kept = httpx.Client()
+    kept.get(f"{url}/health")  # an open connection does not hold it
+
+    began = time.monotonic()
+    server.process.send_signal(first)
+
+    assert server.wait() == 0
+    assert time.monotonic() - began < 10
+    assert "stopped" in server.said
+
+
+@pytest.mark.slow
+def test_a_second_signal_ends_running_answers(serve):
+    server, found = serve(hold_at=3, drain_s=60), []
+    url = server.url()
+    thread = ask_in_thread(url, found)
+    until(lambda: active(url))
+
+    server.process.send_signal(signal.SIGTERM)
+    until(lambda: "stopping: 1 answers" in server.said)
+    server.process.send_signal(signal.SIGTERM)
+
+    assert server.wait(20) == 1
+    thread.join()
+    assert found[0].status_code == 503
+
+
+@pytest.mark.slow
+def test_a_killed_server_starts_again_on_its_port(serve):
+    server, found = serve(hold_at=3), []
+    url = server.url()
+
+    def ask():
+        with pytest.raises(httpx.HTTPError):
+            httpx.post(f"{url}/v1/chat/completions", json=CHAT, timeout=60)
+
+    thread = threading.Thread(target=ask)
+    thread.start()
+    until(lambda: active(url))
+
+    server.process.kill()
+    server.wait()
+    thread.join()
+    again = serve(port=url.rpartition(":")[2])
+
+    assert again.url() == url
+    ask_in_thread(url, found, model="a").join()
+    assert found[0].json()["choices"][0]["message"]["content"] == "a: u: hi\na: "
+
+
+@pytest.mark.slow
+def test_a_base_that_does_not_load_ends_the_server_with_one_line(serve):
+    server = serve(broken=1)
+
+    assert server.wait() == 2
+    assert server.said.splitlines()[-1] == "error: the base is broken: download it again"
+    assert "Traceback" not in server.said
+
+
+def test_other_machines_are_let_in_with_a_key_only(capsys, tmp_path, monkeypatch):
+    monkeypatch.delenv("LOLDU_API_KEY", raising=False)
+
+    code = main(["serve", "recipes/tiny/model", "--host", "0.0.0.0"])
+
+    assert code == 2
+    assert "--host 0.0.0.0 lets other machines in: give --api-key-file" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("options", "said"),
+    [
+        (["--adapters", "no/such/folder"], "--adapters no/such/folder is no folder"),
+        (["--port", "70000"], "--port lies between 0"),
+        (["--host", "no such host"], "--host no such host is no address of this machine"),
+        (["--queue", "0"], "--queue is at least 1"),
+        (["--watch-s", "-1"], "--watch-s is at least 0"),
+        (["--api-key", "short"], "at least 16 ASCII characters"),
+        (["--prot", "80"], "unknown option --prot; did you mean --port"),
+    ],
+)
+def test_a_wrong_option_is_one_line_before_the_model_is_loaded(options, said, capsys):
+    code = main(["serve", "recipes/tiny/model", *options])
+
+    lines = capsys.readouterr().err.splitlines()
+    assert code == 2
+    assert said in lines[-1]
+
+
+def test_a_port_that_is_taken_is_told(capsys):
+    with socket.create_server(("127.0.0.1", 0)) as taken:
+        code = main(["serve", "recipes/tiny/model", "--port", str(taken.getsockname()[1])])
+
+    assert code == 2
+    assert "Address already in use; give another --port" in capsys.readouterr().err
+
+
+def test_a_missing_package_is_told_with_the_command_that_installs_it(capsys, monkeypatch):
+    find = __import__("importlib.util").util.find_spec
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None if name == "uvicorn" else find(name))
+
+    code = main(["serve", "recipes/tiny/model"])
+
+    assert code == 2
+    assert "loldu serve needs uvicorn" in capsys.readouterr().err
