@@ -67,7 +67,7 @@ MAY_IMPORT = {  # beside itself; in the order in which data flows
         "launcher.main_memory",
         *BELOW_TRAINING,
     },
-    "launcher.inference": {"adapters", "launcher.text", *SMALL, *ROOMS},
+    "launcher.inference": {"adapters", "launcher.options", "launcher.text", *SMALL, *ROOMS},
     "launcher.serving": {
         "adapters", "launcher.main_memory", "launcher.options", "launcher.text", "launcher.inference", *SMALL, *ROOMS,
     },

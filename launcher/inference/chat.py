@@ -3,23 +3,18 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Iterator
 from typing import Any, TextIO
 
 import torch
 
 from launcher.data.templates import Template, prompt_ids
+from launcher.inference.conversation import Messages, converse, note
 from launcher.inference.generate import choose_template
 from launcher.inference.options import Answering
 from launcher.inference.sources import find, load
 from launcher.models.files import context_length
 from launcher.models.generation import Sampling, stream
 from launcher.text import printable
-
-Messages = list[dict[str, str]]
-HELP = (
-    "/reset clears the conversation, /system TEXT sets the system prompt, /quit or Ctrl-D exits, Ctrl-C stops an answer"
-)
 
 
 def chat(
@@ -45,27 +40,12 @@ def chat(
         raise ValueError(
             f"--system needs a chat template, and template {template.name} is none: put the text into the prompt"
         )
-    _note(HELP)
-    if not turns:
-        _note(f"template {template.name} has no turns: each line is a separate instruction")
     torch.manual_seed(how.seed)
-    history: Messages = []
-    for line in _typed(lines or sys.stdin):
-        command, _, rest = line.strip().partition(" ")
-        if command == "/quit":
-            return
-        if command == "/reset":
-            history = []
-            _note("(conversation cleared)")
-        elif command == "/system" and turns:
-            system, history = rest.strip() or None, []
-            _note(f"(system prompt {'set' if system else 'removed'}; conversation cleared)")
-        elif command == "/system":
-            _note(f"template {template.name} has no system prompt: put the text into the question")
-        elif command.startswith("/"):
-            _note(f"unknown command {command}: {HELP}")
-        elif command:
-            history = _turn(line.strip(), history, system, loaded, tokenizer, template, sampling, out)
+
+    def turn(question: str, history: Messages, system: str | None) -> Messages:
+        return _turn(question, history, system, loaded, tokenizer, template, sampling, out)
+
+    converse(turn, lines=lines or sys.stdin, system=system, without_turns=None if turns else template.name)
 
 
 def fit(
@@ -106,39 +86,15 @@ def _turn(
             context = context_length(model)
             ids, kept = fit(asked, system, template, tokenizer, context - min(sampling.max_tokens, context // 2))
             if len(kept) < len(asked):
-                _note("(the conversation no longer fits the context: its oldest part is dropped)")
+                note("(the conversation no longer fits the context: its oldest part is dropped)")
             asked = kept
         answered = stream(model, tokenizer, ids, sampling, write)
     except ValueError as error:
-        _note(str(error))
+        note(str(error))
         return history
     write("\n")
     if answered.interrupted:
-        _note("(stopped)")
+        note("(stopped)")
     elif not answered.complete:
-        _note(f"(stopped after {len(answered.ids)} tokens)")
+        note(f"(stopped after {len(answered.ids)} tokens)")
     return [*asked, {"role": "assistant", "content": answered.text}] if answered.text.strip() else history
-
-
-def _note(text: str) -> None:
-    """Print to standard error: standard output carries only answers."""
-    print(printable(text), file=sys.stderr, flush=True)
-
-
-def _typed(lines: TextIO) -> Iterator[str]:
-    """The user's lines until Ctrl-D or the end of a pipe. Ctrl-C at the prompt discards the line."""
-    interactive = lines is sys.stdin and lines.isatty()
-    if interactive:
-        import readline  # noqa: F401 (gives input() a history and line editing)
-    while True:
-        try:
-            line = input("> ") + "\n" if interactive else lines.readline()
-        except EOFError:
-            _note("")
-            line = ""
-        except KeyboardInterrupt:
-            _note("\n(/quit or Ctrl-D exits)")
-            continue
-        if not line:
-            return
-        yield line

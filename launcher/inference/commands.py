@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+from typing import Annotated
+
 from launcher.inference.options import Answering, Kind
+from launcher.options import Option
 
 
 def generate(
@@ -34,9 +37,12 @@ def generate(
 
 
 def chat(
-    model: str,
+    model: tuple[str, ...] = (),
     *,
     system: str | None = None,
+    server: str | None = None,
+    model_id: Annotated[str | None, Option(name="model")] = None,
+    api_key_file: str | None = None,
     how: Answering = Answering(),  # noqa: B008 (frozen)
 ) -> None:
     """Chat with a model in the terminal, or answer lines from a pipe.
@@ -44,11 +50,25 @@ def chat(
     Args:
         model: A model (folder, or hub name in the local cache), an adapter folder, or a run folder (runs/NAME).
         system: System prompt: the role that the model plays. Needs a chat template.
+        server: Chat with a model of a server instead (http://HOST:PORT), such as loldu serve.
+        model_id: With --server: the model or adapter to chat with. Default: the first one, the base.
+        api_key_file: With --server: file with the key that the server asks for. Default: the variable LOLDU_API_KEY.
         how: The model and its sampling.
     """
+    if server is not None:
+        if model:
+            raise ValueError(f"--server has its own models: leave {model[0]} out, or give --model ID")
+        from launcher.inference.server_chat import chat_with_server
+
+        return chat_with_server(server, model_id, how, system=system, api_key_file=api_key_file)
+    if model_id is not None or api_key_file is not None:
+        option = "--model" if model_id is not None else "--api-key-file"
+        raise ValueError(f"{option} belongs to --server URL: give the model's folder without an option")
+    if len(model) != 1:
+        raise ValueError(f"loldu chat takes one model, got {len(model)}: loldu chat MODEL, or loldu chat --server URL")
     from launcher.inference.chat import chat as run
 
-    run(model, how, system=system)
+    run(model[0], how, system=system)
 
 
 def merge(

@@ -45,6 +45,7 @@ class Service:
     limits: Limits
     models: Models | None = None  # None while the model is loaded
     stopping: bool = False
+    failed: str | None = None  # why the engine answers no more requests: /health tells, so that one restarts the server
     log_requests: bool = True
     metrics: Metrics = field(default_factory=Metrics)
     active: dict[str, Answer] = field(default_factory=dict)  # by the request's id
@@ -52,7 +53,9 @@ class Service:
 
     def state(self) -> str:
         """Why no request is taken now; empty if they are."""
-        return "stopping" if self.stopping else "loading" if self.models is None else ""
+        if self.stopping or self.failed:
+            return "stopping" if self.stopping else "failed"
+        return "loading" if self.models is None else ""
 
     @property
     def ready(self) -> Models:
@@ -93,6 +96,10 @@ class Service:
                 raise unknown_model(asked.model, known=len(models.catalogue.adapters)) from None
             except ValueError as error:
                 raise Refused(400, str(error)) from None
+            except RuntimeError as error:  # its thread has ended
+                self.failed = one_line(str(error), 300)
+                log.error("no request can be answered any more: %s", self.failed)
+                raise Refused(503, self.failed, code="failed") from None
             return answer, served
         except BaseException:
             if answer is not None:

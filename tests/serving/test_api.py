@@ -150,6 +150,21 @@ def test_health_answers_at_once_and_everything_else_waits_for_the_model(start):
     assert (ready.status_code, ready.json()) == (200, {"status": "ok"})
 
 
+def test_an_engine_that_has_failed_makes_the_server_unhealthy(start):
+    server = start()
+
+    def submit(request, emit):
+        raise RuntimeError("the engine has failed: out of memory")
+
+    server.engine.submit = submit
+    refused, health = server.chat(), server.client.get("/health")
+
+    assert refused.status_code == 503
+    assert "the engine has failed: out of memory" in refused.json()["error"]["message"]
+    assert (health.status_code, health.json()) == (503, {"status": "failed"})
+    assert not server.service.active
+
+
 def test_metrics_are_prometheus_text(start):
     server = start("pirate")
     server.chat("pirate")
