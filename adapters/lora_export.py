@@ -16,11 +16,14 @@ import torch
 from peft import LoraConfig, PeftModel, get_peft_model_state_dict
 from peft.utils.transformers_weight_conversion import (
     _MOE_TARGET_MODULE_MAPPING,
+    convert_peft_adapter_state_dict_for_transformers,
     convert_peft_config_for_transformers,
 )
 from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor
+from transformers.conversion_mapping import get_model_conversion_mapping
+from transformers.core_model_loading import WeightRenaming
 from transformers.pytorch_utils import Conv1D
 
 from adapters.layer import FactorLayer
@@ -70,7 +73,27 @@ def as_lora(model: PeftModel, adapter_name: str = "default") -> tuple[LoraConfig
         inference_mode=True,
     )
     _keep_from_experts(config, model.get_base_model(), set(ranks))
-    return config, tensors
+    return config, _as_peft_reads(model, config, tensors)
+
+
+def _as_peft_reads(model: PeftModel, config: Any, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+    """The tensors under names from which PEFT comes to these.
+
+    It renames what it reads as transformers renames an old checkpoint's tensors, and takes the patterns for regular
+    expressions: Laguna's `mlp.shared_expert.` also matches in `mlp.shared_experts.`, its new name. The old name is then
+    the one to write.
+    """
+    found = convert_peft_adapter_state_dict_for_transformers(model, config, dict(tensors))
+    base: Any = model.get_base_model()
+    every = [one for one in get_model_conversion_mapping(base) if isinstance(one, WeightRenaming)]
+    renamings = [(one.target_patterns[0], one.source_patterns[0]) for one in every]
+
+    def written(name: str, tensor: Tensor) -> str:
+        older = [name.replace(new, old) for new, old in renamings if new in name]
+        read = (convert_peft_adapter_state_dict_for_transformers(model, config, {one: tensor}) for one in older)
+        return next((one for one, names in zip(older, read, strict=True) if name in names), name)
+
+    return {name if name in found else written(name, tensor): tensor for name, tensor in tensors.items()}
 
 
 def _keep_from_experts(config: Any, base: Any, names: set[str]) -> None:

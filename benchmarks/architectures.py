@@ -138,6 +138,10 @@ OWN: dict[str, dict[str, Any]] = {
     **{kind: {"num_hidden_layers": 4} for kind in HYBRIDS},
     **dict.fromkeys(("gemma2", "gemma3_text", "gpt_oss", "cohere2", "exaone4", "olmo3"), SLIDING),
     "mistral": {"sliding_window": 24},
+    "qwen4_exp_text": {
+        "num_hidden_layers": 4, "indexer_n_heads": 2, "indexer_kv_heads": 1, "indexer_head_dim": 16,
+        "indexer_budget": 16, "indexer_compress_ratio": 4,
+    },
     "dbrx": {"ffn_config": {"moe_num_experts": 4, "moe_top_k": 2, "ffn_hidden_size": 96, "hidden_size": 64},
              "attn_config": {"kv_n_heads": 2, "clip_qkv": 8.0, "rope_theta": 10000.0}},
 }  # fmt: skip

@@ -16,6 +16,7 @@ from typing import Any
 
 import torch
 from peft import PeftConfig, PeftModel, get_peft_model_state_dict
+from peft.utils.transformers_weight_conversion import convert_peft_adapter_state_dict_for_transformers
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 from transformers import AutoConfig
@@ -265,7 +266,7 @@ def attach(model: Any, folder: Path, *, low_cpu_mem_usage: bool = False) -> Peft
         try:
             loaded = PeftModel.from_pretrained(model, str(folder), config=config, low_cpu_mem_usage=low_cpu_mem_usage)
             own = get_peft_model_state_dict(loaded, save_embedding_layers=False)
-            if more := sorted(stored - own.keys()):
+            if stored - own.keys() and (more := sorted(_read_by_peft(loaded, config, folder, stored) - own.keys())):
                 raise ValueError(foreign(folder, more))
             return loaded
         except (RuntimeError, UserWarning) as error:
@@ -274,6 +275,13 @@ def attach(model: Any, folder: Path, *, low_cpu_mem_usage: bool = False) -> Peft
                 f"adapter {folder} does not fit this base ({reason:.200}): load it on the base it was trained on, "
                 f"{config.base_model_name_or_path}"
             ) from None
+
+
+def _read_by_peft(model: PeftModel, config: PeftConfig, folder: Path, names: set[str]) -> set[str]:
+    """The names that PEFT makes of those in an adapter's file: it renames some as transformers does a checkpoint's."""
+    with safe_open(folder / ADAPTER_WEIGHTS, framework="pt") as opened:
+        tensors = {name: opened.get_tensor(name) for name in names}
+    return set(convert_peft_adapter_state_dict_for_transformers(model, config, tensors))
 
 
 def _copies_base(model: Any, name: str, tensor: Tensor) -> bool:

@@ -1,18 +1,29 @@
-"""Answers from a model, token ids in and out: greedy for many prompts at once, or one that is streamed."""
+"""Answers from a model, token ids in and out: greedy for many prompts at once, or one that is streamed.
+
+A model's cache and its padding are used where they do what whole forward passes do, which is tried once per model.
+"""
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from itertools import chain
-from typing import Any
+from typing import Any, NamedTuple
+from weakref import WeakKeyDictionary
 
 import torch
 from transformers import GenerationConfig
 from transformers.generation.streamers import BaseStreamer
 
-from launcher.models.files import context_length
+from launcher.models.files import context_length, first_line
+
+log = logging.getLogger(__name__)
+# Relative difference of logits from those of whole forward passes that rounding explains; a state that is lost, or
+# padding that is read, moves them by 0.05 and more.
+CLOSE, CLOSE_IN_16_BITS = 0.01, 0.1
+PROBED = 12  # tokens of a prompt that is tried
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -67,7 +78,10 @@ def answer(
     plenty = sorted((i for i in range(len(prompts)) if room[i] == max_tokens), key=lambda i: -len(prompts[i]))
     batches = [plenty[start : start + batch_size] for start in range(0, len(plenty), batch_size)]
     batches += [[i] for i in range(len(prompts)) if 0 < room[i] < max_tokens]  # a longer neighbour would pass the end
-    settings = _settings(Sampling(max_tokens=max_tokens), stop)
+    able = abilities(model, prompts)
+    if not able.padding:
+        batches = [part for batch in batches for part in _of_one_length(batch, prompts)]
+    settings = _settings(Sampling(max_tokens=max_tokens), stop, use_cache=able.cache)
     for batch in batches:
         width = len(prompts[batch[0]])
         ids = torch.tensor(
@@ -100,7 +114,7 @@ def stream(
             "needs room too: shorten it"
         )
     stop = stop_tokens(model, tokenizer)
-    settings = _settings(sampling, stop)
+    settings = _settings(sampling, stop, use_cache=abilities(model, [prompt]).cache)
     settings.max_new_tokens = min(sampling.max_tokens, context - len(prompt))
     pieces = _Pieces(tokenizer, stop, write)
     ids = torch.tensor([list(prompt)], device=_device(model))
@@ -112,6 +126,81 @@ def stream(
         pieces.end()
         return Answer(text=pieces.shown, ids=pieces.ids, complete=False, interrupted=True)
     return Answer(text=pieces.shown, ids=pieces.ids, complete=made[0, -1].item() in stop)
+
+
+class Abilities(NamedTuple):
+    """What of a model's generation gives what whole forward passes give."""
+
+    cache: bool  # the state or the keys of earlier tokens, kept from token to token
+    padding: bool  # masked tokens before a shorter prompt
+
+
+_known: WeakKeyDictionary[torch.nn.Module, Abilities] = WeakKeyDictionary()
+
+
+def abilities(model: Any, prompts: Sequence[Sequence[int]]) -> Abilities:
+    """What this model's generation can do, tried once per model and logged where it is less than all.
+
+    Tried on tokens of the prompts. Called by all ranks alike where a forward pass is a collective. Raises ValueError
+    where nothing works.
+    """
+    if model not in _known:
+        tokens = torch.tensor(sorted({token for prompt in prompts[:64] for token in prompt}))
+        name = type(model.get_base_model() if hasattr(model, "get_base_model") else model).__name__
+        padded, reason = _try(model, tokens, use_cache=True)
+        cache = padded is not None
+        if not cache:
+            padded, other = _try(model, tokens, use_cache=False)
+            if padded is None:
+                raise ValueError(f"a {name} does not generate here: with a cache {reason}, without one {other}")
+            log.warning("a %s generates without a cache, which is slow: with it %s", name, reason)
+        if not padded:
+            log.warning("a %s reads padding, so only prompts of equal length are answered together", name)
+        _known[model] = Abilities(cache=cache, padding=bool(padded))
+    return _known[model]
+
+
+def _try(model: Any, tokens: torch.Tensor, *, use_cache: bool) -> tuple[bool | None, str]:
+    """Whether generate gives a padded prompt the logits of whole forward passes.
+
+    None and the reason where it does not even do so for the longer prompt beside it. Another attempt has other tokens:
+    a router that is undecided between experts may send one elsewhere.
+    """
+    width = max(2, min(PROBED, context_length(model) - 3))
+    pads, device, reason = (width + 1) // 3, _device(model), ""
+    close = CLOSE if model.get_input_embeddings().weight.dtype.itemsize >= 4 else CLOSE_IN_16_BITS
+    settings = _settings(Sampling(max_tokens=3), [], use_cache=use_cache)
+    settings.return_dict_in_generate = settings.output_logits = True
+    for attempt in range(3):
+        drawn = torch.randint(len(tokens), (2, width), generator=torch.Generator().manual_seed(attempt))
+        mask = torch.ones(2, width, dtype=torch.long, device=device)
+        mask[1, :pads] = 0
+        with _plainly(model):
+            try:
+                ids = tokens[drawn].to(device)
+                made = model.generate(input_ids=ids, attention_mask=mask, generation_config=settings)
+            except Exception as error:  # code of a model, which may want another kind of cache
+                return None, f"it fails ({type(error).__name__}: {first_line(error)})"
+            apart = []
+            for row, begin in enumerate((0, pads)):
+                text = made.sequences[row, begin:-1][None]
+                whole = _finite(model(input_ids=text, use_cache=False).logits[0, -3:])
+                found = _finite(torch.stack([step[row] for step in made.logits]))
+                apart.append(float((found - whole).norm() / whole.norm()))
+        if apart[0] <= close:
+            return apart[1] <= close, ""
+        reason = f"its logits are {apart[0]:.2g} from those of whole forward passes"
+    return None, reason
+
+
+def _finite(logits: torch.Tensor) -> torch.Tensor:
+    """Zero in place of what masks a token out."""
+    return logits.float().where(logits.abs() < 1e4, 0)
+
+
+def _of_one_length(batch: Sequence[int], prompts: Sequence[Sequence[int]]) -> list[list[int]]:
+    lengths = dict.fromkeys(len(prompts[i]) for i in batch)
+    return [[i for i in batch if len(prompts[i]) == length] for length in lengths]
 
 
 def _device(model: Any) -> torch.device:
@@ -169,7 +258,7 @@ def _plainly(model: Any) -> Iterator[None]:
         model.train(training)
 
 
-def _settings(sampling: Sampling, stop: Sequence[int]) -> GenerationConfig:
+def _settings(sampling: Sampling, stop: Sequence[int], *, use_cache: bool) -> GenerationConfig:
     drawn = sampling.temperature > 0
     choice = {"temperature": sampling.temperature, "top_p": sampling.top_p, "top_k": 0} if drawn else {}
     return GenerationConfig(
@@ -177,7 +266,7 @@ def _settings(sampling: Sampling, stop: Sequence[int]) -> GenerationConfig:
         do_sample=drawn,
         eos_token_id=list(stop) or None,
         pad_token_id=stop[0] if stop else 0,  # masked before a prompt, cut after an answer: any token will do
-        use_cache=True,
+        use_cache=use_cache,
         **choice,
     )
 

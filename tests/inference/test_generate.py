@@ -8,7 +8,7 @@ import types
 import pytest
 import torch
 from asking import generate
-from transformers import AutoTokenizer, GPT2LMHeadModel
+from transformers import AutoTokenizer, GPT2Config, GPT2LMHeadModel, RwkvConfig, RwkvForCausalLM
 
 from launcher.data.templates import load_template, prompt_ids
 from launcher.inference.sources import find, load
@@ -34,7 +34,7 @@ def likeliest(model, prompt, count):
     ids = list(prompt)
     for _ in range(count):
         with torch.no_grad():
-            ids.append(int(model(torch.tensor([ids])).logits[0, -1].argmax()))
+            ids.append(int(model(torch.tensor([ids]), use_cache=False).logits[0, -1].argmax()))
     return ids[len(prompt) :]
 
 
@@ -45,6 +45,52 @@ def test_answers_in_batches_are_those_of_whole_passes_without_cache_or_padding(l
 
     assert len({len(prompt) for prompt in prompts}) > 5
     assert batched == [likeliest(model, prompt, 12) for prompt in prompts]
+
+
+class FailsWithACache(GPT2LMHeadModel):
+    """Stands for hybrids whose cache transformers cannot read yet."""
+
+    def forward(self, *args, use_cache=None, position_ids=None, **kwargs):
+        if use_cache:
+            raise ValueError("no such cache")
+        return super().forward(*args, use_cache=False, position_ids=position_ids, **kwargs)
+
+
+class IgnoresTheMask(GPT2LMHeadModel):
+    """Stands for models that read padding as text."""
+
+    def forward(self, *args, attention_mask=None, position_ids=None, **kwargs):
+        return super().forward(*args, **kwargs)
+
+
+SMALL = {"n_embd": 32, "n_layer": 2, "n_head": 2, "vocab_size": 50, "n_positions": 64}
+RWKV = {"vocab_size": 50, "hidden_size": 32, "num_hidden_layers": 2, "context_length": 64}
+
+
+@pytest.mark.parametrize(
+    ("kind", "settings", "warnings"),
+    [
+        (GPT2LMHeadModel, GPT2Config(**SMALL), []),
+        (FailsWithACache, GPT2Config(**SMALL), ["without a cache, which is slow: with it it fails (ValueError: no su"]),
+        (IgnoresTheMask, GPT2Config(**SMALL), ["reads padding"]),
+        (RwkvForCausalLM, RwkvConfig(**RWKV), ["without a cache, which is slow: with it its logits", "reads padding"]),
+    ],
+    ids=lambda kind: getattr(kind, "__name__", ""),
+)
+def test_a_cache_or_padding_that_changes_the_answers_is_not_used(kind, settings, warnings, caplog):
+    torch.manual_seed(0)
+    model = kind(settings).eval()
+    with torch.no_grad():
+        for parameter in model.parameters():
+            if parameter.ndim > 1:
+                parameter.normal_(std=0.3)
+    prompts = [[3, 9, 4, 7, 1, 8, 2], [5, 6, 11], [9, 4, 7], [1, 2, 3, 4, 5, 6, 7, 8, 9, 10]]
+
+    answers = answer(model, BARE, prompts, 6, stop_ids=[])
+
+    assert answers == [likeliest(model, prompt, 6) for prompt in prompts]
+    assert len(caplog.messages) == len(warnings)
+    assert all(text in said for text, said in zip(warnings, caplog.messages, strict=True))
 
 
 def test_a_prompt_gets_the_same_answer_whatever_stands_beside_it(loaded, prompts):

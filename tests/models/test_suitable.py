@@ -13,6 +13,8 @@ from transformers import (
     FalconConfig,
     FalconForCausalLM,
     GPTNeoXConfig,
+    LagunaConfig,
+    LagunaForCausalLM,
     Llama4ForCausalLM,
     Llama4TextConfig,
     MambaConfig,
@@ -146,3 +148,18 @@ def test_dense_layers_beside_experts_export_as_lora(saved, tmp_path):
     adapted = {name.partition(".lora_A")[0] for name, _ in lora.named_modules() if ".lora_A.default" in name}
     assert "base_model.model.model.layers.0.mlp.gate_proj" in adapted
     assert not any("experts" in name and "shared" not in name for name in adapted)
+
+
+def test_a_layer_whose_name_a_renaming_matches_again_exports_as_lora(saved, tmp_path):
+    """transformers renames `shared_expert.` to `shared_experts.`; as a regular expression, it matches the new name."""
+    config = LagunaConfig(**SIZES, num_experts=4, num_experts_per_tok=2, moe_intermediate_size=16,
+                          shared_expert_intermediate_size=16, head_dim=8)  # fmt: skip
+    folder = saved(LagunaForCausalLM(config))
+    assert train(folder, tmp_path / "out", targets=("gate_proj",)) == 0
+
+    export_lora(str(tmp_path / "out"), out=str(tmp_path / "lora"))
+
+    lora = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(folder), tmp_path / "lora")
+    pairs = [p for name, p in lora.named_parameters() if "shared_experts.gate_proj.lora_B" in name]
+    assert pairs
+    assert all(pair.any() for pair in pairs)
