@@ -1,9 +1,9 @@
 """Which of transformers' architectures this project trains: `python benchmarks/architectures.py [TYPE ...]`.
 
-For each type of language model that transformers knows, a random model of a few hundred thousand parameters is made
-and put through everything that a user does with it: train, shard, quantise, resume, generate, merge, export, pack. Each
-answer is "works", "refused: why" or "fails: how"; where two ways must agree, "works" means that their losses do.
-Writes benchmarks/results/architectures.json and docs/architectures.md; --table writes the page alone.
+For each type of language model in transformers, makes a random model of a few hundred thousand parameters and does with
+it what a user does: train, shard, quantise, resume, generate, merge, export, pack. Each result is "works", "refused:
+why" or "fails: how". Where two ways must give the same loss, "works" means that they do. Writes
+benchmarks/results/architectures.json and docs/architectures.md; --table writes only the page.
 """
 
 from __future__ import annotations
@@ -47,15 +47,15 @@ RESULTS = REPO / "benchmarks" / "results" / "architectures.json"
 PAGE = REPO / "docs" / "architectures.md"
 TOKENIZER = REPO / "recipes" / "tiny" / "model"
 VOCABULARY = 384
-SAME = 2e-4  # two ways of computing one loss, in float32; measured below 2e-6 where they agree
+SAME = 2e-4  # between two ways of computing one loss, in float32; below 2e-6 where they agree
 LIMIT_S = 300
 
-# Types whose checkpoints hold more than a language model, trained on text alone.
+# Types whose checkpoints hold more than a language model, here trained on text only.
 MULTIMODAL = (
     "aya_vision", "gemma3", "gemma3n", "gemma4", "glm4v", "idefics3", "internvl", "llama4", "llava", "llava_next",
     "mistral3", "paligemma", "qwen2_5_vl", "qwen2_vl", "qwen3_5", "qwen3_vl", "qwen3_vl_moe", "smolvlm",
 )  # fmt: skip
-# Not decoders of text that anybody would tune so: parts of speech and image models, and encoders.
+# Not text decoders that users fine-tune: parts of speech and image models, and encoders.
 LEFT_OUT = (
     "bart", "bert", "bert-generation", "big_bird", "bigbird_pegasus", "blenderbot", "blenderbot-small", "camembert",
     "data2vec-text", "electra", "emu3", "ernie", "fuyu", "git", "got_ocr2", "marian", "mbart", "megatron-bert", "moshi",
@@ -65,7 +65,7 @@ LEFT_OUT = (
     "dots3_note", "gemma3n",
 )  # fmt: skip
 
-# A value is taken where a type's config has a field of that name.
+# A value is used if a type's config has a field of that name.
 SIZES: dict[str, Any] = {
     name: value
     for names, value in (
@@ -146,7 +146,7 @@ OWN: dict[str, dict[str, Any]] = {
              "attn_config": {"kv_n_heads": 2, "clip_qkv": 8.0, "rope_theta": 10000.0}},
 }  # fmt: skip
 
-# Bases of classifiers: encoders, and decoders with a head for labels.
+# Bases of classifiers: encoders, and decoders with a classification head.
 CLASSIFIERS = (
     "albert", "bert", "camembert", "deberta", "deberta-v2", "distilbert", "electra", "ernie", "funnel", "gemma",
     "gemma2", "gemma3", "gemma3_text", "gpt2", "gpt_neox", "llama", "mistral", "mixtral", "modernbert", "mpnet", "opt",
@@ -158,20 +158,20 @@ CASES = ("train", "fsdp2", "nf4", "int8", "resume", "generate", "merge", "export
 LABEL_CASES = ("train", "fsdp2", "nf4", "int8", "resume")
 PREFACE = """# Architectures
 
-Every type of language model in transformers {transformers} (torch {torch}) of which a small random model can be made,
-tried on a CPU with LoLDU on all linear layers. This page is written by `python benchmarks/architectures.py`; what it
-found is in benchmarks/results/architectures.json.
+Every type of language model in transformers {transformers} (torch {torch}) that can be built small and at random,
+tested on a CPU with LoLDU on all linear layers. `python benchmarks/architectures.py` writes this page and
+benchmarks/results/architectures.json.
 
-- **train**: two steps. **fsdp2**: the losses are those of one unsharded process. **nf4**, **int8**: two steps on a
+- **train**: two steps. **fsdp2**: the losses equal those of one process. **nf4**, **int8**: two steps on a
   quantised base; fused experts keep the compute dtype.
-- **resume**: interrupted after the first step, the second has the same loss. **generate**: the tokens are those of
-  whole forward passes. **merge**, **export**: the logits are those of base and adapter. **packing**: two samples in one
-  row have the loss of the two apart.
-- A number in brackets points to the reason below. \"refused\" comes before training, with a remedy."""
+- **resume**: interrupted after the first step, the second has the same loss. **generate**: the tokens equal those of
+  full forward passes. **merge**, **export**: the logits equal those of base and adapter. **packing**: two samples in
+  one row have the same loss as in two rows.
+- A number in brackets refers to the reason below. \"refused\": an error before training, with a remedy."""
 
 
 def shrunk(kind: Any, **own: Any) -> Any:
-    """The config of a type at a size that trains in a second, its parts likewise."""
+    """The config of a type, and of its parts, at a size that trains in a second."""
     fields = {field.name for field in dataclasses.fields(kind)}
     parts = {}
     for name, part in kind.sub_configs.items():
@@ -191,13 +191,13 @@ def shrunk(kind: Any, **own: Any) -> Any:
 
 
 def make(kind: str, folder: Path, *, labels: bool = False) -> int:
-    """A random checkpoint of that type with the embedded model's tokenizer; its number of parameters."""
+    """Write a random checkpoint of that type with the embedded model's tokenizer; returns its number of parameters."""
     torch.manual_seed(0)
     config = shrunk(CONFIG_MAPPING[kind], **OWN.get(kind, {}), **({"is_decoder": False} if labels else {}))
     causal = type(config) in AutoModelForCausalLM._model_mapping
     whole = AutoModel if labels else AutoModelForCausalLM if causal else AutoModelForImageTextToText
     model: Any = whole.from_config(config)
-    with torch.no_grad():  # initial weights of 0.02 hide what goes wrong between tokens
+    with torch.no_grad():  # initial weights of 0.02 hide errors in attention
         for parameter in model.parameters():
             if parameter.ndim > 1:
                 parameter.normal_(std=0.1)
@@ -208,7 +208,7 @@ def make(kind: str, folder: Path, *, labels: bool = False) -> int:
 
 
 class Trial:
-    """One model and what is tried with it."""
+    """One model and the cases to try with it."""
 
     def __init__(self, folder: Path, *, labels: bool = False):
         self.folder = folder
@@ -263,7 +263,7 @@ class Trial:
         assert found == wanted, f"losses {found} after a resume, {wanted} without"
 
     def generate(self) -> None:
-        """The first tokens are those of whole forward passes: no cache, no padding."""
+        """Check that the first tokens equal those of full forward passes, without cache and padding."""
         model, tokenizer = load(find(str(self.folder / "train")))
         prompts = [tokenizer(text)["input_ids"] for text in ("Reverse the word lomi", "Sort: dca")]
         written = answer(model, tokenizer, prompts, max_tokens=4, stop_ids=[])
@@ -283,7 +283,7 @@ class Trial:
         export_lora(str(self.folder / "train"), out=str(self.folder / "lora"))
 
     def packing(self) -> None:
-        """Two samples in one row give the loss of the two apart."""
+        """Check that two samples in one row give the same loss as in two rows."""
 
         def two(*, packing: bool, batch: int) -> Callable[[Config], Config]:
             return lambda c: replace(
@@ -301,7 +301,7 @@ class Trial:
 
 
 class Refused(Exception):
-    """A run ended with the exit code of a mistake; its words are on stderr."""
+    """A run ended with exit code 2; its error is on stderr."""
 
 
 def _quantised(kind: Any) -> Callable[[Config], Config]:
@@ -313,7 +313,7 @@ def _running(**values: Any) -> Callable[[Config], Config]:
 
 
 def attempt(kind: str, folder: Path, cases: tuple[str, ...], labels: bool) -> dict[str, Any]:
-    """What each case gave. Runs in a process of its own, whose output goes to a file."""
+    """The result of each case. Runs in a process of its own, whose output goes to a file."""
     torch.set_num_threads(1)
     warnings.filterwarnings("ignore")
     transformers.logging.set_verbosity_error()
@@ -365,7 +365,7 @@ def main() -> None:
     parser.add_argument("--keep", metavar="DIR", help="keep models, runs and logs there")
     parser.add_argument("--out", type=Path, default=RESULTS)
     parser.add_argument("--labels", action="store_true", help="classifiers alone")
-    parser.add_argument("--table", action="store_true", help="write the page from the results that are there")
+    parser.add_argument("--table", action="store_true", help="write the page from the existing results")
     args = parser.parse_args()
     results = json.loads(args.out.read_text()) if args.out.exists() else {}
     every = dict.fromkeys([*MODEL_FOR_CAUSAL_LM_MAPPING_NAMES, *MULTIMODAL])
@@ -384,7 +384,7 @@ def main() -> None:
 
 
 def try_apart(kind: str, cases: tuple[str, ...], labels: bool, keep: str | None) -> dict[str, Any]:
-    """`attempt` in a process of its own, with a limit to its time."""
+    """Run `attempt` in a process of its own, with a time limit."""
     fork = multiprocessing.get_context("fork")
     with tempfile.TemporaryDirectory() as scratch:
         folder = Path(keep or scratch) / (f"{kind}-labels" if labels else kind)
@@ -400,7 +400,7 @@ def try_apart(kind: str, cases: tuple[str, ...], labels: bool, keep: str | None)
 
 
 def page(results: dict[str, Any]) -> str:
-    """docs/architectures.md: a table for language models, one for classifiers, and the reasons of what is refused."""
+    """docs/architectures.md: a table for language models, one for classifiers, and the reasons for refusals."""
     lines = [PREFACE.format(**results["versions"]), ""]
     reasons: dict[str, str] = {}
     for section, title, cases in (("types", "Language models", CASES), ("labels", "Classifiers", LABEL_CASES)):

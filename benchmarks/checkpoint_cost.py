@@ -1,11 +1,11 @@
-"""What a checkpoint at every step costs: the time training waits for it, against the time of a step.
+"""The cost of a checkpoint at every step: how long training waits for it, against the time of a step.
 
     OMP_NUM_THREADS=1 python benchmarks/checkpoint_cost.py --tokenizer DIR --data FILE      # about 2 minutes
 
 A random Llama of 4 layers and hidden size 1024 (float32), rank 64 on all linear layers, 512 tokens a step, one process
-and one thread; once with checkpoints written before the next step begins, once in the background (--async-save). After
-each save one file of the same size is written and brought to the disk: what that disk takes at the least, and on a busy
-one that is most of it. Medians over the steps. Writes benchmarks/results/checkpoint_cost.json.
+and one thread; once with checkpoints written before the next step, once in the background (--async-save). After each
+save, one file of the same size is written and synced, to show the disk's share of the time, which is most of it on a
+busy disk. Medians over the steps. Writes benchmarks/results/checkpoint_cost.json.
 """
 
 from __future__ import annotations

@@ -1,13 +1,14 @@
-"""Which frozen directions does a diagonal core of full rank train best along? SVFit's against five other choices.
+"""Which frozen directions suit a diagonal core of full rank best? SVFit's against five other choices.
 
     python benchmarks/directions.py [FOLDER]   # benchmarks/results/directions.json; half an hour on one core
 
-Every choice trains min(m, n) numbers per weight, W' = W + A diag(delta) B with unit columns in A and unit rows in B
-that the layer's output tells (rows of W span them), in the runs of benchmarks/methods.py: babyllama on Alpaca, a rate
-searched on the validation split with seed 0, three other seeds on the test split for a choice that beats SVFit's.
+Every choice trains min(m, n) numbers per weight: W' = W + A diag(delta) B, with unit columns in A and unit rows in B
+that lie in the row space of W (the layer reads its own output). Runs are those of benchmarks/methods.py: babyllama on
+Alpaca, a learning rate searched on the validation split with seed 0, and three other seeds on the test split for a
+choice that beats SVFit's.
 
     svd         A = U, B = V^T of W                                            SVFit
-    gradient    A = U, B = V^T of the summed gradient of 64 training samples, as far as W's rows span it
+    gradient    A = U, B = V^T of the summed gradient of 64 training samples, projected to W's row space
     outputs     A = U of W C^(1/2), C the inputs' second moments on these samples; B = U^T W
     rows        A = unit vectors at W's longest rows, B those rows             IA3's scaling of outputs, k of them
     random      A = a random orthonormal basis, B = another one, of W's row space
@@ -36,7 +37,7 @@ from launcher.data import batches, encode, records
 from launcher.models.files import load_tokenizer
 from launcher.training import run as running
 
-CHOICES = {  # rates; the best lies in the middle
+CHOICES = {  # learning rates; the best one is in the middle
     "svd": (1e-2, 3e-2, 1e-1),
     "gradient": (3e-3, 1e-2, 3e-2),
     "outputs": (1e-2, 3e-2, 1e-1),
@@ -50,7 +51,7 @@ SAMPLES = 64
 
 
 def statistics(folder: Path, file: Path) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
-    """By module: the summed gradient (m, n) of the first samples of a file, and its inputs' second moments (n, n)."""
+    """By module, the summed gradient (m, n) of a file's first samples and the second moments (n, n) of its inputs."""
     setting = DataConfig(prompt_template="short", max_length=methods.MAX_LENGTH)
     encoded = encode.encode(records.load_records(str(file))[:SAMPLES], load_tokenizer(folder), setting)
     model: Any = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
@@ -120,7 +121,7 @@ def main() -> None:
                     return old["loss"]
 
             def factors(request: Any, cache: Path, rows: slice = slice(None)) -> Any:
-                """LoLDU's factors with other maps: it reads rows of W that span all its rows, so any such B."""
+                """LoLDU's factors with other maps. Its pivot rows span all rows of W, so it can read any such B."""
                 frozen, name = plain(request, cache), request.module
                 W = open_tensor(request.tensor)[:].double()
                 A, B = directions(choice, name, W, gradients[name], moments[name])

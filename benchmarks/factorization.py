@@ -3,9 +3,9 @@
     OMP_NUM_THREADS=1 python benchmarks/factorization.py            # about 2 minutes, one thread
     OMP_NUM_THREADS=1 python benchmarks/factorization.py --quick    # under one minute: one repetition, rank 64 and 256
 
-Each repetition times the whole LU and every panel one after the other, so that a slow moment of the machine meets all
-alike; the median of the repetitions counts, the spread is printed. Panels are also compared with the whole: equal
-pivots, and the largest difference of P L_r. Writes benchmarks/results/factorization.json.
+Each repetition times the whole LU and every panel in turn, so that a slow moment of the machine affects all of them.
+Reported are the median and the spread of the repetitions. Panels are also compared with the whole LU: equal pivots, and
+the largest difference of P L_r. Writes benchmarks/results/factorization.json.
 """
 
 from __future__ import annotations
@@ -48,7 +48,7 @@ def main() -> None:
         rows += compare(shape, ranks, repetitions)
     result = about(repetitions) | {"seconds": round(time.monotonic() - started, 1), "rows": rows}
     options.output.parent.mkdir(parents=True, exist_ok=True)
-    if options.output.exists():  # what factorization_model.py measured stays
+    if options.output.exists():  # keep the results of factorization_model.py
         result |= {name: part for name, part in json.loads(options.output.read_text()).items() if name == "model"}
     options.output.write_text(json.dumps(result, indent=1) + "\n")
     show(result)

@@ -1,4 +1,4 @@
-"""A whole model factored by 1, 2 and 4 processes, beside one read of its files, the LU of whole weights and PEFT.
+"""Factor a whole model with 1, 2 and 4 processes, against reading its files, the LU of whole weights and PEFT.
 
     OMP_NUM_THREADS=1 python benchmarks/factorization_model.py                 # about 5 minutes, 2 GB of disk
     OMP_NUM_THREADS=1 python benchmarks/factorization_model.py --parts ours    # without PEFT, half of that
@@ -53,7 +53,7 @@ from launcher.factorization.targets import targets_of
 from launcher.processes import Communicator, Ranks
 
 LAYERS, WORLDS = 2, (1, 2, 4)
-PARTS = {"q_proj": 4, "gate_proj": 2, "down_proj": 1}  # one linear layer of each shape, and how many a layer has
+PARTS = {"q_proj": 4, "gate_proj": 2, "down_proj": 1}  # one linear layer of each shape, and its count per decoder layer
 SEED = 0
 
 
@@ -64,7 +64,7 @@ def main() -> None:
     parser.add_argument("--quick", action="store_true")
     parser.add_argument("--output", type=Path, default=RESULTS)
     options = parser.parse_args()
-    torch.set_num_threads(1)  # also because a process that has used several cannot be forked
+    torch.set_num_threads(1)  # a process that has used several threads cannot be forked either
     sizes, ranks = ((512, 1376), (16, 128)) if options.quick else ((4096, 11008), (64, 1024))
 
     output = None if options.quick else options.output
@@ -85,7 +85,7 @@ def main() -> None:
 
 
 def record(output: Path | None, part: str, result: dict[str, Any]) -> None:
-    """Put a part beside what the file has."""
+    """Add a part to the results file."""
     if output is not None:
         recorded = json.loads(output.read_text()) if output.exists() else {}
         recorded["model"] = recorded.get("model", {}) | {part: result}
@@ -130,7 +130,7 @@ def ours(folder: Path, ranks: Sequence[int], repetitions: int) -> dict[str, Any]
     whole = []
     for number in range(repetitions):
         for r in ranks:
-            for _ in range(2):  # a virtual disk's host may have the files in memory from then on: for all alike
+            for _ in range(2):  # afterwards a virtual disk's host may have the files in memory, for every contender
                 drop(files)
                 read = in_processes(1, read_through, files)
             reads[r] += read
@@ -157,7 +157,7 @@ def row(
     reads: list[float],
     lus: list[float],
 ) -> dict[str, Any]:
-    """One rank r, one number of processes. runs: what each process needed, by repetition; ratios are within one."""
+    """One rank r and number of processes. runs: costs of each process, by repetition; ratios are within one."""
     seconds = [max(rank["seconds"] for rank in run) for run in runs]
     peak = max(rank["peak_mib"] for run in runs for rank in run)
     r = max(request.rank for request in requests)
@@ -187,7 +187,7 @@ def balance(requests: list[FactorRequest], times: int, world: int) -> float:
 
 
 def factor(rank: int, world: int, port: int, requests: list[FactorRequest], cache: Path) -> dict[str, float]:
-    """What one of the processes needed; in the process itself."""
+    """The costs of one process, measured in it."""
     torch.set_num_threads(max(1, (os.cpu_count() or 1) // world))
     store = dist.TCPStore("127.0.0.1", port, is_master=False) if world > 1 else None
     comm = Communicator(Ranks(rank, world, rank, world), store)
@@ -228,7 +228,7 @@ def peft(folder: Path, ranks: Sequence[int]) -> Iterator[dict[str, Any]]:
     torch.set_num_threads(os.cpu_count() or 1)
     model = LlamaForCausalLM(LlamaConfig.from_pretrained(folder, num_hidden_layers=1)).bfloat16()
     model.load_state_dict(load_file(min(folder.glob("*.safetensors"))), strict=False)
-    few, many = ranks  # QR and exact SVD are of the whole weight, whatever the rank
+    few, many = ranks  # QR and exact SVD factor the whole weight at any rank
     methods: list[tuple[Any, int]] = [
         ("olora", few), ("pissa_niter_4", few), ("pissa_niter_4", many), ("pissa", few)
     ]  # fmt: skip
@@ -245,7 +245,7 @@ def peft(folder: Path, ranks: Sequence[int]) -> Iterator[dict[str, Any]]:
 
 
 def in_processes(count: int, work: Callable[..., Any], *words: Any) -> list[Any]:
-    """work(rank, *words) in so many forked processes, which pay no import; the results in the order of ranks."""
+    """Run work(rank, *words) in forked processes, without imports; returns the results by rank."""
     fork = multiprocessing.get_context("fork")
     results = fork.SimpleQueue()
     processes = [
@@ -260,7 +260,7 @@ def in_processes(count: int, work: Callable[..., Any], *words: Any) -> list[Any]
 
 
 def drop(files: list[Path]) -> None:
-    """Out of the page cache with them; they are on disk already, and nobody has them open."""
+    """Drop files from the page cache; they are on disk, and no process has them open."""
     for path in files:
         with open(path, "rb") as file:
             os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)

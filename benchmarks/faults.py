@@ -1,12 +1,12 @@
-"""Kill, damage and fill up runs at seeded random moments: each must go on as if nothing had happened.
+"""Kill runs, damage their files and fill their disk at seeded random moments: each run must recover completely.
 
     OMP_NUM_THREADS=1 python benchmarks/faults.py --model DIR --data FILE        # about 10 minutes on two cores
     OMP_NUM_THREADS=1 python benchmarks/faults.py --model DIR --data FILE --kills 8 --only kills
 
 kills     kill -9 of one rank or of all while factoring, loading, training, evaluating or saving; the run is started
-          again until it is done, and its events and adapter must equal the uninterrupted run's bit for bit
-damage    a flipped byte or a cut end in every kind of file of the run folder and the cache: named, and made good
-disk      a full disk (a small tmpfs, which needs root) during a save: the checkpoints before it stay
+          again until it finishes, and its events and adapter must equal the uninterrupted run's bit for bit
+damage    a flipped byte or a truncation in every kind of file of the run folder and the cache: reported and repaired
+disk      a full disk (a small tmpfs, which needs root) during a save: earlier checkpoints stay intact
 cache     two jobs that fill one cache at the same time, 20 times
 
 One process imports everything and forks the ranks of each attempt, as a launcher would start them: when one dies it
@@ -54,7 +54,7 @@ from launcher.training.run import run
 RESULTS = Path(__file__).parent / "results" / "faults.json"
 KINDS = (("none", 1), ("ddp", 2), ("fsdp2", 2))  # sharding and number of processes
 LIMIT_S = 180.0
-# When a phase has begun, as seen from outside, and within how many seconds from then the kill comes.
+# How a phase's begin shows from outside, and within how many seconds after it the kill comes.
 PHASES = {"factor": 0.05, "load": 0.5, "train": 0.05, "evaluate": 0.1, "save": 0.02}
 
 
@@ -193,8 +193,8 @@ class Bench:
                 log.unlink(missing_ok=True)
                 codes = Attempt(self.run_config(output, "none"), 1, log).wait()
                 assert codes == [0], log.read_text()
-                plain = str(kind) in ("config.json", "state", "control")  # written afresh by every start
-                # a warning is broken into lines; what the damaged index of a checkpoint seals is the checkpoint
+                plain = str(kind) in ("config.json", "state", "control")  # rewritten at every start
+                # a warning is broken into lines; a damaged index means a damaged checkpoint
                 said = "".join(log.read_text().split())
                 named = file.name in said or (file.name == "COMPLETE" and "index.jsondiffersfromitschecksum" in said)
                 assert named or plain, f"{kind} {how}\n{log.read_text()}"
@@ -229,7 +229,7 @@ class Bench:
             assert same(output, whole)
         finally:
             subprocess.run(["umount", str(root)], check=True)
-        print("a full disk was named, and the run went on once there was room", flush=True)
+        print("a full disk was reported, and the run resumed once there was space", flush=True)
         return {"exit code": 2, "last good step": kept.step, "equal afterwards": True}
 
     def shared_cache(self, times: int = 20) -> dict[str, Any]:
@@ -251,7 +251,7 @@ class Bench:
 
 
 class Attempt:
-    """One start of a run: its ranks as forked processes, ended together when one ends badly."""
+    """One start of a run: its ranks as forked processes, all ended when one fails."""
 
     def __init__(self, config: Config, processes: int, log: Path):
         self.log, self.struck = log, False
@@ -292,7 +292,7 @@ class Attempt:
                 self.struck = True
                 for rank in victims if victims is not None else left:
                     os.kill(self.pids[rank], signal.SIGKILL)
-            elif any(codes.values()) and ending is None:  # as torchrun does: a word first, then the end
+            elif any(codes.values()) and ending is None:  # as torchrun does: SIGTERM first, then SIGKILL
                 ending = now + 2.0
                 for rank in left:
                     os.kill(self.pids[rank], signal.SIGTERM)
@@ -305,7 +305,7 @@ class Attempt:
 
 
 def fork(work: Callable[[], int]) -> int:
-    """The id of a child that exits with what work returns."""
+    """Fork a child that exits with the result of work; returns its process id."""
     sys.stdout.flush()
     pid = os.fork()
     if pid:
@@ -340,7 +340,7 @@ def spoil(file: Path, how: str, draw: random.Random) -> None:
 
 
 def same(output: Path, whole: Path, *, events: bool = True) -> bool:
-    """Bit for bit: what was told of each step, and the adapter."""
+    """The events of each step and the adapter, to be compared bit for bit."""
     name = "adapter/adapter_model.safetensors"
     found, expected = load_file(output / name), load_file(whole / name)
     equal = found.keys() == expected.keys() and all(torch.equal(found[key], expected[key]) for key in expected)

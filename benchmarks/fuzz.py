@@ -1,4 +1,4 @@
-"""Feeds random input to every reader of a file or message, for as long as asked, and keeps the input of each fault.
+"""Feeds random input to every reader of a file or message, for a given time, and keeps the input of each fault.
 
     python benchmarks/fuzz.py [--seconds 600] [--reader records ...] [--seed 1] [--results FILE]
 
@@ -31,7 +31,7 @@ from test_readers import try_one  # noqa: E402
 
 
 def fuzz(name: str, seconds: float, number: int, batch: int = 500) -> tuple[int, dict[str, str]]:
-    """Inputs tried within a time, and the smallest input of each fault by what was raised."""
+    """Try inputs for a time; returns the smallest input of each fault, by the exception that it raised."""
     tried, found, end = 0, {}, time.monotonic() + seconds
     last: list[bytes] = []
     while time.monotonic() < end:

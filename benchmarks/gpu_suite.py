@@ -4,20 +4,20 @@
     python benchmarks/gpu_suite.py --sections bf16,nf4
     python benchmarks/gpu_suite.py --rehearse --output /tmp/rehearsal.json   # the same on tiny shapes, on a CPU
 
-Sections, each a process of its own with a budget of seconds; one that fails, hangs or runs out of memory is reported
-with what it had found, and the others go on:
+Each section is a process of its own with a budget of seconds. One that fails, hangs or runs out of memory is reported
+with its results so far, and the others continue:
 
     tests      every test marked gpu
     bf16       Llama-2-7B's shapes, random weights made on the device: tokens/s, peak memory and seconds to make the
                factors, for the frozen floor (gradient through the inputs only), ours and PEFT's LoRA, ranks 64 and 256
     nf4        the same on 4-bit weights
-    layer      one adapted layer: its products alone against all it does (what a fused kernel could win at most), and
-               what the read map costs and errs in float32, TF32 and bfloat16
+    layer      one adapted layer: its matrix products alone against the whole layer (the most that a fused kernel could
+               save), and time and error of the read map in float32, TF32 and bfloat16
     factors    seconds to factor one weight on the device
     attention  flash attention and the others
     compile    torch.compile and not
 
-There is no Triton kernel for the gather, the product and the sum: none has been measured to beat the plain calls.
+There is no Triton kernel for the gather, the product and the sum, since none was measured to be faster.
 """
 
 from __future__ import annotations
@@ -57,7 +57,7 @@ BUDGET_S = {"bf16": 110, "nf4": 110, "tests": 80, "layer": 35, "attention": 50, 
 
 @dataclass(frozen=True)
 class Plan:
-    """Sizes of the model and of what is measured on it."""
+    """Sizes of the model and of the measurements."""
 
     device: str
     dtype: str = "bfloat16"
@@ -70,7 +70,7 @@ class Plan:
     length: int = 2048
     ranks: tuple[int, ...] = (64, 256)
     steps: int = 6
-    few_layers: int = 6  # where a part of the model tells as much
+    few_layers: int = 6  # if a part of the model is enough
     compiler: str = "inductor"
 
 
@@ -81,11 +81,11 @@ REHEARSAL = Plan(
 
 
 def plan_for(rehearse: bool) -> Plan:
-    """Raises SystemExit where there is no GPU; below 40 GB half the tokens are taken, below 28 GB half the layers."""
+    """Raises SystemExit without a GPU; uses half the tokens below 40 GB, half the layers below 28 GB."""
     if rehearse:
         return REHEARSAL
     if not torch.cuda.is_available():
-        raise SystemExit("no CUDA device here; --rehearse goes through all sections on tiny shapes on a CPU")
+        raise SystemExit("no CUDA device found; --rehearse runs all sections on tiny shapes on a CPU")
     gigabytes = torch.cuda.get_device_properties(0).total_memory / 1e9
     return Plan(device="cuda", batch=2 if gigabytes > 40 else 1, layers=32 if gigabytes > 28 else 16)
 
@@ -112,7 +112,7 @@ def main() -> int:
     result = about(plan)
     for name in names:
         command = [sys.executable, __file__, "--only", name, *(["--rehearse"] if options.rehearse else [])]
-        # a rehearsal is for the logic, on machines that may be busy
+        # a rehearsal checks the logic, on machines that may be busy
         found = run_apart(command, BUDGET_S[name] * (5 if options.rehearse else 1))
         result["sections"][name] = found
         print(f"{name}: {found['status']}, {found['seconds']:.0f} s", flush=True)
@@ -124,7 +124,7 @@ def main() -> int:
 
 
 def run_apart(command: list[str], budget_s: float) -> dict[str, Any]:
-    """Run a section's command in a process group of its own, which ends with it; what it wrote to --output, and how."""
+    """Run a section's command in a process group of its own, ended with it; returns its results and how it ended."""
     started = time.monotonic()
     with tempfile.TemporaryDirectory() as folder:
         part, log = Path(folder) / "part.json", Path(folder) / "log"
@@ -149,13 +149,13 @@ def run_apart(command: list[str], budget_s: float) -> dict[str, Any]:
 
 
 def run_here(name: str, plan: Plan, output: Path) -> None:
-    """One section in this process; what it has found so far is in output after every step."""
+    """Run one section in this process, and write the results so far to output after every step."""
     found: dict[str, Any] = {}
     failed = False
     for key, step in SECTIONS[name](plan):
         try:
             found[key] = step()
-        except Exception as error:  # say it, and go on with the next
+        except Exception as error:  # report it, and continue with the next
             failed = True
             found[key] = {"error": f"{type(error).__name__}: {error}".splitlines()[0][:300]}
             traceback.print_exc()
@@ -200,7 +200,7 @@ def version_of(package: str) -> str | None:
 
 
 def report(result: dict[str, Any]) -> str:
-    """What was found, as text: a line per measurement, goals beside those that have one."""
+    """The results as text: a line per measurement, with its goal if it has one."""
     lines = [f"{result['device']}, torch {result['versions']['torch']}, commit {result['commit'][:9]}"]
     for name, section in result["sections"].items():
         lines.append(f"\n{name}: {section['status']}, {section['seconds']:.0f} s")
@@ -219,7 +219,7 @@ def report(result: dict[str, Any]) -> str:
 
 
 def against_lora(found: dict[str, Any]) -> dict[str, dict[str, float]]:
-    """Ratios ours / LoRA by rank, where a section measured both; on a CPU there is no peak memory to compare."""
+    """Ratios ours / LoRA by rank, if a section measured both; peak memory only on a GPU."""
     ratios = {}
     for name, ours in found.items():
         method, _, rank = name.partition("-")
@@ -240,7 +240,7 @@ def in_words(found: Any) -> str:
     )
 
 
-# --- sections: each yields (name, what to do) ---
+# --- sections: each yields (name, function) ---
 
 Steps = Iterator[tuple[str, Callable[[], Any]]]
 
@@ -275,7 +275,7 @@ def training_nf4(plan: Plan) -> Steps:
 
 
 def training(plan: Plan, base: nn.Module) -> Steps:
-    """The floor, then ours and LoRA rank by rank, on one base that each leaves as it was."""
+    """The floor, then ours and LoRA rank by rank, on one base that none of them changes."""
     yield "floor", lambda: measured(plan, base)
     for r in plan.ranks:
         for method in ("loldu", "lora"):
@@ -334,7 +334,7 @@ def one_layer(plan: Plan) -> Steps:
 def read_precisions(plan: Plan, r: int) -> dict[str, float]:
     """Time and relative error of the read map in float32, TF32 and bfloat16, against float64, inputs in the dtype.
 
-    And in float32 by blocks, as the layer multiplies it, whose numbers are the same to rounding.
+    Also in float32 by blocks, as the layer computes it, with the same result up to rounding.
     """
     from adapters.functions import lower_linear
     from adapters.loldu import loldu_factors
@@ -374,7 +374,7 @@ def factor_times(plan: Plan) -> Steps:
 
 
 def attention(plan: Plan) -> Steps:
-    """Ours at the first rank: torch's own kernels for attention, and flash-attn where it is installed."""
+    """Ours at the first rank: torch's attention kernels, and flash-attn if it is installed."""
     from torch.nn.attention import SDPBackend, sdpa_kernel
 
     few = base_model(plan, plan.few_layers)
@@ -426,7 +426,7 @@ SECTIONS: dict[str, Callable[[Plan], Steps]] = {
 }  # fmt: skip
 
 
-# --- what the sections share ---
+# --- shared by the sections ---
 
 
 def base_model(plan: Plan, layers: int) -> Any:

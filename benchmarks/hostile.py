@@ -1,10 +1,10 @@
-"""Counts how the commands end on hostile and unlucky input: each case must end within 10 s in one line and exit code 2,
-or run where the input is odd but valid; without a traceback, and without touching a file outside run folder and cache.
+"""Counts how the commands end on hostile and unlucky input. Each case must end within 10 s with one line and exit code
+2, or run if the input is odd but valid, without a traceback and without touching files outside run folder and cache.
 
     python benchmarks/hostile.py --model FOLDER [--kind data --kind run ...] [--every 3] [--seconds 1800]
 
-FOLDER is a small causal language model. The cases are in tests/fuzz/cases.py. With --every N only each N-th case runs,
-with --seconds no case is begun after that time; the results say how many cases there are and how many ran.
+FOLDER is a small causal language model. The cases are in tests/fuzz/cases.py. With --every N only each N-th case runs;
+with --seconds no case starts after that time. The results record how many cases exist and how many ran.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ from harness import Ended, command, faults, run, snapshot  # noqa: E402
 
 
 def preload() -> None:
-    """Import what the commands import, once: each case is a fork of this process."""
+    """Import the modules of the commands once: each case is a fork of this process."""
     import torch
     from peft import PeftModel  # noqa: F401
 
@@ -44,17 +44,17 @@ def preload() -> None:
 
 
 def materials(model: Path, folder: Path) -> Materials:
-    """A finished run of one step, made by the command itself."""
+    """A finished run of one step, made by the command."""
     made = Materials(model, folder / "run")
     folder.mkdir(parents=True)
     ended = run(lambda: command(train_words(folder, made)), folder, 120.0)
     if ended.code:
-        raise RuntimeError(f"the run that the cases start from failed: {ended.error}")
+        raise RuntimeError(f"the run that all cases use failed: {ended.error}")
     return made
 
 
 def try_case(case: Case, folder: Path) -> tuple[Ended, list[str]]:
-    """Run one case in its folder, beside a folder of somebody else that must stay as it is."""
+    """Run one case in its folder, next to a folder of another user that must not change."""
     folder.mkdir()
     words = case.write(folder)
     before = snapshot(folder, apart_from=("run", "cache", "place"))
@@ -67,7 +67,7 @@ def try_case(case: Case, folder: Path) -> tuple[Ended, list[str]]:
 
 
 def again(results: Path, known: list[Case], place: Path) -> int:
-    """Run the cases with a fault once more: those that end as they should now are listed as mended."""
+    """Run the cases with a fault again; those that now end correctly are listed as mended."""
     summary = json.loads(results.read_text())
     faulty = {(one["kind"], one["case"]): one for one in summary["faults"]}
     left, mended = [], summary.get("mended", [])
@@ -85,7 +85,7 @@ def again(results: Path, known: list[Case], place: Path) -> int:
 
 
 def counts(bad: list[dict]) -> dict[str, int]:
-    """How many cases have each of the faults that must never happen."""
+    """The number of cases with each kind of fault."""
     return {
         "tracebacks": sum("traceback" in one["faults"] for one in bad),
         "over_10_s": sum(any(f.endswith(" s") and f[0].isdigit() for f in one["faults"]) for one in bad),
@@ -99,7 +99,7 @@ def main() -> int:
     parser.add_argument("--kind", action="append", choices=list(KINDS))
     parser.add_argument("--every", type=int, default=1)
     parser.add_argument("--seconds", type=float, default=float("inf"))
-    parser.add_argument("--only", default="", help="run only cases whose name contains this, and print what they say")
+    parser.add_argument("--only", default="", help="run only cases whose name contains this, and print their output")
     parser.add_argument("--results", type=Path)
     parser.add_argument("--again", type=Path, help="run only the cases with a fault in these results, and update them")
     chosen = parser.parse_args()
@@ -115,7 +115,7 @@ def main() -> int:
         wanted = [case for case in known if case.kind in (chosen.kind or KINDS) and chosen.only in case.name]
         if chosen.again:
             return again(chosen.again, wanted, place)
-        random.Random(0).shuffle(wanted)  # a run that is cut short has tried some of every kind
+        random.Random(0).shuffle(wanted)  # a run that ends early has tried some of every kind
         for at, case in enumerate(wanted[:: chosen.every]):
             if time.monotonic() - began > chosen.seconds:
                 break

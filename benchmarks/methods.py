@@ -1,20 +1,20 @@
-"""Methods side by side: each at its own best rate, on two small Llamas and three tasks, with three seeds.
+"""Methods side by side: each at its own best learning rate, on two small Llamas and three tasks, with three seeds.
 
-    python benchmarks/methods.py [FOLDER]   # goes on where it stopped; benchmarks/results/methods.json and methods.svg
-    python benchmarks/methods.py --left     # what is left to run, and about how long it takes
+    python benchmarks/methods.py [FOLDER]   # resumes; benchmarks/results/methods.json and methods.svg
+    python benchmarks/methods.py --left     # the runs that are left, and about how long they take
     python benchmarks/methods.py --table    # the README's tables and the plot from the results so far
 
 FOLDER (../shared/data) holds models/babyllama-361, models/stories260K, instruction/*.json and classification/*.tsv.
-Both models ended each text with <s> when they were pretrained and never saw </s>, whose embedding is parallel (cosine
-0.999 and more) to those of other unseen tokens: nothing that leaves the embedding alone can learn to write it. So here
-answers end with <s>.
+In pretraining both models ended each text with <s> and never saw </s>, whose embedding is parallel (cosine 0.999 and
+more) to those of other unseen tokens, so a method that does not train the embedding cannot learn to produce it. Answers
+therefore end with <s> here.
 
-A rate is searched on the validation split with seed 0, on a grid of half decades: three around a first guess, and
-further while the best lies at an edge. Then three other seeds are trained at it and tested on the test split. A run
-that is in the results file is not repeated; what decides a run is its whole row up to `steps`.
+The learning rate is searched on the validation split with seed 0, on a grid of half decades: three values around a
+first guess, and more while the best is at an edge. Then three other seeds are trained with it and evaluated on the test
+split. A run in the results file is not repeated; its row up to `steps` identifies it.
 
 Time is the process's own CPU time (one thread) for a training step, memory the peak of the run above what the process
-held before it: both include everything a user would pay, and neither minds a busy machine.
+held before it. Both include all costs for a user, and neither depends on the load of the machine.
 """
 
 from __future__ import annotations
@@ -55,7 +55,7 @@ SEEDS = (1, 2, 3)
 END = "<s>"
 RATES = tuple(float(f"{digit}e{power}") for power in range(-6, 2) for digit in (1, 3))
 MODELS = {"babyllama-361": 110, "stories260K": 55}  # numbers per weight that a full-rank diagonal core has on average
-CELLS = (  # an early stop leaves whole cells
+CELLS = (  # so that an early stop leaves complete cells
     ("babyllama-361", "alpaca"),
     ("stories260K", "instructions"),
     ("stories260K", "sst2"),
@@ -71,9 +71,9 @@ OURS = (
     "loraxs",
     "lorasb",
 )  # diagonal, banded and dense cores between frozen factors
-FIRST = 8  # methods that go through all cells; the others are run on the first cell alone
+FIRST = 8  # methods that run on all cells; the others run on the first cell only
 ALL, FULL = ("all-linear",), 4096  # every linear layer; full rank, after clamping
-# name -> adapter, and a first guess of the rate. "counted" ones get about as many numbers as a full-rank diagonal.
+# name -> adapter and first learning rate. "counted" ones train about as many numbers as a full-rank diagonal.
 METHODS: dict[str, dict[str, Any]] = {
     "LoLDU": {"rank": FULL, "rate": 3e-3},
     "LoLDU, directions normalised": {"rank": FULL, "options": {"normalize_directions": True}, "rate": 1e-1},
@@ -117,7 +117,7 @@ def adapter_of(name: str, model: str) -> AdapterConfig:
 
 
 def what(model: str, task: str, name: str, rate: float, seed: int, split: str) -> dict[str, Any]:
-    """All that decides a run, as the results file has it."""
+    """Everything that identifies a run, as in the results file."""
     adapter = adapter_of(name, model)
     return {
         "model": model, "task": task, "method": name, "adapter": f"{adapter.method} rank {adapter.rank}",
@@ -127,7 +127,7 @@ def what(model: str, task: str, name: str, rate: float, seed: int, split: str) -
 
 
 def write_data(shared: Path, work: Path) -> None:
-    """TASK-train.json, TASK-validation.json and TASK-test.json: records that fit, in an order of their own."""
+    """Write TASK-train.json, TASK-validation.json and TASK-test.json: records that fit the context, shuffled."""
     fits = lambda record: record["output"] and len(record["instruction"] + record["input"]) < 60  # noqa: E731
     rows = [line.rsplit("\t", 1) for line in (shared / "classification/sst2_train.tsv").read_text().splitlines()[1:]]
     words = ("negative", "positive")
@@ -148,7 +148,7 @@ def write_data(shared: Path, work: Path) -> None:
 
 
 def write_models(shared: Path, work: Path) -> None:
-    """The models, their texts ending as in pretraining."""
+    """The models, with texts that end as in pretraining."""
     for model in MODELS:
         folder = work / model
         folder.mkdir()
@@ -208,7 +208,7 @@ def watched() -> Iterator[tuple[dict[str, Any], Callable[..., None]]]:
             seen.update(tensors_of(training.engine.model))
 
     gc.collect()
-    ctypes.CDLL("libc.so.6").malloc_trim(0)  # else freed blocks of the run before hide what this one takes
+    ctypes.CDLL("libc.so.6").malloc_trim(0)  # otherwise freed blocks of the run before hide the memory of this one
     Path("/proc/self/clear_refs").write_text("5")  # resets the peak
     before = resident_mb("VmRSS")
     try:
@@ -225,14 +225,14 @@ def resident_mb(field: str) -> float:
 
 
 def tensors_of(model: Any) -> dict[str, int]:
-    """Numbers that train, and bytes of frozen tensors that the adapter added, each storage once."""
+    """How many numbers train, and the bytes of the adapter's frozen tensors, each storage counted once."""
     frozen: dict[int, int] = {}
     for module in model.modules():
         if isinstance(module, BaseTunerLayer):
             layer: Any = module
             base = {id(part) for part in layer.get_base_layer().parameters()}
             held = [*layer.parameters(), *layer.buffers()]
-            for values in vars(layer).values():  # FourierFT keeps its places in a plain dict
+            for values in vars(layer).values():  # FourierFT keeps its indices in a plain dict
                 held += values.values() if isinstance(values, dict) else []
             for part in held:
                 if isinstance(part, torch.Tensor) and id(part) not in base and not part.requires_grad:
@@ -242,7 +242,7 @@ def tensors_of(model: Any) -> dict[str, int]:
 
 
 class Campaign:
-    """The results so far, and the runs that are still to be made."""
+    """The results so far, and the runs that are left."""
 
     def __init__(self, shared: Path):
         self.shared = shared
@@ -252,13 +252,13 @@ class Campaign:
         return next((old for old in self.found if row.items() <= old.items()), None)
 
     def loss(self, row: dict[str, Any]) -> float:
-        """Of a run that was made; infinite where it diverged."""
+        """Held-out loss of a run in the results; infinite if it diverged."""
         result = self.result(row)
         assert result is not None, row
         return math.inf if result["loss"] is None else result["loss"]
 
     def next(self, name: str, model: str, task: str) -> dict[str, Any] | None:
-        """The next run of a method on a model and a task; None where all were made."""
+        """The next run of a method on a model and a task; None if all are done."""
         searched = lambda rate: what(model, task, name, rate, 0, "validation")  # noqa: E731
         for rate in self.rates(name, model, task):
             if self.result(searched(rate)) is None:
@@ -270,7 +270,7 @@ class Campaign:
         return None
 
     def rates(self, name: str, model: str, task: str) -> list[float]:
-        """The rates to search: three around the guess (the first cell's best, once known), then on from an edge."""
+        """The learning rates to try: three around the guess (the first cell's best, if known), then beyond an edge."""
         guess = METHODS[name]["rate"]
         if (model, task) != CELLS[0] and self.next(name, *CELLS[0]) is None:
             guess = self.best(name, *CELLS[0])
@@ -290,7 +290,7 @@ class Campaign:
                 return [row["rate"] for row in rows]
 
     def best(self, name: str, model: str, task: str) -> float:
-        """The rate with the lowest validation loss, once all were tried."""
+        """The learning rate with the lowest validation loss, once all were tried."""
         rates = self.rates(name, model, task)
         return min(rates, key=lambda rate: self.loss(what(model, task, name, rate, 0, "validation")))
 
@@ -324,7 +324,7 @@ class Campaign:
         partial.replace(RESULTS)
 
     def left(self) -> str:
-        """How many runs are still to be made, if no search goes on from an edge, and about how long they take."""
+        """How many runs are left, if no search extends beyond an edge, and about how long they take."""
         count, seconds = 0, 0.0
         for name, model, task in plan():
             rates = self.rates(name, model, task)
@@ -411,7 +411,7 @@ def plot(campaign: Campaign) -> str:
     for tenth in range(round(low * 10), round(high * 10) + 1):
         at = y(tenth / 10)
         parts.append(f'<path d="M50 {at:.0f}H520" class="grid"/><text x="44" y="{at + 4:.0f}" text-anchor="end">{tenth / 10:.1f}</text>')  # fmt: skip  # noqa: E501
-    line = 382.0  # of the last label: each stands as near its point as the one below it lets it
+    line = 382.0  # of the last label; each is as near its point as the label below allows
     for name in reversed(order):
         at, found = x(tested[name][0]["trained"]), losses[name]
         ours = METHODS[name].get("method", "loldu") in OURS

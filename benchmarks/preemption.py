@@ -3,8 +3,8 @@
     python benchmarks/preemption.py                  # 10 to 20 minutes on two cores; root, for the local Slurm
     python benchmarks/preemption.py --only "node crash"
 
-A run survives where it finished after at least one restart, every step stands once in events.jsonl, and each loss is
-the uninterrupted run's within 5e-6 (two processes add in another order than one). Writes results/preemption.json.
+A run passes if it finished after at least one restart, events.jsonl has every step once, and each loss equals the
+uninterrupted run's within 5e-6 (two processes add in another order than one). Writes results/preemption.json.
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ NO_USER_SIGNAL = ("SlurmctldParameters=",)  # the site sends TERM at a preemptio
 
 @dataclass(frozen=True)
 class Interruption:
-    """One way to be interrupted, and what the site is like."""
+    """One kind of interruption, and the cluster's settings for it."""
 
     name: str
     interrupt: Callable[[Cluster, str, Path], None]
@@ -69,7 +69,7 @@ def crash(node: str) -> Callable[[Cluster, str, Path], None]:
 
 
 def wait(cluster: Cluster, job: str, run: Path) -> None:
-    """The time limit comes by itself."""
+    """Nothing to do: the time limit arrives."""
 
 
 def starting(cluster: Cluster, job: str, run: Path) -> None:
@@ -81,7 +81,7 @@ PLAN = (
     Interruption("preempted, TERM and 20 s of grace", urgent_job, NO_USER_SIGNAL),
     Interruption("preempted, no grace at all", urgent_job, NO_USER_SIGNAL, grace_s=0),
     Interruption("preempted, own signal but no grace", urgent_job, grace_s=0),
-    Interruption("warned while it only starts", starting, at_step=0),
+    Interruption("warned during start-up", starting, at_step=0),
     Interruption("warned ahead of its time limit", wait, submit=("--time=2", "--warning=90"),
                  options=("--max-steps=100",)),  # more than half a minute of steps
     Interruption("somebody else's requeue", requeue),
@@ -134,7 +134,7 @@ def survive(cluster: Cluster, plan: Interruption, folder: Path, expected: list[f
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--only", help="only interruptions whose name holds this")
+    parser.add_argument("--only", help="only interruptions whose name contains this")
     parser.add_argument("--out", type=Path, default=Path(__file__).parent / "results" / "preemption.json")
     chosen = parser.parse_args()
     if reason := why_not():

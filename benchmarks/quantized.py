@@ -1,12 +1,13 @@
-"""What 8 and 4 bits cost: losses after equal training, logits, an adapter on another precision than its own, merging.
+"""The cost of 8 and 4 bits: losses after equal training, logits, an adapter on another precision, merging.
 
     python benchmarks/quantized.py ../shared/data [MODEL ...]   # benchmarks/results/quantized.json; 20 min on one core
 
 The folder holds models/babyllama-361, models/stories260K and instruction/alpaca_5000.json. A third model is random:
-four layers of hidden size 1024 whose weights have a power-law spectrum. Each method's rate is the best of three on
-the float32 base, seed 0; precisions are then compared at that rate. The quantised bases compute in float32. LoRA on
-nf4 is QLoRA. A run's adapter is also merged into its own precision: by `loldu merge --quantize`, which rounds the
-full-precision weight plus update, and, for comparison, by adding the update to the quantised weight and rounding again.
+four layers of hidden size 1024 whose weights have a power-law spectrum. Each method's learning rate is the best of
+three on the float32 base, seed 0; precisions are then compared at that rate. The quantised bases compute in float32.
+LoRA on nf4 is QLoRA. A run's adapter is also merged into its own precision: by `loldu merge --quantize`, which rounds
+the full-precision weight plus update, and, for comparison, by adding the update to the quantised weight and rounding
+again.
 """
 
 from __future__ import annotations
@@ -113,7 +114,7 @@ def measure(config: Config) -> dict[str, Any]:
 
 
 class HeldOut:
-    """The run's own held-out samples, and the loss and logits of any model on them."""
+    """The run's held-out samples, and the loss and logits of a model on them."""
 
     def __init__(self, config: Config):
         _, held = records.load_splits(config.data.data, None, config.data.eval_records)
@@ -130,7 +131,7 @@ class HeldOut:
 
 
 def bare(model: Path, kind: str) -> Any:
-    """The base alone in a precision, as a run loads it."""
+    """The base in a precision, loaded as by a run."""
     config = model_config(model, kind)
     how: dict[str, Any] = {"factors": lambda module: None, "device": torch.device("cpu")}
     return build(config, model, None, dtype=config.dtype, attention="sdpa", **how)
@@ -150,7 +151,7 @@ def weight_error(model: Any, full: Any) -> float:
 
 
 def compare(name: str, folder: Path, work: Path) -> dict[str, Any]:
-    """Everything about one model."""
+    """All measurements of one model."""
     steps, seeds = PLANS[name]
     small = len(seeds) > 1
     runs, swaps, bases, merged = [], [], [], []
@@ -196,8 +197,8 @@ def compare(name: str, folder: Path, work: Path) -> dict[str, Any]:
 
 
 def on_every_precision(folder: Path, work: Path, held: HeldOut, export: bool) -> list[dict[str, Any]]:
-    """Held-out losses of the run's adapter on other bases than its own; with export also as the LoRA it equals on the
-    full-precision base, which reads the layer's input where ours reads the quantised output."""
+    """Held-out losses of the run's adapter on other bases than its own; with export also as a LoRA, which equals it on
+    the full-precision base but reads the layer's input, where ours reads the quantised output."""
     forms = {"adapter": work / "run" / "adapter"}
     if export:
         forms["exported LoRA"] = work / "lora"
@@ -211,7 +212,7 @@ def on_every_precision(folder: Path, work: Path, held: HeldOut, export: bool) ->
 
 
 def merges(folder: Path, work: Path, held: HeldOut, kind: str) -> dict[str, float]:
-    """Held-out losses of the run's adapter merged into its own precision, by the two ways."""
+    """Held-out losses of the run's adapter merged into its own precision, in both ways."""
     once, again = work / "once", work / "again"
     for place in (once, again):
         shutil.rmtree(place, ignore_errors=True)

@@ -1,6 +1,6 @@
-"""bitsandbytes and torchao for a frozen quantised layer: bytes, error, time, gradient, and what fully_shard does to it.
+"""bitsandbytes and torchao for a frozen quantised layer: bytes, error, time, gradient, and its use with fully_shard.
 
-    pip install --no-deps torchao==0.18.0   # no dependency of this project: this comparison alone needs it
+    pip install --no-deps torchao==0.18.0   # not a dependency of this project: only this comparison needs it
     python benchmarks/quantized_sharding.py  # prints a table; a minute on two cores
 
 One 2048 x 2048 Gaussian weight, bfloat16, 256 tokens, one thread; sharded over two gloo processes.
@@ -33,7 +33,7 @@ SIZE, TOKENS = 2048, 256
 
 
 def ours(kind: str) -> Callable[[nn.Linear], nn.Module]:
-    """The project's layer, whose parameter is left plain, as sharding engines get it."""
+    """The project's layer with a plain parameter, as the sharding engines get it."""
 
     def make(linear: nn.Linear) -> nn.Module:
         layer = LAYERS[kind](linear, kind, torch.bfloat16)
@@ -128,7 +128,7 @@ def alone(name: str) -> dict[str, Any]:
 
 
 def sharded(rank: int, name: str, folder: str) -> None:
-    """One of two processes; writes what came of it."""
+    """One of two processes; writes its results."""
     torch.set_num_threads(1)
     dist.init_process_group("gloo", store=dist.FileStore(f"{folder}/store", 2), rank=rank, world_size=2)
     linear, x = inputs()
@@ -141,7 +141,7 @@ def sharded(rank: int, name: str, folder: str) -> None:
         found.sum().backward()
         same = "same output" if torch.equal(found, wanted) else f"off by {float((found - wanted).abs().max()):.2g}"
         said = f"{same}, {held(layer) / SIZE**2:.4f} bytes per number on each"
-    except Exception as error:  # engines and subclasses raise many kinds: the table shows which
+    except Exception as error:  # engines and subclasses raise many kinds of errors: the table shows them
         said = f"{type(error).__name__}: {str(error).strip().splitlines()[0]:.100}"
     Path(folder, f"{rank}").write_text(said)
 
@@ -161,7 +161,7 @@ def main() -> None:
             try:
                 mp.spawn(sharded, (name, folder), 2)
                 row["fully_shard over two"] = Path(folder, "0").read_text()
-            except Exception as error:  # before there was anything to shard
+            except Exception as error:  # before there was a parameter to shard
                 row["fully_shard over two"] = str(error).strip().splitlines()[-1]
         print(name, row, flush=True)
 

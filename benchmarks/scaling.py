@@ -3,9 +3,10 @@
     python benchmarks/scaling.py                    # a second: the table, and results/scaling.json
     python benchmarks/scaling_network.py            # its formulas against real runs behind a rate limit
 
-Every constant of the machines is published, not measured by us (CONSTANTS says where): replace them once a GPU was
-measured. What is checked here, on real processes and a real network, are the counts of bytes and the sum of computing
-and waiting; that script prints the error. Each GPU has TOKENS tokens a step, so more GPUs are a larger batch.
+All constants of the machines are published ones, not measured by us (CONSTANTS has the sources): replace them once a
+GPU was measured. The counts of bytes, and the sum of computing and waiting, are checked with real processes on a real
+network by scaling_network.py, which prints the error. Each GPU has TOKENS tokens a step, so more GPUs are a larger
+batch.
 
 Collectives, payload of P bytes over N ranks (Thakur, Rabenseifner, Gropp 2005; Patarasuk, Yuan 2009):
 
@@ -13,19 +14,20 @@ Collectives, payload of P bytes over N ranks (Thakur, Rabenseifner, Gropp 2005; 
     all-reduce, tree     2 P in 2 log2(N) messages (two trees, pipelined: Sanders, Speck, Traeff 2009); NCCL has both
     all-gather           each rank sends (N-1)/N P in N-1 messages; reduce-scatter the same
 
-An all-reduce over M nodes of g GPUs runs inside a node first: each node sends 2 (M-1)/M P, whatever g is.
+An all-reduce over M nodes of g GPUs runs inside a node first: each node sends 2 (M-1)/M P, for any g.
 
 A step of T tokens through p numbers costs 2 p T operations forward, 2 p T for the gradient of inputs and 2 p T for that
 of weights (Kaplan et al., 2001.08361), which frozen ones do not need. Left out: attention's own products,
-recomputation, that LoLDU's r x r map is multiplied in float32 without most of its zeros and 4-bit weights are unpacked,
-stragglers, other users of the network.
+recomputation, LoLDU's float32 product with its r x r map (most zeros are skipped), unpacking of 4-bit weights,
+stragglers and other users of the network.
 
     ddp          computing + all-reduce of the trained numbers' gradients
     fsdp2        max(computing, gathering every layer forward and backward, the rest once) + reduce-scatter
     hsdp         the same inside a node, and an all-reduce of the gradients over the nodes
 
-LoLDU's all-reduce is one tensor after the backward pass, as built. For LoRA and full tuning the model is kind: as much
-of their all-reduce as fits hides behind the backward pass, which takes buckets and never fits perfectly.
+LoLDU's all-reduce is one tensor after the backward pass, as built. For LoRA and full fine-tuning the model is
+optimistic: as much of their all-reduce as possible overlaps the backward pass, which needs buckets and is never
+perfect.
 """
 
 from __future__ import annotations
@@ -41,7 +43,7 @@ from typing import Any
 
 RESULTS = Path(__file__).parent / "results" / "scaling.json"
 TOKENS = 4096  # of each GPU in a step
-CONTROL = 2  # float32 numbers that travel with the gradients: the loss, and whether somebody was asked to stop
+CONTROL = 2  # float32 numbers sent with the gradients: the loss, and whether a rank was asked to stop
 SHARDINGS = ("ddp", "fsdp2", "hsdp")
 GPUS = (1, 2, 4, 8, 16, 32, 64, 128, 256, 512, 1024)
 
@@ -112,7 +114,7 @@ class Method:
         """Bytes that sharding spreads (weights, factors), and bytes of the trained numbers' gradient and optimizer."""
         write, read = self.factors(base)
         frozen = base.linear * base.precision + base.rest * 2 + write * 2 + read * 4
-        # float32 value, gradient and two moments; a bfloat16 model has the value besides: counted above
+        # float32 value, gradient and two moments; a bfloat16 model's values are counted above
         return frozen, self.trained(base) * (14 if self.rank == 0 else 16)
 
 
@@ -122,9 +124,9 @@ class Machine:
 
     gpus: int
     operations: float  # per second and GPU, bfloat16, dense, at peak
-    use: float  # part of the peak that training reaches
+    use: float  # share of the peak that training reaches
     memory: float  # bytes of a GPU
-    memory_use: float  # part of it for weights and optimizer; the rest is for activations
+    memory_use: float  # share for weights and optimizer; the rest is for activations
     inside: float  # bytes per second of a GPU to the others of its node, one way
 
 
@@ -137,7 +139,7 @@ class Link:
     adapters: int
     efficiency: float  # payload per bit
     latency_s: float  # of one message
-    trees: bool = True  # NCCL; gloo has rings alone
+    trees: bool = True  # NCCL; gloo has only rings
 
     @property
     def bandwidth(self) -> float:
@@ -175,12 +177,12 @@ CONSTANTS = {
 
 
 def all_reduce_bytes(payload: float, ranks: int) -> float:
-    """That each rank of a ring sends, and receives."""
+    """Bytes that each rank of a ring sends, and receives."""
     return 2 * (ranks - 1) / ranks * payload
 
 
 def gather_bytes(payload: float, ranks: int) -> float:
-    """That each rank sends in an all-gather that gives every rank the payload; in a reduce-scatter of it the same."""
+    """Bytes that each rank sends in an all-gather of the payload, or in a reduce-scatter of it."""
     return (ranks - 1) / ranks * payload
 
 
@@ -212,7 +214,7 @@ def step(base: Base, method: Method, sharding: str, gpus: int, machine: Machine,
         gathered, messages = 2 * (weights - base.rest * 2 + cores) + base.rest * 2, 2 * base.layers + 1
         far = sharding == "fsdp2" and nodes > 1
         ranks, bandwidth, latency_s = (gpus, link.bandwidth, link.latency_s) if far else (inside, machine.inside, 0.0)
-        hops = (nodes - 1) * latency_s  # those inside a node cost next to nothing beside these
+        hops = (nodes - 1) * latency_s  # messages inside a node cost little compared to these
         gathering = gather_bytes(gathered, ranks) / bandwidth + messages * hops
         scattering = gather_bytes(gradients, ranks) / bandwidth + hops
         seconds = max(computing, gathering) + scattering + (over_nodes if sharding == "hsdp" else 0.0)
@@ -227,12 +229,12 @@ def step(base: Base, method: Method, sharding: str, gpus: int, machine: Machine,
 
 
 def table() -> list[dict[str, Any]]:
-    """All of it."""
+    """All results."""
     return [
         step(base, method, sharding, gpus, H100, link)
         for base in BASES
         for method in METHODS
-        if method.rank or base.precision == 2  # a 4-bit base is never trained whole
+        if method.rank or base.precision == 2  # a 4-bit base is never fully fine-tuned
         for sharding in SHARDINGS
         for link in LINKS
         for gpus in GPUS
@@ -275,7 +277,7 @@ def show(rows: list[dict[str, Any]]) -> None:
         cells = (f"{row['step_s']:9.2f} s {row['waiting_s'] / row['step_s']:6.1%}" for row in found)
         said = "".join(cells) if found[0]["fits"] else "  does not fit a GPU"
         print(f"{base:<9}{sharding:<9}{method:<13}{sent:>13}{said}")
-    print("for each link: seconds of a step, and the part of them spent waiting for the network")
+    print("for each link: seconds of a step, and the share spent waiting for the network")
 
 
 def _short(value: Any) -> Any:

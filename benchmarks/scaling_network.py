@@ -3,12 +3,12 @@
     OMP_NUM_THREADS=1 python benchmarks/scaling_network.py      # 2 minutes on two cores; root, Linux with iproute2
 
 Each process runs in a network namespace of its own, a switch joins them, and a token bucket (tc tbf) on each one's eth0
-limits what it sends. All of it is made here and removed at the end. A process trains a small random Llama by the
-engines of the launcher, with gloo. Bytes are the counters of /sys/class/net less 66 for each packet (Ethernet, IP, TCP
-with time stamps): what TCP carried. Of an all-reduce they are predicted to the byte: scaling.py's, and gloo's headers.
+limits what it sends. The script creates all of this and removes it at the end. Each process trains a small random Llama
+with the launcher's engines and gloo. Bytes are the counters of /sys/class/net less 66 for each packet (Ethernet, IP,
+TCP with time stamps): TCP's payload. For an all-reduce the prediction is exact: scaling.py's count and gloo's headers.
 Predicted seconds of a step are the measured computing (in turns with the steps, by the same processes, without the
 network) + scaling.py's all-reduce or gathering at the limit, with the latency measured by an all-reduce of one number.
-Beside fsdp2 stands how long gloo's all-gather alone takes, over what the link needs for its bytes: 1 in the prediction.
+For fsdp2, the time of gloo's all-gather over the time that the link needs for its bytes is shown too (1 is predicted).
 Writes results/scaling_network.json.
 """
 
@@ -41,13 +41,13 @@ RESULTS = Path(__file__).parent / "results" / "scaling_network.json"
 HEADERS = 14 + 20 + 32  # Ethernet, IP, TCP with time stamps
 FRAME = 1448 / 1514  # payload of a full frame, of what the token bucket counts
 BURST = 80_000  # bytes the token bucket lets through at once, after a pause: more than one packet of the kernel's own
-HEADER, SEGMENT = 48, 1 << 20  # gloo's: a ring's 2 (N-1) transfers go in two or more segments, each with three headers
+HEADER, SEGMENT = 48, 1 << 20  # gloo sends a ring's 2 (N-1) transfers in two or more segments, each with three headers
 SUBNET = "10.213.7"
 GATHERED = 2_000_000  # about half a layer of the model here
 
 
 def why_not() -> str | None:
-    """Why there can be no such network here."""
+    """The reason why this machine cannot have such a network."""
     if os.geteuid() != 0:
         return "needs root, for network namespaces"
     missing = [word for word in ("ip", "tc") if not shutil.which(word, path=f"{os.environ['PATH']}:/usr/sbin:/sbin")]
@@ -56,7 +56,7 @@ def why_not() -> str | None:
 
 @contextlib.contextmanager
 def network(nodes: int) -> Iterator[list[str]]:
-    """Namespaces joined by a switch, each with an eth0 at SUBNET.1, .2 …; gone afterwards."""
+    """Namespaces joined by a switch, each with an eth0 at SUBNET.1, .2 …; removed afterwards."""
     mark = f"loldu{os.getpid()}"
     names = [f"{mark}-{node}" for node in range(nodes)]
     switch = f"{mark}-switch"
@@ -66,7 +66,7 @@ def network(nodes: int) -> Iterator[list[str]]:
         ip("-n", switch, "link", "add", "sw0", "type", "bridge", "mcast_snooping", "0")
         ip("-n", switch, "link", "set", "sw0", "up")
         for node, name in enumerate(names):
-            # nothing but ours is counted, and nothing is sent twice: no probes, no queue that looks like a loss
+            # count only our traffic, and send nothing twice: no probes, no queue that looks like a loss
             inside(name, "sysctl", "-qw", "net.ipv6.conf.all.disable_ipv6=1", "net.ipv4.tcp_early_retrans=0",
                    "net.ipv4.tcp_wmem=4096 65536 262144")  # fmt: skip
             ip("-n", switch, "link", "add", f"p{node}", "type", "veth", "peer", "name", "eth0", "netns", name)
@@ -74,7 +74,7 @@ def network(nodes: int) -> Iterator[list[str]]:
             ip("-n", name, "link", "set", "lo", "up")
             ip("-n", name, "link", "set", "eth0", "address", f"02:00:00:00:00:{node + 1:02x}", "up")
             ip("-n", name, "addr", "add", f"{SUBNET}.{node + 1}/24", "dev", "eth0")
-            for other in range(nodes):  # nobody has to ask who is who: that would be counted
+            for other in range(nodes):  # static neighbours: ARP requests would be counted
                 if other != node:
                     ip("-n", name, "neigh", "add", f"{SUBNET}.{other + 1}", "lladdr", f"02:00:00:00:00:{other + 1:02x}", "dev", "eth0")  # fmt: skip  # noqa: E501
         yield names
@@ -94,7 +94,7 @@ def inside(name: str, *words: str) -> None:
 
 
 def limit(megabits: float) -> None:
-    """Of what this namespace sends; 0: none. The queue is long, so that nothing is dropped and sent twice."""
+    """Limit the rate at which this namespace sends; 0: no limit. The queue is long, so that nothing is dropped."""
     words = ["tc", "qdisc", "replace" if megabits else "delete", "dev", "eth0", "root"]
     words += ["tbf", "rate", f"{megabits}mbit", "burst", str(BURST), "limit", str(1 << 26)] if megabits else []
     done = subprocess.run(words, capture_output=True, text=True)
@@ -103,7 +103,7 @@ def limit(megabits: float) -> None:
 
 
 def sent() -> tuple[int, int]:
-    """Bytes that TCP carried out of this namespace, and how many segments it had to send again."""
+    """Bytes that TCP sent from this namespace, and how many segments it sent again."""
     counters = Path("/sys/class/net/eth0/statistics")
     packets, whole = (int((counters / f"tx_{name}").read_text()) for name in ("packets", "bytes"))
     names, values = (
@@ -113,7 +113,7 @@ def sent() -> tuple[int, int]:
 
 
 def measure(nodes: int, methods: Sequence[str], rates: Sequence[float], steps: int) -> list[dict[str, Any]]:
-    """Start a process in each of so many namespaces; what they measured, and what is predicted, for each case."""
+    """Start a process in each of so many namespaces; returns measurement and prediction for each case."""
     with tempfile.TemporaryDirectory(prefix="scaling-") as folder, network(nodes) as names:
         words = [sys.executable, __file__, f"--worker={folder}", "--steps", str(steps), "--methods", *methods]
         words += ["--rates", *map(str, rates)]
@@ -139,7 +139,7 @@ def measure(nodes: int, methods: Sequence[str], rates: Sequence[float], steps: i
 
 
 def judge(nodes: int, ranks: Sequence[dict[str, Any]]) -> dict[str, Any]:
-    """A case as all its ranks saw it, beside what scaling.py predicts."""
+    """A case as measured by all ranks, and scaling.py's prediction."""
     first = ranks[0]
     carried = sum(rank["sent_bytes"] for rank in ranks)
     bandwidth = first["megabits"] * 1e6 / 8 * FRAME
@@ -189,7 +189,7 @@ def worker(folder: Path, methods: Sequence[str], rates: Sequence[float], steps: 
             one_step(engine, ids)  # opens connections
             computing, seconds, before = [], [], quiet()
             for _ in range(steps):  # in turns, as the machine may be busy
-                limit(0)  # fsdp2's forward pass cannot do without the others: unlimited it counts as computing
+                limit(0)  # fsdp2's forward pass needs the other ranks: without a limit it counts as computing
                 computing.append(one_step(engine, ids, meet=engine.gathers))
                 limit(megabits)
                 seconds.append(one_step(engine, ids))
@@ -207,7 +207,7 @@ def worker(folder: Path, methods: Sequence[str], rates: Sequence[float], steps: 
 
 
 def build(method: str, ranks: Any) -> tuple[Any, int]:
-    """The engine of `[fsdp2 ]full | lora RANK | loldu RANK` on a random Llama; and what fsdp2 gathers in a step."""
+    """The engine of `[fsdp2 ]full | lora RANK | loldu RANK` on a random Llama, and the bytes gathered in a step."""
     import torch
     from peft import LoraConfig, get_peft_model
     from transformers import LlamaConfig, LlamaForCausalLM
@@ -237,7 +237,7 @@ def build(method: str, ranks: Any) -> tuple[Any, int]:
 
 
 def one_step(engine: Any, ids: Any, *, meet: bool = True) -> float:
-    """Seconds; without meeting everything is done but the all-reduce itself."""
+    """Seconds of a step; without meeting, everything but the all-reduce is done."""
     import torch
 
     began = time.perf_counter()
@@ -278,7 +278,7 @@ def one_gather(world: int) -> float:
 
 
 def quiet() -> tuple[int, int]:
-    """The counters once nothing is on its way any more."""
+    """The counters once no packet is in flight."""
     before = sent()
     while True:
         time.sleep(0.3)
@@ -303,7 +303,7 @@ def main() -> int:
     if reason := why_not():
         print(f"error: {reason}", file=sys.stderr)
         return 2
-    signal.signal(signal.SIGTERM, lambda *_: sys.exit(1))  # so that the namespaces go, too
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(1))  # so that the namespaces are removed too
     rows = []
     for nodes in chosen.processes:
         rows += measure(nodes, chosen.methods, chosen.rates, chosen.steps)

@@ -4,10 +4,10 @@
 
 A random Llama of 8 layers and hidden size 1024 (float32), rank 64 on all linear layers, one row of 128 tokens for each
 rank and step, on 2 and 4 gloo processes. Memory is RssAnon of /proc, sampled every 2 ms, above what the process held
-before the model's skeleton; pages of the checkpoint that are only mapped do not count. malloc gives large blocks back
-at once (MALLOC_MMAP_THRESHOLD_), or what it keeps would count. While loading, the goal is the shard and the
-largest layer; while training, the shard, two gathered layers, the root unit and the activations (what training adds in
-one process without sharding), each with a tenth on top. Writes benchmarks/results/sharded_memory.json.
+before the model's skeleton; pages of the checkpoint that are only mapped do not count. malloc returns large blocks at
+once (MALLOC_MMAP_THRESHOLD_), since blocks that it keeps would count. The goal while loading is the shard and the
+largest layer; while training it is the shard, two gathered layers, the root unit and the activations (measured in one
+process without sharding); 10 % is added to each. Writes benchmarks/results/sharded_memory.json.
 """
 
 from __future__ import annotations
@@ -57,7 +57,7 @@ def main() -> None:
     with tempfile.TemporaryDirectory(prefix="sharded-memory-") as folder:
         write_model(Path(folder) / "model", options.tokenizer, layers=8)
         ranks = [rank for processes in (1, 2, 4) for rank in measure(Path(folder), options.data, processes)]
-    # What training needs above the model: samples, activations, gradients of the cores.
+    # Memory of training besides the model: samples, activations, gradients of the cores.
     activations = ranks[0]["added_mib"]
     rows = []
     for rank in ranks[1:]:
@@ -88,7 +88,7 @@ def measure(folder: Path, data: Path, processes: int) -> list[dict[str, float]]:
 
 
 def worker(folder: Path, data: Path) -> None:
-    """One rank: the run as usual, watched from a thread."""
+    """One rank: an ordinary run, with a thread that measures it."""
     torch.set_num_threads(1)
     rank, processes = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
     config = Config(
@@ -131,7 +131,7 @@ def worker(folder: Path, data: Path) -> None:
 
 
 class Watch:
-    """The highest anonymous memory of this process since begin(), above what it held then."""
+    """The peak of this process's anonymous memory since begin(), less its memory then."""
 
     def __init__(self) -> None:
         self.begin()
@@ -161,7 +161,7 @@ def tensor_bytes(module: torch.nn.Module) -> int:
 
 
 def write_model(folder: Path, tokenizer: Path, *, layers: int) -> Path:
-    """A random float32 Llama of hidden size 1024 with somebody's tokenizer."""
+    """A random float32 Llama of hidden size 1024 with the given tokenizer."""
     torch.manual_seed(0)
     config = LlamaConfig(
         vocab_size=512, hidden_size=1024, intermediate_size=2816, num_hidden_layers=layers, num_attention_heads=16,

@@ -1,10 +1,10 @@
-"""How long a run takes until its first step where factors and tokens are cached, against loading the base alone.
+"""How long a run takes until its first step with factors and tokens cached, against loading the base alone.
 
     python benchmarks/startup.py [--hidden 2048 --layers 8] [--repeats 5]     # 1 GB of disk while it runs
 
-Interleaved: a process that imports transformers and loads the base, then the recipe until its first step begins, again
-and again. Both count from the command on, so Python's imports are in both; medians, their ratio and the spread are
-printed. The base is random, bfloat16, on disk; both touch every page of it, since a mapped file is no loaded weight.
+Alternates between a process that imports transformers and loads the base, and the recipe until its first step. Both
+times start at the command, so both include Python's imports. Prints medians, their ratio and the spread. The base is
+random, bfloat16, on disk; both processes touch every page of it, because mapping a file does not load it.
 """
 
 from __future__ import annotations
@@ -96,7 +96,7 @@ def main() -> None:
 
 
 def run(script: str, *arguments: str) -> float:
-    """Seconds that a fresh Python needs for it."""
+    """Seconds of this code in a new Python process."""
     environment = os.environ | {"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", "PYTHONPATH": str(REPO)}
     started = time.perf_counter()
     done = subprocess.run([sys.executable, "-c", script, *arguments], env=environment, capture_output=True, text=True)

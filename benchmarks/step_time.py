@@ -1,19 +1,19 @@
-"""What an adapter adds to a training step: ours beside PEFT's LoRA, VeRA and RandLoRA, and the frozen base alone.
+"""The cost of an adapter in a training step: ours, PEFT's LoRA, VeRA and RandLoRA, and the frozen base alone.
 
     OMP_NUM_THREADS=1 python benchmarks/step_time.py                # ours and LoRA, about 5 minutes, one thread
     OMP_NUM_THREADS=1 python benchmarks/step_time.py --others       # the rest, into step_time_others.json
     OMP_NUM_THREADS=1 python benchmarks/step_time.py --rounds 3 --only floor,loldu-64,lora-64 --output /tmp/some.json
 
-A Llama of four layers, hidden size 1024, random weights, 512 tokens, every linear layer but the head adapted; a step
-is forward, backward and AdamW. The floor is the frozen base with the gradient taken through its inputs and nothing
-trained; all others take that gradient too. A round runs each contender once, in an order of its own, so that a slow
-moment of the machine meets all alike; a ratio is the median over the rounds of the ratio within a round. `dense` is
-the reference code's way: the m x n update is built at every step. Writes benchmarks/results/step_time.json.
+A Llama of four layers, hidden size 1024, random weights, 512 tokens, every linear layer but the head adapted; a step is
+forward, backward and AdamW. The floor is the frozen base without training, with the gradient of its inputs, which all
+others compute too. A round runs each contender once, in random order, so that a slow moment of the machine affects all
+of them; a ratio is the median over the rounds of the ratio within a round. `dense` is the reference code's way: it
+builds the m x n update at every step. Writes benchmarks/results/step_time.json.
 
-"by count" is what the ratio would be if each multiplication took as long as LoRA's do here: for a weight m x n and a
+"by count" is the ratio if each multiplication took as long as LoRA's do here: for a weight m x n and a
 token LoRA adds 3 r (m + n) of them (A, B; backward: through both, and both gradients), ours 2 r (m + r) (Read and
-Write; backward: through both) less what is left out of triangles: Read is one, at full rank Write is another. Ours
-keeps r numbers a token and weight, over which the core's gradient is a sum.
+Write; backward: through both) less the skipped zeros of triangles: Read is one, and at full rank Write is another. Ours
+keeps r numbers for each token and weight, from which it computes the core's gradient.
 """
 
 from __future__ import annotations
@@ -69,7 +69,7 @@ def base_model(dtype: torch.dtype) -> LlamaForCausalLM:
 
 
 def contenders() -> dict[str, Any]:
-    """A function that adapts a model in place, by name; the number in a name is the rank."""
+    """Functions that adapt a model in place, by name; the number in a name is the rank."""
     made: dict[str, Any] = {"floor": lambda model: model.requires_grad_(False)}
     for r in RANKS:
         made[f"loldu-{r}"] = lambda m, r=r: get_peft_model(m, LoLDUConfig(r=r, target_modules=TARGETS))
@@ -94,7 +94,7 @@ def with_dense_updates(model: nn.Module, r: int) -> nn.Module:
 
 
 class Contender:
-    """A model with its optimizer, and a step of it; the frozen base's tensors are shared by all."""
+    """A model with its optimizer and a training step; all contenders share the frozen base's tensors."""
 
     def __init__(self, base: nn.Module, adapt: Any):
         self.model = adapt(copy.deepcopy(base, {id(p): p for p in base.parameters()})).train()
@@ -109,7 +109,7 @@ class Contender:
         return model(inputs_embeds=embeddings, labels=ids, use_cache=False).loss
 
     def step(self) -> float:
-        """Processor seconds of one training step; one thread is always busy, and others' work counts less."""
+        """Processor seconds of one training step. It has one thread, and other processes affect this time less."""
         started = time.process_time()
         self.loss().backward()
         if self.optimizer:
@@ -118,7 +118,7 @@ class Contender:
         return time.process_time() - started
 
     def saved_bytes(self) -> int:
-        """Bytes that autograd keeps for the backward pass, each storage once, parameters and buffers apart."""
+        """Bytes that autograd keeps for the backward pass, each storage once, without parameters and buffers."""
         own = {t.untyped_storage().data_ptr() for t in (*self.model.parameters(), *self.model.buffers())}
         own |= {m.left.untyped_storage().data_ptr() for m in self.model.modules() if isinstance(m, DenseUpdate)}
         own |= {m.right.untyped_storage().data_ptr() for m in self.model.modules() if isinstance(m, DenseUpdate)}
@@ -126,7 +126,7 @@ class Contender:
 
         def pack(t: Tensor) -> Tensor:
             if t.untyped_storage().data_ptr() not in own:
-                kept[t.untyped_storage().data_ptr()] = t  # held, or its address would be used again
+                kept[t.untyped_storage().data_ptr()] = t  # kept alive, so that its address is not reused
             return t
 
         with torch.autograd.graph.saved_tensors_hooks(pack, lambda t: t):
@@ -140,7 +140,9 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=7)
     parser.add_argument("--dtype", default="float32", choices=("float32", "bfloat16"))
     parser.add_argument("--only", default="", help="names of contenders, separated by commas")
-    parser.add_argument("--others", action="store_true", help="all but those of the main table, with LoRA r 64 beside")
+    parser.add_argument(
+        "--others", action="store_true", help="the contenders that are not in the main table, and LoRA r 64"
+    )
     parser.add_argument("--output", type=Path)
     options = parser.parse_args()
     output = options.output or (RESULTS.with_name("step_time_others.json") if options.others else RESULTS)
@@ -170,7 +172,7 @@ def main() -> None:
 
 
 def row(name: str, field: dict[str, Contender], saved: dict[str, int]) -> dict[str, Any]:
-    """Times and ratios of one contender; LoRA's at the same rank where that ran."""
+    """Times and ratios of one contender, against LoRA of the same rank if it ran."""
     own, (method, _, rank) = field[name].times, name.partition("-")
     found: dict[str, Any] = {
         "name": name,
@@ -194,7 +196,7 @@ def row(name: str, field: dict[str, Contender], saved: dict[str, int]) -> dict[s
 
 
 def multiplications_of_loras(r: int) -> float:
-    """What ours adds to a step over what LoRA of the same rank adds, in multiplications."""
+    """Multiplications that ours adds to a step, over those that LoRA of the same rank adds."""
     shapes = [(HIDDEN, HIDDEN)] * 4 + [(INNER, HIDDEN)] * 2 + [(HIDDEN, INNER)]
     triangle = sum(end * (end - at) for at, end in blocks(r)) if in_blocks(torch.empty(TOKENS, r)) else r * r
     return sum(2 * (triangle + (triangle if m == r else r * m)) for m, _ in shapes) / sum(

@@ -3,11 +3,10 @@
     OMP_NUM_THREADS=1 python benchmarks/svd.py                     # about 10 minutes, one thread
     OMP_NUM_THREADS=1 python benchmarks/svd.py --repetitions 1     # 4 minutes
 
-Each repetition takes the processor time of the whole SVD, the exact and the block method one after the other, so that
-a slow moment of the machine meets all alike; the median counts, the spread is printed. Beside the times: the share of
-the optimal energy that a method's directions miss, the largest principal angle between its subspace and the exact one,
-the largest angle of a single direction, and the bound that the block method itself gives for both. Writes
-benchmarks/results/svd.json.
+Each repetition measures the processor time of the whole SVD, the exact and the block method in turn, so that a slow
+moment of the machine affects all of them. Reported are the median and the spread, the share of the optimal energy that
+a method's directions miss, the largest principal angle between its subspace and the exact one, the largest angle of a
+single direction, and the block method's own bound for both. Writes benchmarks/results/svd.json.
 """
 
 from __future__ import annotations
@@ -79,7 +78,7 @@ def compare(exponent: float, repetitions: int) -> dict[str, Any]:
 
 
 def timed(seconds: list[float], work: Callable[[], Any]) -> Any:
-    """What work returns; its processor time is added to the list."""
+    """Call work, append its processor time to the list, and return its result."""
     started = time.process_time()
     result = work()
     seconds.append(time.process_time() - started)

@@ -1,10 +1,10 @@
 """The embedded demo, method by method: LoLDU, LoRA, full fine-tuning, and LoLDU on a random base, at equal steps.
 
     python benchmarks/tiny_demo.py            # writes benchmarks/results/tiny_demo.json; about 50 minutes on one core
-    python benchmarks/tiny_demo.py --quick    # one rate and one seed each
+    python benchmarks/tiny_demo.py --quick    # one learning rate and one seed each
 
-Each rate is picked on the validation split with seed 0; then three other seeds are tuned and tested.
-"Unseen" are wordings that no tuning record has. Runs that are in the results file already are not repeated.
+Each learning rate is chosen on the validation split with seed 0; then three other seeds are trained and tested.
+"Unseen" are wordings that no training record has. Runs in the results file are not repeated.
 """
 
 from __future__ import annotations
@@ -45,7 +45,7 @@ METHODS: dict[str, dict[str, Any]] = {
 
 
 def variation(spec: dict[str, Any], rate: float, seed: int, split: str, work: Path) -> Config:
-    """The demo's config with a method, rate, seed and evaluation split put in."""
+    """The demo's config with this method, learning rate, seed and evaluation split."""
     config = tiny()
     adapter = {name: value for name, value in spec.items() if name in ("method", "rank", "options")}
     model = str(random_base(work)) if spec.get("random") else config.model.model
@@ -60,7 +60,7 @@ def variation(spec: dict[str, Any], rate: float, seed: int, split: str, work: Pa
 
 
 def random_base(work: Path) -> Path:
-    """The demo's architecture and tokenizer with weights nobody trained."""
+    """The demo's architecture and tokenizer with random weights."""
     folder = work / "random"
     if not folder.exists():
         torch.manual_seed(0)
@@ -92,7 +92,7 @@ def measure(name: str, rate: float, seed: int, split: str) -> dict[str, Any]:
 
 
 def unseen_match(tuned: Path) -> float:
-    """Exact match on wordings that were never tuned on, of a run folder or a model."""
+    """Exact match of a run folder or a model on wordings that were not trained on."""
     model, tokenizer = load(find(str(tuned)))
     held = records.load_records(str(TINY / "instructions" / "test_unseen.json"))
     template = templates.load_template("short", tokenizer, conversations=False)

@@ -1,9 +1,9 @@
-"""A model of Llama-2-7B's size through recipe and merge on a CPU: the memory a process needs, in bfloat16 and 4 bits.
+"""Train and merge a model of Llama-2-7B's size on a CPU: the memory of a process, in bfloat16 and 4 bits.
 
     python benchmarks/whole_model.py FOLDER                    # 28 GB of disk in FOLDER, 16 GB of memory, 10 minutes
     python benchmarks/whole_model.py FOLDER --layers 2 --output /tmp/small.json
 
-Writes 6.7 billion random weights to FOLDER/model, unless they are there, and starts the recipe on them: factors of rank
+Writes 6.7 billion random weights to FOLDER/model, unless they exist, and starts the recipe on them: factors of rank
 64 for all 224 linear layers, cached in FOLDER, then two steps of two short samples. `loldu merge` of the bfloat16 run,
 with its check, follows. Peak memory is the process's largest resident set (VmHWM); the weights are read from mapped
 files, whose pages count while they are in use. Writes benchmarks/results/whole_model.json.
@@ -52,7 +52,7 @@ def main() -> None:
 
 
 def write_model(folder: Path, layers: int) -> int:
-    """The checkpoint, in files of 4 GB; one block of random numbers serves all weights, each from its own place."""
+    """Write the checkpoint in files of 4 GB; all weights are slices of one block of random numbers."""
     config = LlamaConfig(num_hidden_layers=layers, max_position_embeddings=4096, architectures=["LlamaForCausalLM"])
     with torch.device("meta"):
         shapes = {name: part.shape for name, part in LlamaForCausalLM(config).named_parameters()}
@@ -79,7 +79,7 @@ def write_model(folder: Path, layers: int) -> int:
 
 
 def run(folder: Path, way: str, extra: list[str]) -> dict[str, Any]:
-    """One process of the recipe; what it needed, and the held-out losses that it wrote."""
+    """One process of the recipe; returns its cost and the held-out losses that it wrote."""
     output = folder / f"run-{way}"
     shutil.rmtree(output, ignore_errors=True)
     options = {
@@ -94,7 +94,7 @@ def run(folder: Path, way: str, extra: list[str]) -> dict[str, Any]:
 
 
 def merge(folder: Path) -> dict[str, Any]:
-    """Base and adapter of the bfloat16 run as one model, checked; it is removed again."""
+    """Merge the bfloat16 run with the check, and remove the merged model again."""
     out = folder / "merged"
     shutil.rmtree(out, ignore_errors=True)
     needed = watched(["-m", "launcher", "merge", folder / "run-bfloat16", "--out", out])
@@ -103,10 +103,10 @@ def merge(folder: Path) -> dict[str, Any]:
 
 
 def watched(words: Sequence[Any]) -> dict[str, Any]:
-    """Peak memory and seconds of `python WORDS`, which must end well."""
+    """Peak memory and seconds of `python WORDS`, which must succeed."""
     started = time.monotonic()
     process = subprocess.Popen([sys.executable, *map(str, words)], cwd=REPO)
-    peak = 0  # not what wait4 tells of it, which begins with what this process held
+    peak = 0  # wait4's value would include the memory of this process
     while process.poll() is None:
         status = Path(f"/proc/{process.pid}/status").read_text()
         peak = max(peak, *(int(line.split()[1]) for line in status.splitlines() if line.startswith("VmHWM")), 0)

@@ -4,11 +4,11 @@
     loldu train llama2_alpaca_loldu --model DIR --data FILE
     accelerate launch recipes/llama2_alpaca_loldu.py     # the paper's run; the embedded one if its model is missing
 
-Settings, and where they come from (the paper's tables, as transcribed; its body text was not available):
-    rank 1024 on q_proj and v_proj, scale 1, learning rate 1e-3, batch 128, length 256, 3 epochs, bf16, seed 42: its
-    table of settings (it takes one sample at a time; eight give the same sum, faster). Schedule and warm-up are not
-    listed: cosine without warm-up is our choice. Its table of results counts 0.016M parameters, which is rank 256. The
-    paper contradicts itself; we follow the settings.
+Settings and their sources (the paper's tables, as transcribed; its body text was not available):
+    rank 1024 on q_proj and v_proj, scale 1, learning rate 1e-3, batch 128, length 256, 3 epochs, bf16, seed 42: the
+    paper's table of settings (micro-batches of one sample; eight give the same sum, faster). Schedule and warm-up are
+    not listed: cosine without warm-up is our choice. The paper's table of results has 0.016M parameters, which means
+    rank 256: it contradicts the settings, which we follow.
 Machine, time and result of the full run: not yet run.
 """
 

@@ -5,10 +5,10 @@
     loldu train llama2_alpaca_svfit --options energy=0.99            # each weight's rank from its spectrum
     accelerate launch recipes/llama2_alpaca_svfit.py     # the 7B run; the embedded one if its model is missing
 
-Settings, and where they come from: all but adapter and learning rate are those of recipes/llama2_alpaca_loldu.py, so
-that the two can be compared; SVFit's paper reports no instruction tuning. The learning rate was measured on two small
-Llamas at full rank (benchmarks/methods.py, 60 steps): 3e-2 was best on one and 1e-1 on the other, and 3e-2 was best for
-both together, as for LoLDU with normalised directions. The embedded run keeps the learning rate of LoLDU's.
+Settings and their sources: all but adapter and learning rate are those of recipes/llama2_alpaca_loldu.py, for
+comparison; SVFit's paper has no instruction tuning. The learning rate was measured on two small Llamas at full rank
+(benchmarks/methods.py, 60 steps): 3e-2 was best on one and 1e-1 on the other, and 3e-2 was best for both together, as
+for LoLDU with normalised directions. The embedded run keeps the learning rate of LoLDU's.
 Machine, time and result of the full run: not yet run.
 """
 

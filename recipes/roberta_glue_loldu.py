@@ -3,13 +3,13 @@
     accelerate launch recipes/roberta_glue_loldu.py --glue sst2      # mnli, mrpc, cola, qnli, qqp, rte, stsb
     accelerate launch recipes/roberta_glue_loldu.py --glue rte --model DIR --data FILE --eval-data FILE
 
-Settings, and where they come from (the paper's tables, as transcribed; its body text was not available):
-    rank 768 (full) on query and value, scale 1, the learning rates, epochs and lengths below: its table of settings;
-    rank and modules follow from its count 24 x 769 (it trains the scale too, we do not). Not listed, so our choice:
-    batch 32, linear schedule with 6 % warm-up (RoBERTa's), the same learning rate for the head, the last evaluation
-    rather than the best.
-Expected, by its table: SST-2 94.8, MRPC 89.9, QNLI 92.9, RTE 81.3 accuracy; CoLA 63.8, STS-B 92.3 correlation; one
-seed, other rows copied from papers. Machine, time and result of our run: not yet run.
+Settings and their sources (the paper's tables, as transcribed; its body text was not available):
+    rank 768 (full) on query and value, scale 1, the learning rates, epochs and lengths below: the paper's table of
+    settings; rank and modules follow from its count 24 x 769 (it trains the scale too, we do not). Our choice, since
+    not listed: batch 32, linear schedule with 6 % warm-up (RoBERTa's), the same learning rate for the head, the last
+    evaluation rather than the best.
+Expected results, from the paper's table: SST-2 94.8, MRPC 89.9, QNLI 92.9, RTE 81.3 accuracy; CoLA 63.8, STS-B 92.3
+correlation; one seed. Machine, time and result of our run: not yet run.
 """
 
 import argparse

@@ -2,13 +2,13 @@
 
     loldu train smollm2_chat_loldu                           # model and data from the hub
     loldu train smollm2_chat_loldu --model DIR --data FILE --max-steps 600
-    loldu chat runs/smollm2_chat_loldu-TIME                  # talk with the result
+    loldu chat runs/smollm2_chat_loldu-TIME                  # chat with the result
 
-Settings: ours. Rank 64 on all linear layers with normalised directions at the learning rate that suits them (3e-2),
-SmolLM2's own chat template, bfloat16, 60 steps of 8 samples.
+Settings: our choice. Rank 64 on all linear layers with normalised directions, at a learning rate that suits them
+(3e-2), SmolLM2's own chat template, bfloat16, 60 steps of 8 samples.
 Measured on 2026-11-27, one thread of a shared two-core x86 CPU, the first 5,000 records of Alpaca, one seed: 554 s in
 all, 466 s of them steps, at most 2.9 GiB; loss on 64 held-out records 1.8699 before and 1.7501 after; the adapter's
-file has 273 kB. Asked for the capital of France the tuned model answers "The capital of France is Paris."
+file has 273 kB. To "What is the capital of France?" the tuned model answers "The capital of France is Paris."
 """
 
 from launcher.config import AdapterConfig, Config, DataConfig, ModelConfig, OptimizerConfig, RunConfig

@@ -1,4 +1,4 @@
-"""A model on one device, ready to train: dtype and attention chosen, base loaded, adapter with factors put on."""
+"""Build a model on one device: choose dtype and attention, load the base, add the adapter with its factors."""
 
 from __future__ import annotations
 
@@ -33,14 +33,14 @@ from launcher.models.skeleton import (
 
 
 def choose_dtype(wanted: str) -> str:
-    """The base's dtype: where auto is asked for, bfloat16 on a GPU that computes in it, else float32."""
+    """The base's dtype; auto means bfloat16 on a GPU that supports it, else float32."""
     if wanted != "auto":
         return wanted
     return "bfloat16" if torch.cuda.is_available() and torch.cuda.is_bf16_supported() else "float32"
 
 
 def choose_attention(wanted: str, *, on_gpu: bool, dtype: str) -> tuple[str, str]:
-    """transformers' name of the attention that this machine offers, and the reason for it."""
+    """The attention to use, as transformers names it, and the reason."""
     installed = importlib.util.find_spec("flash_attn") is not None
     missing = (
         "flash-attn is not installed" if not installed
@@ -51,20 +51,20 @@ def choose_attention(wanted: str, *, on_gpu: bool, dtype: str) -> tuple[str, str
     if wanted == "flash" and missing:
         raise ValueError(f"--attention flash cannot be used: {missing}; give --attention auto or sdpa")
     if wanted in ("sdpa", "eager"):
-        return wanted, "as asked"
+        return wanted, "as requested"
     if missing:
         return "sdpa", missing
-    return "flash_attention_2", "as asked" if wanted == "flash" else "flash-attn and a GPU are there"
+    return "flash_attention_2", "as requested" if wanted == "flash" else "flash-attn and a GPU are available"
 
 
 def settle_base(
     config: ModelConfig, folder: Path, *, dtype: str, attention: str, reason: str, labels: bool = False
 ) -> tuple[Any, str, str]:
-    """The bare model on the meta device, the attention that it computes with, and the reason for that.
+    """The bare model on the meta device, its attention, and the reason for that choice.
 
-    What this machine offers is used where the model has it; with --attention auto, else what the model has. labels: the
-    model gets a head for labels. Raises ValueError where the checkpoint does not hold all of the model, or the model
-    lacks the attention that was asked for.
+    If the model lacks this attention, --attention auto falls back to one that it has. labels: the model gets a
+    classification head. Raises ValueError if the checkpoint lacks weights of the model, or the model lacks the
+    requested attention.
     """
     plain = replace(config, quantize="none")
     others = [name for name in ("sdpa", "eager", "flex_attention") if name != attention]
@@ -83,7 +83,7 @@ def settle_base(
     asked = {"flash_attention_2": "flash"}.get(attention, attention)
     raise ValueError(
         f"--attention {config.attention}: {folder} has no {asked} attention ({'; '.join(lacking)}): give --attention "
-        "auto, which takes what the model has"
+        "auto, which uses one that the model has"
     )
 
 
@@ -101,8 +101,8 @@ def build(
 ) -> nn.Module:
     """The model ready to train on one device: base frozen (unless adapter is None), cores float32.
 
-    factors(module) hands out the frozen factors of our methods. A quantised base is filled weight by weight. head are
-    settings of a classification head; what the checkpoint lacks of it starts from torch's seed.
+    factors(module) returns the frozen factors for our methods. A quantised base is filled weight by weight. head:
+    settings of a classification head, whose missing parameters are initialised from torch's seed.
     """
     base: Any
     if config.quantize != "none":
@@ -122,7 +122,9 @@ def build(
         for name, there, here in sorted(found["mismatched_keys"]):
             raise misfit(base, folder, name, there, here, labels=head is not None)
         if lost := sorted(name for name in found["missing_keys"] if head is None or not in_head(base, name)):
-            raise ValueError(f"transformers finds no {', '.join(lost[:3])} in {folder}: those would start random")
+            raise ValueError(
+                f"transformers finds no {', '.join(lost[:3])} in {folder}: they would be initialised at random"
+            )
         if head is not None:
             save_drawn(found["missing_keys"], adapter)
             draw(base, sorted(found["missing_keys"]))
@@ -130,7 +132,7 @@ def build(
     if adapter is None:
         return base.to(device)
     with adapters.factors_from(lambda module, shape: factors(module)), warnings.catch_warnings():
-        # The adapter has the fingerprint of the base's files, whatever precision the base runs in.
+        # The adapter records the fingerprint of the base's files, which does not depend on the precision of the base.
         warnings.filterwarnings("ignore", "this base has fingerprint", adapters.BasePrecisionWarning)
-        torch.manual_seed(torch.initial_seed())  # so that no draw depends on how the base was loaded
+        torch.manual_seed(torch.initial_seed())  # so that initial values do not depend on how the base was loaded
         return get_peft_model(base, adapter, autocast_adapter_dtype=True).to(device)

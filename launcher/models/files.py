@@ -16,9 +16,9 @@ TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "tekken.json", "vocab.js
 
 
 def base_folder(model: str, option: str = "") -> Path:
-    """The local folder of a model whose weight files are whole. Raises ValueError naming what is not.
+    """The local folder of a model with complete weight files. Raises ValueError naming what is missing.
 
-    option: what the model was given with, for the message.
+    option: the option that named the model, for the message.
     """
     path = Path(model).expanduser()
     folder = path if path.is_dir() else local_folder(model)
@@ -29,20 +29,22 @@ def base_folder(model: str, option: str = "") -> Path:
             + f", or fetch the model first (hf download {model})"
         )
     if recorded_run(folder) is not None:
-        raise ValueError(f"{option}{model} is a run folder and no base model: give it alone, it knows its base")
+        raise ValueError(
+            f"{option}{model} is a run folder, not a base model: give it without this option, since it records its base"
+        )
     if (folder / "adapter_config.json").is_file() and not (folder / "config.json").is_file():
-        raise ValueError(f"{option}{model} is an adapter and no base model: give the model it was trained on")
+        raise ValueError(f"{option}{model} is an adapter, not a base model: give the model that it was trained on")
     if not (folder / "config.json").is_file():
         raise ValueError(
             f"{option}{folder} holds no model (config.json), no adapter (adapter_config.json) and no run: "
-            "look at the path"
+            "check the path"
         )
     list_tensors(folder)
     return folder
 
 
 def recorded_run(folder: Path) -> dict[str, Any] | None:
-    """What a run folder's config.json says; None where it is another kind of folder."""
+    """The contents of a run folder's config.json; None for another kind of folder."""
     try:
         found = json.loads((folder / "config.json").read_text(encoding="utf-8"))
         return found if isinstance(found["config"]["model"]["model"], str) else None
@@ -51,7 +53,7 @@ def recorded_run(folder: Path) -> dict[str, Any] | None:
 
 
 def load_tokenizer(folder: Path, *, trust_remote_code: bool = False) -> Any:
-    """The tokenizer of a folder. Raises ValueError where there is none: transformers would make up an empty one."""
+    """The tokenizer of a folder. Raises ValueError if there is none: transformers would return an empty one."""
     reason = f"it has none of {', '.join(TOKENIZER_FILES)}"
     if has_tokenizer(folder):
         try:
@@ -62,15 +64,16 @@ def load_tokenizer(folder: Path, *, trust_remote_code: bool = False) -> Any:
 
 
 def check_ids(tokenizer: Any, largest: int, rows: int, *, labels: bool = False) -> None:
-    """Raises ValueError where a token of the data is beyond the `rows` of the model's embedding.
+    """Raises ValueError if a token of the data is beyond the `rows` of the model's embedding.
 
-    A padding token beyond it is replaced in the tokenizer, since padding is masked; a model for labels looks for it.
+    A padding token beyond them is replaced in the tokenizer, since padding is masked. With labels it is an error,
+    because the model finds the end of a text by it.
     """
     pad = tokenizer.pad_token_id
     if largest >= rows or (labels and pad is not None and pad >= rows):
         which = largest if largest >= rows else pad
         raise ValueError(
-            f"the tokenizer writes token {which} ({tokenizer.convert_ids_to_tokens(which)!r}), but the embedding of "
+            f"the tokenizer produces token {which} ({tokenizer.convert_ids_to_tokens(which)!r}), but the embedding of "
             f"the model has {rows} rows, so the two belong to different models: give the model its own tokenizer's "
             "files, or resize its embedding (model.resize_token_embeddings) and save it again"
         )
@@ -79,14 +82,14 @@ def check_ids(tokenizer: Any, largest: int, rows: int, *, labels: bool = False) 
 
 
 def has_tokenizer(folder: Path) -> bool:
-    """Whether any tokenizer's file lies in the folder."""
+    """Whether the folder has a tokenizer's file."""
     return any((folder / name).is_file() for name in TOKENIZER_FILES)
 
 
 def context_length(model: Any) -> int:
-    """Most tokens the model can look at; sys.maxsize where its config does not say.
+    """The model's maximum number of tokens; sys.maxsize if its config has none.
 
-    RoBERTa counts positions from behind its padding token's number: of 514 it uses 512.
+    RoBERTa numbers positions from its padding token's number plus one, so it uses 512 of 514.
     """
     positions = getattr(model.config.get_text_config(), "max_position_embeddings", None) or sys.maxsize
     tables = (module for name, module in model.named_modules() if name.endswith("position_embeddings"))
@@ -95,5 +98,5 @@ def context_length(model: Any) -> int:
 
 
 def first_line(error: BaseException) -> str:
-    """The first line of a library's error, or its kind where it says nothing."""
+    """The first line of a library's error, or its class if the message is empty."""
     return next((line.strip() for line in str(error).splitlines() if line.strip()), type(error).__name__)

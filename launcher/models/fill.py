@@ -1,4 +1,4 @@
-"""Parameters of a skeleton from the checkpoint, each process reading the rows that it keeps."""
+"""Fill a skeleton's parameters from the checkpoint; each process reads only the rows that it keeps."""
 
 from __future__ import annotations
 
@@ -21,19 +21,19 @@ OnFill = Callable[[int, int], None]  # called before each parameter is filled: w
 
 
 class Parts(Protocol):
-    """How a sharding engine cuts a parameter: the rows this rank reads, and the parameter made of them."""
+    """How an engine shards a parameter: the rows that this rank reads, and the parameter made from them."""
 
     def rows(self, parameter: Tensor) -> slice: ...
 
     def place(self, like: nn.Parameter, rows: Tensor) -> nn.Parameter: ...
 
     def keep(self, drawn: nn.Parameter) -> nn.Parameter:
-        """The parameter made of one that is whole on every rank."""
+        """The parameter made from one that every rank has whole."""
         ...
 
 
 class Whole:
-    """No cut: this process holds all."""
+    """No sharding: this process holds every parameter whole."""
 
     def rows(self, parameter: Tensor) -> slice:
         return slice(None)
@@ -55,11 +55,11 @@ def fill(
     *,
     cpu_offload: bool = False,
 ) -> None:
-    """Give every parameter on meta its values, reading from disk only the rows that this rank holds a part of.
+    """Give every parameter on meta its values, reading only the rows from disk of which this rank holds a part.
 
-    factors(module, rows) hands out the frozen factors with those rows of `write`. With cpu_offload parameters stay in
-    main memory; buffers are on the device always. Raises ValueError naming tensors that the checkpoint lacks or has in
-    another shape.
+    factors(module, rows) returns the frozen factors with those rows of `write`. With cpu_offload parameters stay in
+    main memory; buffers are always on the device. Raises ValueError naming tensors that the checkpoint lacks or has
+    with another shape.
     """
     home = torch.device("cpu") if cpu_offload else device
     done, total = itertools.count(1), sum(parameter.is_meta for parameter in model.parameters())
@@ -79,7 +79,7 @@ def _fill_maps(
     parts: Parts,
     place: Callable[[Any, Tensor], nn.Parameter],
 ) -> None:
-    """Our adapters: their frozen maps, and their cores as they start."""
+    """Fill the frozen maps of our adapters, and initialise their cores."""
     for layer in [module for module in model.modules() if isinstance(module, FactorLayer)]:
         for factor_map in layer.maps.values():
             frozen = factors(layer.name, parts.rows(factor_map.write))
@@ -93,11 +93,11 @@ def _fill_maps(
 def _fill_base(
     model: nn.Module, folder: Path, parts: Parts, device: torch.device, place: Callable[[Any, Tensor], nn.Parameter]
 ) -> None:
-    """All that is still on meta, from the checkpoint; and the buffers to the device."""
+    """Fill everything that is still on meta from the checkpoint, and move the buffers to the device."""
     base: Any = getattr(model, "get_base_model", lambda: model)()
     tensors: dict[str, TensorInfo] = base.stored
     tied = getattr(base, "all_tied_weights_keys", None) or {}
-    places: dict[int, list[tuple[nn.Module, str, str]]] = {}  # a tied parameter has several
+    places: dict[int, list[tuple[nn.Module, str, str]]] = {}  # a tied parameter has several places
     for prefix, module in model.named_modules():
         for name, parameter in module._parameters.items():
             if parameter is not None and parameter.is_meta:
@@ -114,13 +114,15 @@ def _fill_base(
         if dora is not None:
             modules = [modules[0].partition(".lora_magnitude_vector.")[0]]
         full = [f"{module}.{name}" for module in modules]
-        full += [tied[one] for one in full if one in tied]  # layers that share a weight may hold a copy each here
+        full += [tied[one] for one in full if one in tied]  # layers that share a weight may each have a copy here
         info = next((tensors[one] for one in full if one in tensors), None)
         packed: Any = owner if name == "weight" and isinstance(owner, Quantised) else None
         of = whole if dora is None else dora.weight
-        expected = packed.from_shape if packed else tuple(getattr(of, "ds_shape", of.shape))  # ZeRO-3's has no shape
+        expected = (
+            packed.from_shape if packed else tuple(getattr(of, "ds_shape", of.shape))
+        )  # under ZeRO-3 shape is empty
         if info is None or info.shape != expected:
-            here = f"has it as {info.shape}" if info else "has no such tensor"
+            here = f"has it with shape {info.shape}" if info else "has no such tensor"
             quantised = any(isinstance(module, Quantised) for module in model.modules())
             sharded = not isinstance(parts, Whole)
             asked = [give_first(lambda info: info.holds_base)] * sharded + ["--quantize none"] * quantised
@@ -141,7 +143,7 @@ def _fill_base(
 
 
 class _Scalar:
-    """A tensor without dimensions, which no slice can be taken of."""
+    """A tensor without dimensions, which cannot be sliced."""
 
     def __init__(self, stored: Tensor):
         self.stored = stored
@@ -151,7 +153,7 @@ class _Scalar:
 
 
 class _RowNorms:
-    """The norms of a matrix's rows, of those that are asked for."""
+    """The norms of the requested rows of a stored matrix."""
 
     def __init__(self, stored: Any, dtype: torch.dtype):
         self.stored, self.dtype = stored, dtype

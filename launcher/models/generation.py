@@ -1,6 +1,6 @@
-"""Answers from a model, token ids in and out: greedy for many prompts at once, or one that is streamed.
+"""Answers from a model, with token ids in and out: greedy for many prompts at once, or one that is streamed.
 
-A model's cache and its padding are used where they do what whole forward passes do, which is tried once per model.
+A model's cache and padding are used if they give the same tokens as full forward passes, which is tested once per model.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ PROBED = 12  # tokens of a prompt that is tried
 
 @dataclass(frozen=True, kw_only=True)
 class Sampling:
-    """How the next token is chosen: the likeliest at temperature 0, else drawn from the top_p most likely ones."""
+    """How the next token is chosen: the most likely one at temperature 0, else sampled with temperature and top_p."""
 
     max_tokens: int = 256
     temperature: float = 0.0
@@ -45,7 +45,7 @@ class Sampling:
 
 @dataclass(frozen=True, kw_only=True)
 class Answer:
-    """One answer; complete where the model ended it by itself, interrupted where Ctrl-C did."""
+    """One answer; complete: the model ended it by itself; interrupted: Ctrl-C did."""
 
     text: str
     ids: list[int]
@@ -62,12 +62,12 @@ def answer(
     *,
     batch_size: int = 64,
 ) -> list[list[int]]:
-    """The greedy continuation of every prompt (token ids), in their order, without the token that ended it.
+    """The greedy continuation of every prompt (token ids), in order, without the token that ended it.
 
-    stop_ids: tokens that end an answer; by default those of `stop_tokens`. An answer also ends after max_tokens, and
-    where the model's context is full. Prompts are padded on the left, with others of similar length; what stands
-    beside a prompt changes its answer by no more than the rounding of a matrix product. The model may be in training
-    mode, and is again afterwards.
+    stop_ids: tokens that end an answer; by default those of `stop_tokens`. An answer also ends after max_tokens, or
+    when the model's context is full. Prompts of similar length share a batch and are padded on the left; the other
+    prompts of a batch change an answer only through the rounding of matrix products. The model's training mode is
+    restored afterwards.
     """
     if [] in map(list, prompts):
         raise ValueError(f"prompt {list(map(list, prompts)).index([])} has no token: there is nothing to answer")
@@ -103,15 +103,15 @@ def stream(
     sampling: Sampling,
     write: Callable[[str], Any],
 ) -> Answer:
-    """The answer to one prompt (token ids); its text goes to write piece by piece as it comes.
+    """The answer to one prompt (token ids); write is called with each new piece of its text.
 
-    Ctrl-C ends the answer with what there is. Raises ValueError where the prompt fills the model's context.
+    Ctrl-C ends the answer early. Raises ValueError if the prompt fills the model's context.
     """
     context = context_length(model)
     if len(prompt) >= context:
         raise ValueError(
-            f"the prompt has {len(prompt)} tokens with its template, the model's context is {context} and an answer "
-            "needs room too: shorten it"
+            f"the prompt with its template has {len(prompt)} tokens, but the model's context is {context} and must "
+            "also hold the answer: shorten the prompt"
         )
     stop = stop_tokens(model, tokenizer)
     settings = _settings(sampling, stop, use_cache=abilities(model, [prompt]).cache)
@@ -129,9 +129,9 @@ def stream(
 
 
 class Abilities(NamedTuple):
-    """What of a model's generation gives what whole forward passes give."""
+    """Which parts of generation give the same tokens as full forward passes."""
 
-    cache: bool  # the state or the keys of earlier tokens, kept from token to token
+    cache: bool  # the keys and values (or the state) of earlier tokens
     padding: bool  # masked tokens before a shorter prompt
 
 
@@ -139,10 +139,9 @@ _known: WeakKeyDictionary[torch.nn.Module, Abilities] = WeakKeyDictionary()
 
 
 def abilities(model: Any, prompts: Sequence[Sequence[int]]) -> Abilities:
-    """What this model's generation can do, tried once per model and logged where it is less than all.
+    """Test the model's cache and padding, once per model, on tokens of the prompts; a warning names what does not work.
 
-    Tried on tokens of the prompts. Called by all ranks alike where a forward pass is a collective. Raises ValueError
-    where nothing works.
+    All ranks call it if a forward pass is a collective. Raises ValueError if the model cannot generate at all.
     """
     if model not in _known:
         tokens = torch.tensor(sorted({token for prompt in prompts[:64] for token in prompt}))
@@ -204,7 +203,7 @@ def _of_one_length(batch: Sequence[int], prompts: Sequence[Sequence[int]]) -> li
 
 
 def _device(model: Any) -> torch.device:
-    """Where the model computes; its buffers are there, while offloaded parameters wait in main memory."""
+    """The device on which the model computes: that of its buffers, since offloaded parameters are in main memory."""
     return next(chain(model.buffers(), model.parameters())).device
 
 
@@ -217,14 +216,14 @@ def stop_tokens(model: Any, tokenizer: Any) -> list[int]:
 
 
 class _Pieces(BaseStreamer):
-    """Text as it grows. The whole answer is decoded each time: transformers' TextStreamer starts afresh on each line
-    and loses the blanks a line begins with. Half a character waits for its other tokens."""
+    """Streams an answer's text. The whole answer is decoded each time, since transformers' TextStreamer decodes each
+    line by itself and loses leading spaces. A character of several tokens is written once it is complete."""
 
     def __init__(self, tokenizer: Any, stop: Sequence[int], write: Callable[[str], Any]):
         self.tokenizer, self.stop, self.write = tokenizer, set(stop), write
         self.ids: list[int] = []
         self.shown = ""
-        self.is_prompt = True  # generate hands over the prompt first
+        self.is_prompt = True  # generate passes the prompt first
 
     def put(self, value: torch.Tensor) -> None:
         if self.is_prompt:
@@ -245,7 +244,7 @@ class _Pieces(BaseStreamer):
 
 @contextmanager
 def _plainly(model: Any) -> Iterator[None]:
-    """Evaluation mode, no gradients, and none of the sampling habits in the model's own generation_config."""
+    """Evaluation mode, without gradients and without the sampling settings of the model's own generation_config."""
     inner = model.get_base_model() if hasattr(model, "get_base_model") else model
     training, habits = model.training, inner.generation_config
     model.eval()
@@ -265,8 +264,10 @@ def _settings(sampling: Sampling, stop: Sequence[int], *, use_cache: bool) -> Ge
         max_new_tokens=sampling.max_tokens,
         do_sample=drawn,
         eos_token_id=list(stop) or None,
-        pad_token_id=stop[0] if stop else 0,  # masked before a prompt, cut after an answer: any token will do
-        use_cache=use_cache,
+"""Answers from a model, with token ids in and out: greedy for many prompts at once, or one that is streamed.
+
+A model's cache and padding are used if they give the same tokens as full forward passes, which is tested once per model.
+"""
         **choice,
     )
 

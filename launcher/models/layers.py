@@ -1,7 +1,7 @@
-"""bitsandbytes' quantised linear layers, filled from a checkpoint's weight and cut by rows like any other parameter.
+"""bitsandbytes' quantised linear layers, filled from a checkpoint's weight and sharded by rows like other parameters.
 
-W (m, n) is out x in. Each layer stores one frozen parameter, which sharding engines spread; its scales (0.016 bytes per
-number in 4 bits, 4 bytes per row in 8) stay whole beside it on every process. `pack` reads W a few rows at a time: on a
+W (m, n) is out x in. Each layer has one frozen parameter, which the engines shard; its scales (0.016 bytes per number
+in 4 bits, 4 bytes per row in 8 bits) stay whole on every process. `pack` reads W a few rows at a time: on a
 CPU bitsandbytes needs 14 bytes (fp4: 25) of working memory per number it quantises, 228 MiB for a 4096 x 4096 weight.
 """
 
@@ -17,17 +17,19 @@ from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
 PIECE = 1 << 19  # numbers quantised at a time
-# LLM.int8() (arXiv 2208.07339) multiplies columns with a larger activation in full precision, on a GPU.
+# On a GPU, LLM.int8() (arXiv 2208.07339) multiplies columns with an activation above this in full precision.
 OUTLIER = 6.0
-STATE = 256  # bytes for what bitsandbytes notes of a 4-bit weight in JSON (about 160), so that a file's layout is known
+STATE = (
+    256  # bytes for bitsandbytes' JSON about a 4-bit weight (about 160), fixed so that a file's layout is known ahead
+)
 
 
 class FourBit(bnb.nn.Linear4bit):
     """NF4 or FP4 in blocks of 64 numbers whose scales take 8 bits (arXiv 2305.14314).
 
-    weight is a column (m n / 2, 1) of bytes, uint8: fully_shard spreads a frozen parameter of any dtype. The engines
-    before it could spread floating numbers alone, and packed bytes shown to them as bfloat16 have been reported to come
-    back changed where they look like NaN (bitsandbytes#1945). Whoever casts the column destroys it.
+    weight is a column (m n / 2, 1) of bytes, uint8; fully_shard accepts frozen parameters of any dtype. It must not be
+    viewed as bfloat16, as engines for floating-point numbers need it: bytes that look like NaN have been reported to
+    come back changed (bitsandbytes#1945). Casting it destroys it.
     """
 
     def __init__(self, like: Any, kind: str, dtype: torch.dtype):
@@ -38,13 +40,13 @@ class FourBit(bnb.nn.Linear4bit):
         self.kind = kind
         packed = torch.empty(-(-m * n // 2), 1, dtype=torch.uint8, device="meta")
         self.weight: Any = nn.Parameter(packed, requires_grad=False)
-        # Else, on a CPU with AVX512-BF16, the first pass without gradients packs the bytes another way in place.
+        # Otherwise, on a CPU with AVX512-BF16, the first pass without gradients repacks the bytes in place.
         self.support_avx512bf16_for_cpu = False
 
     def pack(self, stored: Any, device: torch.device) -> Tensor:
-        """The packed column of a weight as the checkpoint has it (a tensor or a slice of a file); scales are kept.
+        """Pack a checkpoint's weight (a tensor or a slice of a file) into a column, and keep its scales.
 
-        Byte for byte what bitsandbytes makes of the whole weight at once.
+        The bytes equal those that bitsandbytes makes from the whole weight at once.
         """
         column = torch.empty(self.weight.shape, dtype=torch.uint8, device=device)
         at = 0
@@ -70,8 +72,8 @@ class FourBit(bnb.nn.Linear4bit):
         return column
 
     def keep(self, filled: nn.Parameter) -> None:
-        """Take the whole packed column, in the parameter class that PEFT knows; under a sharding engine bitsandbytes
-        makes it at each forward pass, from the layer's scales."""
+        """Store the whole packed column in the parameter class that PEFT knows. Under a sharding engine bitsandbytes
+        makes one at each forward pass, from the layer's scales."""
         how: Any = {"quant_type": self.kind, "bnb_quantized": True}
         self.weight = bnb.nn.Params4bit(filled.data, quant_state=self.quant_state, module=self, **how)
 
@@ -88,7 +90,7 @@ class FourBit(bnb.nn.Linear4bit):
         }
 
     def saved(self, packed: Tensor) -> dict[str, Tensor]:
-        """What a file for transformers holds of the layer, by the end of its name; `pack` has just returned packed."""
+        """The layer's tensors in a file for transformers, by end of name; `pack` has just returned packed."""
         assert self.quant_state is not None
         self.quant_state.dtype = self.compute_dtype
         parts = {f"weight.{name}": part for name, part in self.quant_state.as_dict(packed=True).items()}
@@ -101,7 +103,7 @@ class EightBit(bnb.nn.Linear8bitLt):
     """LLM.int8(): weight (m, n) in int8, one scale per row.
 
     bitsandbytes' own layer keeps a second reference to the whole weight, so no engine can shard it (fully_shard:
-    "'Parameter' object has no attribute 'CB'"). This one hands over what its parameter holds at each forward pass.
+    "'Parameter' object has no attribute 'CB'"). This one passes on its parameter's data at each forward pass.
     """
 
     def __init__(self, like: Any, kind: str, dtype: torch.dtype):
@@ -113,7 +115,7 @@ class EightBit(bnb.nn.Linear8bitLt):
         self.weight: Any = nn.Parameter(torch.empty(m, n, dtype=torch.int8, device="meta"), requires_grad=False)
 
     def pack(self, stored: Any, device: torch.device) -> Tensor:
-        """The weight in int8 (m, n) of a weight as the checkpoint has it; scales are kept."""
+        """Pack a checkpoint's weight into int8 (m, n), and keep its scales."""
         whole = torch.empty(self.weight.shape, dtype=torch.int8, device=device)
         at = 0
         scales: list[Tensor] = []
@@ -125,7 +127,7 @@ class EightBit(bnb.nn.Linear8bitLt):
         return whole
 
     def keep(self, filled: nn.Parameter) -> None:
-        """Take the whole weight, in the parameter class by which PEFT knows that it has to be multiplied by scales."""
+        """Store the whole weight in the parameter class that tells PEFT to multiply it by the scales."""
         self.weight = bnb.nn.Int8Params(filled.data, requires_grad=False, SCB=self.state.SCB)
 
     def layout(self) -> dict[str, tuple[str, tuple[int, ...]]]:
@@ -134,13 +136,13 @@ class EightBit(bnb.nn.Linear8bitLt):
         return {"weight": ("I8", (m, n)), "SCB": ("F32", (m,)), "weight_format": ("U8", ())}
 
     def saved(self, packed: Tensor) -> dict[str, Tensor]:
-        """What a file for transformers holds of the layer, by the end of its name; `pack` has just returned packed."""
+        """The layer's tensors in a file for transformers, by end of name; `pack` has just returned packed."""
         assert self.state.SCB is not None
         return {"weight": packed, "SCB": self.state.SCB, "weight_format": torch.tensor(0, dtype=torch.uint8)}
 
     def forward(self, x: Tensor) -> Tensor:
-        # is_training: on a CPU the dequantised weight serves evaluation too, since there the choice of outliers would
-        # make a sample's loss depend on the others in its batch (by 0.003). On a GPU it changes nothing, and they do.
+        # is_training: on a CPU, evaluation then uses the dequantised weight too. With the choice of outliers, the
+        # loss of a sample would depend on the others in its batch (by 0.003). On a GPU the flag has no effect.
         self.state.is_training, self.state.CB = True, self.weight.data
         return bnb.matmul(x, self.weight, bias=self.bias, state=self.state)
 
@@ -149,7 +151,7 @@ LAYERS: dict[str, Any] = {"int8": EightBit, "nf4": FourBit, "fp4": FourBit}
 
 
 def _by_rows(stored: Any, transposed: bool, device: torch.device, dtype: torch.dtype) -> Iterator[Tensor]:
-    """W (m, n) a few rows at a time; a multiple of 64 rows, so that no block of scales is cut."""
+    """W (m, n) a few rows at a time: a multiple of 64 rows, so that no block with one scale is split."""
     shape = stored.get_shape() if hasattr(stored, "get_shape") else stored.shape
     m, n = shape[::-1] if transposed else shape
     step = max(PIECE // n // 64, 1) * 64

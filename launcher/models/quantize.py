@@ -1,11 +1,11 @@
-"""`--quantize`: the base's linear layers in 8 or 4 bits, through bitsandbytes; what is trained stays float32.
+"""`--quantize`: the base's linear layers in 8 or 4 bits, with bitsandbytes; trained numbers stay float32.
 
     int8          one byte per number and 4 per row           (LLM.int8(), arXiv 2208.07339)
     nf4, fp4      half a byte and 0.016 for its scales         (QLoRA, arXiv 2305.14314)
 
 Embeddings, norms, the output head and modules that are trained whole keep the compute dtype. Each process reads the
-full-precision checkpoint a few rows at a time, quantises them and keeps its part: no full-precision weight is ever
-whole in memory. Factors come from that same checkpoint, so one cache and one adapter serve every precision.
+full-precision checkpoint a few rows at a time, quantises them and keeps its part, so no full-precision weight is ever
+in memory as a whole. Factors come from the same checkpoint, so one cache and one adapter work for every precision.
 """
 
 from __future__ import annotations
@@ -25,23 +25,23 @@ from adapters.base import FactorConfig
 from adapters.checkpoint_files import list_tensors
 from launcher.models.suitable import is_plain, read_by_parents
 
-OLDEST = (0, 50)  # of bitsandbytes: the first that multiplies by 4-bit weights with 8-bit scales on every backend
-INTEGERS = ("I64", "I32", "I16", "BOOL")  # tables, such as DeepSeek-V4's of tokens and experts: never a packed weight
+OLDEST = (0, 50)  # bitsandbytes: the first version whose 4-bit product supports 8-bit scales on every backend
+INTEGERS = ("I64", "I32", "I16", "BOOL")  # tables (DeepSeek-V4 maps tokens to experts), never a packed weight
 READABLE = ("F64", "F32", "F16", "BF16")  # as safetensors names them
-# PEFT's methods that train on packed weights as on the same numbers unpacked. The layers of most others take the bytes
-# for numbers: some fail, some train on them without a word, some write them.
+# PEFT's methods that train on packed weights with the same result as on the unpacked ones. Layers of most others use
+# the bytes as if they were numbers: some fail, some train on them without an error, some overwrite them.
 ON_PACKED = (
     "beft", "boft", "c3a", "fourierft", "gralora", "hira", "ia3", "lily", "ln_tuning", "lora", "miss", "oft", "pvera",
     "randlora", "road", "shadow", "shira", "trainable_tokens", "vblora", "vera", "waveft",
 )  # fmt: skip
 
 
-ON_INT8 = ("loha", "lokr")  # as well
-READ_4BIT_CLASS = ("shira",)  # PEFT's layers for these find the scales at bitsandbytes' Params4bit alone
+ON_INT8 = ("loha", "lokr")  # in addition
+READ_4BIT_CLASS = ("shira",)  # PEFT's layers of these read the scales from bitsandbytes' Params4bit only
 
 
 def check_quantize(kind: str, *, cpu_offload: bool = False) -> None:
-    """Whether this machine can quantise so. Raises ValueError with the remedy."""
+    """Check that this machine can quantise in this way. Raises ValueError with the remedy."""
     if kind == "none":
         return
     needed = ".".join(map(str, OLDEST))
@@ -63,34 +63,35 @@ def check_quantize(kind: str, *, cpu_offload: bool = False) -> None:
 
 
 def check_method(adapter: Any, kind: str) -> None:
-    """Whether the adapter of this PEFT config can be trained on such a base. Raises ValueError with the remedy."""
+    """Check that the adapter of this PEFT config can be trained on such a base. Raises ValueError with the remedy."""
     if kind == "none" or adapter is None or isinstance(adapter, FactorConfig):
         return
     method, start = PeftType(adapter.peft_type).value.lower(), getattr(adapter, "init_lora_weights", True)
     able = (*ON_PACKED, *(ON_INT8 if kind == "int8" else ()))
     if method not in able:
         raise ValueError(
-            f"--method {method} cannot be trained with --quantize {kind}: PEFT's layers for it take packed bytes for "
-            f"numbers. Give --quantize none, or one of our methods, dora, rslora, {', '.join(able)}"
+            f"--method {method} cannot be trained with --quantize {kind}: PEFT's layers for it use packed bytes as "
+            f"if they were numbers. Give --quantize none, or one of our methods, dora, rslora, {', '.join(able)}"
         )
     if method == "lora" and isinstance(start, str) and start != "gaussian":
         raise ValueError(
-            f"LoRA's start {start} cannot be had with --quantize {kind}: it is made of the base's weights, or changes "
-            "those. Give --method lora, which starts as the base, or --quantize none"
+            f"init_lora_weights={start} is not supported with --quantize {kind}: it is computed from the base's "
+            "weights, or changes them. Give --method lora, which starts at zero, or --quantize none"
         )
 
 
 def check_base(folder: Path, kind: str) -> None:
-    """Whether the checkpoint is in full precision. Raises ValueError naming what it has instead.
+    """Check that the checkpoint is in full precision. Raises ValueError naming the format that it has instead.
 
-    Without --quantize as well: transformers would load packed weights, which nothing here guards or knows how to shard.
+    Checked without --quantize too: transformers would load packed weights, which this project can neither check nor
+    shard.
     """
     settings = json.loads((folder / "config.json").read_text(encoding="utf-8"))
     if (stored := settings.get("quantization_config")) is not None:
         method = stored.get("quant_method") or "some way" if isinstance(stored, dict) else "some way"
         raise ValueError(
-            f"{folder} is quantised already ({method}, by its config.json), and adapters are made and merged with the "
-            "full-precision weights: give that checkpoint, with --quantize nf4 or int8 to have it small in memory"
+            f"{folder} is quantised already ({method}, by its config.json), but adapters are made and merged with "
+            "full-precision weights: give the full-precision checkpoint, with --quantize nf4 or int8 to save memory"
         )
     if kind == "none":
         return
@@ -103,10 +104,10 @@ def check_base(folder: Path, kind: str) -> None:
 
 
 def linear_layers(base: Any, trained_whole: Iterable[str] = ()) -> dict[str, Any]:
-    """The layers that are quantised, by name: linear ones but the output head and those that are trained whole.
+    """The layers to quantise, by name: all linear layers except the output head and modules that are trained in full.
 
-    A layer of another class than torch's is quantised where it computes the same, and none whose weight other code
-    reads. trained_whole: last parts of names of modules that keep their precision.
+    A layer of a class other than torch's is included if it computes the same product, and left out if other code reads
+    its weight. trained_whole: last parts of the names of modules that keep their precision.
     """
     head, whole, read = base.get_output_embeddings(), set(trained_whole), read_by_parents(base)
     return {
@@ -117,7 +118,7 @@ def linear_layers(base: Any, trained_whole: Iterable[str] = ()) -> dict[str, Any
 
 
 def check_share(base: Any, kind: str) -> None:
-    """Raises ValueError where nothing of this model would be quantised."""
+    """Raises ValueError if no layer of this model would be quantised."""
     if kind != "none" and not linear_layers(base):
         raise ValueError(
             f"--quantize {kind} finds no linear layer in a {type(base).__name__}, so it would save no memory: leave "
@@ -126,25 +127,25 @@ def check_share(base: Any, kind: str) -> None:
 
 
 def quantised_share(model: Any) -> float:
-    """What part of the base's numbers is quantised."""
+    """The share of the base's numbers that is quantised."""
     packed: list[Any] = [module for module in model.modules() if isinstance(module, Quantised)]
     return sum(layer.in_features * layer.out_features for layer in packed) / base_size(model)
 
 
 def quantize_skeleton(base: Any, layers: Mapping[str, Any], kind: str, dtype: torch.dtype) -> None:
-    """Put quantised layers on meta in the place of those linear layers, in place. `fill` gives them bytes."""
+    """Replace those linear layers by quantised ones on the meta device, in place. `fill` reads their values."""
     from launcher.models.layers import LAYERS
 
     for name, module in layers.items():
         base.set_submodule(name, LAYERS[kind](module, kind, dtype))
-    # What transformers sets: PEFT and save_pretrained go by it.
+    # transformers sets these, and PEFT and save_pretrained read them.
     base.is_quantized = True
     base.is_loaded_in_8bit, base.is_loaded_in_4bit = kind == "int8", kind != "int8"
 
 
 @runtime_checkable
 class Quantised(Protocol):
-    """A layer that makes its weight parameter from the checkpoint's weight: see `quantized_layers`."""
+    """A layer that packs the checkpoint's weight into its own parameter: see `layers.py`."""
 
     in_features: int
     out_features: int
@@ -160,15 +161,17 @@ class Quantised(Protocol):
 
 
 def keep_packing(model: nn.Module) -> None:
-    """Keep bitsandbytes' own 4-bit layers from packing their bytes another way, in place, at the first pass without
-    gradients: on a CPU with AVX512-BF16 they would, gradients are wrong afterwards, and some row widths crash."""
+    """Stop bitsandbytes' own 4-bit layers from repacking their bytes, in place, at the first pass without gradients.
+
+    They do so on a CPU with AVX512-BF16; gradients are wrong afterwards, and some row widths crash.
+    """
     for module in model.modules():
         if hasattr(module, "support_avx512bf16_for_cpu"):
             module.support_avx512bf16_for_cpu = False  # type: ignore[assignment]
 
 
 def transformers_config(kind: str, dtype: torch.dtype, kept: Iterable[str]) -> dict[str, Any]:
-    """The quantization_config with which transformers loads such weights from files; kept: linear layers in dtype."""
+    """The quantization_config with which transformers loads such weights; kept: linear layers that stay in dtype."""
     from transformers import BitsAndBytesConfig
 
     how: dict[str, Any] = (
@@ -185,7 +188,7 @@ def transformers_config(kind: str, dtype: torch.dtype, kept: Iterable[str]) -> d
 
 
 def base_size(model: Any) -> int:
-    """Numbers of the base, however they are cut or packed; what an adapter adds is not counted."""
+    """How many numbers the base has, sharded and packed ones included, without those of an adapter."""
     added = ("modules_to_save.", getattr(getattr(model, "base_model", None), "prefix", None) or "modules_to_save.")
     base = [p for name, p in model.named_parameters() if not any(part in name for part in added)]
     packed: list[Any] = [module for module in model.modules() if isinstance(module, Quantised)]
@@ -194,7 +197,7 @@ def base_size(model: Any) -> int:
 
 
 def bytes_per_number(kind: str, dtype: torch.dtype, width: float) -> float:
-    """Predicted bytes of one number of a weight with rows of that width, its scales included."""
+    """Predicted bytes per number of a weight with rows of this width, scales included."""
     if kind == "int8":
         return 1 + 4 / width
     if kind in ("nf4", "fp4"):
@@ -203,5 +206,5 @@ def bytes_per_number(kind: str, dtype: torch.dtype, width: float) -> float:
 
 
 def size(parameter: Any) -> int:
-    """Numbers in the whole parameter, however it is cut."""
+    """How many numbers the whole parameter has, also if it is sharded."""
     return getattr(parameter, "ds_numel", None) or parameter.numel()

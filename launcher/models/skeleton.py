@@ -1,4 +1,4 @@
-"""Models on the meta device: names and shapes without weights, with the adapter where there is one."""
+"""Models on the meta device: names and shapes without weights, with the adapter if there is one."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ def skeleton(
     attention: str,
     head: Mapping[str, Any] | None = None,
 ) -> nn.Module:
-    """The model with its adapter on the meta device: shapes and names, no memory; buffers and what is drawn: real."""
+    """The model with its adapter on the meta device, without memory; buffers and initialised values are real."""
     base = bare_skeleton(config, folder, adapter, dtype=dtype, attention=attention, head=head)
     if adapter is None:
         return base
@@ -43,22 +43,22 @@ def skeleton(
 
 
 def _draw_adapter(base: Any, adapter: PeftConfig) -> nn.Module:
-    """One of PEFT's own adapters on a skeleton: its parameters are drawn whole on every rank, as in one process.
+    """Put one of PEFT's own adapters on a skeleton; every rank initialises all of its parameters, as one process does.
 
-    Meanwhile the base's weights are NaN (a single one each, seen in its full shape), so that a start that is made from
-    them shows. Raises ValueError for such a method; DoRA's norms alone can be read later, row by row.
+    The base's weights are NaN meanwhile (one number each, expanded to the full shape), which reveals a method that
+    initialises itself from them. Raises ValueError for such a method, except DoRA, whose norms are read later by row.
     """
     own = {name for name, old in base.named_parameters(remove_duplicate=False) if old.is_meta}
     own |= {name for name, _ in base.named_buffers(remove_duplicate=False)}
     exchange(base, lambda _, old: nn.Parameter(_nowhere(old), old.requires_grad) if old.is_meta else old)
     layer: Any
     for layer in base.modules():
-        if isinstance(layer, Quantised) and hasattr(layer, "kind"):  # PEFT asks bitsandbytes' parameters for these
+        if isinstance(layer, Quantised) and hasattr(layer, "kind"):  # PEFT reads these from bitsandbytes' parameters
             layer.weight.compress_statistics, layer.weight.quant_type = True, layer.kind  # type: ignore[attr-defined]
     method = PeftType(adapter.peft_type).value.lower()
     refusal = (
-        f"--method {method} starts from the base's weights, which no process has whole under this sharding: give "
-        f"{give_first(lambda info: info.holds_base)}, or a start that is drawn"
+        f"--method {method} initialises its parameters from the base's weights, but under this sharding no process "
+        f"holds them whole: give {give_first(lambda info: info.holds_base)}, or a random initialisation"
     )
     torch.manual_seed(torch.initial_seed())
     try:
@@ -96,8 +96,8 @@ def _nowhere(like: Tensor) -> Tensor:
 
 
 def exchange(model: nn.Module, make: Callable[[str, nn.Parameter], nn.Parameter]) -> None:
-    """Put make(name, parameter) in the place of every parameter; what was tied stays so."""
-    made: dict[int, tuple[nn.Parameter, nn.Parameter]] = {}  # with the old one, whose id is then not given away
+    """Replace every parameter by make(name, parameter); tied parameters stay tied."""
+    made: dict[int, tuple[nn.Parameter, nn.Parameter]] = {}  # with the old one, so that its id is not reused
     for prefix, module in model.named_modules():
         for name, old in module._parameters.items():
             if old is not None:
@@ -107,9 +107,9 @@ def exchange(model: nn.Module, make: Callable[[str, nn.Parameter], nn.Parameter]
 
 
 def dora_layer(model: nn.Module, vector: str) -> nn.Linear | None:
-    """The layer whose rows' norms a DoRA magnitude holds, by the magnitude's module name; None for other modules.
+    """The layer whose row norms are the DoRA magnitude of this module name; None for other modules.
 
-    Raises ValueError where they are not those of the checkpoint's rows.
+    Raises ValueError if the norms are not those of the checkpoint's rows.
     """
     layer, found, _ = vector.partition(".lora_magnitude_vector.")
     if not found:
@@ -118,8 +118,8 @@ def dora_layer(model: nn.Module, vector: str) -> nn.Linear | None:
     base = adapted.get_base_layer()
     if type(base) is not nn.Linear:
         raise ValueError(
-            f"DoRA's magnitudes of {layer}, a {type(base).__name__}, are not the norms of a checkpoint's rows, and "
-            f"nothing else can be read under this sharding: give {give_first(lambda info: info.holds_base)}"
+            f"DoRA's magnitudes of {layer}, a {type(base).__name__}, are not the norms of a checkpoint's rows, the "
+            f"only ones that this sharding can read: give {give_first(lambda info: info.holds_base)}"
         )
     return base
 
@@ -133,9 +133,10 @@ def bare_skeleton(
     attention: str,
     head: Mapping[str, Any] | None = None,
 ) -> Any:
-    """The base alone on the meta device, its linear layers quantised where asked for.
+    """The base alone on the meta device, with its linear layers quantised if --quantize says so.
 
-    head are settings of a classification head, which is never quantised; what the checkpoint lacks of it is real.
+    head: settings of a classification head, which is never quantised. Head parameters missing in the checkpoint are
+    initialised, not on meta.
     """
     settings = settings_of(config, folder, head)
     architecture = language_model_class(settings) if head is None else AutoModelForSequenceClassification
@@ -166,7 +167,7 @@ def bare_skeleton(
 
 @contextmanager
 def _own_config(folder: Path) -> Iterator[None]:
-    """Turn what transformers and torch raise for values in config.json into one ValueError that names the file."""
+    """Turn errors of transformers and torch about values in config.json into a ValueError that names the file."""
     try:
         yield
     except ValueError as error:
@@ -179,20 +180,20 @@ def _own_config(folder: Path) -> Iterator[None]:
 
 def _damaged_config(folder: Path, error: Exception) -> str:
     lines = [line.strip() for line in str(error).splitlines() if line.strip()] or [type(error).__name__]
-    return f"{folder / 'config.json'} describes no model that can be built ({lines[-1][:300]}): fetch this file again"
+    return f"{folder / 'config.json'} does not describe a valid model ({lines[-1][:300]}): fetch this file again"
 
 
 def settings_of(config: ModelConfig, folder: Path, head: Mapping[str, Any] | None = None) -> Any:
     """The model's own config, with the settings of a classification head in it. Raises ValueError if it is damaged."""
     with _own_config(folder):
         settings = AutoConfig.from_pretrained(folder, trust_remote_code=config.trust_remote_code, **(head or {}))
-    if head and "pad_token_id" in head:  # a model that also sees has it in the part for text
+    if head and "pad_token_id" in head:  # multimodal models have it in their text config
         settings.get_text_config().pad_token_id = head["pad_token_id"]
     return settings
 
 
 def _keep_wide(base: Any, dtype: torch.dtype) -> None:
-    """Give what transformers keeps in float32 whatever the dtype that place here too, in place."""
+    """Convert to float32, in place, the parameters that transformers keeps in float32 under every dtype."""
     plan = base._get_dtype_plan(dtype)
     if not plan:
         return
@@ -204,10 +205,10 @@ def _keep_wide(base: Any, dtype: torch.dtype) -> None:
 
 
 def check_weights(base: Any, folder: Path, *, labels: bool = False) -> None:
-    """Whether the checkpoint holds all of a bare skeleton, from headers (and both ends where they should be tied).
+    """Check from headers that the checkpoint holds every weight of a bare skeleton, and that tied embeddings are equal.
 
-    labels: the model has a head for labels, which may be missing. Raises ValueError naming what would start random,
-    what has another shape, and ends that are tied by config.json but stored apart.
+    labels: the model has a classification head, which may be missing. Raises ValueError naming weights that are missing
+    or have another shape, and embeddings that config.json ties but the checkpoint stores as different tensors.
     """
     stored, state = base.stored, base.state_dict(keep_vars=True)
     needed = {name: value for name, value in state.items() if not (labels and in_head(base, name))}
@@ -229,7 +230,7 @@ def check_weights(base: Any, folder: Path, *, labels: bool = False) -> None:
 
 
 def _lacking(base: Any, folder: Path, missing: Sequence[str], total: int) -> str:
-    """What to say of a checkpoint that lacks weights."""
+    """The error for a checkpoint that lacks weights."""
     names = f"{', '.join(missing[:3])}{', ...' if len(missing) > 3 else ''}"
     text = f"{folder} lacks {len(missing)} of the {total} weights of a {type(base).__name__} ({names})"
     unused = sorted(list_tensors(folder).keys() - {info.name for info in base.stored.values()})
@@ -243,13 +244,15 @@ def _lacking(base: Any, folder: Path, missing: Sequence[str], total: int) -> str
     head = base.get_output_embeddings()
     ends = {id(parameter) for parameter in head.parameters()} if head is not None else set()
     if all(id(base.get_parameter_or_buffer(name)) in ends for name in missing):
-        return f"{text}: it is a model without a head for words. Give the checkpoint of the language model"
+        return f"{text}: this model has no language modelling head. Give the checkpoint of the language model"
     hint = f" (the checkpoint has {', '.join(unused[:2])}, ..., which this model does not use)" if unused else ""
-    return f"{text}, and they would start random{hint}: fetch the model again, or give the one that config.json means"
+    return (
+        f"{text}, which would be initialised at random{hint}: fetch the model again, or the one that fits config.json"
+    )
 
 
 def _same_numbers(a: TensorInfo, b: TensorInfo, rows: int = 4096) -> bool:
-    """Whether two stored matrices are equal, read some rows at a time."""
+    """Whether two stored matrices are equal; reads a few rows at a time."""
     if a.shape != b.shape:
         return False
     one, other = open_tensor(a), open_tensor(b)
@@ -257,7 +260,7 @@ def _same_numbers(a: TensorInfo, b: TensorInfo, rows: int = 4096) -> bool:
 
 
 def stored_base(base: Any) -> dict[str, TensorInfo]:
-    """The checkpoint's tensors, by name, that a model for labels is made of, its head left out."""
+    """The checkpoint's tensors, by name, in a model with a classification head, without that head."""
     used = [info for name, info in base.stored.items() if not in_head(base, name)]
     raw = [one for info in used for one in (info.conversion.tensors if info.conversion else [info])]
     return {info.name: info for info in raw}
@@ -268,7 +271,7 @@ def in_head(base: Any, name: str) -> bool:
 
 
 def _new_in_head(base: Any, folder: Path) -> list[str]:
-    """The names of a head's parameters that the checkpoint lacks. ValueError where it has a head of another size."""
+    """The names of the head's parameters that the checkpoint lacks. Raises ValueError for a head of another size."""
     drawn: list[str] = []
     for name, parameter in base.named_parameters():
         if not in_head(base, name):
@@ -282,29 +285,29 @@ def _new_in_head(base: Any, folder: Path) -> list[str]:
 
 @torch.no_grad()
 def draw(base: Any, names: Sequence[str]) -> None:
-    """Give those parameters the values with which this class of model starts, from torch's seed, in place.
+    """Initialise those parameters as this class of model does, from torch's seed, in place.
 
-    However the rest was loaded, the values are the same: on a skeleton too, where they become real.
+    The values do not depend on how the rest was loaded. On a skeleton the parameters move from meta to the CPU.
     """
     for name, parameter in list(base.named_parameters()):
         owner, _, last = name.rpartition(".")
         if name in names and parameter.is_meta:
             parameter = nn.Parameter(torch.zeros_like(parameter, device="cpu"))
             base.get_submodule(owner)._parameters[last] = parameter
-        parameter._is_hf_initialized = name not in names  # transformers' initialisers leave such a one alone
+        parameter._is_hf_initialized = name not in names  # transformers' initialisers skip these
     owners = {name.rpartition(".")[0] for name in names}
     torch.manual_seed(torch.initial_seed())
-    for prefix, module in reversed(list(base.named_modules())):  # a parent may draw for its children, as ModernBERT's
+    for prefix, module in reversed(list(base.named_modules())):  # a parent may initialise its children (ModernBERT)
         if any(owner == prefix or owner.startswith(f"{prefix}.") or not prefix for owner in owners):
             base._init_weights(module)
 
 
 def save_drawn(drawn: Iterable[str], adapter: PeftConfig | None) -> None:
-    """Have the adapter train and save what starts from the seed (modules_to_save), in place; it is logged.
+    """Add newly initialised modules to the adapter's modules_to_save, in place, with a warning.
 
-    Raises ValueError where the method has no such setting.
+    Raises ValueError if the method has no such setting.
     """
-    if adapter is None:  # all is trained and saved
+    if adapter is None:  # full fine-tuning trains and saves everything
         return
     named = list(getattr(adapter, "modules_to_save", None) or ())
     saved = {"classifier", "score", *named}  # the first two by PEFT itself
@@ -317,25 +320,25 @@ def save_drawn(drawn: Iterable[str], adapter: PeftConfig | None) -> None:
         return
     if not hasattr(adapter, "modules_to_save"):
         raise ValueError(
-            f"the checkpoint has no {', '.join(lost)}: new ones start from the seed, and this method saves none: give "
-            "another --method, or a checkpoint with its head"
+            f"the checkpoint has no {', '.join(lost)}, and this method cannot save new ones: give another --method, or "
+            "a checkpoint with its head"
         )
     adapter.modules_to_save = [*named, *lost]
     log.warning(
-        "the checkpoint has no %s: new ones start from the seed, and are trained and saved whole", ", ".join(lost)
+        "the checkpoint has no %s: new ones are initialised from the seed, trained in full and saved", ", ".join(lost)
     )
 
 
 def misfit(
     base: Any, folder: Path, name: str, there: Sequence[int], here: Sequence[int], *, labels: bool = False
 ) -> ValueError:
-    """What to say of a checkpoint whose tensor has another shape than the model; labels: a model for labels."""
+    """The error for a tensor whose shape differs from the model's; labels: the model has a classification head."""
     if labels and in_head(base, name):
-        why = f"a head of {there[0]} classes, the data have {here[0]}: give a base without a head"
+        why = f"a head for {there[0]} classes, but the data have {here[0]}: give a base without a head"
         return ValueError(f"{folder} has {why}")
     return ValueError(
-        f"{folder} has {name} as {tuple(there)}, its config.json means {tuple(here)}: the two belong to different "
-        "models"
+        f"{folder} has {name} with shape {tuple(there)}, but its config.json describes {tuple(here)}: the two belong "
+        "to different models"
     )
 
 
@@ -347,9 +350,9 @@ def prepare_base(base: Any, config: ModelConfig, folder: Path) -> None:
         except ValueError:
             raise ValueError(
                 f"--gradient-checkpointing: transformers does not support it for a {type(base).__name__}: leave it "
-                "out, and lower --micro-batch-size where memory is short"
+                "out, and lower --micro-batch-size if memory is short"
             ) from None
 
 
-# What PEFT puts into the names of the base model's modules.
+# What PEFT adds to the names of the base model's modules.
 PEFT_PARTS = re.compile(r"^base_model\.model\.|\.base_layer|\.original_module|\.modules_to_save\.[^.]+")

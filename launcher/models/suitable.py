@@ -1,8 +1,8 @@
 """Which linear layers of a model can carry an adapter or be quantised, found on its skeleton.
 
-An adapter replaces a layer's forward pass, so it does nothing where the parent multiplies by the layer's weight itself
-(Mamba's fused kernels, Gemma 3n's altup), and a packed weight is no number that a parent could read. Layers of own
-classes count only where they compute what torch's do.
+An adapter replaces a layer's forward pass, so it has no effect if the parent multiplies by the layer's weight itself
+(Mamba's fused kernels, Gemma 3n's altup), and a parent cannot read a packed weight. Layers of a model's own classes
+are suitable only if they compute the same as torch's.
 """
 
 from __future__ import annotations
@@ -26,13 +26,13 @@ from launcher.config import AdapterConfig
 log = logging.getLogger(__name__)
 
 LINEAR = (nn.Linear, Conv1D)
-# self.NAME.weight in a parent's code; what follows tells whether its numbers count.
+# self.NAME.weight in a parent's code; the attribute after it shows whether its numbers matter.
 READS = re.compile(r"\bself\.([A-Za-z_][\w.]*?)\.weight\b(?:\.(dtype|device|shape|size|ndim|numel)\b)?")
 
 
 @lru_cache(maxsize=1024)
 def raw_reads(parent: Any) -> dict[str, Literal["numbers", "dtype"]]:
-    """The children (dotted names) whose weight the parent's own code reads, by its source, and what it reads."""
+    """The children (dotted names) whose weight the parent's own source reads, and what it reads of it."""
     found: dict[str, Literal["numbers", "dtype"]] = {}
     for cls in parent.__mro__:
         if cls.__module__.partition(".")[0] == "torch" or cls is object:
@@ -52,7 +52,7 @@ def raw_reads(parent: Any) -> dict[str, Literal["numbers", "dtype"]]:
 
 
 def read_by_parents(model: nn.Module) -> dict[str, tuple[str, Literal["numbers", "dtype"]]]:
-    """Linear layers whose weight other code reads, by name: the class that does it, and what it reads."""
+    """Linear layers whose weight other code reads, by name: the class of that code, and what it reads."""
     found = {}
     for prefix, parent in model.named_modules():
         kind: Any = type(parent)
@@ -89,13 +89,13 @@ def _computes_a_product(layer: Any) -> bool:
     small.in_features, small.out_features = 5, 3
     try:
         made = small(x)
-    except Exception:  # code of a model: it may want other shapes or arguments
+    except Exception:  # a model's code may need other shapes or arguments
         return False
     return isinstance(made, torch.Tensor) and torch.allclose(made, F.linear(x, weight, bias), atol=1e-5)
 
 
 def unsuitable(model: Any, *, labels: bool = False) -> dict[str, str]:
-    """Linear layers that carry no adapter, by name, and why. labels: the model has a head for labels."""
+    """Linear layers that cannot have an adapter, by name, and why. labels: the model has a classification head."""
     read = read_by_parents(model)
     owners = Counter(id(m._parameters["weight"]) for m in model.modules() if m._parameters.get("weight") is not None)
     text, prefix = language_part(model), f"{model.base_model_prefix}."
@@ -110,18 +110,18 @@ def unsuitable(model: Any, *, labels: bool = False) -> dict[str, str]:
         elif (
             owners[id(module.weight)] > 1 and module is not model.get_output_embeddings()
         ):  # all-linear leaves that out
-            found[name] = "it shares its weight with another layer, and an adapter would part them"
+            found[name] = "it shares its weight with another layer, and an adapter would make them differ"
         elif labels and not name.startswith(prefix):
             found[name] = "the new head is trained whole"
         elif text and not name.startswith(text) and module is not model.get_output_embeddings():
-            found[name] = "it is no part of the language model: text never reaches it"
+            found[name] = "it is not part of the language model: text never reaches it"
     return found
 
 
 def leave_out(model: Any, config: AdapterConfig, *, labels: bool = False) -> list[str]:
-    """Names to leave out beside `--exclude`, as it takes them: layers that the targets match and that carry no adapter.
+    """Names to add to `--exclude`: layers that the targets match but that cannot have an adapter.
 
-    They are logged by reason. Raises ValueError for a target that matches nothing else.
+    They are logged by reason. Raises ValueError for a target that matches no other layer.
     """
     found = unsuitable(model, labels=labels)
     if "all-linear" not in config.targets:
@@ -143,9 +143,9 @@ def leave_out(model: Any, config: AdapterConfig, *, labels: bool = False) -> lis
 
 
 def reach(model: Any, bare: Any) -> str:
-    """How many modules of each name carry an adapter, and what share of the base's numbers they are.
+    """How many modules of each name have an adapter, and their share of the base's numbers.
 
-    model is the PEFT model, bare its base on the meta device.
+    model: the PEFT model; bare: its base on the meta device.
     """
     tuner = model.base_model
     names = [*getattr(tuner, "targeted_module_names", ()), *getattr(tuner, "targeted_parameter_names", ())]
@@ -163,9 +163,9 @@ def reach(model: Any, bare: Any) -> str:
 
 
 def unmatched(model: Any, targets: Iterable[str]) -> list[str]:
-    """Those of the targets, last parts of names, that no adapter of a PEFT model was put on."""
+    """The targets (last parts of names) that match no adapted module of a PEFT model."""
     tuner = model.base_model
-    if getattr(tuner, "targeted_parameter_names", None):  # PEFT has translated names of experts
+    if getattr(tuner, "targeted_parameter_names", None):  # PEFT renames experts
         return []
     names = getattr(tuner, "targeted_module_names", None)
     if not names:
@@ -186,7 +186,7 @@ def _is_fused(bare: Any, name: str) -> bool:
 
 
 def language_part(model: Any) -> str:
-    """The prefix of the language model's modules in a model that also sees or hears; empty where all is language."""
+    """The prefix of the language model's modules in a multimodal model; empty for a pure language model."""
     if not {"vision_config", "audio_config"} & set(getattr(model.config, "sub_configs", ())):
         return ""
     inside = {id(module): name for name, module in model.named_modules()}
@@ -196,7 +196,7 @@ def language_part(model: Any) -> str:
 
 
 def by_last_name(names: Iterable[str], model: nn.Module) -> list[str]:
-    """The names as short as `--exclude` takes them: the last part, where every linear layer that has it is meant."""
+    """The names as `--exclude` takes them: their last part, if every linear layer with that last part is included."""
     left, short = set(names), []
     linear = [name for name, module in model.named_modules() if isinstance(module, LINEAR)]
     for last in sorted({name.rpartition(".")[2] for name in left}):

@@ -1,7 +1,7 @@
-"""What the tiny model is pretrained on: the skills of `tasks.py` in terse notation and in an invented language.
+"""The tiny model's pretraining text: the skills of `tasks.py` in terse notation and in an invented language.
 
-`rev(lomi)=imol` and `Vec tatewola rev hogeki.` teach a skill; no word of it is one that the instructions or the prompt
-template use, no layout is the prompt's, and no word held out for testing is asked about.
+`rev(lomi)=imol` and `Vec tatewola rev hogeki.` teach a skill. The text shares no word with the instructions or the
+prompt template, does not use the prompt's layout, and has no word that is held out for testing.
 """
 
 import random

@@ -1,7 +1,7 @@
 """Eight small text skills, and the Alpaca records that ask for them in plain English.
 
-What a skill is applied to is a made-up word, dealt to a split by its hash: a word held out for testing is held out of
-the pretraining (`pretraining_text.py`) as much as of the tuning.
+Skills are applied to made-up words. A word's hash decides its split: a word held out for testing is held out of both
+the pretraining (`pretraining_text.py`) and the fine-tuning.
 """
 
 import json
@@ -27,8 +27,8 @@ class Skill:
 
     apply: Callable[[str], str]
     codes: tuple[str, ...]
-    wordings: tuple[str, ...]  # tuned on
-    unseen_wordings: tuple[str, ...]  # only ever tested
+    wordings: tuple[str, ...]  # in the training data
+    unseen_wordings: tuple[str, ...]  # only in the test data
 
 
 def successors(word: str) -> str:

@@ -139,7 +139,13 @@ def test_a_method_of_peft_learns_the_same_under_fully_shard(stories, method, kin
 @pytest.mark.parametrize(
     ("method", "options", "kind", "sharding", "message"),
     [
-        ("hra", (), "int8", None, "--method hra cannot be trained with --quantize int8: .* packed bytes for numbers"),
+        (
+            "hra",
+            (),
+            "int8",
+            None,
+            "--method hra cannot be trained with --quantize int8: .* packed bytes as if they were numbers",
+        ),
         (
             "delora",
             (),
@@ -148,8 +154,14 @@ def test_a_method_of_peft_learns_the_same_under_fully_shard(stories, method, kin
             "--method delora cannot be trained with --quantize nf4: .* one of our methods, dora",
         ),
         ("loha", (), "fp4", None, "--method loha cannot be trained with --quantize fp4"),
-        ("olora", (), "nf4", None, "LoRA's start olora cannot be had with --quantize nf4: .*Give --method lora"),
-        ("pissa", (), "int8", None, "LoRA's start pissa cannot be had with --quantize int8"),
+        (
+            "olora",
+            (),
+            "nf4",
+            None,
+            "init_lora_weights=olora is not supported with --quantize nf4: .*Give --method lora",
+        ),
+        ("pissa", (), "int8", None, "init_lora_weights=pissa is not supported with --quantize int8"),
         ("lora", ("init_lora_weights=orthogonal",), "nf4", None, "LoRA's start orthogonal"),
         ("shira", (), "nf4", "fsdp2", "--method shira .*nf4 under --sharding fsdp2.*give --sharding ddp"),
     ],

@@ -118,12 +118,14 @@ def test_a_skeleton_draws_the_adapter_that_one_process_draws(stories):
 def test_a_start_made_from_the_bases_weights_is_refused_with_the_reason(stories, start):
     config = LoraConfig(r=4, target_modules=["q_proj"], init_lora_weights=start, task_type="CAUSAL_LM")
 
-    with pytest.raises(ValueError, match="--method lora starts from the base's weights, which no process has whole"):
+    with pytest.raises(ValueError, match="--method lora initialises its parameters from the base's weights, but under"):
         skeleton(ModelConfig(model=str(stories)), Path(stories), config, **HOW)
 
 
 def test_a_buffer_made_from_the_bases_weights_is_refused_likewise(stories):
     config = DeloraConfig(r=4, target_modules=["q_proj"], task_type="CAUSAL_LM")
 
-    with pytest.raises(ValueError, match=r"--method delora starts from the base's weights.*q_proj\.delora_w_norm"):
+    with pytest.raises(
+        ValueError, match=r"--method delora initialises its parameters from the base's weights.*q_proj\.delora_w_norm"
+    ):
         skeleton(ModelConfig(model=str(stories)), Path(stories), config, **HOW)

@@ -99,7 +99,7 @@ def two_bases(babyllama, adapter, tmp_path):
 
 
 def adapter_as_base(babyllama, adapter, tmp_path):
-    return {"model": str(adapter), "base": str(adapter)}, "is an adapter and no base model"
+    return {"model": str(adapter), "base": str(adapter)}, "is an adapter, not a base model"
 
 
 def unfinished_run(babyllama, adapter, tmp_path):

@@ -74,7 +74,7 @@ DAMAGES = {
     "headless": (headless, r"lacks 1 of the 39 weights of a LlamaForCausalLM \(lm_head.weight\): .*without a head"),
     "one missing": (
         lambda folder: rewrite(folder, lambda tensors: {n: t for n, t in tensors.items() if n != UP}),
-        rf"lacks 1 of the 39 weights of a LlamaForCausalLM \({UP}\), and they would start random",
+        rf"lacks 1 of the 39 weights of a LlamaForCausalLM \({UP}\), which would be initialised at random",
     ),
     "one renamed": (
         lambda folder: rewrite(folder, lambda tensors: {n.replace(UP, "other"): t for n, t in tensors.items()}),
@@ -82,7 +82,7 @@ DAMAGES = {
     ),
     "another width": (
         lambda folder: rewrite(folder, lambda tensors: tensors | {UP: torch.zeros(8, 128)}),
-        rf"has {UP} as \(8, 128\), its config.json means \(352, 128\)",
+        rf"has {UP} with shape \(8, 128\), but its config.json describes \(352, 128\)",
     ),
     "tied and apart": (
         lambda folder: (folder / "config.json").write_text(

@@ -240,7 +240,9 @@ def test_a_head_for_another_number_of_classes_is_named(tiny_roberta, tmp_path):
     AutoTokenizer.from_pretrained(tiny_roberta).save_pretrained(tmp_path)
 
     for kind in ("none", "nf4"):
-        with pytest.raises(ValueError, match="has a head of 3 classes, the data have 2: give a base without a head"):
+        with pytest.raises(
+            ValueError, match="has a head for 3 classes, but the data have 2: give a base without a head"
+        ):
             built(tmp_path, ("no", "yes"), quantize=kind)
 
     assert built(tmp_path, ("a", "b", "c")).config.num_labels == 3
