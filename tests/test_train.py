@@ -192,3 +192,20 @@ def test_another_task_leaves_out_what_the_recipe_sets_for_its_own(caplog):
     assert (found.data.eval_data, found.data.exact_match, found.data.prompt_template) == (None, False, "auto")
     assert (found.data.data, found.data.eval_records, found.run.show_samples) == ("mine.json", 4, 2)
     assert "--exact-match, --prompt-template, --eval-data belong to another task than prefer: left out" in caplog.text
+
+
+@pytest.mark.slow
+def test_accelerate_starts_two_processes_with_the_losses_of_one(first, tmp_path):
+    """`accelerate launch -m launcher train RECIPE`, as `loldu train --help` has it, on two CPU processes."""
+    start = [sys.executable, "-m", "accelerate.commands.launch", "--config_file", REPO / "recipes/accelerate/ddp.yaml"]
+    train = ["--num_processes", "2", "--main_process_port", "0", "-m", "launcher", "train", "llama2_alpaca_loldu"]
+    environment = os.environ | {"ACCELERATE_USE_CPU": "true", "PYTHONPATH": str(REPO), "OMP_NUM_THREADS": "1"}
+
+    ended = subprocess.run(
+        [*start, *train, *QUICK, "--output", "runs/two"],
+        cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=300,
+    )  # fmt: skip
+
+    assert ended.returncode == 0, ended.stderr
+    assert "2 processes (ddp)" in ended.stdout
+    assert losses(tmp_path / "runs" / "two") == pytest.approx(losses(first), abs=5e-6)

@@ -1,6 +1,6 @@
 """Answers from a model, with token ids in and out: greedy for many prompts at once, or one that is streamed.
 
-A model's cache and padding are used if they give the same tokens as full forward passes, which is tested once per model.
+A model's cache and padding are used if they give the tokens of full forward passes, which is tested once per model.
 """
 
 from __future__ import annotations
@@ -264,10 +264,8 @@ def _settings(sampling: Sampling, stop: Sequence[int], *, use_cache: bool) -> Ge
         max_new_tokens=sampling.max_tokens,
         do_sample=drawn,
         eos_token_id=list(stop) or None,
-"""Answers from a model, with token ids in and out: greedy for many prompts at once, or one that is streamed.
-
-A model's cache and padding are used if they give the same tokens as full forward passes, which is tested once per model.
-"""
+        pad_token_id=stop[0] if stop else 0,  # masked before a prompt, cut off after an answer: any token works
+        use_cache=use_cache,
         **choice,
     )
 
