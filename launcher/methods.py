@@ -22,7 +22,8 @@ VARIANTS: Mapping[str, tuple[str, dict[str, Any]]] = {
     "pissa": ("lora", {"init_lora_weights": "pissa"}),
     "olora": ("lora", {"init_lora_weights": "olora"}),
 }
-PROMPTS = "it puts trained tokens before each sample, which positions, masks and token counts here do not support"
+TRAINED_PROMPTS = ("prompt_tuning", "p_tuning", "prefix_tuning")
+PROMPTS = f"among methods that train a prompt, give {', '.join(TRAINED_PROMPTS)}"
 DATA_START = "its initialisation needs a pass over data that PEFT leaves to a script of your own"
 # Not supported, by method or by LoRA's init_lora_weights, and why.
 REFUSED: Mapping[str, str] = {
@@ -58,7 +59,8 @@ def peft_config(config: AdapterConfig, task_type: str = "CAUSAL_LM") -> PeftConf
     name, values = VARIANTS.get(config.method, (config.method, {}))
     if name not in kinds and name.replace("_", "") in kinds:  # ours are written without underscores
         name = name.replace("_", "")
-    refused = {kind: PROMPTS for kind, cls in kinds.items() if issubclass(cls, PromptLearningConfig)} | dict(REFUSED)
+    prompts = {kind for kind, cls in kinds.items() if issubclass(cls, PromptLearningConfig)}
+    refused = dict.fromkeys(prompts - {*TRAINED_PROMPTS}, PROMPTS) | dict(REFUSED)
     if name in refused:
         raise ValueError(f"--method {config.method} cannot be trained here: {refused[name]}")
     if name not in kinds:
@@ -71,6 +73,7 @@ def peft_config(config: AdapterConfig, task_type: str = "CAUSAL_LM") -> PeftConf
     hints = {field.name: get_type_hints(cls)[field.name] for field in dataclasses.fields(cls) if field.init}
     common: dict[str, Any] = {
         "r": None if name in NOT_A_RANK else config.rank,
+        "num_virtual_tokens": config.rank,
         "target_modules": config.targets[0] if config.targets == ("all-linear",) else list(config.targets),
         "exclude_modules": list(config.exclude),
         "modules_to_save": list(config.modules_to_save),
@@ -93,6 +96,11 @@ def peft_config(config: AdapterConfig, task_type: str = "CAUSAL_LM") -> PeftConf
         return cls(**values)
     except (TypeError, ImportError) as error:
         raise ValueError(f"--method {config.method}: {error}") from None
+
+
+def prompt_tokens(adapter: PeftConfig | None) -> int:
+    """How many trained tokens a method puts before each sample; 0 for methods that change weights."""
+    return adapter.num_virtual_tokens if isinstance(adapter, PromptLearningConfig) else 0
 
 
 def unusual_learning_rate(method: str, adapter: PeftConfig | None, learning_rate: float) -> str | None:

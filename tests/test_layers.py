@@ -49,9 +49,11 @@ MAY_IMPORT = {  # beside itself; in the order in which data flows
     "launcher.data": {
         "launcher.config", "launcher.factorization", "launcher.files", "launcher.processes", "launcher.progress",
     },
-    "launcher.models": {"adapters", "launcher.config", "launcher.engines.registry", "launcher.text"},
+    "launcher.models": {
+        "adapters", "launcher.config", "launcher.engines.registry", "launcher.methods", "launcher.text",
+    },
     "launcher.tasks": {
-        "adapters", "launcher.config", "launcher.data", "launcher.models", "launcher.progress",
+        "adapters", "launcher.config", "launcher.data", "launcher.methods", "launcher.models", "launcher.progress",
         "launcher.tasks.registry",
     },
     "launcher.training.checkpoint_index": set(),

@@ -8,24 +8,27 @@ from pathlib import Path
 import pytest
 import torch
 from launching import Runs
-from peft import PeftModel
+from peft import PeftModel, get_peft_model
 from safetensors.torch import load_file
-from transformers import AutoModelForCausalLM
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
 from launcher.config import AdapterConfig, Config, DataConfig, ModelConfig, OptimizerConfig, RunConfig
 from launcher.engines.replicated import Replicated
 from launcher.factorization import cache
 from launcher.methods import peft_config, unusual_learning_rate
 from launcher.models.build import build
+from launcher.models.generation import answer
+from launcher.models.head_loss import HeadLoss
 from launcher.processes import Ranks
 from launcher.training import checkpoint
+from launcher.training.resolve import check_context, resolve
 from launcher.training.run import run
 
 PROJECTIONS = ("q_proj", "v_proj", "down_proj")
 NORMS = ("input_layernorm", "norm")
 ALWAYS = [
     ("full",), ("lora", "lora_dropout=0.1"), ("dora",), ("vera",), ("randlora",), ("fourierft",), ("ia3",), ("svfit",),
-    ("lorasb",),
+    ("lorasb",), ("prompt_tuning",),
 ]  # fmt: skip
 # The rest of PEFT's methods, and of ours; those with sizes of their own get ones that fit.
 ALSO = [
@@ -35,6 +38,7 @@ ALSO = [
     ("frod",), ("glora",), ("gralora",), ("hira",), ("hra",), ("lily",), ("loha",), ("lokr",), ("miss",), ("osf",),
     ("peanut",), ("pvera",), ("road", "group_size=4"), ("shira",), ("supertuning",), ("tinylora",), ("unilora",),
     ("trainable_tokens", "token_indices=[5,6]"), ("vblora", "vector_length=4"), ("waveft", "n_frequency=100"),
+    ("p_tuning",), ("prefix_tuning",),
     ("shadow", "target_modules=.*layers[.][0-9]+$"),
 ]  # fmt: skip
 TARGETS = {"ln_tuning": NORMS, "trainable_tokens": ("embed_tokens",), "full": ("q_proj", "v_proj")}
@@ -159,7 +163,7 @@ def test_two_processes_train_what_one_does(stories, alpaca_file, tmp_path):
     ("adapter", "said"),
     [
         ({"method": "lorra"}, "unknown --method lorra; there are, the nearest first: lora, "),
-        ({"method": "prefix_tuning"}, "cannot be trained here: it puts trained tokens before each sample"),
+        ({"method": "cpt"}, "cannot be trained here: among methods that train a prompt, give prompt_tuning, p_tuning"),
         ({"method": "adalora"}, "adalora cannot be trained here: it moves ranks between weights"),
         ({"method": "poly"}, "poly cannot be trained here: it needs a task number"),
         ({"method": "lora", "options": ("init_lora_weights=eva",)}, "init_lora_weights=eva cannot .* a pass over data"),
@@ -211,3 +215,48 @@ def test_a_rate_far_from_the_one_that_trained_best_is_said_of_our_methods(method
     assert said == (
         usual and f"--learning-rate {rate:g} is far from {usual}, at which {method} trained best on small models"
     )
+
+
+@pytest.mark.parametrize(
+    ("part", "values", "said"),
+    [
+        ("data", {"packing": True}, "--packing several samples into one: leave --packing out"),
+        ("data", {"text_columns": ("a",)}, "hides the padding from a classification head"),
+        ("model", {"gradient_checkpointing": True}, "cannot compute again: leave --gradient-checkpointing out"),
+        ("run", {"sharding": "fsdp2"}, "calls the base's embedding by itself, .* give --sharding ddp, or a method"),
+    ],
+)
+def test_what_a_trained_prompt_cannot_carry_is_refused(part, values, said):
+    config = Config(adapter=AdapterConfig(method="prefix_tuning"))
+    asked = replace(config, **{part: replace(getattr(config, part), **values)})
+
+    with pytest.raises(ValueError, match=said):
+        resolve(asked, Ranks(world_size=2))
+
+
+def test_a_trained_prompt_takes_room_of_the_context(stories):
+    config = Config(adapter=AdapterConfig(method="prompt_tuning", rank=8), data=DataConfig(max_length=510))
+
+    with pytest.raises(ValueError, match="--max-length 510 and 8 trained tokens are more than this model's context"):
+        check_context(config, AutoConfig.from_pretrained(stories))
+
+
+@pytest.mark.parametrize("method", ["prompt_tuning", "p_tuning", "prefix_tuning"])
+def test_a_trained_prompt_gives_the_models_own_loss_and_answers_alike_alone_and_in_a_batch(method, stories):
+    torch.manual_seed(0)
+    adapter = peft_config(AdapterConfig(method=method, rank=5))
+    model = get_peft_model(AutoModelForCausalLM.from_pretrained(stories), adapter).eval()
+    ids = torch.randint(3, 300, (2, 12))
+    batch = {"input_ids": ids, "attention_mask": torch.ones_like(ids), "labels": ids.clone()}
+    batch["attention_mask"][1, 8:] = 0
+    batch["labels"][1, 8:] = batch["labels"][:, :3] = -100
+    head = HeadLoss(model)
+
+    found = head(**batch, num_items_in_batch=1, use_cache=False).loss
+    own = model(**batch, num_items_in_batch=1, use_cache=False).loss
+    tokenizer = AutoTokenizer.from_pretrained(stories)
+    prompts = [ids[0, :9].tolist(), ids[1, :4].tolist()]
+
+    assert head.usable
+    torch.testing.assert_close(found, own, rtol=1e-6, atol=1e-5)
+    assert answer(model, tokenizer, prompts, 8) == [answer(model, tokenizer, [prompt], 8)[0] for prompt in prompts]

@@ -66,6 +66,7 @@ class Demands:
     quantize: str = "none"
     from_gradients: bool = False  # the method's factors come from gradients of the whole base
     reads_4bit_class: bool = False  # the method reads the scales of a packed weight from its Params4bit
+    trains_prompt: bool = False  # the method calls the embedding, or hands keys and values to the layers, by itself
 
 
 def refusal(info: EngineInfo, demands: Demands) -> tuple[str, str] | None:
@@ -82,6 +83,12 @@ def refusal(info: EngineInfo, demands: Demands) -> tuple[str, str] | None:
             f"--method {method} cannot be trained under --sharding {name}: its factors come from gradients, for which "
             "each process runs the whole base",
             "a method whose factors come from the weights alone",
+        )
+    if demands.trains_prompt and not info.holds_base:
+        return (
+            f"--method {method} cannot be trained under --sharding {name}: it calls the base's embedding by itself, "
+            "which no process has whole",
+            "a method that changes weights, such as lora",
         )
     if demands.reads_4bit_class and quantize not in ("none", "int8") and not info.keeps_4bit_class:
         return (

@@ -17,6 +17,7 @@ import torch
 from transformers import GenerationConfig
 from transformers.generation.streamers import BaseStreamer
 
+from launcher.methods import prompt_tokens
 from launcher.models.files import context_length, first_line
 
 log = logging.getLogger(__name__)
@@ -72,7 +73,7 @@ def answer(
     if [] in map(list, prompts):
         raise ValueError(f"prompt {list(map(list, prompts)).index([])} has no token: there is nothing to answer")
     stop = list(stop_tokens(model, tokenizer) if stop_ids is None else stop_ids)
-    device, context = _device(model), context_length(model)
+    device, context = _device(model), _room(model)
     answers: list[list[int]] = [[] for _ in prompts]
     room = [min(max_tokens, context - len(prompt)) for prompt in prompts]
     plenty = sorted((i for i in range(len(prompts)) if room[i] == max_tokens), key=lambda i: -len(prompts[i]))
@@ -107,7 +108,7 @@ def stream(
 
     Ctrl-C ends the answer early. Raises ValueError if the prompt fills the model's context.
     """
-    context = context_length(model)
+    context = _room(model)
     if len(prompt) >= context:
         raise ValueError(
             f"the prompt with its template has {len(prompt)} tokens, but the model's context is {context} and must "
@@ -200,6 +201,11 @@ def _finite(logits: torch.Tensor) -> torch.Tensor:
 def _of_one_length(batch: Sequence[int], prompts: Sequence[Sequence[int]]) -> list[list[int]]:
     lengths = dict.fromkeys(len(prompts[i]) for i in batch)
     return [[i for i in batch if len(prompts[i]) == length] for length in lengths]
+
+
+def _room(model: Any) -> int:
+    """Most tokens of a prompt and its answer, beside those of a trained prompt."""
+    return context_length(model) - prompt_tokens(getattr(model, "active_peft_config", None))
 
 
 def _device(model: Any) -> torch.device:

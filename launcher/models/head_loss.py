@@ -23,6 +23,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from launcher.methods import prompt_tokens
+
 log = logging.getLogger(__name__)
 
 NO_LOSS = -100  # the label of tokens that carry none, as torch and transformers have it
@@ -146,6 +148,7 @@ class HeadLoss:
         self.settings = self.base.config.get_text_config()
         self.head: Any = self.base.get_output_embeddings()
         self.scale, self.cap = 1.0, float(getattr(self.settings, "final_logit_softcapping", None) or 0.0)
+        self.prompt = prompt_tokens(getattr(model, "active_peft_config", None))
         self.usable: bool | None = None  # not known before the first loss
         self.logits_rows = 0  # tokens whose logits were computed, for those who count
         self.model = model
@@ -207,6 +210,8 @@ class HeadLoss:
             self.logits_rows += hidden[..., 0].numel()
             return logits
         labels = self._labels
+        if self.prompt and hidden.shape[1] == self.prompt + labels.shape[1]:
+            hidden = hidden[:, self.prompt :]
         if hidden.shape[:2] != labels.shape:
             raise _Unlike(f"its head sees {tuple(hidden.shape[:2])} positions of {tuple(labels.shape)}")
         chosen = labels[:, 1:] != NO_LOSS
@@ -237,6 +242,7 @@ class HeadLoss:
                 raise _Unlike("it names no output head")
             few = {"input_ids": batch["input_ids"][:1, :PROBE]}
             few["labels"] = few["input_ids"].clone()
+            few["labels"][:, 0] = NO_LOSS  # which a trained prompt would predict
             self._checking = True
             own = self.run(**few, use_cache=False)
             seen, self._seen = self._seen, None

@@ -21,6 +21,7 @@ from launcher.data.crew import TIMEOUT_S, Crew
 from launcher.data.encode import Encoded
 from launcher.data.forms import Record
 from launcher.data.templates import Template
+from launcher.methods import peft_config, prompt_tokens
 
 if TYPE_CHECKING:
     from launcher.tasks.evaluation import Evaluation
@@ -167,7 +168,7 @@ class NextToken(Task, Protocol):
 
     def next_steps(self, config: Config, output: Path, saved: Path) -> list[str]:
         chat, merged, lora = map(shlex.quote, map(str, (output, output / "merged", output / "lora")))
-        if config.adapter.method == "full":
+        if config.adapter.method == "full" or prompt_tokens(peft_config(config.adapter)):
             return [f"Chat with the model: loldu chat {chat}"]
         adapter = shlex.quote(str(saved))
         return [

@@ -9,13 +9,13 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from peft import PeftConfig
+from peft import PeftConfig, PeftType
 
 from launcher.config import Config
 from launcher.data import batches
 from launcher.engines.choose import Demands, check_carries, check_offload, check_sharding
 from launcher.factorization.cache import default_folder
-from launcher.methods import peft_config
+from launcher.methods import peft_config, prompt_tokens
 from launcher.models.build import choose_attention, choose_dtype
 from launcher.models.quantize import READ_4BIT_CLASS, check_method, check_quantize
 from launcher.processes import Ranks
@@ -63,6 +63,8 @@ def resolve(config: Config, ranks: Ranks) -> Resolved:
     check_offload(config.run.cpu_offload, sharding, on_gpu=on_gpu)
     batches.check_batch(config.optimizer.batch_size, ranks.world_size)
     task.check(config, adapter)
+    if prompt_tokens(adapter):
+        check_prompt(config, adapter, labels=task.labels)
     check_trackers(config.run.trackers)
     dtype = choose_dtype(config.model.dtype)
     attention, reason = choose_attention(config.model.attention, on_gpu=on_gpu, dtype=dtype)
@@ -90,15 +92,40 @@ def check_carried(config: Config, adapter: PeftConfig | None, sharding: str) -> 
         quantize=quantize,
         from_gradients=getattr(adapter, "factors_from_gradients", False),
         reads_4bit_class=getattr(adapter, "peft_type", "").lower() in READ_4BIT_CLASS,
+        trains_prompt=prompt_tokens(adapter) > 0,
     )
     check_carries(sharding, demands)
 
 
+def check_prompt(config: Config, adapter: Any, *, labels: bool) -> None:
+    """Raises ValueError for settings that do not work with trained tokens before each sample."""
+    method = config.adapter.method
+    if labels:
+        raise ValueError(
+            f"--method {method} hides the padding from a classification head, which would read the wrong token: give a "
+            "method that changes weights, such as lora"
+        )
+    if config.data.packing:
+        raise ValueError(
+            f"--method {method} puts trained tokens before each row, and --packing several samples into one: leave "
+            "--packing out"
+        )
+    if config.model.gradient_checkpointing and adapter.peft_type == PeftType.PREFIX_TUNING:
+        raise ValueError(
+            f"--method {method} hands keys and values to each layer, which --gradient-checkpointing cannot compute "
+            "again: leave --gradient-checkpointing out, or give prompt_tuning or p_tuning"
+        )
+
+
 def check_context(config: Config, settings: Any, room: int | None = None) -> None:
-    """Raises ValueError where samples of --max-length do not fit the model.
+    """Raises ValueError where samples of --max-length, with a trained prompt, do not fit the model.
 
     settings are the model's config; room is the context of the built model, which may be smaller.
     """
     room = room or getattr(settings.get_text_config(), "max_position_embeddings", None) or sys.maxsize
-    if config.data.max_length > room:
-        raise ValueError(f"--max-length {config.data.max_length} is more than this model's context of {room} tokens")
+    prompt = prompt_tokens(peft_config(config.adapter))
+    if config.data.max_length + prompt > room:
+        before = f" and {prompt} trained tokens are" if prompt else " is"
+        raise ValueError(
+            f"--max-length {config.data.max_length}{before} more than this model's context of {room} tokens"
+        )

@@ -34,7 +34,7 @@ from launcher.engines.registry import ENGINES
 from launcher.exit_codes import DONE, FAILED, MISTAKE, STOPPED
 from launcher.factorization.make import factors_of, fingerprint
 from launcher.files import disk_errors, write_atomically
-from launcher.methods import unusual_learning_rate
+from launcher.methods import prompt_tokens, unusual_learning_rate
 from launcher.models.build import build
 from launcher.models.files import check_ids, context_length, load_tokenizer
 from launcher.models.head_loss import HeadLoss
@@ -367,7 +367,9 @@ def _introduce(
     processes = "1 process" if ranks.world_size == 1 else f"{ranks.world_size} processes ({chosen.sharding})"
     say(f"model: {config.model.model}, {total:,} parameters in {precision}")
     say(f"method: {adapter.method}{rank}, {trained:,} trainable parameters ({trained / max(total, 1):.2%})")
-    if hasattr(engine.model, "get_base_model"):
+    if count := prompt_tokens(chosen.adapter):
+        say(f"{count} trained tokens before each sample; --targets is not used")
+    elif hasattr(engine.model, "get_base_model"):
         say(reach(engine.model, start.bare))
         if ranks.is_main and (without := unmatched(engine.model, adapter.targets)):
             log.warning("--targets %s: this model has no such module", " ".join(without))

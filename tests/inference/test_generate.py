@@ -198,7 +198,7 @@ def test_streaming_says_what_the_batch_says(loaded, prompts):
 
 
 def test_a_prompt_that_fills_the_context_is_refused_with_both_numbers(loaded):
-    with pytest.raises(ValueError, match=r"256 tokens .* context is 256"):
+    with pytest.raises(ValueError, match=r"256 tokens, .* context is 256"):
         stream(*loaded, [5] * 256, Sampling(), print)
 
 
