@@ -189,5 +189,5 @@ def finite(states: Tensor) -> Tensor:
 
 
 def quiet_library() -> None:
-    """The library logs its own settings and a hint about attention at each start."""
-    logging.getLogger("ContinuousBatchingLogger").setLevel(logging.ERROR)
+    """The library logs its settings at each start, and an error that ends the thread, which the engine reports."""
+    logging.getLogger("ContinuousBatchingLogger").setLevel(logging.CRITICAL)

@@ -9,14 +9,11 @@ from __future__ import annotations
 import logging
 import secrets
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
-from functools import partial
 from pathlib import Path
 from threading import Lock
 from typing import Any
-
-import torch
 
 from adapters.many import Adapter, ManyAdapters
 from launcher.inference.sources import adapter_config, find, load
@@ -26,6 +23,7 @@ from launcher.serving.batching import Batches, Manager, Router, quiet_library
 from launcher.serving.cache_size import SHARE, cache_size, free_bytes
 from launcher.serving.choosing import Choice
 from launcher.serving.requests import Finish, Request, Sampling, Token
+from launcher.serving.suitable import PROMPTS, TOKENS, Made, check_attention, check_same, continuation
 from launcher.serving.texts import Text
 
 log = logging.getLogger(__name__)
@@ -79,6 +77,9 @@ class BatchedEngine:
         self.model.eval().requires_grad_(False)
         self.many = ManyAdapters(self.model)
         device, config = self.model.device, self.model.config.get_text_config()
+        check_attention(config)
+        self._prompts = [[token % config.vocab_size for token in prompt] for prompt in PROMPTS]
+        self._alone = [continuation(self.model, prompt) for prompt in self._prompts]  # before the attention is changed
         kind = device.type if device.type in RUNNING else "cuda"
         running = self.running or RUNNING[kind]
         batch_tokens = max(self.batch_tokens or BATCH_TOKENS[kind], running)
@@ -108,21 +109,13 @@ class BatchedEngine:
     def start(self) -> None:
         """Start the thread. Raises ValueError if this model's answers in a packed batch are not those it gives alone:
         its code does not support continuous batching."""
-        prompts = [
-            [token % self.model.config.get_text_config().vocab_size for token in range(7, 7 + n)] for n in (5, 9)
-        ]
-        with torch.no_grad():
-            expected = [self._next_logits(prompt) for prompt in prompts]
-        self._manager.start()
         self._refusing = None
-        for found, wanted in zip(self._checked(prompts), expected, strict=True):
-            if abs(found - wanted) > 0.1 + 0.02 * abs(wanted):
-                self.stop(0)
-                raise ValueError(
-                    f"models of type {self.model.config.model_type} cannot be served: in a packed batch a token's "
-                    f"log-probability is {found:.3f}, alone it is {wanted:.3f} (transformers' continuous batching does "
-                    "not support it); use loldu generate"
-                )
+        self._manager.start()
+        try:
+            check_same(self.model.config.model_type, self._packed(), self._alone)
+        except ValueError:
+            self.stop(0)
+            raise
 
     def stop(self, drain_s: float) -> None:
         """Refuse new requests, wait for those that run, cancel them after drain_s seconds, and end the thread."""
@@ -266,27 +259,26 @@ class BatchedEngine:
             left = list(self._answers.values())
         if error is not None:
             log.error("the engine has failed: %s", error)
+            log.debug("where it failed", exc_info=error)
         for answer in left:
             self._finish(answer, *(answer.ending or ("error", self._refusing)))
 
-    def _next_logits(self, prompt: Sequence[int]) -> float:
-        """The log-probability of the most likely token after a prompt, in a batch of its own."""
-        ids = torch.tensor([prompt], device=self.model.device)
-        return float(self.model(input_ids=ids, use_cache=False).logits[0, -1].float().log_softmax(-1).max())
-
-    def _checked(self, prompts: Sequence[Sequence[int]]) -> list[float]:
-        """The same in one packed batch."""
-        found: dict[int, Token] = {}
-        with self._manager.pause():
-            for place, prompt in enumerate(prompts):
-                request = Request(f"check-{place}", self.base_id, tuple(prompt), Sampling(1, logprobs=0))
-                self.submit(request, partial(found.__setitem__, place))
-        while len(found) < len(prompts) and self._manager.is_running():
-            time.sleep(0.002)
-        if wrong := next((token.error for token in found.values() if token.error), None):
+    def _packed(self) -> list[Made]:
+        """The continuations of the prompts that are tried at the start, in shared batches."""
+        found: list[list[Token]] = [[] for _ in self._prompts]
+        try:
+            with self._manager.pause():  # so that they begin together
+                for place, prompt in enumerate(self._prompts):
+                    request = Request(f"check-{place}", self.base_id, tuple(prompt), Sampling(TOKENS, logprobs=0))
+                    self.submit(request, found[place].append)
+            while self._answers and self._manager.is_running():
+                time.sleep(0.002)
+        except RuntimeError as error:
+            found[0].append(Token(-1, "", finish="error", error=self._refusing or str(error)))
+        if wrong := next((token.error for tokens in found for token in tokens if token.error), None):
             raise ValueError(f"models of type {self.model.config.model_type} cannot be served: {wrong}")
         self._made = 0
-        return [found[place].logprob or 0.0 for place in range(len(prompts))]
+        return [[(token.id, token.logprob or 0.0) for token in tokens] for tokens in found]
 
 
 def load_engine(

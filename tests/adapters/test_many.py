@@ -2,12 +2,15 @@
 
 import copy
 import warnings
+from contextlib import nullcontext
+from pathlib import Path
 
 import pytest
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model
 from tiny_models import adapted, layers, lm_config, randomise, tiny_gpt2, tiny_llama, tokens
 from torch import nn
+from transformers import AutoModelForCausalLM, BitsAndBytesConfig
 
 from adapters import (
     BasePrecisionWarning,
@@ -442,3 +445,45 @@ def test_adapter_names_that_cannot_be_are_refused():
     model.eval().merge_adapter(["a0"])
     with pytest.raises(ValueError, match="a0 is merged: call unmerge_adapter"):
         model(ids, adapter_names=["a0", "a1"])
+
+
+TINY = Path(__file__).parents[2] / "recipes" / "tiny" / "model"
+
+
+def quantised(kind):
+    """The embedded model in 8 or 4 bits, computing in float32."""
+    # with a threshold, which numbers int8 keeps as outliers depends on all rows of a batch, also without adapters
+    how = (
+        {"load_in_8bit": True, "llm_int8_threshold": 0.0}
+        if kind == "int8"
+        else {"load_in_4bit": True, "bnb_4bit_quant_type": "nf4"}
+    )
+    config = BitsAndBytesConfig(**how, **({} if kind == "int8" else {"bnb_4bit_compute_dtype": torch.float32}))
+    model = AutoModelForCausalLM.from_pretrained(TINY, quantization_config=config, device_map="cpu")
+    for module in model.modules():  # else bitsandbytes repacks the weight in place at the first forward without grad
+        if hasattr(module, "support_avx512bf16_for_cpu"):
+            module.support_avx512bf16_for_cpu = False
+    return model.eval()
+
+
+@pytest.mark.parametrize("config", [CONFIGS["loldu"], CONFIGS["loraxs"]], ids=["loldu", "loraxs"])
+@pytest.mark.parametrize("kind", ["nf4", "int8"])
+def test_quantised_bases_take_many_adapters_too(kind, config, tmp_path):
+    """As PEFT loads each on the same quantised base."""
+    written(tmp_path, config, count=2, base=lambda: AutoModelForCausalLM.from_pretrained(TINY))
+    many, ids = ManyAdapters(model := quantised(kind)), tokens(vocabulary=300, shape=(3, 12))
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", BasePrecisionWarning)
+        for name in ("a0", "a1"):
+            many.add(name, tmp_path / name)
+        single = PeftModel.from_pretrained(quantised(kind), tmp_path / "a0", adapter_name="a0").eval()
+        single.load_adapter(tmp_path / "a1", adapter_name="a1")
+
+    with torch.no_grad(), many.rows(names := ["a1", None, "a0"]):
+        mixed = model(ids).logits
+
+    for row, name in enumerate(names):
+        with torch.no_grad(), single.disable_adapter() if name is None else nullcontext():
+            if name is not None:
+                single.set_adapter(name)
+            torch.testing.assert_close(mixed[row : row + 1], single(ids[row : row + 1]).logits, rtol=1e-4, atol=1e-4)

@@ -5,17 +5,20 @@ import threading
 import time
 from functools import cache
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model, set_peft_model_state_dict
 from safetensors.torch import load_file
-from transformers import AutoModelForCausalLM
+from transformers import AutoModelForCausalLM, MambaConfig
 
 from adapters import LoLDUConfig, LoRAXSConfig, SVFitConfig
+from launcher.serving import engine as engine_module
 from launcher.serving.cache_size import bytes_per_token, cache_size
-from launcher.serving.engine import BatchedEngine, load_engine
+from launcher.serving.engine import load_engine
 from launcher.serving.requests import Request, Sampling, Token
+from launcher.serving.suitable import check_attention, continuation
 
 TINY = Path(__file__).parents[2] / "recipes" / "tiny" / "model"
 QUESTIONS = ["What is 2 plus 3?", "Name a colour.", "Sort: 3 1 2", "Reverse the word stone.", "Say hello to Anna."]
@@ -408,13 +411,28 @@ def test_a_receiver_that_fails_stops_no_other(served):
 
 
 def test_a_model_whose_packed_answers_differ_is_refused(monkeypatch):
+    """The second token is the first that reads the cache."""
+    monkeypatch.setattr(
+        engine_module, "continuation", lambda model, prompt: [continuation(model, prompt)[0], (5, -9.0)]
+    )
     engine, _ = load_engine(str(TINY), cache_bytes=8_000_000, running=4, batch_tokens=32)
-    monkeypatch.setattr(BatchedEngine, "_next_logits", lambda self, prompt: -9.0)
 
     with pytest.raises(ValueError, match="models of type llama cannot be served: in a packed batch"):
         engine.start()
 
     assert not engine._manager.is_running()
+
+
+@pytest.mark.parametrize(
+    ("config", "layers"),
+    [(MambaConfig(), "linear_attention"), (SimpleNamespace(model_type="rwkv", hidden_size=8), "without attention")],
+    ids=["mamba", "rwkv"],
+)
+def test_a_model_without_keys_and_values_is_refused(config, layers):
+    with pytest.raises(
+        ValueError, match=rf"cannot be served: requests share a cache .* layers \({layers}\) do not have"
+    ):
+        check_attention(config)
 
 
 def test_an_adapter_given_as_the_model_is_refused(folder):
