@@ -15,6 +15,7 @@ from typing import Any
 from launcher.config import Config
 from launcher.config_file import read_config
 from launcher.exit_codes import DONE, FAILED, INTERRUPTED, MISTAKE, Failed
+from launcher.heap import return_freed_memory
 from launcher.options import Misread, parse_config
 from launcher.processes import print_error
 from launcher.recipes import find_recipe, recipe_names, run_name, run_python
@@ -143,6 +144,7 @@ def _start(config: Config, name: str, **settings: Any) -> int:
     if config.model.quantize == "none":
         # PEFT imports bitsandbytes wherever it is installed, a quarter of the start-up. Here it counts as missing.
         sys.modules.setdefault("bitsandbytes", None)  # type: ignore[arg-type]
+    return_freed_memory()
     from launcher.training.run import run
 
     return run(config, name, **settings)

@@ -32,6 +32,7 @@ MAY_IMPORT = {  # beside itself; in the order in which data flows
     "launcher.tasks.registry": set(),
     "launcher.config": {"launcher.engines.registry", "launcher.tasks.registry"},
     "launcher.files": set(),
+    "launcher.heap": set(),
     "launcher.packages": set(),
     "launcher.exit_codes": set(),
     "launcher.config_file": {"launcher.config", "launcher.files"},
@@ -81,7 +82,8 @@ MAY_IMPORT = {  # beside itself; in the order in which data flows
     },
     "launcher.options": {"launcher.config"},
     "launcher.start": {
-        *SMALL, "launcher.config_file", "launcher.options", "launcher.recipes", "launcher.text", "launcher.training",
+        *SMALL, "launcher.config_file", "launcher.heap", "launcher.options", "launcher.recipes", "launcher.text",
+        "launcher.training",
     },
     "launcher.cli": {
         "launcher.config", "launcher.exit_codes", "launcher.options", "launcher.start", "launcher.cluster",
