@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Any, NamedTuple
 
@@ -30,6 +30,10 @@ class GlobalBatch(NamedTuple):
     dealt: Plan
     token_share: float  # of the positions that all ranks compute; the rest is padding
 
+    def of_rank(self, rank: int) -> list[list[Any]]:
+        """The rows of each of this rank's micro-batches."""
+        return [[self.rows[place] for place in places] for places in self.dealt[rank]]
+
 
 @dataclass(frozen=True, kw_only=True)
 class GlobalBatches:
@@ -42,6 +46,7 @@ class GlobalBatches:
     world_size: int
     most_rows: int  # of a micro-batch; 0: no bound
     most_tokens: int  # positions of a micro-batch; 0: those of most_rows rows of mean length
+    _last: list[tuple[int, GlobalBatch]] = field(default_factory=list, compare=False, repr=False)
 
     @cached_property
     def most_positions(self) -> int:
@@ -51,7 +56,13 @@ class GlobalBatches:
         return mean_positions(row_lengths(self.data, self.rows), self.most_rows)
 
     def at(self, step: int) -> GlobalBatch:
-        """The batch of step 1, 2, ..."""
+        """The batch of step 1, 2, ... The last one asked for is kept: a thread asks ahead of the step."""
+        if self._last and self._last[0][0] == step:
+            return self._last[0][1]
+        self._last[:] = [(step, batch := self._made(step))]
+        return batch
+
+    def _made(self, step: int) -> GlobalBatch:
         rows = [self.rows[i] for i in batch_indices(self.seed, step - 1, self.batch_size, len(self.rows))]
         lengths = row_lengths(self.data, rows)
         dealt = plan(lengths, self.world_size, self.most_rows, self.most_positions)

@@ -35,7 +35,8 @@ class ModelSource:
 class NonFinite(ArithmeticError):
     """A gradient is NaN or infinite, so the step was not taken."""
 
-    def __init__(self, names: Sequence[str]):
+    def __init__(self, names: Sequence[str], numbers: Sequence[float] = ()):
+        self.numbers = list(numbers)  # those that `update` was given
         which = f"the gradient of {shortened(names)} is" if names else "the norm of all gradients together is"
         super().__init__(f"{which} NaN or infinite")
 
@@ -70,10 +71,11 @@ class Engine(Protocol):
         """After the last backward of a step: sum gradients, and the extra numbers (0-dim), over all ranks."""
         ...
 
-    def update(self, learning_rate: float) -> float:
-        """Clip, step, clear; returns the gradient norm before clipping.
+    def update(self, learning_rate: float, numbers: Sequence[Tensor] = ()) -> list[float]:
+        """Clip, step, clear; returns the gradient norm before clipping, then the numbers (0-dim, from `reduce`).
 
-        Raises NonFinite, on all ranks alike, where a gradient is NaN or infinite. Nothing is updated then.
+        Norm and numbers reach the host together: the only point of a step where it waits for the device. Raises
+        NonFinite, on all ranks alike, where a gradient or number is NaN or infinite. Nothing is updated then.
         """
         ...
 

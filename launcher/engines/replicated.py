@@ -64,6 +64,7 @@ class Replicated:
             lr=config.learning_rate,
             betas=(config.adam_beta1, config.adam_beta2),
             weight_decay=config.weight_decay,
+            fused=True,  # one kernel for all parameters on a GPU, one pass over each on a CPU
         )
 
     @property
@@ -86,18 +87,21 @@ class Replicated:
             self._warn_of_unreached(summed[len(extra) :])
         return summed[: len(extra)]
 
-    def update(self, learning_rate: float) -> float:
-        """Clip, step, clear; returns the gradient norm before clipping. Raises NonFinite in place of a step."""
+    def update(self, learning_rate: float, numbers: Sequence[Tensor] = ()) -> list[float]:
+        """Clip, step, clear; returns the gradient norm before clipping and the numbers. Raises NonFinite in place of a
+        step."""
         for group in self.optimizer.param_groups:
             group["lr"] = learning_rate
         total: Any = nn.utils.get_total_norm([p.grad for p in self.parameters.values() if p.grad is not None])
-        norm = float(total.full_tensor() if isinstance(total, DTensor) else total)
-        if not math.isfinite(norm):
-            raise NonFinite(self.nonfinite())
+        norm = total.full_tensor() if isinstance(total, DTensor) else total
+        device = numbers[0].device if numbers else norm.device
+        found = torch.stack([norm.to(device, torch.float32), *numbers]).tolist()
+        if not all(map(math.isfinite, found)):
+            raise NonFinite(self.nonfinite(), found[1:])
         nn.utils.clip_grads_with_norm_(self.parameters.values(), self.clip_norm, total)
         self.optimizer.step()
         self.optimizer.zero_grad()
-        return norm
+        return found
 
     def nonfinite(self) -> list[str]:
         """The trained parameters whose gradient is NaN or infinite on any rank; clears the gradients."""
@@ -147,7 +151,10 @@ class Replicated:
                 moments = {moment: torch.zeros_like(parameter) for moment in ADAM_STATE}
                 for moment, tensor in moments.items():
                     self._copy(tensor, found, f"optimizer/{name}/{moment}")
-                self.optimizer.state[parameter] = {"step": torch.tensor(float(found.step)), **moments}
+                self.optimizer.state[parameter] = {
+                    "step": torch.tensor(float(found.step), device=parameter.device),
+                    **moments,
+                }
 
     def whole_state(self) -> dict[str, Tensor]:
         """The trained parameters and the saved buffers in full, by name, on rank 0; nothing on the others.

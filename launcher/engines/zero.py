@@ -16,6 +16,7 @@ import functools
 import logging
 import math
 import os
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -93,15 +94,18 @@ class Zero2(Replicated):
     def backward(self, loss: Tensor) -> None:
         self.forward.backward(loss * self.loss_scale)
 
-    def update(self, learning_rate: float) -> float:
+    def update(self, learning_rate: float, numbers: Sequence[Tensor] = ()) -> list[float]:
         for group in self.optimizer.param_groups:
             group["lr"] = learning_rate
+        found = torch.stack(list(numbers)).tolist() if numbers else []  # DeepSpeed waits for the device itself
+        if not all(map(math.isfinite, found)):
+            raise NonFinite(self.nonfinite(), found)
         self.forward.step()  # DeepSpeed takes no step where a gradient is NaN or infinite, and drops all gradients
         norm = float(self.forward.get_global_grad_norm())
         if self.forward.optimizer.overflow or not math.isfinite(norm):
-            raise NonFinite(self.nonfinite())
+            raise NonFinite(self.nonfinite(), found)
         self._nan.zero_()
-        return norm
+        return [norm, *found]
 
     def nonfinite(self) -> list[str]:
         found = super().nonfinite()
@@ -160,7 +164,7 @@ class Zero2(Replicated):
         flat_parts = zero.fp32_partitioned_groups_flat if self.stage == 3 else zero.single_partition_of_fp32_groups
         for flat in flat_parts:
             moments = {moment: torch.zeros_like(flat) for moment in ADAM_STATE}
-            zero.optimizer.state[flat] = {"step": torch.tensor(float(found.step)), **moments}
+            zero.optimizer.state[flat] = {"step": torch.tensor(float(found.step), device=flat.device), **moments}
         if self.stage == 2:
             zero._lazy_init_hp_params_optimizer_state()
         for name, parameter in self.parameters.items():

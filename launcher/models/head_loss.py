@@ -127,6 +127,11 @@ def summed_loss(
     return loss
 
 
+def loss_places(labels: Tensor) -> Tensor:
+    """Where in the flat labels (B, N) a token stands whose next one carries loss."""
+    return F.pad(labels[:, 1:] != NO_LOSS, (0, 1)).flatten().nonzero()[:, 0]
+
+
 class LossOutput(NamedTuple):
     """What a forward pass returns whose head computed the loss."""
 
@@ -153,6 +158,7 @@ class HeadLoss:
         self.logits_rows = 0  # tokens whose logits were computed, for those who count
         self.model = model
         self._labels: Tensor | None = None
+        self._loss_at: Tensor | None = None
         self._divisor: float | None = 1.0  # None: the head returns the loss of each token
         self._seen: Tensor | None = None
         self._checking = False
@@ -165,7 +171,7 @@ class HeadLoss:
 
         Called by all ranks alike where the forward pass is a collective.
         """
-        labels = batch.get("labels")
+        labels, self._loss_at = batch.get("labels"), batch.pop("loss_at", None)
         if num_items_in_batch is None or labels is None or labels.ndim != 2:
             return self.run(**batch)
         if self.usable is None:
@@ -174,8 +180,16 @@ class HeadLoss:
             return self.run(**batch, num_items_in_batch=num_items_in_batch)
         return LossOutput(self._through_head(batch, num_items_in_batch))
 
+    def prepare(self, batch: dict[str, Any]) -> dict[str, Any]:
+        """The batch, in main memory, with the places of its tokens with loss: a GPU would have to tell their number."""
+        labels = batch.get("labels")
+        if self.head is None or labels is None or labels.ndim != 2:
+            return batch
+        return batch | {"loss_at": loss_places(labels)}
+
     def token_losses(self, **batch: Any) -> Tensor:
         """The loss (T,) of each token with a label (B, N), row after row. Called as the model is, with labels."""
+        self._loss_at = batch.pop("loss_at", None)
         if self.usable is None:
             self.usable = self._check(batch)
         if self.usable:
@@ -214,8 +228,8 @@ class HeadLoss:
             hidden = hidden[:, self.prompt :]
         if hidden.shape[:2] != labels.shape:
             raise _Unlike(f"its head sees {tuple(hidden.shape[:2])} positions of {tuple(labels.shape)}")
-        chosen = labels[:, 1:] != NO_LOSS
-        hidden, targets = hidden[:, :-1][chosen], labels[:, 1:][chosen]
+        places = loss_places(labels) if self._loss_at is None else self._loss_at
+        hidden, targets = hidden.flatten(0, 1).index_select(0, places), labels.flatten().index_select(0, places + 1)
         self.logits_rows += len(targets)
         divisor = self._divisor
         if type(self.head) is nn.Linear:
@@ -235,7 +249,7 @@ class HeadLoss:
     @torch.no_grad()
     def _check(self, batch: Mapping[str, Any]) -> bool:
         """Whether head and model agree on the loss of a few tokens; scale is found on the way."""
-        training = self.base.training
+        training, places, self._loss_at = self.base.training, self._loss_at, None
         self.base.eval()  # dropout would tell two passes apart
         try:
             if self.head is None:
@@ -262,7 +276,7 @@ class HeadLoss:
             )
             return False
         finally:
-            self._checking, self._seen = False, None
+            self._checking, self._seen, self._loss_at = False, None, places
             self.base.train(training)
         return True
 

@@ -105,7 +105,11 @@ class Task(Protocol):
         return None
 
     def collate(self, data: Encoded, rows: Sequence[Any], layout: Layout) -> Batch:
-        """One batch of these rows, on the CPU."""
+        """One batch of these rows, on the CPU.
+
+        Called in a thread while the device computes the batch before: random numbers come from a generator of its own,
+        seeded from the rows, never from torch's global one.
+        """
         ...
 
     def loss(self, forward: Callable[..., Any], batch: Batch, targets: int) -> Tensor:
@@ -185,11 +189,18 @@ def by_length(data: Encoded) -> list[int]:
 
 
 def on_device(batch: Mapping[str, Any], device: torch.device) -> Batch:
-    """The batch with its tensors moved, also those of a dictionary in it; other values stay as they are."""
+    """The batch with its tensors moved, also those of a dictionary in it; other values stay as they are.
+
+    Tensors in pinned memory are copied while the host continues.
+    """
 
     def moved(part: Any) -> Any:
         return (
-            part.to(device) if isinstance(part, Tensor) else on_device(part, device) if isinstance(part, dict) else part
+            part.to(device, non_blocking=True)
+            if isinstance(part, Tensor)
+            else on_device(part, device)
+            if isinstance(part, dict)
+            else part
         )
 
     return {name: moved(part) for name, part in batch.items()}

@@ -12,6 +12,7 @@ import math
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -25,8 +26,9 @@ from launcher.engines.engine import Engine, NonFinite
 from launcher.engines.replicated import sum_over_ranks
 from launcher.files import disk_errors
 from launcher.processes import Communicator
-from launcher.tasks.base import Layout, Question, Samples, Task, on_device
+from launcher.tasks.base import Batch, Layout, Question, Samples, Task, on_device
 from launcher.tasks.evaluation import Evaluation, Interrupted
+from launcher.training.ahead import Ahead, pinned
 from launcher.training.checkpoint import Checkpoint, Saver, prune
 from launcher.training.checkpoint_index import TrainingState
 from launcher.training.ownership import Ownership
@@ -75,11 +77,12 @@ class Training:
     callbacks: Callbacks = field(default_factory=Callbacks)
     ownership: Ownership = field(default_factory=Ownership)
     clock: Clock = field(default_factory=lambda: Clock())
+    ahead: Ahead = field(default_factory=Ahead)
 
 
 @dataclass
 class Clock:
-    """Seconds since this start: collating batches, all steps, and the part of the steps spent waiting for a batch."""
+    """Seconds since this start: waiting for batches, all steps, and the part of the steps spent waiting."""
 
     batches_s: float = 0.0
     steps_s: float = 0.0
@@ -136,6 +139,7 @@ class _Loop:
                     break
                 asked = self.step()
         self.saver.wait()
+        training.ahead.close()
         if early:
             training.screen.say(
                 f"stopped early: no lower loss in {state.worse} evaluations, the lowest was at step {state.best_step}"
@@ -151,13 +155,11 @@ class _Loop:
         training, state, clock = self.training, self.state, self.training.clock
         number, started, batches_s = state.step + 1, time.perf_counter(), clock.batches_s
         learning_rate = learning_rate_at(number, training.steps, self.config.optimizer)
-        loss, batch, asked = gradients(training, number)
+        total, stops, batch = gradients(training, number)
         try:
-            if not math.isfinite(loss):
-                raise NonFinite(training.engine.nonfinite())
-            norm = training.engine.update(learning_rate)
+            norm, loss, asked = training.engine.update(learning_rate, [total, stops])
         except NonFinite as error:
-            raise ValueError(self.diverged(number, loss, error)) from None
+            raise ValueError(self.diverged(number, error.numbers[0], error)) from None
         seconds = time.perf_counter() - started
         clock.steps_s += seconds
         clock.waited_s += clock.batches_s - batches_s
@@ -171,7 +173,7 @@ class _Loop:
         })  # fmt: skip
         self.bar(number, f"loss {loss:.4f}, {speed:,.{0 if speed >= 10 else 1}f} tokens/s, {memory_gib():.1f} GiB")
         training.callbacks.on_step(training, event)
-        return asked
+        return asked > 0
 
     def diverged(self, number: int, loss: float, error: NonFinite) -> str:
         """What to tell of a step that was not taken. Called by all ranks."""
@@ -243,20 +245,44 @@ def evaluation_due(training: Training, state: TrainingState) -> bool:
     return state.step in (0, training.steps) or bool(every and state.step % every == 0)
 
 
-def gradients(training: Training, step: int) -> tuple[float, GlobalBatch, bool]:
-    """Gradients of global batch `step`; returns its loss, the batch, and whether any rank was asked to stop."""
+def gradients(training: Training, step: int) -> tuple[Tensor, Tensor, GlobalBatch]:
+    """Gradients of global batch `step`; returns its loss and how many ranks were asked to stop, both on the device, and
+    the batch."""
     seed, rank, batch = training.config.optimizer.seed, training.comm.ranks.rank, training.batches.at(step)
     total = torch.zeros((), device=training.device)
-    for number, places in enumerate(batch.dealt[rank]):
+    parts = batch.of_rank(rank)
+    for number, rows in enumerate(parts):
+        begin_next(training, step, parts[number + 1 :])
         torch.manual_seed(_seed(seed, step, rank, number))  # dropout; so there is no state to save
-        loss = batch_loss(training, [batch.rows[place] for place in places], batch.targets)
+        loss = batch_loss(training, rows, batch.targets)
         training.engine.backward(loss)
         total += loss.detach()
     if step == 1 and training.comm.ranks.is_main:
         warn_of_idle(training.engine.parameters)
-    asked = torch.tensor(float(training.stop.asked()), device=training.device)
+    asked = torch.full((), float(training.stop.asked()), device=training.device)  # torch.tensor would wait for a copy
     total, stops = training.engine.reduce([total, asked])
-    return float(total), batch, bool(stops > 0)
+    return total, stops, batch
+
+
+def collated(training: Training, rows: Sequence[Any]) -> Batch:
+    """These training rows as one batch in main memory, ready to be copied."""
+    layout = Layout(
+        pad_id=training.tokenizer.pad_token_id or 0,
+        packing=training.config.data.packing,
+        **training.packed_as._asdict(),
+    )
+    batch = training.task.collate(training.samples.train, rows, layout)
+    prepare = getattr(training.forward, "prepare", None)  # of HeadLoss
+    return pinned(prepare(batch) if prepare else batch)
+
+
+def begin_next(training: Training, step: int, parts: Sequence[Sequence[Any]]) -> None:
+    """Have the next micro-batch collated: the first of parts, the rest of this step, or that of the next step."""
+    rank, make = training.comm.ranks.rank, partial(collated, training)
+    if parts:
+        training.ahead.begin(lambda: parts[0], make)
+    elif step < training.steps:
+        training.ahead.begin(lambda: training.batches.at(step + 1).of_rank(rank)[0], make)
 
 
 def warn_of_idle(parameters: Mapping[str, torch.nn.Parameter]) -> None:
@@ -288,15 +314,10 @@ def suspects(training: Training, step: int) -> list[int]:
 
 def batch_loss(training: Training, rows: Sequence[Any], targets: int) -> Tensor:
     """The task's loss of these training rows as one batch, divided by targets; a scalar on the device."""
-    started, task = time.perf_counter(), training.task
-    layout = Layout(
-        pad_id=training.tokenizer.pad_token_id or 0,
-        packing=training.config.data.packing,
-        **training.packed_as._asdict(),
-    )
-    batch = on_device(task.collate(training.samples.train, rows, layout), training.device)
+    started = time.perf_counter()
+    batch = on_device(training.ahead.take(rows, partial(collated, training)), training.device)
     training.clock.batches_s += time.perf_counter() - started
-    return task.loss(training.forward, batch, targets)
+    return training.task.loss(training.forward, batch, targets)
 
 
 def evaluate(training: Training) -> dict[str, float] | None:

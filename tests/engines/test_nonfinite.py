@@ -92,7 +92,13 @@ def test_update_raises_with_the_names_and_changes_nothing(value):
     assert all(torch.equal(p, old) for p, old in zip(model.parameters(), before, strict=True))
     assert not engine.optimizer.state
     model(torch.ones(1, 2)).sum().backward()
-    assert engine.update(0.1) > 0  # the bad gradients are gone
+    norm, loss = engine.update(0.1, [torch.tensor(2.5)])
+    assert norm > 0  # the bad gradients are gone
+    assert loss == 2.5
+    model(torch.ones(1, 2)).sum().backward()
+    with pytest.raises(NonFinite) as raised:  # a loss may be infinite where its gradients are not
+        engine.update(0.1, [torch.tensor(float("inf"))])
+    assert raised.value.numbers == [float("inf")]
 
 
 def two_steps(name):

@@ -30,6 +30,7 @@ from launcher.models.build import build
 from launcher.models.quantize import Quantised
 from launcher.processes import Ranks
 from launcher.tasks import label
+from launcher.training.ahead import Ahead
 from launcher.training.loop import Clock, batch_loss, evaluate
 from launcher.training.packing import Way
 from launcher.training.report import Screen
@@ -57,7 +58,7 @@ def training_of(model, pad_id=0, *, train=None, held_out=None, world_size=1):
     return SimpleNamespace(
         config=Config(), task=label.TASK, samples=SimpleNamespace(train=train, held_out=held_out),
         device=torch.device("cpu"), tokenizer=SimpleNamespace(pad_token_id=pad_id), packed_as=Way(),
-        engine=SimpleNamespace(model=model, gathers=False), forward=model, clock=Clock(),
+        engine=SimpleNamespace(model=model, gathers=False), forward=model, clock=Clock(), ahead=Ahead(),
         comm=SimpleNamespace(ranks=Ranks(world_size=world_size)), stop=SimpleNamespace(asked=lambda: False),
         screen=Screen(is_main=False),
     )  # fmt: skip
