@@ -77,8 +77,9 @@ class ModelConfig(Checked):
     dtype: Literal["auto", "float32", "bfloat16"] = "auto"
     """Dtype of the base weights and of computation; auto is bfloat16 on a GPU that supports it, else float32. Trained
     cores are always float32."""
-    attention: Literal["auto", "flash", "sdpa", "eager"] = "auto"
-    """Attention implementation; flash needs flash-attn and a GPU. auto takes the fastest that works here."""
+    attention: Literal["auto", "flash", "varlen", "sdpa", "eager"] = "auto"
+    """Attention implementation; flash needs flash-attn and a GPU, varlen a GPU of the Ampere generation or later. auto
+    takes the first of them that works here."""
     quantize: Literal["none", "int8", "nf4", "fp4"] = "none"
     """Precision of the frozen base weights."""
     gradient_checkpointing: bool = False

@@ -17,7 +17,8 @@ from torch import Tensor
 
 from launcher.data.encode import Encoded
 
-PackedAs = Literal["sdpa", "eager", "positions", "flash"]  # what a batch of packed rows is laid out for
+PackedAs = Literal["sdpa", "eager", "positions", "flash", "varlen"]  # what a batch of packed rows is laid out for
+FLAT = ("flash", "varlen")  # all samples of a micro-batch in one row, without padding
 NO_LOSS = -100  # torch's cross_entropy and transformers leave this label out
 
 
@@ -97,21 +98,25 @@ def collate(
     packing: bool = False,
     attention: PackedAs = "sdpa",
     windows: Mapping[str, int | None] | None = None,
+    padding_mask: bool = True,
     multiple_of: int = 1,
 ) -> dict[str, Any]:
     """Arguments of the model's forward for a micro-batch: of samples, or with packing of rows from `pack`.
 
     Unpacked: input_ids, labels, position_ids, attention_mask, all (B, N), padded on the right to a multiple_of.
+    Without padding_mask: no attention_mask, and padding counts on as a position: no token before it sees it.
     Packed for SDPA: the same with attention_mask (B, 1, N, N) bool: a token sees its own sample up to itself.
     Packed for eager: that mask as float32 numbers to add to the scores: 0 or the lowest of bfloat16.
     Packed with windows: such a mask for each type of layer, by name, which hides what is a window or more tokens back.
     Packed as positions: no mask; models that build their own see a border where position_ids start again.
     Packed for flash: all rows flattened to (1, tokens), no padding, no mask, and the borders as cu_seq_lens_* (int32),
-    max_length_* as transformers' flash attention takes them. The labels stand unshifted; the model shifts them.
+    max_length_* as transformers' flash attention takes them.
+    Packed for varlen: the same, and a mask (1, 1, 1, 1) in place of one that transformers would make and nobody read.
+    The labels stand unshifted; the model shifts them.
     Call the model with use_cache=False: a cache would count the positions again.
     """
     packed: Any = rows if packing else [[sample] for sample in rows]
-    if packing and attention == "flash":
+    if packing and attention in FLAT:
         packed, multiple_of = [list(_flat(rows))], 1
     spans = [[slice(*encoded.offsets[sample : sample + 2].tolist()) for sample in row] for row in packed]
     longest = max(sum(span.stop - span.start for span in row) for row in spans)
@@ -129,7 +134,9 @@ def collate(
             position_ids[b, begin:end] = torch.arange(end - begin)
             sample_of[b, begin:end] = number
     batch: dict[str, Any] = {"input_ids": input_ids, "labels": labels, "position_ids": position_ids}
-    if not packing:
+    if not packing and not padding_mask:
+        batch["position_ids"] = torch.arange(size[1]).expand(size).contiguous()
+    elif not packing:
         batch["attention_mask"] = (sample_of >= 0).long()
     elif attention in ("sdpa", "eager"):
         # Padding may look at earlier padding: a row of the mask with nothing in it is NaN in some kernels.
@@ -140,11 +147,13 @@ def collate(
         if attention == "eager":  # which adds the mask to the scores: a bool one (True = +1) would hide nothing
             masks = {name: torch.where(mask, 0.0, torch.finfo(torch.bfloat16).min) for name, mask in masks.items()}
         batch["attention_mask"] = masks if windows else masks[""]
-    elif attention == "flash":
+    elif attention in FLAT:
         lengths = [span.stop - span.start for span in spans[0]]
         borders = torch.tensor([0, *itertools.accumulate(lengths)], dtype=torch.int32)
         batch |= {"cu_seq_lens_q": borders, "cu_seq_lens_k": borders}
         batch |= {"max_length_q": max(lengths), "max_length_k": max(lengths)}
+        if attention == "varlen":
+            batch["attention_mask"] = torch.ones(1, 1, 1, 1, dtype=torch.bool)
     return batch
 
 

@@ -46,6 +46,7 @@ class GlobalBatches:
     world_size: int
     most_rows: int  # of a micro-batch; 0: no bound
     most_tokens: int  # positions of a micro-batch; 0: those of most_rows rows of mean length
+    flat: bool = False  # a micro-batch is one row of all its tokens, without padding
     _last: list[tuple[int, GlobalBatch]] = field(default_factory=list, compare=False, repr=False)
 
     @cached_property
@@ -66,7 +67,7 @@ class GlobalBatches:
         rows = [self.rows[i] for i in batch_indices(self.seed, step - 1, self.batch_size, len(self.rows))]
         lengths = row_lengths(self.data, rows)
         dealt = plan(lengths, self.world_size, self.most_rows, self.most_positions)
-        share = token_share(dealt, lengths)
+        share = token_share(dealt, lengths, flat=self.flat)
         return GlobalBatch(rows, sum(lengths), target_tokens(self.data, rows), dealt, share)
 
     def token_share(self) -> float:
@@ -116,15 +117,17 @@ def mean_positions(lengths: Sequence[int], rows: int) -> int:
     return math.ceil(rows * sum(lengths) / len(lengths))
 
 
-def positions(part: Sequence[int], lengths: Sequence[int]) -> int:
+def positions(part: Sequence[int], lengths: Sequence[int], *, flat: bool = False) -> int:
     """Positions that a micro-batch computes, padding included."""
+    if flat:
+        return sum(lengths[place] for place in part)
     return len(part) * max((lengths[place] for place in part), default=0)
 
 
-def token_share(made: Plan, lengths: Sequence[int]) -> float:
+def token_share(made: Plan, lengths: Sequence[int], *, flat: bool = False) -> float:
     """Share of the positions that are tokens, where every round lasts as long as its slowest rank's micro-batch."""
     rounds = zip(*made, strict=True)
-    computed = len(made) * sum(max(positions(part, lengths) for part in parts) for parts in rounds)
+    computed = len(made) * sum(max(positions(part, lengths, flat=flat) for part in parts) for parts in rounds)
     return sum(lengths) / computed if computed else 1.0
 
 

@@ -17,6 +17,7 @@ from transformers import AutoModelForSequenceClassification
 import adapters
 from adapters.checkpoint_names import language_model_class
 from launcher.config import ModelConfig
+from launcher.models import varlen
 from launcher.models.files import first_line
 from launcher.models.fill import OnFill, Whole, fill
 from launcher.models.quantize import check_share
@@ -31,6 +32,8 @@ from launcher.models.skeleton import (
     settings_of,
 )
 
+FLASH = "flash_attention_2"  # transformers' name
+
 
 def choose_dtype(wanted: str) -> str:
     """The base's dtype; auto means bfloat16 on a GPU that supports it, else float32."""
@@ -40,7 +43,10 @@ def choose_dtype(wanted: str) -> str:
 
 
 def choose_attention(wanted: str, *, on_gpu: bool, dtype: str) -> tuple[str, str]:
-    """The attention to use, as transformers names it, and the reason."""
+    """The attention to use, as transformers names it, and the reason.
+
+    auto: flash-attn where it is installed, else torch's own kernel for rows of different lengths, else SDPA.
+    """
     installed = importlib.util.find_spec("flash_attn") is not None
     missing = (
         "flash-attn is not installed" if not installed
@@ -52,9 +58,15 @@ def choose_attention(wanted: str, *, on_gpu: bool, dtype: str) -> tuple[str, str
         raise ValueError(f"--attention flash cannot be used: {missing}; give --attention auto or sdpa")
     if wanted in ("sdpa", "eager"):
         return wanted, "as requested"
-    if missing:
+    if wanted == "varlen" or (wanted == "auto" and missing):
+        lacking = varlen.missing(on_gpu=on_gpu, dtype=dtype)
+        if wanted == "varlen" and lacking:
+            raise ValueError(f"--attention varlen cannot be used: {lacking}; give --attention auto or sdpa")
+        if not lacking:
+            varlen.register()
+            return varlen.NAME, "as requested" if wanted == "varlen" else missing
         return "sdpa", missing
-    return "flash_attention_2", "as requested" if wanted == "flash" else "flash-attn and a GPU are available"
+    return FLASH, "as requested" if wanted == "flash" else "flash-attn and a GPU are available"
 
 
 def settle_base(
@@ -67,7 +79,7 @@ def settle_base(
     requested attention.
     """
     plain = replace(config, quantize="none")
-    others = [name for name in ("sdpa", "eager", "flex_attention") if name != attention]
+    others: list[str] = [name for name in ("sdpa", "eager", "flex_attention") if name != attention]
     lacking = []
     for name in [attention, *(others if config.attention == "auto" else ())]:
         try:
@@ -77,10 +89,13 @@ def settle_base(
                 raise
             lacking.append(f"{name}: {first_line(error)}")
             continue
+        if name == varlen.NAME and (reason_against := varlen.unsupported(base.config)):
+            lacking.append(f"{name}: {reason_against}")
+            continue
         check_weights(base, folder, labels=labels)
         check_share(base, config.quantize)
         return base, name, reason if name == attention else f"this model has no {attention}"
-    asked = {"flash_attention_2": "flash"}.get(attention, attention)
+    asked = {FLASH: "flash"}.get(attention, attention)
     raise ValueError(
         f"--attention {config.attention}: {folder} has no {asked} attention ({'; '.join(lacking)}): give --attention "
         "auto, which uses one that the model has"

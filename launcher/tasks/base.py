@@ -56,6 +56,7 @@ class Layout:
     packing: bool = False  # a row is a list of samples, which do not attend to each other
     attention: PackedAs = "sdpa"
     windows: Mapping[str, int | None] | None = None  # of packed rows, by type of layer
+    padding_mask: bool = True  # rows that are not packed have one
 
 
 class Table(NamedTuple):
@@ -71,6 +72,7 @@ class Task(Protocol):
 
     peft_type: str = "CAUSAL_LM"  # PEFT's task_type of the adapter
     labels: bool = False  # the model has a classification head in place of its head for words
+    flattens: bool = False  # a batch may be one row of all its samples, as with packing
 
     def wants(self, config: Config) -> bool:
         """Whether a config that names no task (--task auto) asks for this one."""
@@ -143,6 +145,8 @@ class Task(Protocol):
 class NextToken(Task, Protocol):
     """Predict each token that carries loss from those before it: collate, loss and evaluation of such tasks."""
 
+    flattens: bool = True
+
     def splits(self, data: DataConfig) -> tuple[list[Record], list[Record]]:
         """Training and held-out records, checked. Raises ValueError naming the record for a mistake in the data."""
         ...
@@ -155,8 +159,9 @@ class NextToken(Task, Protocol):
 
     def collate(self, data: Encoded, rows: Sequence[Any], layout: Layout) -> Batch:
         return collate(
-            data, rows, pad_id=layout.pad_id, packing=layout.packing, attention=layout.attention, windows=layout.windows
-        )
+            data, rows, pad_id=layout.pad_id, packing=layout.packing, attention=layout.attention,
+            windows=layout.windows, padding_mask=layout.padding_mask,
+        )  # fmt: skip
 
     def loss(self, forward: Callable[..., Any], batch: Batch, targets: int) -> Tensor:
         return forward(**batch, num_items_in_batch=targets, use_cache=False).loss

@@ -78,6 +78,8 @@ class PairReport(DataReport):
 class Prefer(Instruct):
     """Preference optimisation. Held-out questions can be answered as in instruction tuning (--show-samples)."""
 
+    flattens = False  # pairs are compared row by row
+
     def wants(self, config: Config) -> bool:
         return False
 

@@ -21,6 +21,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from launcher.config import Config, OptimizerConfig
+from launcher.data.batches import FLAT
 from launcher.data.microbatches import GlobalBatch, GlobalBatches
 from launcher.engines.engine import Engine, NonFinite
 from launcher.engines.replicated import sum_over_ranks
@@ -266,11 +267,10 @@ def gradients(training: Training, step: int) -> tuple[Tensor, Tensor, GlobalBatc
 
 def collated(training: Training, rows: Sequence[Any]) -> Batch:
     """These training rows as one batch in main memory, ready to be copied."""
-    layout = Layout(
-        pad_id=training.tokenizer.pad_token_id or 0,
-        packing=training.config.data.packing,
-        **training.packed_as._asdict(),
-    )
+    packing, way = training.config.data.packing, training.packed_as
+    if way.attention in FLAT and not packing:
+        packing, rows = True, [[row] for row in rows]
+    layout = Layout(pad_id=training.tokenizer.pad_token_id or 0, packing=packing, **way._asdict())
     batch = training.task.collate(training.samples.train, rows, layout)
     prepare = getattr(training.forward, "prepare", None)  # of HeadLoss
     return pinned(prepare(batch) if prepare else batch)

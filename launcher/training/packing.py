@@ -38,12 +38,15 @@ class Way(NamedTuple):
 
     attention: PackedAs = "sdpa"
     windows: dict[str, int | None] | None = None
+    padding_mask: bool = True  # of rows that are not packed
 
 
 def candidates(settings: Any, attention: str, longest: int) -> list[Way]:
     """Ways to lay out packed rows of up to `longest` tokens, the likeliest one first."""
     if attention.startswith("flash"):
         return [Way("flash")]
+    if attention == "varlen":
+        return [Way("varlen")]
     if attention == "flex_attention":
         return [Way("positions")]
     mask = Way("eager" if attention == "eager" else "sdpa")
@@ -115,6 +118,31 @@ def check_causal(model: Any, forward: Callable[..., Any], ids: Tensor) -> None:
             f"a {type(model).__name__} sees later tokens in training (outputs change by {apart:.2g} with them), "
             "so there is nothing to predict: give a decoder (or set is_decoder to true in the config.json of one)"
         )
+
+
+@torch.no_grad()
+def needs_padding_mask(model: Any, forward: Callable[..., Any], ids: Tensor) -> bool:
+    """Whether a token's output changes without the mask that hides the padding behind it. Called by all ranks.
+
+    In a decoder no token sees what comes after it, so it should not; experts with room for so many tokens are one
+    reason why it may. Without a mask SDPA takes its causal kernel, and copies no keys and values for grouped heads.
+    """
+    training, tokens = model.training, ids[torch.arange(SHORT) % len(ids)].expand(2, SHORT)
+    batch = {"input_ids": tokens, "position_ids": torch.arange(SHORT, device=ids.device).expand(2, SHORT)}
+    mask = torch.ones_like(tokens)
+    mask[1, SHORT // 2 :] = 0
+    outputs = []
+    model.train()  # some models build another mask there
+    try:
+        for masked in ({"attention_mask": mask}, {}):
+            torch.manual_seed(0)  # equal draws give both passes the same dropout
+            outputs.append(forward(**batch, **masked, use_cache=False).logits[mask.bool()].float())
+    except Exception:  # code of a model that takes no batch without a mask raises anything
+        return True
+    finally:
+        model.train(training)
+    apart = float((outputs[0] - outputs[1]).norm() / outputs[0].norm())
+    return not apart <= FLOOR.get(next(model.parameters()).dtype, COARSE)
 
 
 @torch.no_grad()

@@ -35,7 +35,8 @@ from launcher.exit_codes import DONE, FAILED, MISTAKE, STOPPED
 from launcher.factorization.make import factors_of, fingerprint
 from launcher.files import disk_errors, write_atomically
 from launcher.methods import prompt_tokens, unusual_learning_rate
-from launcher.models.build import build
+from launcher.models import varlen
+from launcher.models.build import FLASH, build
 from launcher.models.files import check_ids, context_length, load_tokenizer
 from launcher.models.head_loss import HeadLoss
 from launcher.models.quantize import base_size, quantised_share, size
@@ -49,7 +50,7 @@ from launcher.training.factoring import Factoring
 from launcher.training.folder import State, finished, prepare, save_final
 from launcher.training.loop import Callbacks, Event, Training, evaluation_of, train
 from launcher.training.ownership import Ownership
-from launcher.training.packing import Way, candidates, check_causal, check_packing
+from launcher.training.packing import Way, candidates, check_causal, check_packing, needs_padding_mask
 from launcher.training.report import Screen, open_trackers, read_events
 from launcher.training.resolve import Resolved, check_context, resolve
 from launcher.training.start import Start, begin
@@ -168,7 +169,8 @@ def _run(
     if not resolved.task.labels:
         ids = samples.train.distinct_ids().to(resolved.device)
         comm.each("attention", lambda: check_causal(base, engine.forward, ids))
-    packed_as = _packed_as(start, engine, samples) if config.data.packing else Way()
+    packed_as = _layout(start, engine, samples)
+    global_batches = replace(global_batches, flat=packed_as.attention in batches.FLAT)
     _introduce(start, identity, samples, engine, steps, global_batches.token_share())
 
     # 4. Train.
@@ -318,6 +320,24 @@ def _engine(start: Start, model: Any) -> Engine:
     resolved, config = start.resolved, start.resolved.config
     info, offload = ENGINES[resolved.sharding], config.run.cpu_offload
     return engine_class(info.name)(model, config.optimizer, resolved.ranks, info, cpu_offload=offload)
+
+
+def _layout(start: Start, engine: Engine, samples: Samples) -> Way:
+    """How the rows of a batch are laid out for this model. Called by all ranks."""
+    resolved = start.resolved
+    if resolved.task.labels:
+        return Way()
+    if resolved.config.data.packing:
+        return _packed_as(start, engine, samples)
+    if resolved.task.flattens and resolved.attention in (FLASH, varlen.NAME):
+        try:
+            return _packed_as(start, engine, samples)
+        except ValueError as error:
+            log.warning("batches are padded, since this model does not keep flattened samples apart (%s)", error)
+    base: Any = getattr(engine.model, "get_base_model", lambda: engine.model)()
+    ids = samples.train.distinct_ids().to(resolved.device)
+    masked = start.comm.each("padding", lambda: needs_padding_mask(base, engine.forward, ids))
+    return Way(padding_mask=masked)
 
 
 def _packed_as(start: Start, engine: Engine, samples: Samples) -> Way:
