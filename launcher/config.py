@@ -84,6 +84,8 @@ class ModelConfig(Checked):
     """Precision of the frozen base weights."""
     gradient_checkpointing: bool = False
     """Recompute each decoder layer in the backward pass: less memory, about a third more time."""
+    compile: bool = False
+    """Compile each decoder layer with torch.compile: faster steps on a GPU after a minute or more of compiling."""
     trust_remote_code: bool = False
     """Run Python code from the model's folder. Only for models that you trust."""
 

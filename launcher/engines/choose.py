@@ -64,6 +64,7 @@ class Demands:
 
     method: str
     quantize: str = "none"
+    compiled: bool = False
     from_gradients: bool = False  # the method's factors come from gradients of the whole base
     reads_4bit_class: bool = False  # the method reads the scales of a packed weight from its Params4bit
     trains_prompt: bool = False  # the method calls the embedding, or hands keys and values to the layers, by itself
@@ -77,6 +78,11 @@ def refusal(info: EngineInfo, demands: Demands) -> tuple[str, str] | None:
             f"--quantize {quantize} is not supported under --sharding {name}: bitsandbytes copies what {name} gathers "
             "into whole tensors of its own, so nothing would be saved",
             "--quantize none",
+        )
+    if demands.compiled and not info.compiles:
+        return (
+            f"--compile is not supported under --sharding {name}, which gathers weights inside a decoder layer",
+            "leave --compile out",
         )
     if demands.from_gradients and not info.holds_base:
         return (

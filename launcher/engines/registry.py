@@ -27,6 +27,7 @@ class EngineInfo:
     one_process_only: bool = False
     grouped: bool = False  # the processes of a group (--shard-size) share one copy of the base
     carries_quantised: bool = True  # runs a base that bitsandbytes quantised
+    compiles: bool = True  # runs decoder layers that torch.compile compiled
     keeps_4bit_class: bool = True  # packed weights stay bitsandbytes' Params4bit, which holds their scales
     maps_files: bool = False  # a frozen base stays mapped from its files: processes of a machine share the pages
     offloads: tuple[str, ...] = ()  # what --cpu-offload moves: "parameters", "optimizer"
@@ -52,7 +53,8 @@ ENGINES: dict[str, EngineInfo] = {
         EngineInfo("zero2", "launcher.engines.zero:Zero2", averages=True, offloads=("optimizer",),
                    packages=("deepspeed", "ninja"), accelerate="zero2"),
         EngineInfo("zero3", "launcher.engines.zero:Zero3", holds_base=False, gathers=True, averages=True,
-                   carries_quantised=False, offloads=BOTH, packages=("deepspeed", "ninja"), accelerate="zero3"),
+                   carries_quantised=False, compiles=False, offloads=BOTH, packages=("deepspeed", "ninja"),
+                   accelerate="zero3"),
     )
 }  # fmt: skip
 

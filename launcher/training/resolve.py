@@ -90,6 +90,7 @@ def check_carried(config: Config, adapter: PeftConfig | None, sharding: str) -> 
     demands = Demands(
         method=config.adapter.method,
         quantize=quantize,
+        compiled=config.model.compile,
         from_gradients=getattr(adapter, "factors_from_gradients", False),
         reads_4bit_class=getattr(adapter, "peft_type", "").lower() in READ_4BIT_CLASS,
         trains_prompt=prompt_tokens(adapter) > 0,

@@ -170,6 +170,10 @@ def _run(
         ids = samples.train.distinct_ids().to(resolved.device)
         comm.each("attention", lambda: check_causal(base, engine.forward, ids))
     packed_as = _layout(start, engine, samples)
+    if config.model.compile:
+        from launcher.training.compiled import compile_layers  # torch's compiler takes a second to import
+
+        comm.each("compile", lambda: compile_layers(base))
     global_batches = replace(global_batches, flat=packed_as.attention in batches.FLAT)
     _introduce(start, identity, samples, engine, steps, global_batches.token_share())
 
