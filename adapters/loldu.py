@@ -214,6 +214,7 @@ def rebuilt_error(panel: Tensor, pivots: Tensor, values: Tensor) -> float:
     saved rows are no longer the right ones to eliminate: L and the read map are then off by more than d_r shows.
     """
     lower, upper, _ = lu_of_panel(panel, pivots)
+    values = values.to(upper)  # saved ones are in main memory while an adapter is loaded
     return float((upper.diagonal() - values).norm() / values.norm() + lower.abs().max() - 1)
 
 

@@ -18,6 +18,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from launcher.devices import check_distinct, identity_of, own_device
 from launcher.engines.registry import fitting
 from launcher.shipped import accelerate_file
 from launcher.text import printable
@@ -223,8 +224,9 @@ def connect(ranks: Ranks, *, cpu_offload: bool = False) -> Communicator:
     from accelerate import PartialState
     from torch.distributed.distributed_c10d import _get_default_store
 
-    if cpu_offload and torch.cuda.is_available():
-        torch.cuda.set_device(ranks.local_rank)
+    device = own_device(ranks.local_rank, ranks.local_world_size)
+    if cpu_offload and device.type == "cuda":
+        torch.cuda.set_device(device)
         torch.distributed.init_process_group("cpu:gloo,cuda:nccl")  # accelerate uses an open group
     state = PartialState(cpu=not torch.cuda.is_available())
     if state.num_processes != ranks.world_size:
@@ -232,7 +234,10 @@ def connect(ranks: Ranks, *, cpu_offload: bool = False) -> Communicator:
             f"WORLD_SIZE is {ranks.world_size} but accelerate sees {state.num_processes}: each process would train "
             "alone. On CPU start with torchrun, or with ACCELERATE_USE_CPU=true accelerate launch --multi_gpu"
         )
-    return Communicator(ranks, _get_default_store())
+    comm = Communicator(ranks, _get_default_store())
+    if device.type == "cuda":  # NCCL would fail at the first collective, in words of its own
+        check_distinct(comm.gather("GPUs", identity_of(device)))
+    return comm
 
 
 def open_alone(device: Any) -> None:

@@ -72,7 +72,20 @@ def tiny_roberta(sst2_rows, tmp_path_factory) -> Path:
     return folder
 
 
+def pytest_configure(config: pytest.Config) -> None:
+    """Hide the GPUs, from subprocesses too, unless -m asks for tests that need one: the others start several
+    processes, which would ask for a GPU each, and compare with numbers of a CPU."""
+    if not asks_for_gpu(config.option.markexpr):
+        os.environ["CUDA_VISIBLE_DEVICES"] = ""
+
+
+def asks_for_gpu(marks: str) -> bool:
+    """Whether an expression of -m asks for tests marked gpu."""
+    words = marks.replace("(", " ").replace(")", " ").split()
+    return any(word == "gpu" and (not i or words[i - 1] != "not") for i, word in enumerate(words))
+
+
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     for item in items:
         if item.get_closest_marker("gpu") and not torch.cuda.is_available():
-            item.add_marker(pytest.mark.skip(reason="needs a CUDA device"))
+            item.add_marker(pytest.mark.skip(reason="needs a CUDA device, and pytest -m gpu"))

@@ -16,6 +16,7 @@ from launcher.tasks.registry import REGISTERED
 PROJECT = Path(__file__).resolve().parents[1]
 SMALL = {
     "launcher.config",
+    "launcher.devices",
     "launcher.files",
     "launcher.packages",
     "launcher.engines.registry",
@@ -37,15 +38,18 @@ MAY_IMPORT = {  # beside itself; in the order in which data flows
     "launcher.exit_codes": set(),
     "launcher.config_file": {"launcher.config", "launcher.files"},
     "launcher.recipes": {"launcher.config_file", "launcher.shipped"},  # finds and starts them
-    "launcher.processes": {"launcher.engines.registry", "launcher.shipped", "launcher.text"},
+    "launcher.devices": set(),
+    "launcher.processes": {
+        "launcher.devices", "launcher.engines.registry", "launcher.shipped", "launcher.text",
+    },
     "launcher.text": set(),
     "launcher.progress": {"launcher.text"},
     "launcher.main_memory": set(),
     "launcher.availability": {"adapters"},
     "launcher.methods": {"adapters", "launcher.config"},
     "launcher.factorization": {
-        "adapters", "launcher.config", "launcher.files", "launcher.methods", "launcher.options", "launcher.processes",
-        "launcher.progress", "launcher.text",
+        "adapters", "launcher.config", "launcher.devices", "launcher.files", "launcher.methods", "launcher.options",
+        "launcher.processes",        "launcher.progress", "launcher.text",
     },
     "launcher.data": {
         "launcher.config", "launcher.factorization", "launcher.files", "launcher.processes", "launcher.progress",

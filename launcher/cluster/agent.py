@@ -168,6 +168,7 @@ def facts(recipe: str = "", folder: str = ".") -> dict[str, Any]:
         "environment": environment(recipe),
         "gpus": gpus,
         "driver": driver,
+        "usable_gpus": usable_by_torch() if gpus else 0,
         "reached_at": reached[2] if len(reached) == 4 else "",
         "addresses": own_addresses(),
         "clock": time.time(),
@@ -184,6 +185,13 @@ def nvidia() -> tuple[list[str], str]:
     done = subprocess.run(words, capture_output=True, text=True, timeout=60)
     rows = [line.split(", ") for line in done.stdout.splitlines() if line.count(", ") == 2]
     return [f"{name} ({memory})" for name, memory, _ in rows], rows[0][2] if rows else done.stdout.strip()[:200]
+
+
+def usable_by_torch() -> int:
+    """How many GPUs torch can use; it is imported in another process, which takes seconds."""
+    code = "import torch; print(torch.cuda.device_count() if torch.cuda.is_available() else 0)"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=120)
+    return int(done.stdout) if done.stdout.strip().isdigit() else 0
 
 
 def own_addresses() -> list[str]:

@@ -168,6 +168,10 @@ def check_gpus(facts: Mapping[str, Mapping[str, Any]]) -> list[Finding]:
         if gpus != facts[most]["gpus"]:
             remedy = f"{most} has {len(facts[most]['gpus'])}: run nvidia-smi on {name}, or leave {name} out"
             findings.append(Finding("GPUs", name, BAD, found, remedy))
+        elif gpus and not fact["usable_gpus"]:
+            has = fact["environment"]["torch"]
+            remedy = f"install a torch that fits this driver (pytorch.org/get-started); {name} has torch {has}"
+            findings.append(Finding("GPUs", name, BAD, f"{found}; torch can use none of them", remedy))
         elif driver != facts[most]["driver"]:
             findings.append(Finding("GPUs", name, NOTE, found, f"{most} has driver {facts[most]['driver']}"))
         else:

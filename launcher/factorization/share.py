@@ -23,6 +23,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from launcher.devices import own_device
 from launcher.factorization import cache
 from launcher.factorization.make import (
     Factored,
@@ -102,7 +103,8 @@ def factorize(
 
     watch = Watch(comm, token, len(mine), on_progress)
     parts = comm.gather(  # tuples arrive as lists
-        "factors made", _make_all(mine, folder, device or own_device(ranks.local_rank), gradient_of, watch)
+        "factors made",
+        _make_all(mine, folder, device or own_device(ranks.local_rank, ranks.local_world_size), gradient_of, watch),
     )
     if refused := {name: reason for _, reasons in parts for name, reason in reasons.items()}:
         raise ValueError(remedy({name: refused[name] for name in by_module if name in refused}))
@@ -168,11 +170,6 @@ def _make_all(
         reader.shutdown(wait=False, cancel_futures=True)
         pool.shutdown(wait=False)
         torch.set_num_threads(threads)
-
-
-def own_device(local_rank: int) -> torch.device:
-    """This rank's GPU, or the CPU."""
-    return torch.device("cuda", local_rank) if torch.cuda.is_available() else torch.device("cpu")
 
 
 def _not_shared(folder: Path, nodes: Sequence[str]) -> ValueError:

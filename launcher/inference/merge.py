@@ -315,9 +315,9 @@ def _held_whole(
         if not value.is_meta and id(value) not in ours:
             name = name.replace(".modules_to_save.default", "").replace(".base_layer", "")
             if (info := tensors.get(name)) is not None and info.conversion is not None:
-                _group(rewritten, info).values[name] = value.detach()
+                _group(rewritten, info).values[name] = value.detach().cpu()
             else:
-                whole[_stored_as(tensors, name)] = value.detach()
+                whole[_stored_as(tensors, name)] = value.detach().cpu()
     return whole
 
 

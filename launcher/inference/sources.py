@@ -264,7 +264,12 @@ def attach(model: Any, folder: Path, *, low_cpu_mem_usage: bool = False) -> Peft
     with warnings.catch_warnings():
         warnings.filterwarnings("error", message=".*missing adapter keys.*")
         try:
-            loaded = PeftModel.from_pretrained(model, str(folder), config=config, low_cpu_mem_usage=low_cpu_mem_usage)
+            # PEFT would load to a GPU wherever there is one, also for a base in main memory or on meta
+            places = {parameter.device.type for parameter in model.parameters()} - {"meta"}
+            where: dict[str, Any] = {} if places - {"cpu"} else {"torch_device": "cpu"}
+            loaded = PeftModel.from_pretrained(
+                model, str(folder), config=config, low_cpu_mem_usage=low_cpu_mem_usage, **where
+            )
             own = get_peft_model_state_dict(loaded, save_embedding_layers=False)
             if stored - own.keys() and (more := sorted(_read_by_peft(loaded, config, folder, stored) - own.keys())):
                 raise ValueError(foreign(folder, more))

@@ -39,7 +39,9 @@ def choose_dtype(wanted: str) -> str:
     """The base's dtype; auto means bfloat16 on a GPU that supports it, else float32."""
     if wanted != "auto":
         return wanted
-    return "bfloat16" if torch.cuda.is_available() and torch.cuda.is_bf16_supported() else "float32"
+    # Turing and Volta emulate bfloat16, slower than float32
+    native = torch.cuda.is_available() and torch.cuda.is_bf16_supported(including_emulation=False)
+    return "bfloat16" if native else "float32"
 
 
 def choose_attention(wanted: str, *, on_gpu: bool, dtype: str) -> tuple[str, str]:
@@ -130,6 +132,8 @@ def build(
             "trust_remote_code": config.trust_remote_code,
             "local_files_only": True,
         }
+        if device.type != "cpu" and head is None:  # a new head is drawn on the CPU
+            loading["device_map"] = {"": device}  # else main memory would hold a copy in another dtype, of each process
         settings = settings_of(config, folder, head)
         loading |= {"ignore_mismatched_sizes": True, "output_loading_info": True, "config": settings}
         architecture: Any = language_model_class(settings) if head is None else AutoModelForSequenceClassification

@@ -7,6 +7,7 @@ CPU bitsandbytes needs 14 bytes (fp4: 25) of working memory per number it quanti
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Iterator
 from typing import Any
 
@@ -147,6 +148,12 @@ class EightBit(bnb.nn.Linear8bitLt):
         return bnb.matmul(x, self.weight, bias=self.bias, state=self.state)
 
 
+def _no_cast_warning(record: logging.LogRecord) -> bool:
+    """Whether a record is anything but bitsandbytes' warning of each int8 layer and pass that it casts to float16."""
+    return not str(record.msg).startswith("MatMul8bitLt: inputs will be cast")
+
+
+logging.getLogger("bitsandbytes.autograd._functions").addFilter(_no_cast_warning)
 LAYERS: dict[str, Any] = {"int8": EightBit, "nf4": FourBit, "fp4": FourBit}
 
 

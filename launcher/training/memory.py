@@ -41,7 +41,7 @@ def check_memory(resolved: Resolved, base: Path) -> None:
     kind = resolved.dtype if config.model.quantize == "none" else config.model.quantize
     offloaded = config.run.cpu_offload and "parameters" in engine.offloads
     if resolved.device.type == "cuda" and not offloaded:
-        device = torch.cuda.get_device_properties(ranks.local_rank)
+        device = torch.cuda.get_device_properties(resolved.device)
         check_size(base, kind, share=share, memory=device.total_memory, where=device.name, allowed=allowed)
         return
     frozen = config.adapter.method != "full"

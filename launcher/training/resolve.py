@@ -13,6 +13,7 @@ from peft import PeftConfig, PeftType
 
 from launcher.config import Config
 from launcher.data import batches
+from launcher.devices import own_device
 from launcher.engines.choose import Demands, check_carries, check_offload, check_sharding
 from launcher.factorization.cache import default_folder
 from launcher.methods import peft_config, prompt_tokens
@@ -77,7 +78,7 @@ def resolve(config: Config, ranks: Ranks) -> Resolved:
         dtype=dtype,
         attention=attention,
         attention_reason=reason,
-        device=torch.device("cuda", ranks.local_rank) if on_gpu else torch.device("cpu"),
+        device=own_device(ranks.local_rank, ranks.local_world_size),
         cache=Path(config.run.cache) if config.run.cache else default_folder(),
     )
 

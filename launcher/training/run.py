@@ -29,6 +29,7 @@ from launcher.data.crew import Crew
 from launcher.data.encode import Encoded
 from launcher.data.microbatches import GlobalBatches
 from launcher.data.saved_template import save_template
+from launcher.devices import unusable_gpus
 from launcher.engines.engine import Engine, ModelSource, engine_class
 from launcher.engines.registry import ENGINES
 from launcher.exit_codes import DONE, FAILED, MISTAKE, STOPPED
@@ -399,6 +400,8 @@ def _introduce(
             log.warning("--targets %s: this model has no such module", " ".join(without))
     say(f"data: {data_name(config.data.data)}, {samples.train.report}")
     say(f"device: {chosen.device.type}, {processes}, attention {chosen.attention} ({chosen.attention_reason})")
+    if chosen.device.type == "cpu" and ranks.is_main and (reason := unusable_gpus()):
+        log.warning("%s", reason)
     rows = " packed rows" if config.data.packing else ""
     padding = f"{1 - token_share:.0%} of computed positions are padding"
     say(f"training: {steps} steps, batch size {size_of_batch}{rows}, {padding}")

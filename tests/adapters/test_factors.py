@@ -5,6 +5,7 @@ import torch
 
 from adapters.factors import base_fingerprint, delta_weight, lora_pair, probe_digest
 from adapters.loldu import loldu_factors, lu_of_panel, rebuilt_error
+from adapters.svd import rebuilt_error as svd_rebuilt_error
 
 SQUARE, TALL, WIDE = (24, 24), (40, 24), (24, 40)
 
@@ -233,6 +234,13 @@ def test_rebuilt_error_tells_rounding_from_another_weight(r):
     assert same < 1e-6
     assert rounded < 0.05
     assert other > 0.3
+
+
+@pytest.mark.parametrize("error_of", [lambda W, saved: rebuilt_error(W, torch.arange(4), saved), svd_rebuilt_error])
+def test_rebuilt_error_moves_saved_values_to_the_weight(error_of):
+    """Adapters are loaded in main memory. Meta is the second device here, and can be moved nowhere."""
+    with pytest.raises(NotImplementedError, match="Cannot copy out of meta tensor"):
+        error_of(torch.eye(4), torch.ones(4, device="meta"))
 
 
 def test_rebuilt_error_sees_growth_where_the_diagonal_agrees():

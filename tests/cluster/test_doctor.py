@@ -32,6 +32,7 @@ def fact(**changed):
     environment = {"python": "3.11.7 (/venv/bin/python)", "torch": "2.13.0", "transformers": "5.23.0", "peft": "0.21.2"}
     return {
         "host": "h", "environment": environment, "gpus": [], "driver": "", "reached_at": "", "addresses": [],
+        "usable_gpus": 8,
         "cores": 8, "free_gb": {"folder": 100.0, "cache": 100.0, "/tmp": 100.0},
     } | changed  # fmt: skip
 
@@ -49,6 +50,16 @@ def test_every_pair_meets_once_and_no_node_is_in_two_pairs_at_a_time(nodes):
     met = sorted(tuple(sorted(pair)) for pairs in planned for pair in pairs)
     assert met == sorted(itertools.combinations(names, 2))
     assert all(len({name for pair in pairs for name in pair}) == 2 * len(pairs) for pairs in planned)
+
+
+def test_gpus_that_torch_cannot_use_are_reported():
+    gpus = {"gpus": ["NVIDIA H100 (80 GiB)"] * 2, "driver": "580.1"}
+
+    findings = doctor.check_gpus({"a": fact(**gpus, usable_gpus=2), "b": fact(**gpus, usable_gpus=0)})
+
+    assert bad(findings) == [("GPUs", "b")]
+    assert "torch can use none of them" in findings[1].found
+    assert "torch 2.13.0" in findings[1].remedy
 
 
 def test_a_wrong_clock_is_reported_but_a_slow_answer_is_not():

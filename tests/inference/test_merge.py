@@ -47,6 +47,17 @@ def test_the_merged_folder_is_base_plus_adapter_also_where_it_saves_modules_whol
     assert merged.config.tie_word_embeddings == (save not in (["lm_head"], ["embed_tokens"]))
 
 
+def test_a_merge_stays_in_main_memory_where_peft_would_load_to_a_gpu(babyllama, tmp_path, monkeypatch):
+    """Meta stands for the GPU: what is loaded there is lost."""
+    adapter = save_adapter(babyllama, tmp_path / "adapter", modules_to_save=["lm_head"])
+    wanted, _ = in_memory(babyllama, adapter)
+    monkeypatch.setattr("peft.peft_model.infer_device", lambda: "meta")
+
+    out = merge(str(adapter), out=str(tmp_path / "out"), check=False)
+
+    torch.testing.assert_close(logits(AutoModelForCausalLM.from_pretrained(out)), wanted, rtol=0, atol=1e-4)
+
+
 def test_transposed_weights_and_bases_without_tokenizer_merge_too(gpt2, tmp_path):
     adapter = save_adapter(gpt2, tmp_path / "adapter", target_modules=["c_attn", "c_proj", "c_fc"])
     wanted, weights = in_memory(gpt2, adapter)

@@ -4,6 +4,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from transformers import LlamaForCausalLM
 
 from launcher.config import ModelConfig
 from launcher.models.build import build
@@ -20,6 +21,31 @@ def test_a_frozen_base_in_its_files_dtype_is_a_map_of_them(stories):
     lines = [line.split() for line in Path("/proc/self/maps").read_text().splitlines()]
     ends = [tuple(int(end, 16) for end in line[0].split("-")) for line in lines if line[-1] == file]
     assert all(any(low <= p.data_ptr() < high for low, high in ends) for p in base.parameters())
+
+
+def test_a_base_for_a_gpu_is_read_to_it_and_not_to_main_memory_first(stories, monkeypatch):
+    """Meta stands for the GPU. On the way there would be a copy in another dtype, in each process."""
+    read, asked = LlamaForCausalLM.from_pretrained, []
+    monkeypatch.setattr(
+        LlamaForCausalLM,
+        "from_pretrained",
+        lambda *_, device_map=None, **how: asked.append(device_map) or read(*_, **how),
+    )
+    how = {"dtype": "bfloat16", "attention": "sdpa", "factors": lambda module: None}
+
+    for device in ("meta", "cpu"):
+        build(ModelConfig(), stories, None, device=torch.device(device), **how)
+
+    assert asked == [{"": torch.device("meta")}, None]
+
+
+def test_a_base_that_is_read_to_a_device_is_the_same_and_has_no_hooks(stories):
+    plain = LlamaForCausalLM.from_pretrained(stories, dtype=torch.bfloat16)
+
+    placed = LlamaForCausalLM.from_pretrained(stories, dtype=torch.bfloat16, device_map={"": torch.device("cpu")})
+
+    assert not [name for name, module in placed.named_modules() if hasattr(module, "_hf_hook")]
+    assert all(torch.equal(placed.get_parameter(name), p) for name, p in plain.named_parameters())
 
 
 def test_loading_a_quantised_base_tells_of_each_parameter_and_can_be_stopped_there(stories):

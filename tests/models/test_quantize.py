@@ -54,6 +54,17 @@ def quantised(folder, kind, adapter=None, dtype="float32", device="cpu"):
     return build(config, Path(folder), adapter, **how)
 
 
+def test_an_8_bit_layer_does_not_warn_of_each_forward_pass(stories, caplog):
+    base = quantised(stories, "int8", dtype="bfloat16")
+
+    base(input_ids=torch.tensor([[1, 2, 3]]))
+
+    assert "cast" not in caplog.text
+    caplog.clear()
+    layers.logging.getLogger("bitsandbytes.autograd._functions").warning("something else")
+    assert "something else" in caplog.text
+
+
 def by_transformers(folder, kind, dtype=torch.float32, device="cpu"):
     """The same base through transformers' own loading."""
     four = {"bnb_4bit_quant_type": kind, "bnb_4bit_use_double_quant": True}
