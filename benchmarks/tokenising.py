@@ -129,14 +129,13 @@ def one_process(folder: Path, model: Path, max_length: int) -> None:
     from launcher.data.crew import Crew
     from launcher.models.files import load_tokenizer
     from launcher.processes import Ranks, connect
-    from launcher.tasks import task_of
+    from launcher.tasks.choose import task_of
     from launcher.training.report import Screen
 
     comm = connect(Ranks.from_environment())
     screen, tokenizer = Screen(comm.ranks.is_main), load_tokenizer(model)
     data = DataConfig(data=str(folder / "data.json"), eval_records=200, max_length=max_length, prompt_template="alpaca")
     config = Config(data=data)
-    tokenizer("warm up")
     found: dict[str, Any] = {}
     for name in ("", "again_"):
         comm.gather("start", None)
