@@ -1,20 +1,24 @@
-"""Everything that needs one NVIDIA GPU, in one command and under eight minutes.
+"""Everything that needs one NVIDIA GPU, in one command: parts of at most two minutes, most important first.
 
     python benchmarks/gpu_suite.py                       # writes benchmarks/results/gpu_suite.json
-    python benchmarks/gpu_suite.py --sections bf16,nf4
+    python benchmarks/gpu_suite.py --sections bf16,nf4 --seconds 300
     python benchmarks/gpu_suite.py --rehearse --output /tmp/rehearsal.json   # the same on tiny shapes, on a CPU
 
 Each section is a process of its own with a budget of seconds. One that fails, hangs or runs out of memory is reported
-with its results so far, and the others continue:
+with its results so far, and the others continue. Every measurement is written when it ends, so a suite that is cut off
+keeps its results so far. Logs are in the folder beside the results. The suite ends after --seconds.
 
-    tests      every test marked gpu
+    parity     loss and gradients of each method, and factors: the GPU against the CPU, in float32
     bf16       Llama-2-7B's shapes, random weights made on the device: tokens/s, peak memory and seconds to make the
-               factors, for the frozen floor (gradient through the inputs only), ours and PEFT's LoRA, ranks 64 and 256
-    nf4        the same on 4-bit weights
+               factors, for the frozen floor (gradient through the inputs only), ours and PEFT's LoRA, ranks 64 and 256.
+               LoRA twice: with float32 adapters, as PEFT makes them, and in bfloat16. The goals are against the faster
+    runs       short runs of the recipe: fsdp2, offload, packing, 4 and 8 bits, LoRA, SVFit; some must end with one loss
+    nf4        bf16 on 4-bit weights
+    tests      the tests marked gpu
     layer      one adapted layer: its matrix products alone against the whole layer (the most that a fused kernel could
                save), and time and error of the read map in float32, TF32 and bfloat16
-    factors    seconds to factor one weight on the device
     attention  flash attention and the others
+    factors    seconds to factor one weight on the device
     compile    torch.compile and not
 
 There is no Triton kernel for the gather, the product and the sum, since none was measured to be faster.
@@ -25,10 +29,12 @@ from __future__ import annotations
 import argparse
 import contextlib
 import copy
+import functools
 import importlib.util
 import json
 import os
 import platform
+import shutil
 import signal
 import subprocess
 import sys
@@ -42,7 +48,9 @@ from datetime import UTC, datetime
 from pathlib import Path
 from statistics import median
 from typing import Any
+from xml.etree import ElementTree
 
+import psutil
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -52,12 +60,23 @@ sys.path.insert(0, str(REPO))
 
 RESULTS = REPO / "benchmarks" / "results" / "gpu_suite.json"
 GOALS = {"tokens_per_s_of_lora": 1.15, "peak_memory_of_lora": 0.85}
-BUDGET_S = {"bf16": 110, "nf4": 110, "tests": 80, "layer": 35, "attention": 50, "compile": 60, "factors": 25}  # 470
+BUDGET_S = {  # in this order: a short loan of a machine ends before the last
+    "parity": 60, "bf16": 115, "runs": 115, "nf4": 100, "tests": 110, "layer": 40, "attention": 45, "factors": 40,
+    "compile": 115,
+}  # fmt: skip
+SECONDS = 570.0  # of all sections: less than ten minutes
+LORA = ("lora", "lora_bf16")  # with adapters in float32, as PEFT makes them, and in the base's dtype
+POLL_S = 1.0
+LEAST_S = 20.0  # a section with less time left is not begun
+GPU_TESTS = (
+    "tests/models/test_quantize.py", "tests/engines/test_quantized_methods.py", "tests/data/test_encode.py",
+    "tests/engines/test_offload.py",
+)  # fmt: skip
 
 
 @dataclass(frozen=True)
 class Plan:
-    """Sizes of the model and of the measurements."""
+    """Sizes of the model and of what is measured on it."""
 
     device: str
     dtype: str = "bfloat16"
@@ -71,21 +90,22 @@ class Plan:
     ranks: tuple[int, ...] = (64, 256)
     steps: int = 6
     few_layers: int = 6  # if a part of the model is enough
+    compiled_layers: int = 2  # inductor takes tens of seconds for each
     compiler: str = "inductor"
 
 
 REHEARSAL = Plan(
     device="cpu", hidden=64, inner=96, layers=2, heads=4, vocabulary=128, batch=2, length=16, ranks=(4, 8), steps=2,
-    few_layers=1, compiler="aot_eager",
+    few_layers=1, compiled_layers=1, compiler="aot_eager",
 )  # fmt: skip
 
 
 def plan_for(rehearse: bool) -> Plan:
-    """Raises SystemExit without a GPU; uses half the tokens below 40 GB, half the layers below 28 GB."""
+    """Raises SystemExit where there is no GPU; below 40 GB half the tokens are taken, below 28 GB half the layers."""
     if rehearse:
         return REHEARSAL
     if not torch.cuda.is_available():
-        raise SystemExit("no CUDA device found; --rehearse runs all sections on tiny shapes on a CPU")
+        raise SystemExit("no CUDA device here; --rehearse goes through all sections on tiny shapes on a CPU")
     gigabytes = torch.cuda.get_device_properties(0).total_memory / 1e9
     return Plan(device="cuda", batch=2 if gigabytes > 40 else 1, layers=32 if gigabytes > 28 else 16)
 
@@ -97,6 +117,7 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--sections", default=",".join(BUDGET_S), help="which, separated by commas")
     parser.add_argument("--rehearse", action="store_true")
+    parser.add_argument("--seconds", type=float, default=SECONDS, help="after which all ends")
     parser.add_argument("--output", type=Path)
     parser.add_argument("--only", help=argparse.SUPPRESS)  # one section, in this process
     options = parser.parse_args()
@@ -110,52 +131,101 @@ def main() -> int:
         parser.error("a rehearsal's figures mean nothing: give --output a file outside benchmarks/results")
     output = options.output or RESULTS
     result = about(plan)
+    parts = output.with_suffix("")
+    parts.mkdir(parents=True, exist_ok=True)
+    slower = 5 if options.rehearse else 1  # a rehearsal is for the logic, on machines that may be busy
+    deadline = time.monotonic() + options.seconds * slower
+
+    def write(name: str, found: dict[str, Any]) -> None:
+        result["sections"][name] = found
+        partial = output.with_suffix(".partial")
+        partial.write_text(json.dumps(result, indent=1) + "\n")
+        partial.replace(output)
+
     for name in names:
         command = [sys.executable, __file__, "--only", name, *(["--rehearse"] if options.rehearse else [])]
-        # a rehearsal checks the logic, on machines that may be busy
-        found = run_apart(command, BUDGET_S[name] * (5 if options.rehearse else 1))
-        result["sections"][name] = found
+        budget_s = min(BUDGET_S[name] * slower, deadline - time.monotonic())
+        if budget_s < LEAST_S:
+            write(name, {"status": f"not begun: {options.seconds:g} s are over", "seconds": 0.0, "found": {}})
+            continue
+        found = run_apart(command, budget_s, parts / name, functools.partial(write, name))
+        write(name, found)
         print(f"{name}: {found['status']}, {found['seconds']:.0f} s", flush=True)
-        output.parent.mkdir(parents=True, exist_ok=True)
-        output.write_text(json.dumps(result, indent=1) + "\n")
     print(report(result))
-    print(f"written to {output}")
+    print(f"written to {output}, logs in {parts}")
     return 0 if all(found["status"] == "done" for found in result["sections"].values()) else 1
 
 
-def run_apart(command: list[str], budget_s: float) -> dict[str, Any]:
-    """Run a section's command in a process group of its own, ended with it; returns its results and how it ended."""
+def run_apart(
+    command: list[str],
+    budget_s: float,
+    folder: Path,
+    write: Callable[[dict[str, Any]], None] = lambda found: None,
+) -> dict[str, Any]:
+    """Run a section's command, and end it with all that it started; what it wrote to --output, and how it ended.
+
+    Its files and its log stay in folder. write is given what is found so far whenever that grows.
+    """
     started = time.monotonic()
-    with tempfile.TemporaryDirectory() as folder:
-        part, log = Path(folder) / "part.json", Path(folder) / "log"
-        with log.open("w") as words:
-            process = subprocess.Popen(
-                [*command, "--output", str(part)], stdout=words, stderr=words, cwd=REPO, start_new_session=True
-            )
-            try:
-                code = process.wait(timeout=budget_s)
-                status = "done" if code == 0 else f"failed, exit code {code}"
-            except subprocess.TimeoutExpired:
-                status = f"stopped after its {budget_s:g} s"
-            finally:
-                with contextlib.suppress(ProcessLookupError):
-                    os.killpg(process.pid, signal.SIGKILL)
-                process.wait()
-        found = {"status": status, "seconds": round(time.monotonic() - started, 1)}
-        found["found"] = json.loads(part.read_text()) if part.exists() else {}
-        if status != "done":
-            found["last_words"] = log.read_text()[-2000:]
-    return found
+    shutil.rmtree(folder, ignore_errors=True)
+    folder.mkdir(parents=True)
+    part, log = folder / "found.json", folder / "log"
+    status, seen, below = "", 0.0, set[psutil.Process]()
+
+    def found() -> dict[str, Any]:
+        so_far = json.loads(part.read_text()) if part.exists() else {}
+        return {"status": status or "running", "seconds": round(time.monotonic() - started, 1), "found": so_far}
+
+    with log.open("w") as words:
+        process = subprocess.Popen(
+            [*command, "--output", str(part)], stdout=words, stderr=words, cwd=REPO, start_new_session=True
+        )
+        try:
+            while not status:
+                with contextlib.suppress(subprocess.TimeoutExpired):
+                    code = process.wait(timeout=min(POLL_S, max(0.0, started + budget_s - time.monotonic())))
+                    status = "done" if code == 0 else f"failed, exit code {code}"
+                if not status and time.monotonic() - started >= budget_s:
+                    status = f"stopped after its {budget_s:.0f} s"
+                if not status and part.exists() and part.stat().st_mtime != seen:
+                    seen = part.stat().st_mtime
+                    write(found())
+                below.update(started_by(process))
+        finally:
+            end(process, below | started_by(process))
+    result = found()
+    if status != "done":
+        result["last_words"] = log.read_text(errors="replace")[-2000:]
+    return result
+
+
+def started_by(process: subprocess.Popen[bytes]) -> set[psutil.Process]:
+    """All processes below one."""
+    try:
+        return set(psutil.Process(process.pid).children(recursive=True))
+    except psutil.NoSuchProcess:
+        return set()
+
+
+def end(process: subprocess.Popen[bytes], below: set[psutil.Process]) -> None:
+    """Kill a process, its group, and what it started: torchrun gives each worker a session of its own."""
+    with contextlib.suppress(ProcessLookupError):
+        os.killpg(process.pid, signal.SIGKILL)
+    for each in below:
+        with contextlib.suppress(psutil.NoSuchProcess):  # or another process has its number now
+            each.kill()
+    process.wait()
+    psutil.wait_procs(below, timeout=10)
 
 
 def run_here(name: str, plan: Plan, output: Path) -> None:
-    """Run one section in this process, and write the results so far to output after every step."""
+    """One section in this process; what it has found so far is in output after every step."""
     found: dict[str, Any] = {}
     failed = False
     for key, step in SECTIONS[name](plan):
         try:
             found[key] = step()
-        except Exception as error:  # report it, and continue with the next
+        except Exception as error:  # say it, and go on with the next
             failed = True
             found[key] = {"error": f"{type(error).__name__}: {error}".splitlines()[0][:300]}
             traceback.print_exc()
@@ -200,7 +270,7 @@ def version_of(package: str) -> str | None:
 
 
 def report(result: dict[str, Any]) -> str:
-    """The results as text: a line per measurement, with its goal if it has one."""
+    """What was found, as text: a line per measurement, goals beside those that have one."""
     lines = [f"{result['device']}, torch {result['versions']['torch']}, commit {result['commit'][:9]}"]
     for name, section in result["sections"].items():
         lines.append(f"\n{name}: {section['status']}, {section['seconds']:.0f} s")
@@ -219,12 +289,17 @@ def report(result: dict[str, Any]) -> str:
 
 
 def against_lora(found: dict[str, Any]) -> dict[str, dict[str, float]]:
-    """Ratios ours / LoRA by rank, if a section measured both; peak memory only on a GPU."""
+    """Ratios ours / LoRA by rank, where a section measured both: LoRA with the adapters that make it faster.
+
+    On a CPU there is no peak memory to compare.
+    """
     ratios = {}
     for name, ours in found.items():
         method, _, rank = name.partition("-")
-        lora = found.get(f"lora-{rank}", {})
-        if method == "loldu" and "tokens_per_s" in ours and "tokens_per_s" in lora:
+        measured = [found.get(f"{kind}-{rank}", {}) for kind in LORA]
+        measured = [lora for lora in measured if "tokens_per_s" in lora]
+        if method == "loldu" and "tokens_per_s" in ours and measured:
+            lora = max(measured, key=lambda lora: lora["tokens_per_s"])
             ratios[rank] = {
                 "tokens_per_s_of_lora": ours["tokens_per_s"] / lora["tokens_per_s"],
                 "peak_memory_of_lora": ours["peak_bytes"] / max(lora["peak_bytes"], 1),
@@ -240,21 +315,151 @@ def in_words(found: Any) -> str:
     )
 
 
-# --- sections: each yields (name, function) ---
+# --- sections: each yields (name, what to do) ---
 
 Steps = Iterator[tuple[str, Callable[[], Any]]]
 
 
+def parity(plan: Plan) -> Steps:
+    """Loss and gradients on the embedded model, and factors, against those of the CPU."""
+    import adapters
+
+    methods: list[tuple[str, dict[str, Any]]] = [
+        ("LoLDU", {}), ("LoLDU", {"r": 4096}), ("LoLDU", {"normalize_directions": True}), ("LoLDUXS", {}),
+        ("SVFit", {}), ("SVFT", {}), ("LoRAXS", {}),
+    ]  # fmt: skip
+    for name, options in methods[: None if plan.device == "cuda" else 2]:
+        config = getattr(adapters, f"{name}Config")
+        settings = {"r": 16, "target_modules": "all-linear", "task_type": "CAUSAL_LM"} | options
+        words = " ".join(f"{key}={value}" for key, value in options.items())
+        yield f"{name} {words}".strip(), functools.partial(parity_of, plan, config, settings)
+    for r in (64, 1024):
+        yield f"factors of rank {r}", functools.partial(parity_of_factors, plan, r)
+
+
+def parity_of(plan: Plan, config: Any, settings: dict[str, Any]) -> dict[str, float]:
+    """Distances of the loss and of all gradients together (relative), with every trained number 0.01."""
+    from peft import get_peft_model
+    from transformers import AutoModelForCausalLM
+
+    base = AutoModelForCausalLM.from_pretrained(REPO / "recipes/tiny/model", dtype=torch.float32)
+    ids = torch.randint(100, (2, 300), generator=torch.Generator().manual_seed(0))
+    found = {}
+    for device in ("cpu", plan.device):
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            model = get_peft_model(copy.deepcopy(base).to(device), config(**settings))
+        trained = [p for p in model.parameters() if p.requires_grad]
+        for p in trained:
+            p.data.fill_(0.01)
+        loss = model(input_ids=ids.to(device), labels=ids.to(device)).loss
+        loss.backward()
+        found[device] = float(loss.detach()), torch.cat([p.grad.flatten().cpu() for p in trained])
+    (loss_here, ours), (loss_there, theirs) = found["cpu"], found[plan.device]
+    far = {"loss": abs(loss_here - loss_there), "gradients": float((theirs - ours).norm() / ours.norm())}
+    if far["loss"] > 1e-4 or far["gradients"] > 1e-2:
+        raise ValueError(f"the GPU computes something else: {far}")
+    return far
+
+
+def parity_of_factors(plan: Plan, r: int) -> dict[str, float]:
+    """Share of equal pivots of a bfloat16 weight, and the largest distance of the write maps."""
+    from adapters.loldu import loldu_factors
+
+    m, n = (4096, 1024) if plan.device == "cuda" else (256, 128)
+    W = torch.randn(m, n, generator=torch.Generator().manual_seed(1)).bfloat16()
+    here, there = (
+        loldu_factors(W.to(device)[:, :r], lambda rows, device=device: W.to(device)[rows.long()])
+        for device in ("cpu", plan.device)
+    )
+    return {
+        "equal_pivots": float((here.pivots == there.pivots.cpu()).float().mean()),
+        "write": float((here.write - there.write.cpu()).abs().max()),
+    }
+
+
+RUNS = {  # name -> (options, the run whose losses it must have)
+    "float32": ("--dtype float32", ""),
+    "fsdp2": ("--dtype float32 --sharding fsdp2", "float32"),
+    "offload": ("--dtype float32 --sharding fsdp2 --cpu-offload", "float32"),
+    "packing": ("--packing", ""),
+    "nf4": ("--quantize nf4", ""),
+    "int8": ("--quantize int8", ""),
+    "nf4 fsdp2": ("--quantize nf4 --sharding fsdp2", ""),
+    "lora": ("--method lora --rank 8", ""),
+    "svfit": ("--method svfit --async-save", ""),
+}
+RUN = (
+    "--model recipes/tiny/model --data recipes/tiny/instructions/train.json --prompt-template short --max-length 192 "
+    "--rank 64 --targets all-linear --batch-size 16 --micro-batch-size 8 --eval-records 16 --show-samples 0 --no-report"
+)
+SAME = 5e-6  # float32: the same sums in another order
+
+
+def short_runs(plan: Plan) -> Steps:
+    """Runs of the recipe side by side, each a process of its own; importing takes most of their time."""
+    folder = Path(tempfile.mkdtemp())
+    chosen = RUNS if plan.device == "cuda" else {name: RUNS[name] for name in ("float32", "fsdp2")}
+    steps = "12" if plan.device == "cuda" else "2"
+    started = time.perf_counter()
+    running = {}
+    for name, (options, _) in chosen.items():
+        command = [
+            sys.executable,
+            "recipes/llama2_alpaca_loldu.py",
+            *RUN.split(),
+            *options.split(),
+            "--max-steps",
+            steps,
+        ]
+        with (folder / f"{name}.log").open("w") as log:
+            where = ["--cache", str(folder / "cache"), "--output", str(folder / name)]
+            environment = os.environ | {"PYTHONPATH": str(REPO), "HF_HUB_OFFLINE": "1"}
+            running[name] = subprocess.Popen([*command, *where], stdout=log, stderr=log, cwd=REPO, env=environment)
+    losses: dict[str, list[float]] = {}
+
+    def result(name: str) -> dict[str, Any]:
+        code, log = running[name].wait(), (folder / f"{name}.log").read_text()
+        print(f"--- {name}\n{log}", flush=True)
+        if code:
+            raise RuntimeError(log.strip().splitlines()[-1])
+        events = [json.loads(line) for line in (folder / name / "events.jsonl").read_text().splitlines()]
+        losses[name] = [event["loss"] for event in events if "loss" in event]
+        found = {"loss": losses[name][-1], "s": time.perf_counter() - started, "lines": len(log.splitlines())}
+        if same := chosen[name][1]:
+            far = max(abs(a - b) for a, b in zip(losses[name], losses[same], strict=True))
+            found["from_" + same] = far
+            if far > SAME:
+                raise ValueError(f"losses differ by {far:.2g} from those of {same}, allowed {SAME:g}")
+        return found
+
+    for name in chosen:
+        yield name, functools.partial(result, name)
+    shutil.rmtree(folder, ignore_errors=True)
+
+
 def gpu_tests(plan: Plan) -> Steps:
     def run_tests() -> dict[str, Any]:
-        how = ["-m", "gpu", "-q", "-p", "no:cacheprovider", *(["--collect-only"] if plan.device == "cpu" else ["-rf"])]
-        done = subprocess.run([sys.executable, "-m", "pytest", *how], capture_output=True, text=True, cwd=REPO)
-        lines = done.stdout.strip().splitlines()
-        if done.returncode:
-            raise RuntimeError("\n".join(lines[-1:] + lines[-40:]))
-        return {"summary": lines[-1]}
+        report = Path(tempfile.mkdtemp()) / "tests.xml"
+        how = ["-m", "gpu", "-v", "-p", "no:cacheprovider", f"--junitxml={report}"]
+        how += ["--collect-only"] if plan.device == "cpu" else []
+        code = subprocess.run([sys.executable, "-m", "pytest", *how, *GPU_TESTS], cwd=REPO, check=False).returncode
+        if plan.device == "cpu":
+            return {"collected": code == 0}
+        return passed(report)
 
     yield "pytest -m gpu", run_tests
+
+
+def passed(report: Path) -> dict[str, int]:
+    """Counts of a JUnit file. Raises ValueError where a test failed, or none passed: then nothing was tested."""
+    suite = ElementTree.parse(report).getroot().find("testsuite")
+    assert suite is not None
+    counts = {name: int(suite.get(name, 0)) for name in ("tests", "failures", "errors", "skipped")}
+    counts["passed"] = counts["tests"] - counts["failures"] - counts["errors"] - counts["skipped"]
+    if counts["failures"] or counts["errors"] or not counts["passed"]:
+        raise ValueError(f"{counts}; tests that need ../shared/data are skipped without it")
+    return counts
 
 
 def training_bf16(plan: Plan) -> Steps:
@@ -275,10 +480,10 @@ def training_nf4(plan: Plan) -> Steps:
 
 
 def training(plan: Plan, base: nn.Module) -> Steps:
-    """The floor, then ours and LoRA rank by rank, on one base that none of them changes."""
+    """The floor, then ours and LoRA rank by rank, on one base that each leaves as it was."""
     yield "floor", lambda: measured(plan, base)
     for r in plan.ranks:
-        for method in ("loldu", "lora"):
+        for method in ("loldu", *LORA):
 
             def step(method: str = method, r: int = r) -> dict[str, Any]:
                 started = time.perf_counter()
@@ -313,11 +518,12 @@ def one_layer(plan: Plan) -> Steps:
 
                 def products() -> None:
                     taken = lower_linear(h, read)
-                    flat.addmm_(h.detach().to(dtype), write.T, alpha=0.0)
+                    flat.addmm_(h.detach().to(dtype), write.T, alpha=1e-30)  # 0.0 would skip the product
                     torch.autograd.grad(taken, h, (flat @ write).float())
 
                 bare = timed(plan, lambda: torch.autograd.grad(F.linear(x, linear.weight), x, g))
-                ours = timed(plan, lambda: model(x).backward(g))
+                trained = [p for p in model.parameters() if p.requires_grad]
+                ours = timed(plan, lambda: torch.autograd.grad(model(x), [x, *trained], g))
                 alone = timed(plan, products)
                 return {
                     "bare_ms": bare,
@@ -334,7 +540,7 @@ def one_layer(plan: Plan) -> Steps:
 def read_precisions(plan: Plan, r: int) -> dict[str, float]:
     """Time and relative error of the read map in float32, TF32 and bfloat16, against float64, inputs in the dtype.
 
-    Also in float32 by blocks, as the layer computes it, with the same result up to rounding.
+    And in float32 by blocks, as the layer multiplies it, whose numbers are the same to rounding.
     """
     from adapters.functions import lower_linear
     from adapters.loldu import loldu_factors
@@ -374,7 +580,7 @@ def factor_times(plan: Plan) -> Steps:
 
 
 def attention(plan: Plan) -> Steps:
-    """Ours at the first rank: torch's attention kernels, and flash-attn if it is installed."""
+    """Ours at the first rank: torch's own kernels for attention, and flash-attn where it is installed."""
     from torch.nn.attention import SDPBackend, sdpa_kernel
 
     few = base_model(plan, plan.few_layers)
@@ -399,7 +605,7 @@ def attention(plan: Plan) -> Steps:
 
 
 def compiled(plan: Plan) -> Steps:
-    base = base_model(plan, plan.few_layers)
+    base = base_model(plan, plan.compiled_layers)
     for name in ("floor", "loldu", "lora"):
         for how in ("eager", "compiled"):
 
@@ -421,12 +627,12 @@ def compiled(plan: Plan) -> Steps:
 
 
 SECTIONS: dict[str, Callable[[Plan], Steps]] = {
-    "tests": gpu_tests, "bf16": training_bf16, "nf4": training_nf4, "layer": one_layer, "factors": factor_times,
-    "attention": attention, "compile": compiled,
+    "parity": parity, "bf16": training_bf16, "runs": short_runs, "nf4": training_nf4, "tests": gpu_tests,
+    "layer": one_layer, "attention": attention, "factors": factor_times, "compile": compiled,
 }  # fmt: skip
 
 
-# --- shared by the sections ---
+# --- what the sections share ---
 
 
 def base_model(plan: Plan, layers: int) -> Any:
@@ -452,7 +658,9 @@ def adapted(base: nn.Module, method: str, r: int, targets: Any = "all-linear") -
     how: dict[str, Any] = {"r": r, "target_modules": targets}
     if targets == "all-linear":
         how["task_type"] = "CAUSAL_LM"
-    return get_peft_model(base, LoLDUConfig(**how) if method == "loldu" else LoraConfig(lora_alpha=r, **how))
+    if method == "loldu":
+        return get_peft_model(base, LoLDUConfig(**how))
+    return get_peft_model(base, LoraConfig(lora_alpha=r, **how), autocast_adapter_dtype=method == "lora")
 
 
 def batch_of(plan: Plan, model: Any) -> dict[str, Any]:
