@@ -83,6 +83,14 @@ class Factorization(ABC):
     def residual(self, panel: Tensor, factors: Factors, *, embedding: bool = False) -> float:
         """Relative error of the factors against W, before `write` is rounded."""
 
+    def misfit(self, W: Tensor, factors: Factors, *, embedding: bool = False) -> str | None:
+        """Why these, read from a file, cannot be the factors of W (m, n); None where nothing speaks against them.
+
+        Cheap, because every start asks it of every weight: a few random vectors, a sample of rows. W may be a map of a
+        file, of which only what is used is read. By default nothing is compared.
+        """
+        return None
+
     def rebuilt_error(self, W: Tensor, saved: Factors) -> float:
         """Estimated relative error of factors rebuilt from this W against those with the saved pivots and values.
 

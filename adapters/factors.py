@@ -46,6 +46,18 @@ def delta_weight(weight: Tensor, factors: Factors, core: Tensor, *, embedding: b
     return (B @ A).T if embedding else B @ A
 
 
+def fresh_draws() -> torch.Generator:
+    """Random numbers that nobody can foresee, and that leave torch's own as they are."""
+    draw = torch.Generator()
+    draw.seed()
+    return draw
+
+
+def signs(*shape: int) -> Tensor:
+    """Fresh random signs, 1.0 or -1.0."""
+    return torch.randint(0, 2, shape, generator=fresh_draws()) * 2.0 - 1
+
+
 def probe_digest(weight: Any, shape: Sequence[int]) -> Tensor:
     """Digest (32,) uint8 of a tensor's shape and 64 fixed blocks of up to 16 numbers, spread over rows and columns.
 

@@ -24,9 +24,10 @@ import torch
 from torch import Tensor
 
 from adapters.base import DenseCore, FactorConfig, Factorization
-from adapters.factors import Factors
+from adapters.factors import Factors, fresh_draws, signs
 
 COLUMNS = 64  # of a panel, moved at a time: they fit the processor's cache, and no second panel is in memory
+SAMPLE, VECTORS = 256, 4  # rows and random vectors on which `lu_misfit` compares factors with a weight
 NORMALIZED_LEARNING_RATE = 3e-2  # trained best where directions have norm one
 
 # The paper's starting values of z that keep the function. Our core is the difference z - z0, so all of these start at
@@ -88,6 +89,9 @@ class PanelLU(Factorization):
         scale = square.diagonal() * factors.read.diagonal()  # 1/d; divided by the norms where normalize is set
         again = square @ (factors.read @ C / scale[:, None])
         return float((again - C).abs().max() / C.abs().max())
+
+    def misfit(self, W: Tensor, factors: Factors, *, embedding: bool = False) -> str | None:
+        return lu_misfit(W, factors, normalize=self.normalize, embedding=embedding)
 
     def rebuilt_error(self, W: Tensor, saved: Factors) -> float:
         return rebuilt_error(W[:, : len(saved.pivots)], saved.pivots, saved.values)
@@ -205,6 +209,54 @@ def loldu_factors(
         written, reads = norms[::-1] if embedding else norms
         write, read = write / written, read / reads[:, None]
     return Factors(write, read.contiguous(), pivots, d.float(), torch.zeros(32, dtype=torch.uint8))
+
+
+def lu_misfit(W: Tensor, factors: Factors, *, normalize: bool = False, embedding: bool = False) -> str | None:
+    """Why these are not the factors of W (m, n); None where they agree on SAMPLE rows and on VECTORS random vectors.
+
+    Read is lower triangular, and C = W[pivots, :r] has one LU: so Read C is upper triangular only for the right Read.
+    Then W[:, :r] w = Write diag(d) (Read C w) for a random w only for the right Write. Costs O(r^2 + SAMPLE r).
+    """
+    write, read, pivots, d, _ = (part.cpu() for part in factors)
+    pivots, read, r, eps = pivots.long(), read.float(), len(d), 64 * torch.finfo(torch.float32).eps
+    draw = fresh_draws()
+    if len(set(pivots.tolist())) < r:
+        return "it chooses a row twice"
+    chosen = W[pivots, : None if normalize or embedding else r].float()
+    some = torch.randperm(len(write), generator=draw)[:SAMPLE].sort().values
+    if embedding:  # the two sides change places: its panel is W[pivots]^T
+        C, square, panel = chosen[:, :r].T, write[:r].float(), chosen[:, some].T
+    else:
+        C, square, panel = chosen[:, :r], write[pivots].float(), W[some, :r].float()
+    if read.triu(1).any() or square.triu(1).any():
+        return "its maps are not triangular"
+    written, reads = square.diagonal(), d * read.diagonal()  # one over the norms, or one
+    norms = torch.cat([written, reads])
+    if not (norms > 0).all() or (not normalize and (norms - 1).abs().max() > 0.01):
+        return "its diagonals are not those of an LU"
+    right = (read * C.T).sum(1)  # the diagonal of Read C
+    if ((right - reads).abs() > 0.02 * reads + eps * (read * C.T).abs().sum(1)).any():
+        return "its read map is not that of the weight"
+    for w in torch.randn(VECTORS, r, generator=draw):
+        left = (C * w).cumsum(1)[:, :-1].T  # row i: C[:, :i+1] w[:i+1], which Read's row i+1 must map to zero
+        parts = read[1:] * left
+        if (parts.sum(1).abs() > 0.01 * parts.norm(dim=1) + eps * parts.abs().sum(1)).any():
+            return "its read map is not that of the weight"
+    w = torch.randn(r, VECTORS, generator=draw)
+    v, rows = (d / (written * reads))[:, None] * (read @ (C @ w)), write[some].float()
+    y, size = panel @ w, (rows.square() @ v.square()).sqrt()
+    if ((rows @ v - y).abs() > 0.1 * size + 1e-3 * y.abs().max()).any():
+        return "it does not multiply back to the weight"
+    lower = (W[some[:16] % len(W), :r].float() @ read.T) / reads if embedding else rows / written
+    if lower.abs().max() > 1.01 + (eps * size.max() if embedding else 0):
+        return "its pivots are not the largest numbers of their columns"
+    if normalize:
+        sketch = chosen @ signs(chosen.shape[1], 64)  # keeps norms to some 10 %
+        other = (read @ sketch).norm(dim=1) / 8 if not embedding else torch.ones(1)
+        norms = torch.cat([write.float().norm(dim=0), other])
+        if norms.min() < 0.5 or norms.max() > 2:
+            return "its directions do not have norm one"
+    return None
 
 
 def rebuilt_error(panel: Tensor, pivots: Tensor, values: Tensor) -> float:

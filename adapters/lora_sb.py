@@ -23,10 +23,10 @@ from typing import Self
 from torch import Tensor, nn
 
 from adapters.base import DenseCore, FactorConfig, Factorization
-from adapters.factors import Factors
+from adapters.factors import Factors, signs
 from adapters.gradients import BYTES_AT_ONCE, gradient_sums, groups_of
 from adapters.layer import matrix_shape
-from adapters.svd import ALGORITHMS, check_algorithm, svd_cost, svd_factors, svd_residual
+from adapters.svd import ALGORITHMS, check_algorithm, not_orthonormal, svd_cost, svd_factors, svd_residual
 
 
 @dataclass(frozen=True)
@@ -57,6 +57,13 @@ class FirstStepSVD(Factorization):
 
     def residual(self, panel: Tensor, factors: Factors, *, embedding: bool = False) -> float:
         return svd_residual(panel.sign(), factors)
+
+    def misfit(self, W: Tensor, factors: Factors, *, embedding: bool = False) -> str | None:
+        """The gradient is gone, so only what holds for every gradient is checked."""
+        g = signs(len(factors.values), 2)
+        if any(not_orthonormal(U.float(), g.to(U.device)) for U in (factors.write, factors.read.T)):
+            return "its directions are not orthonormal"
+        return None
 
 
 @dataclass

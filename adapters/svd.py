@@ -29,7 +29,7 @@ import torch
 from torch import Tensor
 
 from adapters.base import DenseCore, FactorConfig, Factorization
-from adapters.factors import Factors
+from adapters.factors import Factors, signs
 
 log = logging.getLogger(__name__)
 
@@ -78,6 +78,9 @@ class LeadingSVD(Factorization):
 
     def residual(self, panel: Tensor, factors: Factors, *, embedding: bool = False) -> float:
         return svd_residual(panel.T if embedding else panel, factors)
+
+    def misfit(self, W: Tensor, factors: Factors, *, embedding: bool = False) -> str | None:
+        return svd_misfit(W.T if embedding else W, factors, divide=self.divide)
 
     def rebuilt_error(self, W: Tensor, saved: Factors) -> float:
         return rebuilt_error(W, saved.values)
@@ -206,6 +209,36 @@ def svd_residual(W: Tensor, factors: Factors) -> float:
     W = W.to(factors.write)
     s = factors.values.to(W)
     return float((W @ (W.T @ factors.write) / s - factors.write * s).norm(dim=0).max() / s[0])
+
+
+def svd_misfit(W: Tensor, factors: Factors, *, divide: bool = True) -> str | None:
+    """Why these are not leading factors of W (m, n): W W^T U g = U diag(s^2) g for random signs g. Costs 4 m n.
+
+    U_r may be rounded to bfloat16, and the block method's directions are off by BLOCK_ERROR.
+    """
+    U, s = factors.write.float(), factors.values.float()
+    if not (s > 0).all() or (s[1:] > 1.01 * s[:-1]).any():
+        return "its singular values are not positive, the largest first"
+    if (factors.read * (s if divide else 1) - 1).abs().max() > 0.01:
+        return "its read map does not belong to its singular values"
+    largest = U.gather(0, factors.pivots.long().to(U.device)[None])[0]
+    if (largest < 0.98 * U.abs().amax(dim=0)).any():
+        return "the entries that should be the largest of its directions are not"
+    g = signs(len(s), 2).to(U)
+    if not_orthonormal(U, g):
+        return "its directions are not orthonormal"
+    u, blocks = U @ g, range(0, len(W), 512)  # no float32 copy of W
+    h = sum(W[at : at + 512].to(U).T @ u[at : at + 512] for at in blocks)
+    z, squares = torch.cat([W[at : at + 512].to(U) @ h for at in blocks]), s.square()[:, None] * g
+    size, off = squares.norm(dim=0), (U.T @ z - squares).abs()
+    if ((z - U @ squares).norm(dim=0) > 0.05 * size).any() or (off > 0.1 * squares.abs() + 1e-2 * size).any():
+        return "its directions are not singular vectors of the weight"
+    return None
+
+
+def not_orthonormal(U: Tensor, g: Tensor) -> bool:
+    """Whether the columns of U (m, r) are not orthonormal, from U^T U g = g for a few random g (r, any)."""
+    return bool((U.T @ (U @ g) - g).abs().max() > 0.05)
 
 
 def svd_factors(

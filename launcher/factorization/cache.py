@@ -21,6 +21,7 @@ import hashlib
 import json
 import logging
 import os
+import pwd
 import re
 import shutil
 import time
@@ -66,6 +67,14 @@ class Entry(NamedTuple):
     key: str
     file: Path
     about: dict[str, Any]  # recipe, name, shape, residual, norms, device, versions, checksums
+
+    @property
+    def seal(self) -> str:
+        """A digest of the factors themselves: equal seals mean equal numbers."""
+        return _checksum(json.dumps(self.about["checksums"], sort_keys=True))[:16]
+
+
+Misfit = Callable[["Factors", Entry], str | None]  # why factors are not those they should be; None where they are
 
 
 class Pruned(NamedTuple):
@@ -123,22 +132,16 @@ def find(folder: Path, key: str) -> Entry | None:
 
 
 def load(
-    folder: Path, key: str, rows: slice = slice(None), misfit: Callable[[Factors], str | None] = lambda factors: None
+    folder: Path, key: str, rows: slice = slice(None), seal: str | None = None, misfit: Misfit = lambda *_: None
 ) -> Factors | None:
     """The verified factors of a key. With rows, `write` (out, r) holds only those rows; the other factors are whole.
 
-    None where there is no such file, or where it was damaged or misfit(factors) says why it does not fit (now set
-    aside): compute the factors again.
+    None where there is no such file, where it holds others than those of this seal, or where it was damaged or
+    misfit(factors, entry) says why it does not fit (now set aside): compute the factors again.
     """
-    from adapters.factors import Factors
 
-    def read(opened: Any, entry: Entry) -> Factors:
-        found = Factors(
-            *(_rows(opened, entry, name, rows if name == "write" else slice(None)) for name in Factors._fields)
-        )
-        if why := misfit(found):
-            raise _Damaged(f"{why}; it belongs to {_owner(entry.file)}")
-        return found
+    def read(opened: Any, entry: Entry) -> Factors | None:
+        return _factors(opened, entry, rows, misfit) if seal in (None, entry.seal) else None
 
     return _reading(_file(folder, key), read) if _is_key(key) else None
 
@@ -194,8 +197,13 @@ def entries(folder: Path) -> list[Entry]:
     ]
 
 
-def verify(folder: Path, on_entry: Callable[[Entry], None] = lambda entry: None) -> list[Path]:
-    """Check every byte against its checksum; returns the files that failed, under their new names.
+def verify(
+    folder: Path,
+    on_entry: Callable[[Entry], None] = lambda entry: None,
+    misfit: Misfit = lambda *_: None,
+) -> list[Path]:
+    """Check every byte against its checksum, and what misfit(factors, entry) says; returns the files that failed, under
+    their new names.
 
     Does not count as use: modification times stay.
     """
@@ -204,6 +212,7 @@ def verify(folder: Path, on_entry: Callable[[Entry], None] = lambda entry: None)
         for name in opened.keys():  # noqa: SIM118 (a file of safetensors, not a dict)
             for start in range(0, _length(opened, name), 4096):  # bounded memory
                 _rows(opened, entry, name, slice(start, start + 4096))
+        _factors(opened, entry, slice(None), misfit)
         on_entry(entry)
 
     before = set(_files(folder / "factors", LEFT_OVER))
@@ -286,11 +295,24 @@ def _reading(file: Path, read: Callable[[Any, Entry], T], use: bool = True, fram
     return result
 
 
+def _factors(opened: Any, entry: Entry, rows: slice, misfit: Misfit) -> Factors:
+    from adapters.factors import Factors
+
+    found = Factors(*(_rows(opened, entry, name, rows if name == "write" else slice(None)) for name in Factors._fields))
+    if why := misfit(found, entry):
+        raise _Damaged(f"{why}; it belongs to {_owner(entry.file)}")
+    return found
+
+
 def _owner(file: Path) -> str:
     try:
-        return f"user {file.owner()}"
-    except (KeyError, OSError):  # a user without a name here, or no such file any more
+        uid = file.stat().st_uid
+    except OSError:  # no such file any more
         return "an unknown user"
+    try:
+        return f"user {pwd.getpwuid(uid).pw_name} (uid {uid})"
+    except KeyError:  # a user without a name here
+        return f"uid {uid}"
 
 
 def _header(opened: Any, file: Path) -> Entry:

@@ -22,6 +22,7 @@ from launcher.text import one_line
 
 if TYPE_CHECKING:
     from adapters.base import Factorization
+    from adapters.factors import Factors
     from launcher.factorization.make import Factored, FactorRequest
 
 GB = 1e9
@@ -160,13 +161,22 @@ def cache_ls(cache_folder: Folder = None, console: Console | None = None) -> int
 
 
 def cache_verify(cache_folder: Folder = None, console: Console | None = None) -> int:
-    """Check every byte of the cache against its checksums; exit code 1 if a file was damaged (it is set aside).
+    """Check every byte of the cache against its checksums, and the factors against the weights of their base model
+    where it is still there; exit code 1 if a file was damaged or lies (it is set aside).
 
     Args:
         cache_folder: Cache folder; default: the user's cache directory.
     """
+    from launcher.factorization.make import compare_with_base
+
     console, folder = console or Console(), _folder(cache_folder)
-    good = 0
+    good, compared = 0, 0
+
+    def misfit(factors: Factors, entry: cache.Entry) -> str | None:
+        nonlocal compared
+        was_compared, why = compare_with_base(factors, entry)
+        compared += was_compared and why is None
+        return why
 
     def count(entry: cache.Entry) -> None:
         nonlocal good
@@ -176,11 +186,13 @@ def cache_verify(cache_folder: Folder = None, console: Console | None = None) ->
     cache.check_folder(folder)
     total = len(list((folder / "factors").glob("*.safetensors")))
     with Bars(console).bar("verifying", total) as bar:
-        damaged = cache.verify(folder, count)
+        damaged = cache.verify(folder, count, misfit)
     for file in damaged:
         _print(console, f"damaged: {file}")
     again = "; damaged factors are computed again when a run needs them" if damaged else ""
-    console.print(f"{good} weights are good, {len(damaged)} damaged{again}")
+    unseen = f", the base models of {good - compared} are gone or changed" if good > compared else ""
+    of = f"; {compared} compared with their base model{unseen}" if good else ""
+    _print(console, f"{good} weights are good, {len(damaged)} damaged{again}{of}")
     return 1 if damaged else 0
 
 

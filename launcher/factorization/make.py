@@ -5,21 +5,23 @@ Letters: W (m, n) = out x in, k = min(m, n), r the rank.
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import os
 from collections.abc import Callable, Mapping
 from contextlib import suppress
 from dataclasses import dataclass
-from functools import partial
 from math import prod
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
+from safetensors import SafetensorError
 from torch import Tensor
 
+from adapters import METHODS, FactorConfig
 from adapters.base import Factorization
-from adapters.checkpoint_files import TensorInfo, open_tensor
+from adapters.checkpoint_files import TensorInfo, list_tensors, open_tensor
 from adapters.factors import Factors, base_fingerprint, probe_digest
 from launcher.factorization import cache
 
@@ -70,6 +72,7 @@ class Factored(NamedTuple):
     key: str
     made: bool  # by this run; False: the cache had them
     rank: int
+    seal: str  # of the factors that were made or compared with the weight (`cache.Entry.seal`)
 
 
 def lookup(request: FactorRequest, folder: Path) -> str | None:
@@ -91,16 +94,9 @@ def make(
     Raises NoFactors where the weight has none, and ValueError where the cache cannot be written; both name module,
     tensor and file.
     """
-    opened, recipe = _open_matrix(request.tensor), _recipe(request)
-    if request.needs_all:
-        stored = opened[:].contiguous()
-    else:  # a view of the file: the disk reads whole pages anyway, but only r columns are copied to memory
-        stored = opened[: request.rank] if request.transposed else opened[:, : request.rank]
-    # the probe is part of the key: it is stored with the factors, and the panel does not determine it
-    probe = probe_digest(_Turned(opened) if request.transposed else opened, request.shape)
-    key = cache.content_key(recipe, stored, probe)
-    made = cache.find(folder, key) is None
-    if made:
+    recipe, (key, stored, probe) = _recipe(request), content(request)
+    found = check(request, folder, key, device) if cache.find(folder, key) else None
+    if found is None:
         W = stored.T if request.transposed else stored
         where = (
             f"{request.module} ({request.tensor.name} in {request.tensor.file}, {' x '.join(map(str, request.shape))})"
@@ -137,12 +133,26 @@ def make(
         }
         write = factors.write.to(getattr(torch, request.dtype), memory_format=torch.contiguous_format)
         factors = factors._replace(write=write, probe=probe)  # the wide one goes before the file is written
+        if why := compare(request, W, factors):  # it would be refused at the next start
+            raise NoFactors(request.module, f"{where}: its factors are too inaccurate: {why}")
         try:
-            cache.store(folder, key, factors, about)
+            seal = cache.store(folder, key, factors, about).seal
         except ValueError as error:
             raise ValueError(f"{where}: {error}") from error
     cache.remember(folder, _identity(request), key)
-    return Factored(key, made, len(factors.values) if made else rank_in_cache(folder, key))
+    return found or Factored(key, True, len(factors.values), seal)
+
+
+def content(request: FactorRequest) -> tuple[str, Tensor, Tensor]:
+    """The key of the factors, the part of the stored weight that they depend on, and the weight's probe."""
+    opened = _open_matrix(request.tensor)
+    if request.needs_all:
+        stored = opened[:].contiguous()
+    else:  # a view of the file: the disk reads whole pages anyway, but only r columns are copied to memory
+        stored = opened[: request.rank] if request.transposed else opened[:, : request.rank]
+    # the probe is part of the key: it is stored with the factors, and the panel does not determine it
+    probe = probe_digest(_Turned(opened) if request.transposed else opened, request.shape)
+    return cache.content_key(_recipe(request), stored, probe), stored, probe
 
 
 def read_ahead(info: TensorInfo, leaving: Callable[[], bool] = lambda: False) -> None:
@@ -161,16 +171,58 @@ def read_ahead(info: TensorInfo, leaving: Callable[[], bool] = lambda: False) ->
             pass
 
 
-def factors_of(request: FactorRequest, folder: Path, rows: slice = slice(None)) -> Factors:
-    """Verified factors, with these rows of `write`. This process makes factors again that are damaged or gone."""
+def factors_of(request: FactorRequest, folder: Path, rows: slice = slice(None), seal: str | None = None) -> Factors:
+    """Verified factors, with these rows of `write`. This process makes factors again that are damaged or gone.
+
+    seal: of the factors that a rank has compared with the weight, or made. Others are compared here.
+    """
     for _ in range(3):  # another job may prune the cache between making and reading
-        key = lookup(request, folder) or make(request, folder).key
-        if factors := cache.load(folder, key, rows, partial(_misfit, request, rows)):
-            return factors
+        key = lookup(request, folder)
+        how = make(request, folder) if key is None else None if seal else check(request, folder, key)
+        key, seal = (how.key, how.seal) if how else (key, seal)
+        if key and seal and (found := cache.load(folder, key, rows, seal)):
+            return found
+        seal = None  # damaged, gone, or replaced since it was compared
     raise ValueError(
         f"the factors of {request.module} in {folder} are damaged or gone each time after they are made: check that "
         "disk, or give another folder with --cache DIR"
     )
+
+
+def check(request: FactorRequest, folder: Path, key: str, device: torch.device | None = None) -> Factored | None:
+    """Compare cached factors with their weight; None where they are gone, or damaged or not its factors (set aside).
+
+    A well-formed file may be anybody's, in a cache that users share, and whoever writes a file can compute its
+    checksums. None, too, where the weight has changed though its file's size and time have not: it has another key.
+    """
+    found: list[Factored] = []
+
+    def misfit(factors: Factors, entry: cache.Entry) -> str | None:
+        why = shape_misfit(request, factors) or _not_of(request, factors, device)
+        if why is None:
+            found.append(Factored(key, False, len(factors.values), entry.seal))
+        return why if why and content(request)[0] == key else None
+
+    cache.load(folder, key, misfit=misfit)
+    return found[-1] if found else None
+
+
+def _not_of(request: FactorRequest, factors: Factors, device: torch.device | None = None) -> str | None:
+    """Why these factors, of the right shapes, are not those of the request's weight; None where they are."""
+    opened = _open_matrix(request.tensor)
+    if not torch.equal(probe_digest(_Turned(opened) if request.transposed else opened, request.shape), factors.probe):
+        return "it was made from another weight"
+    W = opened[:]  # a map of the file: only what is compared is read
+    if request.needs_all and device is not None and device.type != "cpu":
+        factors = Factors(*(part.to(device) for part in factors))
+    return compare(request, W.T if request.transposed else W, factors)
+
+
+def compare(request: FactorRequest, W: Tensor, factors: Factors) -> str | None:
+    """Why these factors of the right shapes are not those of W (m, n); None where nothing speaks against them."""
+    if not all(bool(torch.isfinite(part).all()) for part in (factors.write, factors.read, factors.values)):
+        return "it has NaN or infinite numbers"
+    return request.method.misfit(W, factors, embedding=request.embedding)
 
 
 def fingerprint(tensors: Mapping[str, TensorInfo], folder: Path) -> str:
@@ -210,23 +262,45 @@ def _open_matrix(info: TensorInfo) -> Any:
     return open_tensor(info) if len(info.shape) == 2 else open_tensor(info)[:].flatten(1)
 
 
-def _misfit(request: FactorRequest, rows: slice, factors: Factors) -> str | None:
-    """Why cached factors cannot be those of this weight, from what is cheap to check; None where nothing speaks
-    against them. A well-formed file may be anybody's, in a cache that users share."""
+def shape_misfit(request: FactorRequest, factors: Factors) -> str | None:
+    """Why the shapes of cached factors, all rows of them, are not those of this weight's; None where they are."""
     (m, n), r = request.shape, len(factors.values)
     out = n if request.embedding else m
     if r != request.rank and not (request.method.chooses_rank and 0 < r <= min(m, n)):
         return f"it has rank {r}, expected {request.rank}"
     write, read = tuple(factors.write.shape), tuple(factors.read.shape)
-    if write != (len(range(out)[rows]), r) or read not in ((r,), (r, r), (r, n)) or factors.pivots.shape != (r,):
+    if write != (out, r) or read not in ((r,), (r, r), (r, n)) or factors.pivots.shape != (r,):
         return f"its maps have the shapes {write} and {read}"
-    if not all(bool(torch.isfinite(part).all()) for part in (factors.write, factors.read, factors.values)):
-        return "it has NaN or infinite numbers"
     if not bool(((factors.pivots >= 0) & (factors.pivots < max(m, n))).all()):
         return "its pivots are not rows of the weight"
-    opened = _open_matrix(request.tensor)
-    if not torch.equal(probe_digest(_Turned(opened) if request.transposed else opened, request.shape), factors.probe):
-        return "it was made from another weight"
+    return None
+
+
+def compare_with_base(factors: Factors, entry: cache.Entry) -> tuple[bool, str | None]:
+    """Whether the base that a cached file names is there, unchanged; and why the factors are not its weight's."""
+    try:
+        request = _request_of(entry.about)
+        if request is None or content(request)[0] != entry.key:
+            return False, None
+    except (ValueError, TypeError, KeyError, AttributeError, OSError, SafetensorError):  # a header may say anything
+        return False, None
+    return True, shape_misfit(request, factors) or _not_of(request, factors)
+
+
+def _request_of(about: Mapping[str, Any]) -> FactorRequest | None:
+    """The request that a cached file's header describes; None where this version has no such factors or tensor."""
+    file = Path(about["file"])
+    for config in METHODS.values():
+        how: Any = config().factorization() if issubclass(config, FactorConfig) else None
+        if how is None or how.from_gradients or not file.is_file():
+            continue
+        own = {each.name: about[each.name] for each in dataclasses.fields(how) if each.name in about}
+        how = dataclasses.replace(how, **own)
+        info = {each.name: each for each in list_tensors(file.parent).values()}.get(about["tensor"])
+        if info and all(about.get(name) == value for name, value in how.recipe().items()):
+            rank = min(info.shape[0], prod(info.shape[1:])) if how.chooses_rank else about["rank"]
+            told = {name: about[name] for name in ("transposed", "embedding", "dtype")}
+            return FactorRequest(about["name"], info, rank, how, **told)
     return None
 
 
@@ -236,12 +310,6 @@ def remedy(refused: Mapping[str, str]) -> str:
     several = f"{len(refused)} weights have no factors: " if len(refused) > 1 else ""
     them = "the layer" if len(refused) == 1 else "these layers"
     return f"{several}{'; '.join(shown)}; leave {them} out with --exclude {' '.join(refused)}, or lower --rank"
-
-
-def rank_in_cache(folder: Path, key: str) -> int:
-    """The rank of cached factors; 0 where they are gone."""
-    entry = cache.find(folder, key)
-    return entry.about["rank"] if entry else 0
 
 
 def _recipe(request: FactorRequest) -> dict[str, Any]:

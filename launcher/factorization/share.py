@@ -8,8 +8,6 @@ Letters: W (m, n) = out x in, k = min(m, n), r the rank.
 
 from __future__ import annotations
 
-import hashlib
-import json
 import logging
 import socket
 import threading
@@ -18,6 +16,7 @@ import uuid
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor, wait
 from functools import partial
+from math import prod
 from pathlib import Path
 
 import torch
@@ -29,9 +28,9 @@ from launcher.factorization.make import (
     Factored,
     FactorRequest,
     NoFactors,
+    check,
     lookup,
     make,
-    rank_in_cache,
     read_ahead,
     remedy,
 )
@@ -92,7 +91,8 @@ def factorize(
             return {}
         return {name: key for name, request in by_module.items() if (key := lookup(request, folder))}
 
-    found = comm.together("factors in the cache", look_up)[group[0]]
+    device = device or own_device(ranks.local_rank, ranks.local_world_size)
+    found = _check_all(comm.together("factors in the cache", look_up)[group[0]], by_module, folder, comm, group, device)
     missing = {name: request.cost for name, request in by_module.items() if name not in found}
     owners = share_out(missing, len(group))
     mine = [by_module[name] for name, owner in zip(missing, owners, strict=True) if group[owner] == ranks.rank]
@@ -103,20 +103,42 @@ def factorize(
 
     watch = Watch(comm, token, len(mine), on_progress)
     parts = comm.gather(  # tuples arrive as lists
-        "factors made",
-        _make_all(mine, folder, device or own_device(ranks.local_rank, ranks.local_world_size), gradient_of, watch),
+        "factors made", _make_all(mine, folder, device, gradient_of, watch)
     )
     if refused := {name: reason for _, reasons in parts for name, reason in reasons.items()}:
         raise ValueError(remedy({name: refused[name] for name in by_module if name in refused}))
     together = {name: Factored(*how) for owner in group for name, how in parts[owner][0].items()}
     assert len(together) == len(missing)
-    done = {
-        name: together.get(name) or Factored(found[name], False, rank_in_cache(folder, found[name]))
-        for name in by_module
-    }
+    done = {name: together.get(name) or found[name] for name in by_module}
     if nodes:
         _check_equal(folder, done, comm)
     return done
+
+
+def _check_all(
+    keys: Mapping[str, str],
+    by_module: Mapping[str, FactorRequest],
+    folder: Path,
+    comm: Communicator,
+    group: Sequence[int],
+    device: torch.device,
+) -> dict[str, Factored]:
+    """Those of the cached factors that belong to their weights; each is compared by one rank of the group.
+
+    Before: every rank has the same keys. After: every rank has the same result, and files that lie are set aside.
+    """
+    owners = share_out({name: float(prod(by_module[name].shape)) for name in keys}, len(group))
+    mine = [name for name, owner in zip(keys, owners, strict=True) if group[owner] == comm.ranks.rank]
+
+    def compare() -> dict[str, Factored]:
+        if comm.ranks.local_world_size < comm.ranks.world_size:  # made, perhaps just now, by another node
+            in_time(lambda: all(cache.find(folder, keys[name]) for name in mine))
+        checked = {name: check(by_module[name], folder, keys[name], device) for name in mine}
+        return {name: how for name, how in checked.items() if how}
+
+    parts = comm.together("the factors in the cache compared", compare, timeout_s=3600.0)
+    good = {name: Factored(*how) for owner in group for name, how in parts[owner].items()}  # tuples arrive as lists
+    return {name: good[name] for name in keys if name in good}
 
 
 def _make_all(
@@ -196,10 +218,7 @@ def _check_equal(folder: Path, done: Mapping[str, Factored], comm: Communicator)
             return None not in found
 
         in_time(look)
-        return [
-            entry and hashlib.sha256(json.dumps(entry.about["checksums"], sort_keys=True).encode()).hexdigest()[:16]
-            for entry in found
-        ]
+        return [entry and entry.seal for entry in found]
 
     answers = comm.together("the factors of each node", lambda: [digests(), socket.gethostname()])
     expected, first = answers[0]

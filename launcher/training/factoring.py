@@ -10,6 +10,7 @@ import dataclasses
 import hashlib
 from collections.abc import Callable, Mapping
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any, NamedTuple
 
 import torch
@@ -36,6 +37,7 @@ class Factoring(NamedTuple):
     adapter: Any  # the PEFT config; None for full fine-tuning
     requests: list[FactorRequest]  # empty for PEFT's own methods
     gradients: SampleGradients | None = None  # for methods whose factors come from gradients
+    seals: Mapping[str, str] = MappingProxyType({})  # of the factors by module, once they are made or compared
 
 
 def request_factors(
@@ -107,7 +109,8 @@ def make_factors(
     if factoring.gradients is not None:
         factoring.gradients.free()
     ranks = {module: entry.rank for module, entry in factored.items()}
-    return factoring._replace(adapter=factoring.adapter.with_ranks(ranks)), factored
+    seals = {module: entry.seal for module, entry in factored.items()}
+    return factoring._replace(adapter=factoring.adapter.with_ranks(ranks), seals=seals), factored
 
 
 def summary(factored: Mapping[str, Factored], folder: Path) -> list[str]:

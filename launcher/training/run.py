@@ -300,10 +300,10 @@ def _factor(start: Start, planned: Factoring) -> Factoring:
 def _load(start: Start, plan: _Plan) -> Any:
     """The model with its adapter: whole, or this rank's part of it, as the engine has it."""
     resolved, cache = start.resolved, start.resolved.cache
-    by_module = {request.module: request for request in plan.factoring.requests}
+    by_module, seals = {request.module: request for request in plan.factoring.requests}, plan.factoring.seals
 
     def factors(module: str, rows: slice = slice(None)) -> Any:
-        return factors_of(by_module[module], cache, rows) if module in by_module else None
+        return factors_of(by_module[module], cache, rows, seals.get(module)) if module in by_module else None
 
     start.stop.before_training()
     torch.manual_seed(resolved.config.optimizer.seed)

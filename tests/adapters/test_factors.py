@@ -3,6 +3,7 @@
 import pytest
 import torch
 
+from adapters import METHODS
 from adapters.factors import base_fingerprint, delta_weight, lora_pair, probe_digest
 from adapters.loldu import loldu_factors, lu_of_panel, rebuilt_error
 from adapters.svd import rebuilt_error as svd_rebuilt_error
@@ -250,3 +251,40 @@ def test_rebuilt_error_sees_growth_where_the_diagonal_agrees():
     error = rebuilt_error(panel, torch.tensor([0]), torch.tensor([1.0]))
 
     assert error == 2
+
+
+@pytest.mark.parametrize("embedding", [False, True])
+@pytest.mark.parametrize("options", [{}, {"normalize_directions": True}], ids=["plain", "norm one"])
+@pytest.mark.parametrize("method", ["loldu", "svfit", "loraxs"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_only_the_factors_of_a_weight_are_taken_for_them(method, options, embedding, dtype):
+    """Also ill-conditioned weights, at every rank, with a write map rounded to bfloat16; and 1 % of foreign rows."""
+    how, draw = METHODS[method](**options).factorization(), torch.Generator().manual_seed(0)
+    left, right = torch.randn(120, 96, generator=draw), torch.randn(96, 200, generator=draw)
+    for W in (left @ right, left @ torch.logspace(0, -5, 96).diag() @ right, right.T.bfloat16()):
+        for r in (1, 8, 90):
+
+            def factors(W, r=r):
+                found = how.factors(how.panel(W, r), r, rows=lambda at: W[at.long()], embedding=embedding)
+                return found._replace(write=found.write.to(dtype))
+
+            own = factors(W)
+            other = factors(torch.randn(W.shape, generator=draw))
+
+            assert how.misfit(W, own, embedding=embedding) is None
+            assert how.misfit(W, other, embedding=embedding)
+            if method == "loldu":
+                rows = own.write.clone()
+                rows[7::100] = torch.randn(rows[7::100].shape, generator=draw).to(dtype)
+                assert how.misfit(W, own._replace(write=rows), embedding=embedding)
+
+
+def test_comparing_factors_leaves_torchs_random_numbers_alone():
+    how, W = METHODS["loldu"]().factorization(), torch.randn(50, 40)
+    own = how.factors(W[:, :8], 8, rows=lambda rows: W[rows.long()])
+    torch.manual_seed(0)
+
+    how.misfit(W, own)
+
+    assert torch.initial_seed() == 0
+    assert torch.equal(torch.rand(3), torch.rand(3, generator=torch.Generator().manual_seed(0)))

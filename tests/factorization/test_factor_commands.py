@@ -1,6 +1,8 @@
 """`loldu factorize` and `loldu cache`: output and exit codes."""
 
 import io
+import os
+import shutil
 
 import pytest
 from rich.console import Console
@@ -124,6 +126,29 @@ def test_the_cache_commands_list_verify_and_prune(babyllama, tmp_path, screen):
     assert str(file.with_suffix(".damaged")) in bad[1]
     assert "removed 5 files" in pruned[1]
     assert cache.entries(tmp_path) == []
+
+
+@pytest.mark.parametrize("method", ["loldu", "svfit"])
+def test_verify_compares_the_factors_with_the_weights_of_their_base(babyllama, tmp_path, screen, method, caplog):
+    model, folder = tmp_path / "model", tmp_path / "cache"
+    shutil.copytree(babyllama, model)
+    how = {"rank": 8, "targets": ["q_proj"], "method": method, "cache_folder": str(folder)}
+    commands.factorize(model=str(model), console=screen, **how)
+    first, second = cache.entries(folder)[:2]
+    wrong = cache.load(folder, second.key)
+    cache.store(folder, first.key, wrong._replace(probe=cache.load(folder, first.key).probe), first.about)
+    said(screen)
+
+    bad = commands.cache_verify(str(folder), screen), said(screen)
+    good = commands.cache_verify(str(folder), screen), said(screen)
+    shutil.rmtree(model)
+    alone = commands.cache_verify(str(folder), screen), said(screen)
+
+    assert (bad[0], good[0], alone[0]) == (1, 0, 0)
+    assert "4 weights are good, 1 damaged" in bad[1]
+    assert f"(uid {os.getuid()})" in caplog.text
+    assert "4 weights are good, 0 damaged; 4 compared with their base model" in good[1]
+    assert "0 compared with their base model, the base models of 4 are gone or changed" in alone[1]
 
 
 def test_an_empty_or_absent_cache_is_no_error(tmp_path, screen):

@@ -2,6 +2,7 @@
 
 import errno
 import json
+import logging
 import multiprocessing
 import os
 import re
@@ -180,11 +181,11 @@ def test_the_write_map_is_stored_in_the_asked_dtype_and_the_rest_in_float32(mode
     assert factors.write.shape == (7, 4)
 
 
-def test_a_warm_start_opens_no_tensor_and_makes_nothing(model, folder, monkeypatch):
+def test_a_warm_start_makes_nothing(model, folder, monkeypatch):
     requests = requests_for(model)
     cold = factorize(requests, folder, ALONE)
 
-    monkeypatch.setattr(make, "open_tensor", no_reading)
+    monkeypatch.setattr(type(LU), "factors", no_reading)
     warm = factorize(requests, folder, ALONE)
 
     assert all(how.made for how in cold.values())
@@ -235,7 +236,8 @@ def test_weights_with_equal_panels_keep_their_own_probes(tmp_path, folder):
     assert torch.equal(b.probe, probe_digest(second, second.shape))
 
 
-def test_verify_base_notices_what_size_and_time_hide(model, folder):
+@pytest.mark.parametrize("verify_base", [False, True])
+def test_a_weight_that_changed_is_noticed_though_size_and_time_hide_it(model, folder, verify_base):
     requests, file = requests_for(model), model / "model.safetensors"
     before, stat = factorize(requests, folder, ALONE), os.stat(file)
     weights = load_file(file)
@@ -243,11 +245,11 @@ def test_verify_base_notices_what_size_and_time_hide(model, folder):
     save_file(weights, file)
     os.utime(file, ns=(stat.st_atime_ns, stat.st_mtime_ns))
 
-    trusting = factorize(requests, folder, ALONE)
-    verifying = factorize(requests, folder, ALONE, verify_base=True)
+    after = factorize(requests, folder, ALONE, verify_base=verify_base)
 
-    assert trusting["layers.0.q"].key == before["layers.0.q"].key
-    assert [name for name, how in verifying.items() if how.made] == ["layers.0.q"]
+    assert after["layers.0.q"].key != before["layers.0.q"].key
+    assert [name for name, how in after.items() if how.made] == ["layers.0.q"]
+    assert cache.find(folder, before["layers.0.q"].key)  # nothing is wrong with the old factors
 
 
 def test_a_damaged_file_is_made_again_when_it_is_read(model, folder, caplog):
@@ -512,6 +514,42 @@ def test_a_well_formed_file_that_does_not_fit_the_weight_is_set_aside_and_made_a
 
     assert all(torch.equal(one, other) for one, other in zip(again, good, strict=True))
     assert re.search(f"{said}; it belongs to user .*renamed to", caplog.text)
+
+
+THAT_COMPARE = {
+    "loldu": LU, "loldu, norm one": factorization(normalize_directions=True), "svfit": factorization("svfit"),
+    "loraxs": factorization("loraxs"),
+}  # fmt: skip
+LIES = {
+    "random factors": lambda f, other: f._replace(write=torch.randn_like(f.write), read=torch.randn_like(f.read)),
+    "those of another weight": lambda f, other: other._replace(probe=f.probe),
+    "the write map of another weight": lambda f, other: f._replace(write=other.write),
+    "half the rows of another weight": lambda f, other: f._replace(write=torch.cat([f.write[:8], other.write[8:]])),
+    "shuffled rows": lambda f, other: f._replace(write=f.write.roll(3, 0)),
+    "directions three times as long": lambda f, other: f._replace(write=3 * f.write, read=f.read / 3),
+    "other values": lambda f, other: f._replace(values=2 * f.values),
+}
+
+
+@pytest.mark.parametrize("method", THAT_COMPARE)
+@pytest.mark.parametrize("lie", LIES)
+@pytest.mark.parametrize("verify_base", [False, True])
+def test_factors_that_are_not_the_weights_are_set_aside_and_made_again(model, folder, caplog, method, lie, verify_base):
+    """As another user may leave them in a shared cache: well-formed, finite, of the right shape and checksums."""
+    request, second = requests_for(model, method=THAT_COMPARE[method])[:3:2]  # of the same shape
+    good, other = factors_of(request, folder), factors_of(second, folder)
+    made = {name: how.key for name, how in factorize([request, second], folder, ALONE).items()}
+    entry = cache.find(folder, made[request.module])
+    wrong = LIES[lie](good, other)
+    cache.store(folder, entry.key, wrong._replace(write=wrong.write.contiguous()), entry.about)
+
+    with caplog.at_level(logging.WARNING):
+        results = together(2, lambda comm: factorize([request, second], folder, comm, verify_base=verify_base))
+
+    again = factors_of(request, folder)
+    assert [[how.made for how in result.values()] for result in results] == [[True, False]] * 2
+    assert all(torch.equal(one, another) for one, another in zip(again, good, strict=True))
+    assert re.search(rf"{entry.file} is damaged .*it belongs to user .* \(uid {os.getuid()}\)", caplog.text)
 
 
 def test_all_weights_without_factors_are_listed_at_once_and_the_others_are_kept(model, folder):
