@@ -20,7 +20,7 @@ import sys
 import zlib
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, BinaryIO, NamedTuple
 
 from launcher.data.limits import LimitExceeded, limits
 
@@ -37,7 +37,7 @@ TRAINING, HELD_OUT = ("train", "training"), ("test", "validation", "valid", "val
 UNPACK_AT_ONCE = 2**22
 ROWS_AT_ONCE = 1000
 BLANK = re.compile(r"[ \t\n\r]*")
-SMALL = 2**26  # bytes; smaller files may unpack to any size up to this
+SMALL = 2**26  # bytes; a part of a file may unpack to any size up to this
 
 
 class Source(NamedTuple):
@@ -330,37 +330,39 @@ def _check_file(path: Path, suffix: str, option: str) -> None:
 
 
 def _unpack(path: Path, option: str) -> Iterator[bytes]:
-    """The file's bytes, unpacked by its first bytes. Stops at an archive that unpacks to far more than its size."""
+    """The file's bytes, unpacked by its first bytes. Stops where a part of an archive unpacks to far more bytes."""
+    most, size = limits(), 0
+    before = packed = 0  # the bytes unpacked, and those read for them, when the ratio was last looked at
     with path.open("rb") as raw:
         magic = raw.read(4)
-    most, size = limits(), 0
-    allowed = min(most.read_bytes, max(SMALL, most.read_ratio * path.stat().st_size))
-    try:
-        with _opened(path, magic) as file:
+        raw.seek(0)
+        try:
+            file = _opened(raw, magic)
             while piece := file.read(UNPACK_AT_ONCE):
                 size += len(piece)
-                if size > allowed and _is_packed(magic):
-                    raise LimitExceeded(
-                        f"{option} {path} has {path.stat().st_size:,} bytes and unpacks to more than {allowed:,}, over "
-                        f"read_ratio times its size: {most.raised('read_ratio')}, or unpack it first"
-                    )
+                if size > most.read_bytes:
+                    raise LimitExceeded(f"{option} {path} unpacks to more bytes: {most.raised('read_bytes')}")
+                if file is not raw and size - before > SMALL:
+                    if size - before > most.read_ratio * (raw.tell() - packed):
+                        raise LimitExceeded(
+                            f"{option} {path} unpacks to more than read_ratio times its size, from byte {packed:,} on: "
+                            f"{most.raised('read_ratio')}, or unpack it first"
+                        )
+                    before, packed = size, raw.tell()
                 yield piece
-    except (OSError, EOFError, zlib.error) as error:  # gzip.BadGzipFile and pyarrow's errors are OSErrors
-        raise ValueError(f"{option} {path} cannot be read: {_first_line(error)}") from error
+        except (OSError, EOFError, zlib.error) as error:  # gzip.BadGzipFile and pyarrow's errors are OSErrors
+            raise ValueError(f"{option} {path} cannot be read: {_first_line(error)}") from error
 
 
-def _is_packed(magic: bytes) -> bool:
-    return magic[:2] == b"\x1f\x8b" or magic == b"\x28\xb5\x2f\xfd"
-
-
-def _opened(path: Path, magic: bytes) -> Any:
+def _opened(raw: BinaryIO, magic: bytes) -> Any:
+    """What reads the unpacked bytes, or raw itself."""
     if magic[:2] == b"\x1f\x8b":
-        return gzip.open(path)
+        return gzip.GzipFile(fileobj=raw)
     if magic == b"\x28\xb5\x2f\xfd":
         import pyarrow
 
-        return pyarrow.input_stream(str(path), compression="zstd")
-    return path.open("rb")
+        return pyarrow.CompressedInputStream(pyarrow.PythonFile(raw, "r"), "zstd")
+    return raw
 
 
 class _NotJSON(Exception):

@@ -464,7 +464,17 @@ def test_one_source_stays_a_plain_string_in_the_config():
         (
             "a.json.gz",
             gzip.compress(b"[" + b" " * 2**27, mtime=0),
-            r"unpacks to more than 67,108,864, .*LOLDU_READ_RATIO",
+            r"unpacks to more than read_ratio times its size, from byte 0 on: .*LOLDU_READ_RATIO",
+        ),
+        (  # the noise before it does not pay for the bomb
+            "a.json.gz",
+            gzip.compress(Random(0).randbytes(2**23) + b" " * 2**28, compresslevel=1, mtime=0),
+            r"unpacks to more than read_ratio times its size, from byte 8,.* on: .*LOLDU_READ_RATIO",
+        ),
+        (
+            "a.json.zst",
+            bytes(pyarrow.compress(b" " * 2**28, "zstd")),
+            r"unpacks to more than read_ratio times its size, from byte 0 on: .*LOLDU_READ_RATIO",
         ),
         ("a.json.gz", gzip.compress(Random(0).randbytes(9999), mtime=0)[:-8], r"a\.json\.gz cannot be read"),
         (
