@@ -71,6 +71,20 @@ class Ranks:
         return Ranks(rank, world, local, local_world)
 
 
+AGREED = "all ranks have this error"
+
+
+def agreed(error: Exception) -> Exception:
+    """The error, with the note that all ranks raise it; see `is_agreed`."""
+    error.add_note(AGREED)
+    return error
+
+
+def is_agreed(error: Exception) -> bool:
+    """Whether all ranks are known to raise this error. Any other may be this rank's own."""
+    return AGREED in getattr(error, "__notes__", ())
+
+
 class Communicator:
     """All processes of a run. With one process every call returns at once and nothing is opened."""
 
@@ -131,9 +145,9 @@ class Communicator:
                 raise failure if isinstance(failure, Stopped) else Stopped("another rank")
             if "error" in answer:
                 if failure is not None and (rank == self.ranks.rank or not answer["mistake"]):
-                    raise failure
+                    raise agreed(failure)
                 where = f"rank {rank}: " if self.ranks.world_size > 1 and rank > 0 else ""
-                raise (ValueError if answer["mistake"] else RuntimeError)(f"{where}{answer['error']}")
+                raise agreed((ValueError if answer["mistake"] else RuntimeError)(f"{where}{answer['error']}"))
         return [answer["value"] for answer in answers]
 
     def each(self, what: str, make: Callable[[], Any]) -> Any:

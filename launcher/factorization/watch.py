@@ -12,7 +12,7 @@ from collections.abc import Callable
 from contextlib import suppress
 from typing import Any
 
-from launcher.processes import Communicator, Stopped
+from launcher.processes import Communicator, Stopped, agreed
 
 OnProgress = Callable[[int, int, str], None]  # weights done on all ranks, weights in all, one in progress
 BEAT_S = 0.2  # between two heartbeats
@@ -40,7 +40,7 @@ class Watch:
             text = news["error"]["text"]
             if news["error"].get("stopped"):
                 raise Stopped("another rank")
-            raise ValueError(text) if news["error"]["mistake"] else RuntimeError(text)
+            raise agreed(ValueError(text) if news["error"]["mistake"] else RuntimeError(text))
         self.on_progress(news["done"], news["total"], news["weight"])
         return bool(news["finished"])
 

@@ -38,15 +38,16 @@ class State:
             with disk_errors("the state of the run", self.folder, "give --output elsewhere"):
                 write_atomically(self.folder / "state", state + "\n")
 
-    def failed(self) -> None:
-        """Write `failed`; raises nothing, since another error is being handled.
+    def failed(self, *, in_place_of_main: bool = False) -> None:
+        """Write `failed`; raises nothing, since another error is being handled. in_place_of_main: rank 0 was killed.
 
         On a full disk there is no room for a new file, but the old one can still be overwritten.
         """
+        if self.folder is None or self.ownership.lost or not (self.ranks.is_main or in_place_of_main):
+            return
         try:
-            self.write("failed")
-        except ValueError:
-            assert self.folder is not None
+            write_atomically(self.folder / "state", "failed\n")
+        except OSError:
             with suppress(OSError), open(self.folder / "state", "r+") as file:
                 file.write("failed\n")
                 file.truncate()

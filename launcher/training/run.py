@@ -47,6 +47,7 @@ from launcher.packages import versions
 from launcher.processes import Communicator, Ranks, Stopped, connect, print_error, same_everywhere
 from launcher.tasks.base import Samples, on_device
 from launcher.training import factoring
+from launcher.training.ending import post, tell
 from launcher.training.factoring import Factoring
 from launcher.training.folder import State, finished, prepare, save_final
 from launcher.training.loop import Callbacks, Event, Training, evaluation_of, train
@@ -84,12 +85,13 @@ def run(
     callbacks = Callbacks(**{event: function for event, function in given.items() if function is not None})
     screen = Screen(ranks.is_main)
     ownership = Ownership()
-    state, connected = State(ranks, ownership), ranks.world_size == 1
+    state, comm = State(ranks, ownership), None
     with StopRequest(config.run.max_seconds) as stop:
         try:
             resolved = resolve(config, ranks)
-            comm = connect(ranks, cpu_offload=config.run.cpu_offload)
-            stop.store, connected = comm.store, True
+            with stop.at_once():  # other ranks may never come
+                comm = connect(ranks, cpu_offload=config.run.cpu_offload)
+            stop.store = comm.store
             try:
                 if instead is not None and (
                     reason := comm.from_main(
@@ -103,6 +105,10 @@ def run(
                     resolved = resolve(instead(), ranks)
                 status = _run(resolved, name, comm, stop, screen, state, callbacks)
                 state.write(status)
+            except Exception as error:
+                if not isinstance(error, Stopped):
+                    post(error, comm)
+                raise
             finally:
                 _disconnect(comm)
         except Stopped as reason:
@@ -110,19 +116,27 @@ def run(
             status = "stopped"
             with suppress(ValueError):  # a full disk: the next start finds `running`, and resumes as well
                 state.write(status)
-        except (ValueError, OSError) as error:
-            state.failed()
-            # Once connected, a mistake of one rank is a ValueError on all.
-            shared = connected and isinstance(error, ValueError)
-            print_error(error, ranks.is_main, shared=shared, ended=lambda: stop.reason is not None)
-            return MISTAKE
-        except Exception:
-            state.failed()
-            traceback.print_exc()
-            return FAILED
+        except Exception as error:
+            return _failed(error, ranks, comm, state, stop)
         finally:
             ownership.release()
     return STOPPED if status == "stopped" and ranks.world_size == 1 else DONE
+
+
+def _failed(error: Exception, ranks: Ranks, comm: Communicator | None, state: State, stop: StopRequest) -> int:
+    """Print why the run ends and mark its folder; returns the exit code. Called by each rank that fails."""
+    state.failed()
+    own, mistake = True, isinstance(error, (ValueError, OSError))
+    ended = lambda: stop.reason is not None  # noqa: E731
+    if comm is not None and ranks.world_size > 1:
+        own, first = tell(error, comm, ended)
+        if first and not ranks.is_main:
+            state.failed(in_place_of_main=True)
+    elif mistake:
+        print_error(error, ranks.is_main, shared=False, ended=ended)
+    if own and not mistake:
+        traceback.print_exc()
+    return MISTAKE if own and mistake else FAILED
 
 
 def _run(

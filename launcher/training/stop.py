@@ -9,12 +9,15 @@ from __future__ import annotations
 
 import os
 import signal
+import threading
 import time
-from contextlib import suppress
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from types import FrameType
 from typing import Any
 
+from launcher.exit_codes import DONE
 from launcher.files import read_or_empty
 from launcher.processes import Stopped
 
@@ -22,6 +25,7 @@ SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR2, signal.SIGHUP)
 LISTEN_S = 0.5  # how often a rank checks whether another was asked
 ECHO_S = 0.5  # a terminal's Ctrl-C reaches a rank once more through its launcher
 QUIET_S = 5.0
+GRACE_S = 5.0  # for ranks that are just meeting; then they notice the request themselves
 
 
 class StopRequest:
@@ -77,6 +81,31 @@ class StopRequest:
             elif self.store.check(["loldu/stop"]):
                 self.reason = self.store.get("loldu/stop").decode()
         return self.reason is not None
+
+    @contextmanager
+    def at_once(self) -> Iterator[None]:
+        """In this block a signal ends the process within GRACE_S, although it waits for other ranks in C++.
+
+        There no Python handler runs, but the interpreter still writes each signal's number to a pipe.
+        """
+        reading, writing = os.pipe()
+        os.set_blocking(writing, False)
+        over, before = threading.Event(), signal.set_wakeup_fd(writing)
+
+        def listen() -> None:
+            number = os.read(reading, 1)
+            if number and not over.wait(GRACE_S):
+                who = signal.Signals(number[0]).name
+                print(f"stopped by {who} before all ranks were there: nothing to save", flush=True)
+                os._exit(DONE)
+
+        threading.Thread(target=listen, name="signals", daemon=True).start()
+        try:
+            yield
+        finally:
+            over.set()
+            signal.set_wakeup_fd(before)
+            os.close(writing)
 
     def before_training(self) -> None:
         """Raises Stopped where the run was asked to stop. For phases that have nothing to save."""
