@@ -27,7 +27,7 @@ from adapters.base import DenseCore, FactorConfig, Factorization
 from adapters.factors import Factors, fresh_draws, signs
 
 COLUMNS = 64  # of a panel, moved at a time: they fit the processor's cache, and no second panel is in memory
-SAMPLE, VECTORS = 256, 4  # rows and random vectors on which `lu_misfit` compares factors with a weight
+SAMPLE, VECTORS = 128, 4  # rows and random vectors on which `lu_misfit` compares factors with a weight
 NORMALIZED_LEARNING_RATE = 3e-2  # trained best where directions have norm one
 
 # The paper's starting values of z that keep the function. Our core is the difference z - z0, so all of these start at

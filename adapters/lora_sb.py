@@ -60,7 +60,7 @@ class FirstStepSVD(Factorization):
 
     def misfit(self, W: Tensor, factors: Factors, *, embedding: bool = False) -> str | None:
         """The gradient is gone, so only what holds for every gradient is checked."""
-        g = signs(len(factors.values), 2)
+        g = signs(len(factors.values))
         if any(not_orthonormal(U.float(), g.to(U.device)) for U in (factors.write, factors.read.T)):
             return "its directions are not orthonormal"
         return None

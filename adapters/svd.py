@@ -224,20 +224,20 @@ def svd_misfit(W: Tensor, factors: Factors, *, divide: bool = True) -> str | Non
     largest = U.gather(0, factors.pivots.long().to(U.device)[None])[0]
     if (largest < 0.98 * U.abs().amax(dim=0)).any():
         return "the entries that should be the largest of its directions are not"
-    g = signs(len(s), 2).to(U)
+    g = signs(len(s)).to(U)
     if not_orthonormal(U, g):
         return "its directions are not orthonormal"
-    u, blocks = U @ g, range(0, len(W), 512)  # no float32 copy of W
+    u, blocks = U @ g, range(0, len(W), 512)  # no float32 copy of W; one vector, because two take ten times as long
     h = sum(W[at : at + 512].to(U).T @ u[at : at + 512] for at in blocks)
-    z, squares = torch.cat([W[at : at + 512].to(U) @ h for at in blocks]), s.square()[:, None] * g
-    size, off = squares.norm(dim=0), (U.T @ z - squares).abs()
-    if ((z - U @ squares).norm(dim=0) > 0.05 * size).any() or (off > 0.1 * squares.abs() + 1e-2 * size).any():
+    z, squares = torch.cat([W[at : at + 512].to(U) @ h for at in blocks]), s.square() * g
+    size, off = squares.norm(), (U.T @ z - squares).abs()
+    if (z - U @ squares).norm() > 0.05 * size or (off > 0.1 * squares.abs() + 1e-2 * size).any():
         return "its directions are not singular vectors of the weight"
     return None
 
 
 def not_orthonormal(U: Tensor, g: Tensor) -> bool:
-    """Whether the columns of U (m, r) are not orthonormal, from U^T U g = g for a few random g (r, any)."""
+    """Whether the columns of U (m, r) are not orthonormal, from U^T U g = g for a random g (r,)."""
     return bool((U.T @ (U @ g) - g).abs().max() > 0.05)
 
 

@@ -258,7 +258,7 @@ def test_rebuilt_error_sees_growth_where_the_diagonal_agrees():
 @pytest.mark.parametrize("method", ["loldu", "svfit", "loraxs"])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_only_the_factors_of_a_weight_are_taken_for_them(method, options, embedding, dtype):
-    """Also ill-conditioned weights, at every rank, with a write map rounded to bfloat16; and 1 % of foreign rows."""
+    """Also for ill-conditioned weights, any rank and rounded write maps; and with a tenth of foreign rows."""
     how, draw = METHODS[method](**options).factorization(), torch.Generator().manual_seed(0)
     left, right = torch.randn(120, 96, generator=draw), torch.randn(96, 200, generator=draw)
     for W in (left @ right, left @ torch.logspace(0, -5, 96).diag() @ right, right.T.bfloat16()):
@@ -275,7 +275,7 @@ def test_only_the_factors_of_a_weight_are_taken_for_them(method, options, embedd
             assert how.misfit(W, other, embedding=embedding)
             if method == "loldu":
                 rows = own.write.clone()
-                rows[7::100] = torch.randn(rows[7::100].shape, generator=draw).to(dtype)
+                rows[7::10] = torch.randn(rows[7::10].shape, generator=draw).to(dtype)
                 assert how.misfit(W, own._replace(write=rows), embedding=embedding)
 
 
