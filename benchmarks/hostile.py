@@ -1,13 +1,13 @@
-"""Counts how the commands end on hostile and unlucky input: each case must end within 10 s in one line and exit code 2,
-or run where the input is odd but valid; without a traceback, and without touching a file outside run folder and cache.
+"""Counts how the commands end on hostile and unlucky input. Each case must end within 10 s with one line and exit code
+2, or run if the input is odd but valid, without a traceback and without touching files outside run folder and cache.
 
     python benchmarks/hostile.py --model FOLDER [--kind data --kind run ...] [--every 3]
     python benchmarks/hostile.py --model FOLDER --results FILE --seconds 800        # again and again: it resumes
     python benchmarks/hostile.py --model FOLDER --again FILE                        # the cases that had a fault
 
-FOLDER is a small causal language model. The cases are in tests/fuzz/cases.py. With --every N only each N-th case runs,
-with --seconds no case is begun after that time, and the same command runs the next ones; the results say how many cases
-there are and how many ran. The time that a case waits for a processor does not count.
+FOLDER is a small causal language model. The cases are in tests/fuzz/cases.py. With --every N only each N-th case runs;
+with --seconds no case starts after that time, and the same command continues with the next one. The results record how
+many cases exist and how many ran. The time that a case waits for a processor does not count.
 """
 
 from __future__ import annotations
