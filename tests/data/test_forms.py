@@ -468,8 +468,10 @@ def test_one_source_stays_a_plain_string_in_the_config():
         ),
         (  # the noise before it does not pay for the bomb
             "a.json.gz",
-            gzip.compress(Random(0).randbytes(2**23) + b" " * 2**28, compresslevel=1, mtime=0),
-            r"unpacks to more than read_ratio times its size, from byte 8,.* on: .*LOLDU_READ_RATIO",
+            gzip.compress(
+                b'[{"a": "' + Random(0).randbytes(2**23).hex().encode() + b" " * 2**28, compresslevel=1, mtime=0
+            ),
+            r"unpacks to more than read_ratio times its size, from byte [1-9].* on: .*LOLDU_READ_RATIO",
         ),
         (
             "a.json.zst",
