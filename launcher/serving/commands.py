@@ -57,7 +57,8 @@ def serve(
     """
     if missing := [name for name in NEEDED if importlib.util.find_spec(name) is None]:
         raise ValueError(
-            f"loldu serve needs {' and '.join(missing)}, which are not installed: pip install 'loldu-launcher[serve]'"
+            f"loldu serve needs {' and '.join(missing)}, missing here: pip install {' '.join(missing)} "
+            "(with -c constraints.txt: the versions that were tested)"
         )
     if not 0 <= watch_s < 1e6:
         raise ValueError(f"--watch-s is at least 0 (do not watch), got {watch_s:g}")

@@ -9,6 +9,7 @@ import logging
 import signal
 import socket
 import threading
+import time
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -111,12 +112,12 @@ class _Run:
 
         def load() -> None:
             try:
-                models = load_models(make_engine, folders, template)
+                models, loaded_s = load_models(make_engine, folders, template)
             except BaseException as error:
                 self.failure = error
                 loop.call_soon_threadsafe(setattr, self.server, "should_exit", True)
                 return
-            loop.call_soon_threadsafe(self.ready, models)
+            loop.call_soon_threadsafe(self.ready, models, loaded_s)
             if folders and watch_s:
                 watch(models.catalogue, self.stopped.wait, watch_s)
 
@@ -132,17 +133,18 @@ class _Run:
         log.info("stopped%s", f"; {self.cut} answers were cut short" if self.cut else "")
         return FAILED if self.cut else DONE
 
-    def ready(self, models: Models) -> None:
+    def ready(self, models: Models, loaded_s: float) -> None:
         self.service.models = models
-        count = len(models.catalogue.adapters)
-        log.info("serving %s and %d adapters at %s", models.catalogue.base.name, count, self.url)
+        base, count = models.catalogue.base.name, len(models.catalogue.adapters)
+        log.info("serving %s and %d adapters (loaded in %.1f s) at %s", base, count, loaded_s, self.url)
 
     def signalled(self) -> None:
         """The first signal stops new requests and waits for the running ones, the second one ends them."""
         if self.draining is None:
             self.service.stopping = True
-            log.info("stopping: %d answers may end within %g s (a second signal ends them)", len(self.service.active),
-                     self.service.limits.drain_s)  # fmt: skip
+            running, drain_s = len(self.service.active), self.service.limits.drain_s
+            more = f": {running} answers have {drain_s:g} s to end (a second signal ends them now)" if running else ""
+            log.info("stopping%s", more)
             self.draining = asyncio.get_running_loop().create_task(self.drain())
         else:
             self.end()
@@ -166,16 +168,20 @@ class _Run:
 
 def load_models(
     make_engine: Callable[[], tuple[Engine, Path]], folders: Sequence[Path], template: str | None
-) -> Models:
-    """Load the base and the adapters. Raises ValueError for a base that does not load."""
+) -> tuple[Models, float]:
+    """The base and its adapters, and the seconds that loading the adapters took.
+
+    Raises ValueError for a base that does not load.
+    """
     engine, folder = make_engine()
     engine.start()
     own = base_template(template, folder, engine.tokenizer)
     log.info("prompt template of the base: %s", own.name)
     base = Served(engine.base_id, engine.base_id, own, int(folder.stat().st_mtime))
     catalogue = Catalogue(engine, folders, base)
+    began = time.monotonic()
     catalogue.refresh(first=True)
-    return Models(engine, catalogue, TokenTexts(engine.tokenizer))
+    return Models(engine, catalogue, TokenTexts(engine.tokenizer)), time.monotonic() - began
 
 
 @contextlib.contextmanager

@@ -206,4 +206,4 @@ def test_a_missing_package_is_told_with_the_command_that_installs_it(capsys, mon
     code = main(["serve", "recipes/tiny/model"])
 
     assert code == 2
-    assert "loldu serve needs uvicorn" in capsys.readouterr().err
+    assert "loldu serve needs uvicorn, missing here: pip install uvicorn" in capsys.readouterr().err
