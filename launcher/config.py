@@ -18,14 +18,17 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Annotated, Any, Literal, Union, get_args, get_origin, get_type_hints
 
 from launcher.engines.registry import ENGINES
+from launcher.optimizers import OPTIMIZERS
 from launcher.tasks.registry import REGISTERED
 
 if TYPE_CHECKING:
     Sharding = str
     TaskName = str
+    OptimizerName = str
 else:  # --help and the error for a wrong name list what the registries have
     Sharding = Literal[tuple(ENGINES)]
     TaskName = Literal[("auto", *REGISTERED)]
+    OptimizerName = Literal[tuple(OPTIMIZERS)]
 
 
 SHORT = reprlib.Repr()  # the repr of a value whose YAML repeats itself by aliases would never end
@@ -193,7 +196,10 @@ class AdapterConfig(Checked):
 
 @dataclass(frozen=True, kw_only=True)
 class OptimizerConfig(Checked):
-    """AdamW and its schedule; every value is a pure function of the step."""
+    """The optimizer and its schedule; every value is a pure function of the step."""
+
+    optimizer: OptimizerName = "adamw"
+    """adamw, adamw8bit, lion and lion8bit (bitsandbytes; one process or ddp), or gradnormlorp (for --method full)."""
 
     learning_rate: Annotated[float, Range(0, 1e3, above=True)] = 1e-3
     """Peak learning rate. 1e-3 is LoLDU's published value; 3e-2 was best in our measurements for SVFit, LoRA-XS and
@@ -216,9 +222,13 @@ class OptimizerConfig(Checked):
     weight_decay: Annotated[float, Range(0, 1e3)] = 0.0
     """Decoupled weight decay; on trained cores it pulls the model towards the base model."""
     adam_beta1: Share = 0.9
-    """Decay rate of AdamW's first moment."""
+    """Decay rate of the first moment."""
     adam_beta2: Share = 0.999
-    """Decay rate of AdamW's second moment."""
+    """Decay rate of the second moment. Lion also has two rates: its own default for the second is 0.99."""
+    projection_rank: Count = 8
+    """With gradnormlorp: rank to which a weight's gradient is projected."""
+    projection_every: Count = 250
+    """With gradnormlorp: steps between two decompositions of the gradient."""
     clip_norm: Annotated[float, Range(0, 1e9)] = 1.0
     """Maximum gradient norm; 0 turns clipping off."""
     seed: CountOrZero = 42

@@ -16,6 +16,7 @@ from launcher.config import Config
 from launcher.config_file import read_config
 from launcher.exit_codes import DONE, FAILED, INTERRUPTED, MISTAKE, Failed
 from launcher.heap import return_freed_memory
+from launcher.optimizers import OPTIMIZERS
 from launcher.options import Misread, parse_config
 from launcher.processes import print_error
 from launcher.recipes import find_recipe, recipe_names, run_name, run_python
@@ -141,7 +142,7 @@ def _start(config: Config, name: str, **settings: Any) -> int:
     if os.environ.get("RANK", "0") == "0":  # torch and transformers take seconds to import
         with suppress(OSError, ValueError):  # a terminal that is gone ends no run
             print(f"starting {name}", flush=True)
-    if config.model.quantize == "none":
+    if config.model.quantize == "none" and OPTIMIZERS[config.optimizer.optimizer].package != "bitsandbytes":
         # PEFT imports bitsandbytes wherever it is installed, a quarter of the start-up. Here it counts as missing.
         sys.modules.setdefault("bitsandbytes", None)  # type: ignore[arg-type]
     return_freed_memory()

@@ -18,6 +18,7 @@ SMALL = {
     "launcher.config",
     "launcher.devices",
     "launcher.files",
+    "launcher.optimizers",
     "launcher.packages",
     "launcher.engines.registry",
     "launcher.exit_codes",
@@ -31,7 +32,9 @@ MAY_IMPORT = {  # beside itself; in the order in which data flows
     "launcher.shipped": set(),
     "launcher.engines.registry": {"launcher.shipped"},  # plain data: what each engine can do
     "launcher.tasks.registry": set(),
-    "launcher.config": {"launcher.engines.registry", "launcher.tasks.registry"},
+    "launcher.optimizers": set(),
+    "launcher.gradnormlorp": set(),
+    "launcher.config": {"launcher.engines.registry", "launcher.optimizers", "launcher.tasks.registry"},
     "launcher.files": set(),
     "launcher.heap": set(),
     "launcher.packages": set(),
@@ -67,7 +70,7 @@ MAY_IMPORT = {  # beside itself; in the order in which data flows
     },
     "launcher.engines": {
         "launcher.shipped", "launcher.engines.registry", "launcher.config", "launcher.processes", "launcher.models",
-        "launcher.training.checkpoint",
+        "launcher.optimizers", "launcher.training.checkpoint",
     },
     "launcher.training": {
         "launcher.text", "launcher.reports", "launcher.training.checkpoint", "launcher.training.checkpoint_index",

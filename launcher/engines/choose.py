@@ -7,6 +7,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 
 from launcher.engines.registry import ENGINES, EngineInfo, configured_by_accelerate, fitting, give, names
+from launcher.optimizers import OPTIMIZERS
 from launcher.processes import Ranks
 from launcher.shipped import accelerate_file
 
@@ -67,6 +68,7 @@ class Demands:
     compiled: bool = False
     from_gradients: bool = False  # the method's factors come from gradients of the whole base
     reads_4bit_class: bool = False  # the method reads the scales of a packed weight from its Params4bit
+    optimizer: str = "adamw"
     trains_prompt: bool = False  # the method calls the embedding, or hands keys and values to the layers, by itself
 
 
@@ -89,6 +91,12 @@ def refusal(info: EngineInfo, demands: Demands) -> tuple[str, str] | None:
             f"--method {method} cannot be trained under --sharding {name}: its factors come from gradients, for which "
             "each process runs the whole base",
             "a method whose factors come from the weights alone",
+        )
+    if not OPTIMIZERS[demands.optimizer].sharded and not info.any_optimizer:
+        return (
+            f"--optimizer {demands.optimizer} is not supported under --sharding {name}: it steps whole "
+            "parameters, which this engine cuts",
+            "--optimizer adamw",
         )
     if demands.trains_prompt and not info.holds_base:
         return (

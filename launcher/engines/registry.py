@@ -25,6 +25,7 @@ class EngineInfo:
     gathers: bool = False  # a forward pass is a collective: all ranks must make the same number of passes
     averages: bool = False  # backward averages the gradients over the ranks
     one_process_only: bool = False
+    any_optimizer: bool = False  # steps whole parameters, with any of the optimizers
     grouped: bool = False  # the processes of a group (--shard-size) share one copy of the base
     carries_quantised: bool = True  # runs a base that bitsandbytes quantised
     compiles: bool = True  # runs decoder layers that torch.compile compiled
@@ -44,8 +45,9 @@ BOTH = ("parameters", "optimizer")
 ENGINES: dict[str, EngineInfo] = {
     info.name: info
     for info in (
-        EngineInfo("none", "launcher.engines.replicated:Replicated", one_process_only=True, maps_files=True),
-        EngineInfo("ddp", "launcher.engines.replicated:Replicated", maps_files=True),
+        EngineInfo("none", "launcher.engines.replicated:Replicated", one_process_only=True, any_optimizer=True,
+                   maps_files=True),
+        EngineInfo("ddp", "launcher.engines.replicated:Replicated", any_optimizer=True, maps_files=True),
         EngineInfo("fsdp2", "launcher.engines.fsdp2:FullyShard", holds_base=False, gathers=True, averages=True,
                    keeps_4bit_class=False, offloads=BOTH, accelerate="fsdp2"),
         EngineInfo("hsdp", "launcher.engines.fsdp2:FullyShard", holds_base=False, gathers=True, averages=True,

@@ -21,6 +21,7 @@ from launcher.config import OptimizerConfig
 from launcher.engines.engine import ModelSource, NonFinite, shortened
 from launcher.engines.registry import ENGINES, EngineInfo
 from launcher.models.build import build
+from launcher.optimizers import OPTIMIZERS, make
 from launcher.processes import Ranks
 from launcher.training.checkpoint import Checkpoint, Piece
 
@@ -59,13 +60,9 @@ class Replicated:
         every = model.named_parameters(remove_duplicate=False)
         self.names = {name: first[id(p)] for name, p in every if id(p) in first}
         self._checked = False  # whether every parameter was looked at for a gradient, after the first step
-        self.optimizer = torch.optim.AdamW(
-            self.parameters.values(),
-            lr=config.learning_rate,
-            betas=(config.adam_beta1, config.adam_beta2),
-            weight_decay=config.weight_decay,
-            fused=True,  # one kernel for all parameters on a GPU, one pass over each on a CPU
-        )
+        self.optimizer = make(config, self.parameters.values())
+        self.kind = config.optimizer
+        self.by_rows = OPTIMIZERS[self.kind].sharded  # its state has the parameter's shape
 
     @property
     def gathers(self) -> bool:
@@ -133,13 +130,15 @@ class Replicated:
             )
 
     def pieces(self) -> dict[str, Piece]:
-        """This rank's rows of the trained state: model/NAME, and optimizer/NAME/exp_avg and exp_avg_sq after a step."""
+        """This rank's rows of the trained state: model/NAME, and after a step optimizer/NAME/exp_avg and so on."""
         pieces: dict[str, Piece] = {}
         for name, parameter in self.parameters.items():
             state = self.optimizer.state.get(parameter, {})
-            tensors = {f"model/{name}": parameter} | {
-                f"optimizer/{name}/{m}": state[m] for m in ADAM_STATE if m in state
-            }
+            if self.by_rows:
+                kept = {key: state[key] for key in ADAM_STATE if key in state}
+            else:  # bitsandbytes' parameters share their tables, which a file of tensors cannot hold
+                kept = {key: value.clone() for key, value in state.items() if isinstance(value, Tensor)}
+            tensors = {f"model/{name}": parameter} | {f"optimizer/{name}/{key}": value for key, value in kept.items()}
             pieces |= {key: piece for key, tensor in tensors.items() if (piece := self._piece(tensor.detach()))}
         return pieces
 
@@ -147,7 +146,9 @@ class Replicated:
         """Put a checkpoint's state back, bit for bit, whatever number of processes wrote it."""
         for name, parameter in self.parameters.items():
             self._copy(parameter, found, f"model/{name}")
-            if found.step:
+            if found.step and not self.by_rows:
+                self.optimizer.state[parameter] = {"step": found.step, **self._state(name, parameter.device, found)}
+            elif found.step:
                 moments = {moment: torch.zeros_like(parameter) for moment in ADAM_STATE}
                 for moment, tensor in moments.items():
                     self._copy(tensor, found, f"optimizer/{name}/{moment}")
@@ -179,6 +180,21 @@ class Replicated:
 
     def _piece(self, tensor: Tensor) -> Piece | None:
         return Piece.whole(tensor) if self.ranks.is_main else None
+
+    def _state(self, name: str, device: torch.device, found: Checkpoint) -> dict[str, Tensor]:
+        """The tensors of the optimizer's state of a parameter, each whole."""
+        prefix = f"optimizer/{name}/"
+        state = {
+            key.removeprefix(prefix): found.read(key, entry.shape).to(device)
+            for key, entry in found.tensors.items()
+            if key.startswith(prefix)
+        }
+        if OPTIMIZERS[self.kind].state not in state:
+            raise ValueError(
+                f"checkpoint {found.folder} has no state of this --optimizer for {name}: resume with the optimizer "
+                "that the run began with"
+            )
+        return state
 
     def _copy(self, into: Tensor, found: Checkpoint, name: str) -> None:
         into.data.copy_(found.read(name, into.shape))

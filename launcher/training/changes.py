@@ -12,7 +12,9 @@ from launcher.training.loop import learning_rate_at
 # The learning rate of each step follows from these, and from the number of steps.
 SCHEDULE = ("learning_rate", "schedule", "warmup_ratio", "max_steps", "epochs")
 # These act on each step; they are compared by themselves.
-UPDATE = ("weight_decay", "adam_beta1", "adam_beta2", "clip_norm")
+UPDATE = (
+    "optimizer", "weight_decay", "adam_beta1", "adam_beta2", "clip_norm", "projection_rank", "projection_every",
+)  # fmt: skip
 # Paths, and settings of this start alone.
 NOT_COMPARED = {"output", "resume", "accept_changes", "cache", "cache_per_node", "verify_base", "max_seconds"}
 

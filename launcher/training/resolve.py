@@ -19,6 +19,7 @@ from launcher.factorization.cache import default_folder
 from launcher.methods import peft_config, prompt_tokens
 from launcher.models.build import choose_attention, choose_dtype
 from launcher.models.quantize import READ_4BIT_CLASS, check_method, check_quantize
+from launcher.optimizers import check_optimizer
 from launcher.processes import Ranks
 from launcher.tasks.base import Task
 from launcher.tasks.choose import task_of
@@ -64,6 +65,7 @@ def resolve(config: Config, ranks: Ranks) -> Resolved:
     check_offload(config.run.cpu_offload, sharding, on_gpu=on_gpu)
     batches.check_batch(config.optimizer.batch_size, ranks.world_size)
     task.check(config, adapter)
+    check_optimizer(config.optimizer.optimizer, dense=adapter is None)
     if prompt_tokens(adapter):
         check_prompt(config, adapter, labels=task.labels)
     check_trackers(config.run.trackers)
@@ -94,6 +96,7 @@ def check_carried(config: Config, adapter: PeftConfig | None, sharding: str) -> 
         compiled=config.model.compile,
         from_gradients=getattr(adapter, "factors_from_gradients", False),
         reads_4bit_class=getattr(adapter, "peft_type", "").lower() in READ_4BIT_CLASS,
+        optimizer=config.optimizer.optimizer,
         trains_prompt=prompt_tokens(adapter) > 0,
     )
     check_carries(sharding, demands)
