@@ -34,6 +34,7 @@ log = logging.getLogger(__name__)
 CHUNK = 1000  # records tokenised at once: enough to keep a fast tokenizer busy, little memory
 IDS_AT_ONCE = 1 << 22
 SHORT_SEGMENT = 256  # characters; the ids of shorter ones (headers of answers, which repeat) are kept
+MOST_SEGMENTS = 4096  # that are kept; without a chat template each is a prompt of its own
 
 
 @dataclass(frozen=True)
@@ -367,6 +368,8 @@ class _Seen:
                 cut = int(before[-1]) if len(before) else 0
                 begin = int(found.begins[cut]) if len(before) else 0
                 checks.append((number, sample.text[begin:start], found.ids[cut:first], start))
+        if len(self.segments) > MOST_SEGMENTS:
+            self.segments.clear()
         unknown = list({segment for _, segment, _, _ in checks if segment and segment not in self.segments})
         found_ids = self.tokenizer(unknown, add_special_tokens=False, verbose=False)["input_ids"] if unknown else []
         ids = dict(zip(unknown, found_ids, strict=True)) | {"": []}

@@ -953,3 +953,15 @@ def test_flash_attention_keeps_packed_samples_apart(babyllama):
 
     assert not torch.equal(before[disturbed], after[disturbed])
     assert all(torch.equal(before[i], after[i]) for i in before if i != disturbed)
+
+
+def test_prompts_that_do_not_repeat_are_not_all_kept(monkeypatch):
+    monkeypatch.setattr(encoding, "MOST_SEGMENTS", 10)
+    rows = [{**ALPACA, "instruction": str(i)} for i in range(50)]
+    whole = encode(rows)
+    encoder = encoding.Encoder(rows[0], byte_tokenizer(), DataConfig(prompt_template="short"))
+
+    lengths = [encoder.part([row]).lengths[0] for row in rows]
+
+    assert len(encoder.seen.segments) <= 11
+    assert lengths == whole.lengths
