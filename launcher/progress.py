@@ -71,7 +71,7 @@ class Bars:
         self, live: Progress, what: str, total: int, done: int, unit: Unit, brief: bool
     ) -> Iterator[Callable[..., None]]:
         task = live.add_task(
-            what, total=total, completed=done, note="", counts=counts(done, total, unit), visible=total > 0
+            what, total=total or None, completed=done, note="", counts=counts(done, total, unit), visible=total > 0
         )
 
         def show(done: int, note: str = "", of: int | None = None) -> None:

@@ -5,10 +5,13 @@ from __future__ import annotations
 from dataclasses import fields, replace
 from typing import Any
 
+from rich.console import Console
+
 from launcher.config import Config, DataConfig, from_dict
 from launcher.data import encode
 from launcher.inference.sources import Source
 from launcher.models.files import load_tokenizer
+from launcher.progress import Bars
 from launcher.tasks.base import Samples
 from launcher.tasks.choose import task_of
 from launcher.tasks.evaluation import Evaluation
@@ -51,5 +54,6 @@ def mean_loss(model: Any, encoded: encode.Encoded, tokenizer: Any) -> float:
         forward=model,
         tokenizer=tokenizer,
         device=next(model.parameters()).device,
+        bar=Bars(Console(stderr=True)).bar,
     )
     return task_of(config).evaluate(evaluation)["eval_loss"]

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import importlib.util
 import warnings
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -13,6 +14,7 @@ import torch
 from peft import PeftConfig, get_peft_model
 from torch import nn
 from transformers import AutoModelForSequenceClassification
+from transformers.utils.logging import set_tqdm_hook
 
 import adapters
 from adapters.checkpoint_names import language_model_class
@@ -104,6 +106,26 @@ def settle_base(
     )
 
 
+@contextmanager
+def _heard(progress: OnFill) -> Iterator[None]:
+    """Report each weight that transformers loads meanwhile, through the hook of its own progress bars."""
+
+    def hook(bar: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        return _counted(args[0], progress) if kwargs.get("desc") == "Loading weights" else bar(*args, **kwargs)
+
+    before = set_tqdm_hook(hook)
+    try:
+        yield
+    finally:
+        set_tqdm_hook(before)
+
+
+def _counted(items: Collection[Any], progress: OnFill) -> Iterator[Any]:
+    for number, item in enumerate(items, 1):
+        progress(number, len(items))
+        yield item
+
+
 def build(
     config: ModelConfig,
     folder: Path,
@@ -137,7 +159,8 @@ def build(
         settings = settings_of(config, folder, head)
         loading |= {"ignore_mismatched_sizes": True, "output_loading_info": True, "config": settings}
         architecture: Any = language_model_class(settings) if head is None else AutoModelForSequenceClassification
-        base, found = architecture.from_pretrained(folder, **loading)
+        with _heard(progress):
+            base, found = architecture.from_pretrained(folder, **loading)
         for name, there, here in sorted(found["mismatched_keys"]):
             raise misfit(base, folder, name, there, here, labels=head is not None)
         if lost := sorted(name for name in found["missing_keys"] if head is None or not in_head(base, name)):

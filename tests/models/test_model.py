@@ -48,6 +48,22 @@ def test_a_base_that_is_read_to_a_device_is_the_same_and_has_no_hooks(stories):
     assert all(torch.equal(placed.get_parameter(name), p) for name, p in plain.named_parameters())
 
 
+def test_loading_a_base_tells_of_each_parameter_and_can_be_stopped_there(stories):
+    told = []
+
+    def progress(done, total):
+        told.append((done, total))
+        if done == 5:
+            raise Stopped
+
+    how = {"dtype": "float32", "attention": "sdpa", "factors": lambda module: None, "device": torch.device("cpu")}
+    with pytest.raises(Stopped):
+        build(ModelConfig(), stories, None, progress=progress, **how)
+    build(ModelConfig(), stories, None, **how)
+
+    assert told == [(number, 47) for number in range(1, 6)]
+
+
 def test_loading_a_quantised_base_tells_of_each_parameter_and_can_be_stopped_there(stories):
     told = []
 
