@@ -24,6 +24,7 @@ HEAD = "Fine-tune large language models by training only the diagonal of a froze
 FOOT = "Options of a command: loldu COMMAND --help"
 COMMANDS: Mapping[str, Command] = {
     "train": Command("launcher.start:train", "train with a recipe or a file of settings"),
+    "plan": Command("launcher.planning.command:plan", "predict memory, time and disk of a run, and what fits"),
     "factorize": Command("launcher.factorization.commands:factorize", "compute and cache a model's factors"),
     "cache ls": Command("launcher.factorization.commands:cache_ls", "list the cached factors"),
     "cache verify": Command("launcher.factorization.commands:cache_verify", "verify every cached file"),
@@ -55,6 +56,10 @@ def main(arguments: Sequence[str]) -> int:
         return DONE if name else MISTAKE
     if name == "train":
         return train(rest)
+    if name == "plan":  # its options are the recipe's
+        from launcher.planning.command import plan
+
+        return plan(rest)
     if name not in COMMANDS:
         print(f"error: there is no command loldu {name}; {nearest(name, set(COMMANDS))}", file=sys.stderr)
         return MISTAKE

@@ -23,3 +23,12 @@ def main_memory(proc: Path = Path("/proc/self/cgroup"), root: Path = Path("/sys/
             with suppress(OSError, ValueError):  # none at this level, not ours to read, or "max"
                 limit = min(limit, int((top / folder / name).read_text()))
     return limit, limit < machine
+
+
+def resident_bytes(proc: Path = Path("/proc/self/statm")) -> float:
+    """Bytes of main memory that this process holds now: Python, and what it has imported and read."""
+    if proc.exists():
+        return float(int(proc.read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE"))
+    import resource
+
+    return float(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss)  # macOS counts bytes

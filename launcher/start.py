@@ -6,8 +6,9 @@ import logging
 import os
 import sys
 import warnings
-from collections.abc import Callable, Sequence
-from contextlib import suppress
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager, suppress
+from contextvars import ContextVar
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -138,7 +139,22 @@ def _option(name: str) -> str:
     return f"--{name.replace('_', '-')}"
 
 
+_instead: ContextVar[Callable[..., int] | None] = ContextVar("instead of training", default=None)
+
+
+@contextmanager
+def instead_of_training(act: Callable[..., int]) -> Iterator[None]:
+    """While this lasts, act(config, name, **settings) is called where a run would start; settings as `run` has them."""
+    token = _instead.set(act)
+    try:
+        yield
+    finally:
+        _instead.reset(token)
+
+
 def _start(config: Config, name: str, **settings: Any) -> int:
+    if (act := _instead.get()) is not None:
+        return act(config, name, **settings)
     if os.environ.get("RANK", "0") == "0":  # torch and transformers take seconds to import
         with suppress(OSError, ValueError):  # a terminal that is gone ends no run
             print(f"starting {name}", flush=True)

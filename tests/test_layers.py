@@ -77,6 +77,10 @@ MAY_IMPORT = {  # beside itself; in the order in which data flows
         "launcher.main_memory",
         *BELOW_TRAINING,
     },
+    "launcher.planning": {
+        "launcher.main_memory", "launcher.options", "launcher.start", "launcher.text", "launcher.training",
+        *BELOW_TRAINING,
+    },
     "launcher.inference": {"adapters", "launcher.options", "launcher.text", *SMALL, *ROOMS},
     "launcher.serving": {
         "adapters", "launcher.main_memory", "launcher.options", "launcher.text", "launcher.inference", *SMALL, *ROOMS,
@@ -93,7 +97,8 @@ MAY_IMPORT = {  # beside itself; in the order in which data flows
         "launcher.training",
     },
     "launcher.cli": {
-        "launcher.config", "launcher.exit_codes", "launcher.options", "launcher.start", "launcher.cluster",
+        "launcher.config", "launcher.exit_codes", "launcher.options", "launcher.planning", "launcher.start",
+        "launcher.cluster",
     },
     "launcher.__main__": {"loldu"},
     "launcher": set(),

@@ -14,7 +14,8 @@ from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Any, NamedTuple
 
-from launcher.data.batches import batch_indices, row_lengths, target_tokens
+from launcher.config import Config
+from launcher.data.batches import batch_indices, epoch_order, pack, row_lengths, target_tokens
 from launcher.data.encode import Encoded
 
 Plan = list[list[list[int]]]  # [rank][round] -> places in the batch, longest first; every rank has as many rounds
@@ -78,6 +79,24 @@ class GlobalBatches:
             tokens += batch.tokens
             computed += batch.tokens / batch.token_share
         return tokens / computed
+
+
+def global_batches(config: Config, data: Encoded, world_size: int) -> GlobalBatches:
+    """The global batches of a run on these samples."""
+    optimizer, rows = config.optimizer, range(len(data))
+    packed: list[list[int]] = []
+    if config.data.packing:
+        order = epoch_order(optimizer.seed, 0, len(data)).tolist()
+        packed = pack(data.lengths, order, config.data.max_length)
+    return GlobalBatches(
+        data=data,
+        rows=packed or rows,
+        seed=optimizer.seed,
+        batch_size=optimizer.batch_size,
+        world_size=world_size,
+        most_rows=optimizer.micro_batch_size,
+        most_tokens=optimizer.micro_batch_tokens,
+    )
 
 
 def plan(lengths: Sequence[int], world: int, most_rows: int = 0, most_tokens: int = 0) -> Plan:

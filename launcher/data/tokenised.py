@@ -63,6 +63,15 @@ def encode_once(
     return encoded
 
 
+def encoded_before(records: Sequence[Record], tokenizer: Any, config: DataConfig, folder: Path) -> Encoded | None:
+    """What `encode_once` has in the cache for these records; None where it would have to tokenise them."""
+    if not hasattr(tokenizer, "backend_tokenizer"):
+        return None
+    file = folder / "tokenised" / f"{_key(records, tokenizer, config)}.safetensors"
+    digest = _verified(file)
+    return None if digest is None else _read(file, digest)
+
+
 @cache
 def _warn_once(text: str) -> None:
     log.warning("%s", text)

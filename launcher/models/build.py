@@ -37,13 +37,16 @@ from launcher.models.skeleton import (
 FLASH = "flash_attention_2"  # transformers' name
 
 
-def choose_dtype(wanted: str) -> str:
-    """The base's dtype; auto means bfloat16 on a GPU that supports it, else float32."""
+def choose_dtype(wanted: str, *, narrow: bool | None = None) -> str:
+    """The base's dtype; auto means bfloat16 on a GPU that supports it, else float32.
+
+    narrow: whether there is such a GPU; None: look at this machine.
+    """
     if wanted != "auto":
         return wanted
-    # Turing and Volta emulate bfloat16, slower than float32
-    native = torch.cuda.is_available() and torch.cuda.is_bf16_supported(including_emulation=False)
-    return "bfloat16" if native else "float32"
+    if narrow is None:  # Turing and Volta emulate bfloat16, slower than float32
+        narrow = torch.cuda.is_available() and torch.cuda.is_bf16_supported(including_emulation=False)
+    return "bfloat16" if narrow else "float32"
 
 
 def choose_attention(wanted: str, *, on_gpu: bool, dtype: str) -> tuple[str, str]:

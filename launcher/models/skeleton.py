@@ -138,17 +138,7 @@ def bare_skeleton(
     head: settings of a classification head, which is never quantised. Head parameters missing in the checkpoint are
     initialised, not on meta.
     """
-    settings = settings_of(config, folder, head)
-    architecture = language_model_class(settings) if head is None else AutoModelForSequenceClassification
-    with _own_config(folder), init_empty_weights(include_buffers=False):
-        base: Any = architecture.from_config(
-            settings,
-            dtype=getattr(torch, dtype),
-            attn_implementation=attention,
-            trust_remote_code=config.trust_remote_code,
-        )
-    base.tie_weights()
-    _keep_wide(base, getattr(torch, dtype))
+    base = empty_model(config, folder, dtype=dtype, attention=attention, head=head)
     base.stored = model_tensors(base, list_tensors(folder))  # names are those of the bare model, before adapters
     if head is None and (folder / "generation_config.json").exists():  # it may name more stop tokens
         base.generation_config = GenerationConfig.from_pretrained(folder, local_files_only=True)
@@ -162,6 +152,24 @@ def bare_skeleton(
         save_drawn(new, adapter)
         draw(base, new)
     prepare_base(base, config, folder)
+    return base
+
+
+def empty_model(
+    config: ModelConfig, folder: Path, *, dtype: str, attention: str, head: Mapping[str, Any] | None = None
+) -> Any:
+    """The model that config.json describes, on the meta device. No weight file is looked at."""
+    settings = settings_of(config, folder, head)
+    architecture = language_model_class(settings) if head is None else AutoModelForSequenceClassification
+    with _own_config(folder), init_empty_weights(include_buffers=False):
+        base: Any = architecture.from_config(
+            settings,
+            dtype=getattr(torch, dtype),
+            attn_implementation=attention,
+            trust_remote_code=config.trust_remote_code,
+        )
+    base.tie_weights()
+    _keep_wide(base, getattr(torch, dtype))
     return base
 
 

@@ -48,6 +48,14 @@ class Samples:
     template: Template | None = None  # of prompts, where there is one
 
 
+class Sampled(NamedTuple):
+    """Some training samples."""
+
+    samples: Encoded
+    of: int  # how many there are, or nearly
+    how: str  # where these come from
+
+
 @dataclass(frozen=True, kw_only=True)
 class Layout:
     """How rows are laid out in a batch."""
@@ -101,6 +109,11 @@ class Task(Protocol):
         crew.comm.together("data", lambda: read(crew.leads), TIMEOUT_S)
         crew.comm.together("data", lambda: read(not crew.leads), TIMEOUT_S)
         return found[0]
+
+    def sample(self, config: Config, tokenizer: Any, cache: Path, most: int) -> Sampled:
+        """Some training samples, to predict what a run takes: all that are cached, or those of `most` records."""
+        train = self.read(config, tokenizer, cache).train
+        return Sampled(train, len(train), "all records")
 
     def head(self, train: Encoded, tokenizer: Any) -> dict[str, Any] | None:
         """Settings of the classification head in the model's config; None for a model that predicts tokens."""

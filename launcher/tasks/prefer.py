@@ -29,7 +29,7 @@ from launcher.data.chat import many
 from launcher.data.crew import Crew
 from launcher.data.encode import DataReport, Encoded, encode
 from launcher.data.pairs import load_pairs
-from launcher.tasks.base import Batch, Layout, Samples, Task
+from launcher.tasks.base import Batch, Layout, Sampled, Samples, Task
 from launcher.tasks.evaluation import Evaluation
 from launcher.tasks.instruct import Instruct, questions_of
 
@@ -115,6 +115,9 @@ class Prefer(Instruct):
 
     def read_together(self, config: Config, tokenizer: Any, cache: Path, crew: Crew) -> Samples:
         return Task.read_together(self, config, tokenizer, cache, crew)
+
+    def sample(self, config: Config, tokenizer: Any, cache: Path, most: int) -> Sampled:
+        return Task.sample(self, config, tokenizer, cache, most)
 
     def splits(self, data: DataConfig) -> tuple[list[records.Record], list[records.Record]]:
         """The chosen answers, for the plain loss per token."""

@@ -1,7 +1,8 @@
-"""Whether the weights fit the memory of this process, checked before anything is read."""
+"""Whether a run fits the memory of a process: its weights before anything is read, the rest before factors are made."""
 
 from __future__ import annotations
 
+import logging
 import math
 import socket
 from collections.abc import Callable
@@ -12,12 +13,14 @@ from typing import Any
 import torch
 
 from adapters.checkpoint_files import list_tensors
+from launcher.data.microbatches import GlobalBatches
 from launcher.engines.registry import ENGINES, fitting
 from launcher.engines.registry import give as how_to_get
-from launcher.main_memory import main_memory
+from launcher.main_memory import main_memory, resident_bytes
 from launcher.models.quantize import bytes_per_number
 from launcher.training.resolve import Resolved, check_carried
 
+log = logging.getLogger(__name__)
 STORED = {"float32": "F32", "bfloat16": "BF16"}  # as safetensors names them
 
 
@@ -50,6 +53,59 @@ def check_memory(resolved: Resolved, base: Path) -> None:
     memory, limited = main_memory()
     host = socket.gethostname()
     check_size(base, kind, share=here, memory=memory, where=host, limited=limited, allowed=allowed)
+
+
+ACTIVATION_BYTES = 24  # kept for each output of a linear layer and token: twice what any traced model needed
+
+
+def check_run(resolved: Resolved, base: Path, bare: Any, batches: GlobalBatches) -> None:
+    """Warn where the predicted peak of a process is more than it may use; ValueError where that holds without a batch.
+
+    The prediction is that of `loldu plan`. It takes a second, so it is left out where memory is plentiful by a bound.
+    bare: the model's skeleton.
+    """
+    config, ranks = resolved.config, resolved.ranks
+    on_gpu = resolved.device.type == "cuda"
+    if on_gpu:
+        room = float(torch.cuda.get_device_properties(ranks.local_rank).total_memory)
+    else:
+        room = main_memory()[0] / ranks.local_world_size
+    numbers = sum(parameter.numel() for parameter in bare.parameters())
+    outputs = sum(module.weight.shape[0] for module in bare.modules() if isinstance(module, torch.nn.Linear))
+    positions = batches.most_positions or max(batches.data.lengths) * config.optimizer.batch_size
+    if (
+        4 * (4 if config.adapter.method == "full" else 3) * numbers + ACTIVATION_BYTES * outputs * positions
+        < 0.9 * room
+    ):
+        return
+    from launcher.training import footprint  # loads torch's counters of operations, and its sharding
+
+    attention = "eager" if resolved.attention == "eager" else "sdpa"
+    how = {"dtype": resolved.dtype, "attention": attention}
+    made = footprint.sketch(config.model, base, config, resolved.adapter, **how)
+    work, page = footprint.work_of(batches), 1 if on_gpu else footprint.HUGE_PAGE
+    try:
+        traced = footprint.activations(made, resolved.task, work, packing=config.data.packing, page=page)
+    except Exception as error:  # a model's own code may look at numbers, which are not here
+        log.info("the memory of a pass is not predicted: %s", error)
+        traced = None
+    takes = footprint.footprint(
+        footprint.held(made, config.model.quantize, page), traced, sharding=resolved.sharding, world=ranks.world_size,
+        local_world=ranks.local_world_size, shard_size=config.run.shard_size, passes=work.passes,
+        fixed=0.0 if on_gpu else resident_bytes(), itemsize=getattr(torch, resolved.dtype).itemsize,
+        offload=ENGINES[resolved.sharding].offloads if config.run.cpu_offload else (),
+    )  # fmt: skip
+    has = f"{room / 1e9:.3g} GB for each process"
+    if takes.resident > room:
+        raise ValueError(
+            f"weights, factors and optimizer of a process take {takes.resident / 1e9:.3g} GB, and there are {has}: "
+            "loldu plan with the same options shows what fits"
+        )
+    if takes.peak > room:
+        log.warning(
+            "a process is predicted to take %.3g GB, and there are %s: if memory runs out, lower --micro-batch-size or "
+            "give --gradient-checkpointing; loldu plan with the same options shows what fits", takes.peak / 1e9, has,
+        )  # fmt: skip
 
 
 def check_size(

@@ -52,12 +52,13 @@ class Resolved:
         return optimizer.max_steps or math.ceil(optimizer.epochs * rows / optimizer.batch_size)
 
 
-def resolve(config: Config, ranks: Ranks) -> Resolved:
+def resolve(config: Config, ranks: Ranks, *, gpus: bool | None = None) -> Resolved:
     """Choose what the config leaves open, and check it. No file is read and no device touched; the same on every rank.
 
-    Raises ValueError for settings that do not fit together, the number of processes, or this machine.
+    gpus: whether the run will have GPUs, which compute in bfloat16; None: look at this machine. Raises ValueError for
+    settings that do not fit together, the number of processes, or this machine.
     """
-    on_gpu = torch.cuda.is_available()
+    on_gpu = torch.cuda.is_available() if gpus is None else gpus
     task = task_of(config)
     sharding = check_sharding(config.run.sharding, ranks, config.run.shard_size)
     adapter = peft_config(config.adapter, task.peft_type)
@@ -69,8 +70,11 @@ def resolve(config: Config, ranks: Ranks) -> Resolved:
     if prompt_tokens(adapter):
         check_prompt(config, adapter, labels=task.labels)
     check_trackers(config.run.trackers)
-    dtype = choose_dtype(config.model.dtype)
-    attention, reason = choose_attention(config.model.attention, on_gpu=on_gpu, dtype=dtype)
+    dtype = choose_dtype(config.model.dtype, narrow=gpus)
+    if on_gpu and not torch.cuda.is_available() and config.model.attention != "eager":
+        attention, reason = "sdpa", "for GPUs that are elsewhere; every fused kernel takes the same memory"
+    else:
+        attention, reason = choose_attention(config.model.attention, on_gpu=on_gpu, dtype=dtype)
     return Resolved(
         config=config,
         ranks=ranks,

@@ -27,7 +27,7 @@ from launcher.config import Config, as_dict, data_name
 from launcher.data import batches
 from launcher.data.crew import Crew
 from launcher.data.encode import Encoded
-from launcher.data.microbatches import GlobalBatches
+from launcher.data.microbatches import global_batches
 from launcher.data.saved_template import save_template
 from launcher.devices import unusable_gpus
 from launcher.engines.engine import Engine, ModelSource, engine_class
@@ -51,6 +51,7 @@ from launcher.training.ending import post, tell
 from launcher.training.factoring import Factoring
 from launcher.training.folder import State, finished, prepare, save_final
 from launcher.training.loop import Callbacks, Event, Training, evaluation_of, train
+from launcher.training.memory import check_run
 from launcher.training.ownership import Ownership
 from launcher.training.packing import Way, candidates, check_causal, check_packing, needs_padding_mask
 from launcher.training.report import Screen, open_trackers, read_events
@@ -160,8 +161,9 @@ def _run(
     samples = resolved.task.read_together(config, tokenizer, resolved.cache, crew)
     embedding, largest = start.bare.get_input_embeddings().weight.shape[0], int(samples.train.ids.max())
     comm.together("data", lambda: check_ids(tokenizer, largest, embedding, labels=resolved.task.labels))
-    global_batches = _global_batches(config, samples.train, ranks.world_size)
-    steps = resolved.steps(len(global_batches.rows))
+    batches_of_run = global_batches(config, samples.train, ranks.world_size)
+    comm.from_main("memory", lambda: check_run(resolved, start.base, start.bare, batches_of_run))
+    steps = resolved.steps(len(batches_of_run.rows))
     comm.together("the factors", stop.before_training)
 
     # 2. What is trained; and whether this folder holds a part of the run already, or all of it.
@@ -189,14 +191,14 @@ def _run(
         from launcher.training.compiled import compile_layers  # torch's compiler takes a second to import
 
         comm.each("compile", lambda: compile_layers(base))
-    global_batches = replace(global_batches, flat=packed_as.attention in batches.FLAT)
-    _introduce(start, identity, samples, engine, steps, global_batches.token_share())
+    batches_of_run = replace(batches_of_run, flat=packed_as.attention in batches.FLAT)
+    _introduce(start, identity, samples, engine, steps, batches_of_run.token_share())
 
     # 4. Train.
     trackers = open_trackers(config.run.trackers, start.output, as_dict(config)) if ranks.is_main else []
     training = Training(
         config=config, task=resolved.task, engine=engine, forward=HeadLoss(model, engine.forward), tokenizer=tokenizer,
-        samples=samples, batches=global_batches, steps=steps, packed_as=packed_as, device=resolved.device,
+        samples=samples, batches=batches_of_run, steps=steps, packed_as=packed_as, device=resolved.device,
         output=start.output, identity=identity, comm=comm, stop=stop, screen=screen, trackers=trackers,
         callbacks=callbacks, ownership=state.ownership,
     )  # fmt: skip
@@ -234,23 +236,6 @@ def _mark_running(start: Start, state: State) -> None:
     state.write("running")
     with disk_errors("the control file", start.output, "give --output elsewhere"):
         start.stop.watch(start.output / "control")
-
-
-def _global_batches(config: Config, data: Encoded, world_size: int) -> GlobalBatches:
-    optimizer, rows = config.optimizer, range(len(data))
-    packed: list[list[int]] = []
-    if config.data.packing:
-        order = batches.epoch_order(optimizer.seed, 0, len(data)).tolist()
-        packed = batches.pack(data.lengths, order, config.data.max_length)
-    return GlobalBatches(
-        data=data,
-        rows=packed or rows,
-        seed=optimizer.seed,
-        batch_size=optimizer.batch_size,
-        world_size=world_size,
-        most_rows=optimizer.micro_batch_size,
-        most_tokens=optimizer.micro_batch_tokens,
-    )
 
 
 class _Plan(NamedTuple):

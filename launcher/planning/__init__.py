@@ -1,0 +1,1 @@
+"""`loldu plan`: what a run will take, from shapes alone."""

@@ -1,0 +1,165 @@
+"""What a training pass keeps in memory: the model's own forward and backward pass, run on tensors without memory.
+
+All parameters are on the meta device, so a pass takes no memory and hardly any time, whatever the model's size. Every
+tensor that an operation makes counts until it is freed, as it would with real numbers. So there is no formula for an
+architecture, a method or checkpointing: their code runs. Token ids, masks and labels are real: code looks at them.
+
+What is not seen: buffers inside one operation, and memory that an allocator keeps.
+"""
+
+from __future__ import annotations
+
+import weakref
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves, tree_map
+from torch.utils.flop_counter import flop_registry
+
+FEW_LAYERS = 2  # of a stack of equal layers, this many are run, and one fewer: the rest follows
+aten = torch.ops.aten
+INDEXING = (aten.index.Tensor, aten.index_put.default, aten.index_put_.default, aten._index_put_impl_.default)
+
+
+class Traced(NamedTuple):
+    """Bytes beside the parameters, and operations, of one micro-batch."""
+
+    peak: float  # most that is alive in a pass, where no gradient exists before
+    operations: float  # multiplications and additions of both passes
+
+
+def trace(model: nn.Module, run: Callable[[], Tensor], layers: nn.ModuleList | None, page: int = 1) -> Traced:
+    """Trace a pass. run() makes the loss of one micro-batch; all of the model's parameters are on meta.
+
+    layers is a stack of equal layers in the model: a few of them are run and the others follow in proportion. None: all
+    layers are run. page: bytes that a larger tensor takes multiples of.
+    """
+    if layers is None or len(layers) <= FEW_LAYERS + 1:
+        return _trace(model, run, page)
+    fewer, few = (_with_layers(model, run, layers, count, page) for count in (FEW_LAYERS - 1, FEW_LAYERS))
+    more = len(layers) - FEW_LAYERS
+    return Traced(*(b + more * (b - a) for a, b in zip(fewer, few, strict=True)))
+
+
+def equal_layers(model: nn.Module, layers: list[nn.Module]) -> nn.ModuleList | None:
+    """The list that holds these layers, where it holds nothing else and they are alike; None otherwise."""
+    alike = {tuple((name, tuple(p.shape), p.requires_grad) for name, p in layer.named_parameters()) for layer in layers}
+    lists = [m for m in model.modules() if isinstance(m, nn.ModuleList) and list(m) == layers]
+    return lists[0] if len(alike) == 1 and len(lists) == 1 else None
+
+
+def _with_layers(model: nn.Module, run: Callable[[], Tensor], layers: nn.ModuleList, count: int, page: int) -> Traced:
+    rest = list(layers)[count:]
+    del layers[count:]
+    try:
+        return _trace(model, run, page)
+    finally:
+        layers.extend(rest)
+
+
+def _trace(model: nn.Module, run: Callable[[], Tensor], page: int) -> Traced:
+    live = _Live([*model.parameters(), *model.buffers()], page)
+    try:
+        with _attention(), live:
+            run().backward()
+    finally:
+        model.zero_grad(set_to_none=True)
+    return Traced(live.peak, live.operations)
+
+
+class _Live(TorchDispatchMode):
+    """Counts the bytes of tensors that are alive. Operations on tensors of which any is on meta run there."""
+
+    def __init__(self, known: list[Tensor], page: int):
+        super().__init__()
+        self.page = page
+        self.now = self.peak = 0
+        self.operations = 0.0
+        self._known = known  # not counted
+        self._seen = {tensor.untyped_storage()._cdata for tensor in known}
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = kwargs or {}
+        if any(isinstance(each, Tensor) and each.is_meta for each in tree_leaves((args, kwargs))):
+            if func is aten._local_scalar_dense.default:
+                return 1.0  # a number of a tensor without numbers, such as a norm that is logged
+            if func in INDEXING:
+                args = (args[0], _as_numbers(args[1]), *args[2:])
+            args, kwargs = tree_map(_to_meta, (args, kwargs))
+        elif func is aten._to_copy.default and kwargs.get("device") == torch.device("meta"):
+            kwargs = {**kwargs, "device": args[0].device}  # a model moves its mask to its parameters: it stays real
+        out = func(*args, **kwargs)
+        if (count := flop_registry.get(func._overloadpacket)) is not None:
+            self.operations += count(*args, **kwargs, out_val=out)
+        for each in tree_leaves(out):
+            if isinstance(each, Tensor):
+                self._add(each.untyped_storage())
+        return out
+
+    def _add(self, storage: Any) -> None:
+        key, size = storage._cdata, in_pages(storage.nbytes(), self.page)
+        if key in self._seen:
+            return
+        self._seen.add(key)
+        self.now += size
+        self.peak = max(self.peak, self.now)
+        weakref.finalize(storage, self._free, key, size)
+
+    def _free(self, key: int, size: int) -> None:
+        self._seen.discard(key)
+        self.now -= size
+
+
+def in_pages(size: int, page: int) -> int:
+    """The bytes that a tensor takes: whole pages where it is at least one."""
+    return -(-size // page) * page if size >= page else size
+
+
+def _to_meta(value: Any) -> Any:
+    return value.to("meta") if isinstance(value, Tensor) and not value.is_meta else value
+
+
+def _as_numbers(indices: Any) -> list[Any]:
+    """The indices with real masks as the numbers of their entries, so that shapes are known on meta."""
+    found: list[Any] = []
+    for index in indices:
+        masks = index is not None and index.dtype == torch.bool and not index.is_meta
+        found += index.nonzero().unbind(1) if masks else [index]
+    return found
+
+
+@contextmanager
+def _attention() -> Iterator[None]:
+    """Scaled dot product attention as the fused kernels compute it, which keep no scores; on meta torch would.
+
+    A mode would do for the forward pass, but not where checkpoints compute again in the backward pass.
+    """
+    functional: Any = torch.nn.functional
+    own = functional.scaled_dot_product_attention
+    functional.scaled_dot_product_attention = _fused
+    try:
+        yield
+    finally:
+        functional.scaled_dot_product_attention = own
+
+
+def _fused(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attn_mask: Tensor | None = None,
+    dropout_p: float = 0.0,
+    is_causal: bool = False,
+    scale: float | None = None,
+    enable_gqa: bool = False,
+) -> Tensor:
+    if attn_mask is not None and attn_mask.dtype == torch.bool:  # torch makes numbers to add of it, in every layer
+        hidden = torch.zeros(attn_mask.shape, dtype=query.dtype, device=query.device)
+        attn_mask = hidden.masked_fill_(attn_mask.logical_not(), float("-inf"))
+    kernel = aten._scaled_dot_product_flash_attention_for_cpu
+    found: Tensor = kernel(query, key, value, dropout_p, is_causal, attn_mask=attn_mask, scale=scale)[0]
+    return found
