@@ -25,6 +25,7 @@ FOOT = "Options of a command: loldu COMMAND --help"
 COMMANDS: Mapping[str, Command] = {
     "train": Command("launcher.start:train", "train with a recipe or a file of settings"),
     "plan": Command("launcher.planning.command:plan", "predict memory, time and disk of a run, and what fits"),
+    "sweep": Command("launcher.sweeps.commands:sweep", "train with several methods or settings and compare them"),
     "factorize": Command("launcher.factorization.commands:factorize", "compute and cache a model's factors"),
     "cache ls": Command("launcher.factorization.commands:cache_ls", "list the cached factors"),
     "cache verify": Command("launcher.factorization.commands:cache_verify", "verify every cached file"),
@@ -71,6 +72,10 @@ def main(arguments: Sequence[str]) -> int:
             from launcher.cluster.commands import split_recipe_options
 
             options, known["recipe_options"] = split_recipe_options(name, rest)
+        elif name == "sweep":
+            from launcher.sweeps.options import split_recipe_options as split
+
+            options, known["recipe_options"] = split(rest)
         module, _, function = COMMANDS[name].target.partition(":")
         return parse_call(getattr(importlib.import_module(module), function), options, f"loldu {name}", known)()
 

@@ -91,6 +91,11 @@ MAY_IMPORT = {  # beside itself; in the order in which data flows
         "launcher.exit_codes", "launcher.files", "launcher.packages", "launcher.engines.registry", "launcher.text",
         "launcher.recipes", "launcher.options", "launcher.start",
     },
+    "launcher.sweeps": {  # starts runs, and compares them by their reports
+        "launcher.config", "launcher.exit_codes", "launcher.files", "launcher.methods", "launcher.options",
+        "launcher.processes", "launcher.progress", "launcher.recipes", "launcher.shipped", "launcher.start",
+        "launcher.text", "launcher.training", "launcher.reports", "launcher.cluster",
+    },
     "launcher.options": {"launcher.config"},
     "launcher.start": {
         *SMALL, "launcher.config_file", "launcher.heap", "launcher.options", "launcher.recipes", "launcher.text",
@@ -98,7 +103,7 @@ MAY_IMPORT = {  # beside itself; in the order in which data flows
     },
     "launcher.cli": {
         "launcher.config", "launcher.exit_codes", "launcher.options", "launcher.planning", "launcher.start",
-        "launcher.cluster",
+        "launcher.cluster", "launcher.sweeps",
     },
     "launcher.__main__": {"loldu"},
     "launcher": set(),

@@ -320,12 +320,16 @@ def submit(
     recipe_options: Sequence[str] = (),
     *,
     name: str | None = None,
+    folder: Path | None = None,
     dry_run: bool = False,
     run: Run = subprocess.run,
 ) -> int:
-    """Write RUN/job.sbatch and submit it; with dry_run only print it. Returns an exit code."""
+    """Write RUN/job.sbatch and submit it; with dry_run only print it. Returns an exit code.
+
+    folder is RUN, absolute, if neither --name nor --output tells it.
+    """
     file = find_recipe(recipe)
-    folder = runs.run_folder(name, file, recipe_options)
+    folder = folder or runs.run_folder(name, file, recipe_options)
     tasks = read_tasks(Path(resources.array)) if resources.array else ()
     if tasks and runs.option("--output", recipe_options) is not None:
         raise ValueError("--output cannot be used with --array: give a --name, and each run gets a folder task-N in it")

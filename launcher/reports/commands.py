@@ -4,14 +4,16 @@ from __future__ import annotations
 
 import os
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from functools import partial
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
+from typing import Any
 
 from launcher.exit_codes import DONE
 
 REFRESH_S = 5
+NOTHING: Mapping[str, Any] = {}
 
 
 def report(runs: tuple[str, ...], *, out: str | None = None, watch: bool = False, port: int = 8765) -> int:
@@ -34,12 +36,15 @@ def report(runs: tuple[str, ...], *, out: str | None = None, watch: bool = False
     return DONE
 
 
-def write_report(folders: Sequence[Path], out: Path | None = None) -> Path:
-    """Write the page, and its pictures as PNG files into the folder report/ beside it; returns the page's path."""
+def write_report(folders: Sequence[Path], out: Path | None = None, first: Mapping[str, Any] = NOTHING) -> Path:
+    """Write the page, and its pictures as PNG files into the folder report/ beside it; returns the page's path.
+
+    first: further figures by title, shown before the curves.
+    """
     from launcher.reports.page import report as make
     from launcher.reports.read import read_run
 
-    made = make([read_run(folder) for folder in folders])
+    made = make([read_run(folder) for folder in folders], first=first)
     file = out or (folders[0] if len(folders) == 1 else folders[0].resolve().parent) / "report.html"
     pictures = file.with_suffix("")
     try:

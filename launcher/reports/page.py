@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from functools import cache
 from typing import Any, NamedTuple
 
 import jinja2
 import numpy as np
 from markupsafe import Markup
+from matplotlib.figure import Figure
 
 from launcher.reports.figures import MAP_COLUMNS, change_map, curves, png, svg
 from launcher.reports.read import Run, differing_settings, flat, shown
@@ -24,9 +25,15 @@ class Report(NamedTuple):
     pictures: dict[str, bytes]
 
 
-def report(runs: Sequence[Run], *, refresh_s: int = 0) -> Report:
-    """The page about these runs; with refresh_s the browser loads it again after so many seconds."""
-    drawn = curves(runs)
+NOTHING: Mapping[str, Any] = {}
+
+
+def report(runs: Sequence[Run], *, refresh_s: int = 0, first: Mapping[str, Figure] = NOTHING) -> Report:
+    """The page about these runs; with refresh_s the browser loads it again after so many seconds.
+
+    first: further figures by title, shown before the curves.
+    """
+    drawn = {**first, **curves(runs)}
     maps, pictures = [], {file_name(title): png(figure) for title, figure in drawn.items()}
     for run in runs:
         if run.changes:

@@ -1,0 +1,1 @@
+"""`loldu sweep`: train a recipe with every combination of some options, and compare the runs."""

@@ -1,0 +1,110 @@
+"""One run of a sweep in a process of its own, which saves and stops when the sweep is asked to, or dies."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from types import FrameType
+
+from launcher.files import read_json
+from launcher.shipped import PROJECT
+
+SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR2)
+POLL_S = 0.5
+# Starts the run in its place, which Linux sends TERM when the sweep dies (PR_SET_PDEATHSIG is 1, and survives exec).
+END_WITH_SWEEP = """
+import ctypes, os, sys
+libc = ctypes.CDLL(None)
+if hasattr(libc, "prctl"):
+    libc.prctl(1, 15)
+os.execv(sys.argv[1], sys.argv[1:])
+"""
+TAIL_BYTES = 4096
+
+
+class Stop:
+    """Whether the sweep was asked to stop; passes signals on to the run in progress."""
+
+    def __init__(self) -> None:
+        self.requested = False
+        self.child: subprocess.Popen[bytes] | None = None
+
+    def __call__(self, number: int, frame: FrameType | None) -> None:
+        self.requested = True
+        if self.child is not None and self.child.poll() is None:
+            os.killpg(self.child.pid, number)
+
+
+@contextmanager
+def stop_requests() -> Iterator[Stop]:
+    """Handle Ctrl-C, TERM and USR2 as a run does, while this lasts."""
+    stop = Stop()
+    before = {number: signal.signal(number, stop) for number in SIGNALS}
+    try:
+        yield stop
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+
+def command(recipe: str, options: Sequence[str], processes: int = 1) -> list[str]:
+    """The words that start a run, with torchrun for several processes."""
+    python = [sys.executable]
+    if processes > 1:
+        python += ["-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={processes}"]
+    return [*python, "-m", "launcher", "train", recipe, *options]
+
+
+def train(words: Sequence[str], log: Path, lock: int, stop: Stop, watch: Callable[[], None]) -> int:
+    """Run the command with its output in the log; returns its exit code. watch is called every POLL_S seconds.
+
+    The run inherits the sweep's lock (a file descriptor), and keeps it if the sweep is killed: it then saves and stops,
+    and a sweep that is started meanwhile waits for it.
+    """
+    paths = os.pathsep.join(filter(None, (str(PROJECT), os.environ.get("PYTHONPATH"))))
+    environment = os.environ | {"PYTHONPATH": paths, "PYTHONSAFEPATH": "1"}  # this launcher, not one in the folder
+
+    with log.open("ab") as output:
+        child = subprocess.Popen(
+            [sys.executable, "-c", END_WITH_SWEEP, *words], stdin=subprocess.DEVNULL, stdout=output,
+            stderr=subprocess.STDOUT, pass_fds=[lock],
+            process_group=0, env=environment,
+        )  # fmt: skip
+    stop.child = child
+    if stop.requested:  # just before it could be passed on
+        os.killpg(child.pid, signal.SIGTERM)
+    try:
+        while True:
+            try:
+                return child.wait(POLL_S)
+            except subprocess.TimeoutExpired:
+                watch()
+    finally:
+        stop.child = None
+
+
+def progress(folder: Path) -> tuple[int, int]:
+    """(step, steps) of a run, from the files that it writes; zeros before its first step."""
+    try:
+        with (folder / "events.jsonl").open("rb") as file:
+            file.seek(max(0, file.seek(0, os.SEEK_END) - TAIL_BYTES))
+            lines = file.read().split(b"\n")[:-1]
+        return int(json.loads(lines[-1])["step"]), int(read_json(folder / "config.json")["resolved"]["steps"])
+    except (OSError, ValueError, KeyError, TypeError, IndexError):
+        return 0, 0
+
+
+def last_error(log: Path) -> str:
+    """The last line of a log, which is the error if the run failed."""
+    try:
+        lines = [line.strip() for line in log.read_text(errors="replace").splitlines() if line.strip()]
+    except OSError:
+        return ""
+    errors = [line for line in lines if line.startswith("error: ")]
+    return (errors or lines or [""])[-1].removeprefix("error: ")

@@ -1,0 +1,153 @@
+"""What a sweep found: a row for each combination of values, means over seeds, and the best one."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from statistics import mean, stdev
+from typing import Any, NamedTuple
+
+from launcher.reports.read import Run, read_run
+from launcher.sweeps.grid import Variant, without
+
+SEED = "seed"
+HELD_OUT, TRAINING = "held-out loss", "training loss"
+
+
+class Row(NamedTuple):
+    """One combination of values, with all seeds."""
+
+    values: dict[str, str]  # without the seed
+    runs: list[Run]  # those that have finished
+    planned: int  # how many runs there are to be
+    loss: float  # mean over the runs; NaN if none has finished
+    deviation: float  # of the loss over seeds; 0 for one run
+    metrics: dict[str, float]  # other held-out metrics, means
+    trained: int | None
+    seconds: float  # mean time of the steps of a run
+
+
+def rows(folder: Path, variants: Sequence[Variant]) -> tuple[list[Row], str]:
+    """A row for each combination, lowest loss first, and which loss it is.
+
+    The held-out loss is that of the last evaluation. If a finished run has none, rows have the mean training loss of
+    the last tenth of the steps.
+    """
+    finished: dict[str, Run] = {}
+    for variant in variants:
+        if is_finished(folder / variant.name):
+            finished[variant.name] = read_run(folder / variant.name)
+    kind = HELD_OUT if all(run.evaluations for run in finished.values()) else TRAINING
+    groups: dict[tuple[tuple[str, str], ...], list[Variant]] = {}
+    for variant in variants:
+        groups.setdefault(tuple(without(variant.values, SEED).items()), []).append(variant)
+    found = []
+    for values, members in groups.items():
+        runs = [finished[variant.name] for variant in members if variant.name in finished]
+        losses = [_loss(run, kind) for run in runs]
+        last = [run.evaluations[-1] for run in runs if run.evaluations]
+        names = [name for name in (last[0] if last else {}) if name not in ("step", "eval_loss")]
+        found.append(
+            Row(
+                values=dict(values),
+                runs=runs,
+                planned=len(members),
+                loss=mean(losses) if losses else math.nan,
+                deviation=stdev(losses) if len(losses) > 1 else 0.0,
+                metrics={name: mean(line[name] for line in last) for name in names if all(name in at for at in last)},
+                trained=next((run.resolved.get("trained") for run in runs), None),
+                seconds=mean(sum(line.get("seconds", 0.0) for line in run.metrics) for run in runs) if runs else 0.0,
+            )
+        )
+    return sorted(found, key=lambda row: (math.isnan(row.loss), row.loss)), kind
+
+
+def is_finished(folder: Path) -> bool:
+    """Whether a folder holds a finished run with its result."""
+    try:
+        done = (folder / "state").read_text().strip() == "finished"
+    except (OSError, ValueError):
+        return False
+    return done and ((folder / "adapter").is_dir() or (folder / "model").is_dir())
+
+
+def best(found: Sequence[Row]) -> Row | None:
+    """The combination with the lowest loss of those with all of their runs; None if there is none."""
+    return next((row for row in found if len(row.runs) == row.planned and math.isfinite(row.loss)), None)
+
+
+def remarks(found: Sequence[Row], vary: Mapping[str, Sequence[str]]) -> list[str]:
+    """What a reader should know before taking the best row: a value at an edge, or a rival within the deviation."""
+    chosen = best(found)
+    if chosen is None:
+        return []
+    said = []
+    for name, texts in vary.items():
+        numbers = as_numbers(texts)
+        if numbers and len(numbers) > 1 and name != SEED:
+            here = float(chosen.values[name])
+            if here in (min(numbers), max(numbers)):
+                edge, more = ("lowest", "lower") if here == min(numbers) else ("highest", "higher")
+                said.append(f"{name} {chosen.values[name]} is the {edge} value tried: a {more} one may be better")
+    for row in found:
+        apart = row.loss - chosen.loss
+        if row is not chosen and row.planned > 1 and apart < max(row.deviation, chosen.deviation):
+            text = " ".join(f"{name}={value}" for name, value in row.values.items())
+            said.append(f"{text} is within the deviation over seeds: {row.loss:.4f}")
+    return said
+
+
+def as_numbers(texts: Sequence[str]) -> list[float] | None:
+    """The values as numbers; None if one is none."""
+    try:
+        return [float(text) for text in texts]
+    except ValueError:
+        return None
+
+
+def table(found: Sequence[Row], kind: str) -> tuple[list[str], list[list[str]]]:
+    """Headings and cells."""
+    metrics = list(dict.fromkeys(name for row in found for name in row.metrics))
+    several = any(row.planned > 1 for row in found)
+    options = list(found[0].values) if found else []
+    headings = [*options, "trained", kind, *(name.replace("_", " ") for name in metrics), "seconds"]
+    headings += ["runs"] if several else []
+    cells = []
+    for row in found:
+        loss = "not finished" if math.isnan(row.loss) else f"{row.loss:.4f}"
+        loss += f" ± {row.deviation:.4f}" if len(row.runs) > 1 else ""
+        line = [*row.values.values(), f"{row.trained:,}" if row.trained is not None else "", loss]
+        line += [f"{row.metrics[name]:.4f}" if name in row.metrics else "" for name in metrics]
+        line += [f"{row.seconds:.0f}" if row.runs else ""]
+        cells.append(line + ([f"{len(row.runs)} of {row.planned}"] if several else []))
+    return headings, cells
+
+
+def as_json(found: Sequence[Row], kind: str) -> dict[str, Any]:
+    """The rows as results.json has them."""
+    chosen = best(found)
+    return {
+        "loss": kind,
+        "best": None if chosen is None else chosen.values,
+        "rows": [
+            {
+                "values": row.values,
+                "loss": None if math.isnan(row.loss) else row.loss,
+                "deviation": row.deviation,
+                **row.metrics,
+                "trained": row.trained,
+                "seconds": round(row.seconds, 3),
+                "runs": [run.name for run in row.runs],
+                "planned": row.planned,
+            }
+            for row in found
+        ],
+    }
+
+
+def _loss(run: Run, kind: str) -> float:
+    if kind == HELD_OUT:
+        return float(run.evaluations[-1]["eval_loss"])
+    losses = [float(step["loss"]) for step in run.steps]
+    return mean(losses[-max(1, len(losses) // 10) :]) if losses else math.nan
