@@ -32,6 +32,7 @@ import pytest
 
 from launcher.cli import COMMANDS, main
 from launcher.config import Config
+from launcher.sweeps.options import split_recipe_options
 
 PROJECT = Path(__file__).resolve().parents[2]
 PAGES = sorted(
@@ -248,6 +249,12 @@ def named_options(words: list[str]) -> Iterator[tuple[str, set[str], frozenset[s
             recipes = {path.stem for path in (PROJECT / "recipes").glob("*.py")}
             start = next((at for at, word in enumerate(own) if Path(word).stem in recipes), len(own))
             own, settings_given = own[:start], own[start:]
+        elif name == "sweep":
+            own, settings_given = split_recipe_options(own)
+            settings_given = [
+                *settings_given,
+                *(f"--{word.partition('=')[0]}" for word in own if re.match(r"[a-z-]+=", word)),
+            ]
         yield f"loldu {name}", flags(own), options_of(name)
         yield "a recipe", flags(settings_given), settings()
     elif recipe is not None:
