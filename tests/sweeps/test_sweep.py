@@ -280,7 +280,7 @@ def test_a_killed_sweep_loses_no_finished_run_and_resumes_the_one_in_progress(tm
         "--rank",
         "4",
     ]
-    command += ["--max-steps", "60", "--save-every", "2", "--eval-records", "8", "--no-exact-match", "--no-report"]
+    command += ["--max-steps", "30", "--save-every", "1", "--eval-records", "8", "--no-exact-match", "--no-report"]
     command += ["--show-samples", "0", "--output", "sweep"]
     first, second = tmp_path / "sweep" / "method=loldu", tmp_path / "sweep" / "method=lora"
     killed = subprocess.Popen(command, cwd=tmp_path, env=environment, stdout=subprocess.DEVNULL)
@@ -294,8 +294,8 @@ def test_a_killed_sweep_loses_no_finished_run_and_resumes_the_one_in_progress(tm
     assert done.returncode == DONE, done.stderr
     assert {file: file.stat().st_mtime_ns for file in first.rglob("*") if file.is_file()} == before
     steps = [json.loads(line) for line in (second / "events.jsonl").read_text().splitlines()]
-    assert [line["step"] for line in steps if "loss" in line] == list(range(1, 61))
+    assert [line["step"] for line in steps if "loss" in line] == list(range(1, 31))
     log = (tmp_path / "sweep" / "logs" / "method=lora.log").read_text()
     assert log.count("starting llama2_alpaca_loldu") == 2
     assert "resum" in log
-    assert "best: method=lora" in done.stderr
+    assert "best: method=loldu" in done.stderr  # at this learning rate
