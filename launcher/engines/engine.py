@@ -55,6 +55,11 @@ class Engine(Protocol):
         ...
 
     @classmethod
+    def check_base(cls, base: nn.Module) -> None:
+        """Raises ValueError where this base, given on the meta device, cannot be spread: before factors are made."""
+        ...
+
+    @classmethod
     def load(cls, source: ModelSource, info: EngineInfo) -> nn.Module:
         """The model with its adapter: whole, or this rank's part of it. Moves no data between ranks."""
         ...

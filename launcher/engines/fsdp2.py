@@ -27,6 +27,10 @@ class FullyShard(Replicated):
     """
 
     @classmethod
+    def check_base(cls, base: nn.Module) -> None:
+        check_layers(base)
+
+    @classmethod
     def load(cls, source: ModelSource, info: EngineInfo) -> nn.Module:
         """The model on meta, cut into units, then filled with this rank's rows from the checkpoint."""
         config, run = source.config, source.config.run
@@ -94,20 +98,40 @@ def shard(model: nn.Module, mesh: DeviceMesh, *, cpu_offload: bool = False) -> N
 
 
 def decoder_layers(base: Any) -> list[nn.Module]:
-    """The modules of the classes that the model says must not be split."""
+    """The modules of the classes that the model says must not be split; else its largest list of layers of one class.
+
+    Raises ValueError where it has neither.
+    """
     classes = set(getattr(base, "_no_split_modules", None) or ())
     named = [(name, module) for name, module in base.named_modules() if type(module).__name__ in classes]
     inside = tuple(f"{name}." for name, _ in named)  # Mamba names its blocks and the mixers in them: blocks are units
     layers = [module for name, module in named if not name.startswith(inside)]
-    if not layers:
-        lists = [module for module in base.modules() if isinstance(module, nn.ModuleList)]
-        candidates = sorted({type(child).__name__ for children in lists for child in children})
+    if layers:
+        return layers
+    lists = [list(module) for module in base.modules() if isinstance(module, nn.ModuleList)]
+    alike = [layers for layers in lists if len({type(layer) for layer in layers}) == 1]
+    largest = max(alike, key=lambda layers: sum(p.numel() for layer in layers for p in layer.parameters()), default=[])
+    if not largest:
         raise ValueError(
-            f"{type(base).__name__} does not name its decoder-layer class (_no_split_modules is {sorted(classes)}); "
-            f"candidates in this model: {', '.join(candidates) or 'none'}. "
-            f"Give {give_first(lambda info: info.holds_base)}"
+            f"{type(base).__name__} does not name its decoder-layer class (_no_split_modules is {sorted(classes)}), "
+            f"and has no list of layers of one class. Give {give_first(lambda info: info.holds_base)}"
         )
-    return layers
+    return largest
+
+
+def check_layers(base: Any) -> None:
+    """Raises ValueError where a weight belongs to two decoder layers: each is gathered and freed by itself."""
+    of: dict[int, str] = {}
+    layers = {id(layer) for layer in decoder_layers(base)}
+    for name, layer in base.named_modules():
+        if id(layer) not in layers:
+            continue
+        for inner, parameter in layer.named_parameters():
+            if (first := of.setdefault(id(parameter), name)) != name:
+                raise ValueError(
+                    f"a {type(base).__name__} cannot be sharded by layers: {name} has its {inner} in common with "
+                    f"{first}. Give {give_first(lambda info: info.holds_base)}"
+                )
 
 
 def base_of(model: Any) -> Any:

@@ -33,6 +33,10 @@ class Replicated:
     """Every process holds the whole model; one all-reduce adds up gradients and extra numbers."""
 
     @classmethod
+    def check_base(cls, base: nn.Module) -> None:
+        """Every base can be held whole."""
+
+    @classmethod
     def load(cls, source: ModelSource, info: EngineInfo) -> nn.Module:
         """The whole model with its adapter."""
         return build(

@@ -30,6 +30,7 @@ from launcher.data.templates import Template
 from launcher.inference.options import Kind, Quantize
 from launcher.models.files import base_folder, first_line, has_tokenizer, load_tokenizer, recorded_run
 from launcher.models.quantize import check_base, check_quantize, keep_packing
+from launcher.models.skeleton import restore_padding_rows
 from launcher.text import needs_code
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
@@ -200,6 +201,8 @@ def load_model(source: Source, *, dtype: str = "auto", device: str = "auto") -> 
         logging.getLogger("bitsandbytes.autograd._functions").setLevel(logging.ERROR)
     if getattr(model, "is_loaded_in_4bit", False):
         keep_packing(model)
+    if "quantization_config" not in model.config.to_dict():
+        restore_padding_rows(model, source.base)
     if source.adapter is None:
         return model.eval()
     with warnings.catch_warnings():

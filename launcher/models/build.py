@@ -30,6 +30,7 @@ from launcher.models.skeleton import (
     in_head,
     misfit,
     prepare_base,
+    restore_padding_rows,
     save_drawn,
     settings_of,
 )
@@ -173,6 +174,7 @@ def build(
         if head is not None:
             save_drawn(found["missing_keys"], adapter)
             draw(base, sorted(found["missing_keys"]))
+        restore_padding_rows(base, folder)
         prepare_base(base, config, folder)
     if adapter is None:
         return base.to(device)

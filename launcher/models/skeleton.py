@@ -350,6 +350,22 @@ def misfit(
     )
 
 
+@torch.no_grad()
+def restore_padding_rows(base: Any, folder: Path) -> None:
+    """Give embeddings the row of their padding token as the checkpoint has it, in place.
+
+    Some classes (Youtu) set it to zero once transformers has loaded the checkpoint. The row can be another token's too:
+    padding is often the token that ends a text, and a tied head predicts it.
+    """
+    embeddings = {name: module for name, module in base.named_modules() if isinstance(module, nn.Embedding)}
+    rows = {f"{name}.weight": one.padding_idx for name, one in embeddings.items() if one.padding_idx is not None}
+    stored = model_tensors(base, list_tensors(folder)) if rows else {}
+    for name, row in rows.items():
+        if (info := stored.get(name)) is not None and info.conversion is None:
+            weight = base.get_parameter(name)
+            weight[row] = open_tensor(info)[row].to(weight)
+
+
 def prepare_base(base: Any, config: ModelConfig, folder: Path) -> None:
     base.name_or_path = str(folder.resolve()) if Path(config.model).is_dir() else config.model
     if config.gradient_checkpointing:

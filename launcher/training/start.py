@@ -9,6 +9,7 @@ from typing import Any
 
 from transformers import AutoConfig
 
+from launcher.engines.engine import engine_class
 from launcher.models.build import settle_base
 from launcher.models.files import base_folder
 from launcher.models.quantize import check_base
@@ -51,6 +52,7 @@ def begin(resolved: Resolved, name: str, comm: Communicator, stop: StopRequest, 
         )
         check_context(config, AutoConfig.from_pretrained(base, trust_remote_code=trusted))
         check_memory(resolved, base)
+        engine_class(resolved.sharding).check_base(settled[0])
         return settled
 
     bare, attention, reason = comm.each("base model", check)

@@ -18,7 +18,7 @@ from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
 import adapters  # noqa: F401 (registers LoLDU)
 from launcher.config import AdapterConfig, OptimizerConfig
 from launcher.engines.choose import check_sharding
-from launcher.engines.fsdp2 import decoder_layers
+from launcher.engines.fsdp2 import FullyShard, decoder_layers
 from launcher.engines.registry import ENGINES
 from launcher.engines.replicated import Replicated
 from launcher.processes import Ranks
@@ -310,15 +310,32 @@ def test_a_sharding_that_does_not_fit_is_refused_with_the_arithmetic(wanted, siz
         check_sharding(wanted, Ranks(0, 6, 0, 6), size, environ)
 
 
-def test_a_model_without_a_decoder_layer_class_lists_candidates():
-    class Block(torch.nn.Module):
-        pass
-
+def test_without_a_decoder_layer_class_the_largest_list_of_layers_is_taken():
     model = torch.nn.Module()
-    model.blocks = torch.nn.ModuleList([Block(), Block()])
+    model.heads = torch.nn.ModuleList([torch.nn.Linear(2, 2)] * 9)
+    model.mixed = torch.nn.ModuleList([torch.nn.Linear(9, 9), torch.nn.LayerNorm(9)])
+    model.blocks = torch.nn.ModuleList([torch.nn.Linear(5, 5), torch.nn.Linear(5, 5)])
 
-    with pytest.raises(ValueError, match=r"does not name its decoder-layer class .*candidates in this model: Block"):
-        decoder_layers(model)
+    assert decoder_layers(model) == list(model.blocks)
+
+
+def test_a_model_without_layers_is_refused():
+    with pytest.raises(
+        ValueError, match=r"does not name its decoder-layer class .* no list of layers .*Give --sharding"
+    ):
+        decoder_layers(torch.nn.Linear(2, 2))
+
+
+def test_layers_that_share_a_weight_are_refused_before_factors_are_made():
+    class Model(torch.nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.layers = torch.nn.ModuleList([torch.nn.Linear(5, 5), torch.nn.Linear(5, 5)])
+            self.layers[1].weight = self.layers[0].weight
+
+    with pytest.raises(ValueError, match=r": layers\.1 has its weight in common with layers\.0\. Give --sharding"):
+        FullyShard.check_base(Model())
+    Replicated.check_base(Model())
 
 
 def test_averaging_engines_scale_the_loss_by_the_number_of_processes():

@@ -17,12 +17,15 @@ from transformers import (
     GPTNeoXForCausalLM,
     MixtralConfig,
     MixtralForCausalLM,
+    YoutuConfig,
+    YoutuForCausalLM,
 )
 
 from adapters.checkpoint_files import list_tensors, open_tensor, read_tensor
 from adapters.checkpoint_names import model_tensors, skeleton_of
 from launcher.config import AdapterConfig, Config, DataConfig, ModelConfig, OptimizerConfig, RunConfig
 from launcher.engines.fsdp2 import Rows, open_alone, shard, shard_mesh
+from launcher.inference.sources import Source, load_model
 from launcher.models.build import build, settle_base
 from launcher.models.files import check_ids
 from launcher.models.fill import fill
@@ -244,3 +247,22 @@ def test_what_transformers_cannot_checkpoint_is_refused_with_the_remedy():
 
     with pytest.raises(ValueError, match=r"--gradient-checkpointing: .* does not support it for a MixtralModel: leave"):
         prepare_base(model, ModelConfig(gradient_checkpointing=True), TINY)
+
+
+def test_the_row_of_the_padding_token_is_that_of_the_checkpoint(tmp_path):
+    """transformers sets Youtu's to zero after loading, so one process trained another model than a sharded one."""
+    torch.manual_seed(0)
+    sizes = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 1, "num_attention_heads": 4}
+    latent = {"q_lora_rank": 8, "kv_lora_rank": 8, "qk_rope_head_dim": 8, "qk_nope_head_dim": 8, "v_head_dim": 8}
+    model = YoutuForCausalLM(
+        YoutuConfig(**sizes, **latent, vocab_size=64, num_key_value_heads=4, head_dim=8, pad_token_id=2)
+    )
+    model.model.embed_tokens.weight.data.normal_()
+    model.save_pretrained(tmp_path)
+    how = {"dtype": "float32", "attention": "sdpa", "device": torch.device("cpu"), "factors": lambda name: None}
+
+    trained = build(ModelConfig(model=str(tmp_path)), tmp_path, None, **how)
+    served = load_model(Source(base=tmp_path, base_name="", tokenizer=tmp_path))
+
+    for loaded in (trained, served):
+        assert torch.equal(loaded.get_input_embeddings().weight, model.model.embed_tokens.weight)

@@ -58,7 +58,7 @@ def test_a_new_head_starts_with_the_same_numbers_in_every_way_of_loading(folder)
     heads = {name: value for name, value in plain.named_parameters() if not name.startswith(inside)}
     assert heads
     assert all(torch.isfinite(value).all() for value in heads.values())
-    for kind in ("int8", *(["fsdp2"] if plain._no_split_modules else [])):
+    for kind in ("int8", "fsdp2"):
         found = dict(loaded(kind).named_parameters())
         for name, value in heads.items():
             mine = found[name].full_tensor() if hasattr(found[name], "full_tensor") else found[name]
