@@ -15,7 +15,6 @@ from typing import Any
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model_state_dict
 from peft.utils.transformers_weight_conversion import (
-    _MOE_TARGET_MODULE_MAPPING,
     convert_peft_adapter_state_dict_for_transformers,
     convert_peft_config_for_transformers,
 )
@@ -26,6 +25,7 @@ from transformers.conversion_mapping import get_model_conversion_mapping
 from transformers.core_model_loading import WeightRenaming
 from transformers.pytorch_utils import Conv1D
 
+from adapters.experts import FORMER_NAMES
 from adapters.layer import FactorLayer
 
 FILE = "adapter_model.safetensors"
@@ -107,8 +107,7 @@ def _keep_from_experts(config: Any, base: Any, names: set[str]) -> None:
         convert_peft_config_for_transformers(seen, base, None)
         taken = names - set(seen.target_modules)
     except ValueError:  # a part of the fused projections alone
-        last = {old for mapping in _MOE_TARGET_MODULE_MAPPING.values() for old in mapping}
-        taken = {name for name in names if name.rpartition(".")[2] in last}
+        taken = {name for name in names if name.rpartition(".")[2] in FORMER_NAMES}
     config.target_modules = names - taken
     config.target_parameters = sorted(f"{name}.weight" for name in taken) or None
     for pattern in (config.rank_pattern, config.alpha_pattern):

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import difflib
+import json
+import re
 from collections.abc import Iterable, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -17,6 +19,7 @@ from transformers.pytorch_utils import Conv1D
 from adapters.base import Factorization
 from adapters.checkpoint_files import TensorInfo, list_tensors
 from adapters.checkpoint_names import model_tensors
+from adapters.experts import FORMER_NAMES, is_fused
 from launcher.factorization.make import FactorRequest
 from launcher.text import needs_code
 
@@ -88,6 +91,7 @@ def matched(
     """
     modules = dict(model.named_modules())
     every = [name for name, module in modules.items() if _is_factorable(module)]
+    _refuse_experts(model, targets)
     for option, asked in (("--targets", targets), ("--exclude", exclude)):
         if unmatched := [word for word in asked if word != "all-linear" and not _names_one(word, modules)]:
             raise ValueError(_no_module(option, unmatched, sorted({n.rpartition(".")[2] for n in every}), model))
@@ -110,6 +114,26 @@ def matched(
                 + (f" in it: {', '.join(inside)}" if inside else ", or leave it out with --exclude")
             )
     return names
+
+
+def _refuse_experts(model: nn.Module, targets: Sequence[str]) -> None:
+    """Raises ValueError for a target that names fused experts, by the name they have here or in older checkpoints."""
+    fused = [name for name, _ in model.named_parameters() if is_fused(model, name)]
+    if not fused:
+        return
+    names = {word for name in fused for word in (name, name.rpartition(".")[0])}
+    modules = dict(model.named_modules())
+    for word in targets:
+        if not _names_one(word, names) and (word not in FORMER_NAMES or _names_one(word, modules)):
+            continue
+        kind = getattr(getattr(model, "config", None), "model_type", None) or type(model).__name__
+        within = dict.fromkeys(re.sub(r"^.*?layers\.\d+\.", "", name) for name in fused)
+        raise ValueError(
+            f"--targets {word} names experts, which a {kind} model holds in 3-dimensional parameters "
+            f"({', '.join(within)}); this method factors matrices and leaves experts as they are: leave {word} out, or "
+            "train experts with PEFT's LoRA: --method lora --options "
+            f"'target_parameters={json.dumps(list(within), separators=(',', ':'))}'"
+        )
 
 
 def _names_one(word: str, modules: Iterable[str]) -> bool:

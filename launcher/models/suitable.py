@@ -21,6 +21,7 @@ import torch.nn.functional as F
 from torch import nn
 from transformers.pytorch_utils import Conv1D
 
+from adapters.experts import is_fused
 from launcher.config import AdapterConfig
 
 log = logging.getLogger(__name__)
@@ -155,7 +156,7 @@ def reach(model: Any, bare: Any) -> str:
     total = sum(parameter.numel() for parameter in bare.parameters())
     text = f"adapters on {len(names)} weights ({', '.join(f'{name} {count}' for name, count in counts.items())})"
     text += f", {reached / total:.1%} of the base's numbers"
-    apart = {name: size for name, size in sizes.items() if _is_fused(bare, name) and name not in names}
+    apart = {name: size for name, size in sizes.items() if is_fused(bare, name) and name not in names}
     if apart:
         text += f"; the experts ({', '.join(sorted({name.rpartition('.')[2] for name in apart}))}, "
         text += f"{sum(apart.values()) / total:.1%}) stay as they are"
@@ -173,16 +174,6 @@ def unmatched(model: Any, targets: Iterable[str]) -> list[str]:
     return [
         word for word in targets if word != "all-linear" and not any(n == word or n.endswith(f".{word}") for n in names)
     ]
-
-
-def _is_fused(bare: Any, name: str) -> bool:
-    """Whether a parameter holds the matrices of several experts."""
-    shape = bare.get_parameter(name).shape
-    return (
-        len(shape) == 3
-        and min(shape) > 1
-        and not isinstance(bare.get_submodule(name.rpartition(".")[0]), (nn.Conv1d, nn.Conv2d, nn.Conv3d))
-    )
 
 
 def language_part(model: Any) -> str:

@@ -4,7 +4,7 @@ import re
 
 import pytest
 import torch
-from peft import PeftModel
+from peft import PeftModel, get_peft_model
 from test_checkpoints import LATENT, ROUTED, SIZES, TINY, train
 from torch import nn
 from transformers import (
@@ -24,6 +24,7 @@ from transformers.models.deepseek_v3.modeling_deepseek_v3 import DeepseekV3ForCa
 
 from launcher.config import AdapterConfig
 from launcher.inference.export import export_lora
+from launcher.methods import peft_config
 from launcher.models.quantize import check_share, linear_layers
 from launcher.models.suitable import is_plain, leave_out, raw_reads, read_by_parents, unsuitable
 
@@ -163,3 +164,20 @@ def test_a_layer_whose_name_a_renaming_matches_again_exports_as_lora(saved, tmp_
     pairs = [p for name, p in lora.named_parameters() if "shared_experts.gate_proj.lora_B" in name]
     assert pairs
     assert all(pair.any() for pair in pairs)
+
+
+@pytest.mark.parametrize("target", ["experts", "gate_up_proj", "w1", "model.layers.1.mlp.experts.down_proj"])
+def test_targets_that_name_fused_experts_are_refused_with_a_remedy_that_works(target, saved, tmp_path, capsys):
+    folder = saved(AutoModelForCausalLM.from_config(MixtralConfig(**SIZES, num_local_experts=8)))
+
+    assert train(folder, tmp_path / "out", targets=("q_proj", target)) == 2
+
+    said = capsys.readouterr().err
+    parameters = '["mlp.experts.gate_up_proj","mlp.experts.down_proj"]'
+    assert f"error: --targets {target} names experts, which a mixtral model holds in 3-dimensional parameters" in said
+    assert f"--method lora --options 'target_parameters={parameters}'" in said
+    assert not (tmp_path / "out").exists()
+
+    remedy = peft_config(AdapterConfig(method="lora", rank=2, options=(f"target_parameters={parameters}",)))
+    model = get_peft_model(AutoModelForCausalLM.from_pretrained(folder), remedy)
+    assert any("experts" in name for name, p in model.named_parameters() if p.requires_grad)
