@@ -8,6 +8,7 @@ kills     kill -9 of one rank or of all while factoring, loading, training, eval
 damage    a flipped byte or a truncation in every kind of file of the run folder and the cache: reported and repaired
 disk      a full disk (a small tmpfs, which needs root) during a save: earlier checkpoints stay intact
 cache     two jobs that fill one cache at the same time, 20 times
+owners    20 starts at once on one --output, of one process and of two, alone or with a holder, stopped or killed
 
 One process imports everything and forks the ranks of each attempt, as a launcher would start them: when one dies it
 ends the others. Writes benchmarks/results/faults.json.
@@ -64,7 +65,7 @@ def main() -> None:
     parser.add_argument("--data", type=Path, required=True)
     parser.add_argument("--kills", type=int, default=50)
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--only", choices=["kills", "damage", "disk", "cache"])
+    parser.add_argument("--only", choices=["kills", "damage", "disk", "cache", "owners"])
     parser.add_argument("--output", type=Path, default=RESULTS)
     options = parser.parse_args()
     started = time.monotonic()
@@ -75,6 +76,7 @@ def main() -> None:
             "damage": bench.damage,
             "disk": bench.full_disk,
             "cache": bench.shared_cache,
+            "owners": bench.owners,
         }
         found = {name: part() for name, part in parts.items() if options.only in (None, name)}
     result = about(options.seed) | {"seconds": round(time.monotonic() - started), **found}
@@ -248,6 +250,48 @@ class Bench:
             assert not list(folder.rglob("*.tmp"))
         print(f"two jobs at once, {times} times: {len(requests)} valid files each time", flush=True)
         return {"times": times, "weights": len(requests), "damaged": 0}
+
+    def owners(self, count: int = 20) -> dict[str, Any]:
+        """Exactly one start trains, the others name it or find the run finished, and the result is the whole run's."""
+        told = {}
+        for sharding, processes in KINDS[:2]:
+            whole = self.reference(sharding, processes)
+            for holder in ("none", "killed", "stopped"):
+                output = self.folder / f"owners-{processes}-{holder}"
+                config = self.run_config(output, sharding, cache=str(whole) + "-cache")
+                first, hold = None, output / "events.jsonl"
+                if holder != "none":
+                    first = Attempt(config, processes, self.folder / f"{output.name}-holder.log")
+                    until(lambda hold=hold: len(lines(hold)) > 3)
+                    for pid in first.pids:
+                        os.kill(pid, signal.SIGKILL if holder == "killed" else signal.SIGSTOP)
+                logs = [self.folder / f"{output.name}-{number}.log" for number in range(count)]
+                attempts = [Attempt(config, processes, log) for log in logs]
+                codes = [set(attempt.wait()) for attempt in attempts]
+                if holder == "stopped" and first is not None:
+                    for pid in first.pids:
+                        os.kill(pid, signal.SIGCONT)
+                    codes.append(set(first.wait()))
+                    logs.append(first.log)
+                said = [log.read_text() for log in logs]
+                trained = sum(text.count(f"finished {self.config.optimizer.max_steps} steps") for text in said)
+                refused = sum("in use by another start of this run (process" in text for text in said)
+                later = sum("is already finished at step" in text for text in said)  # begun when the winner had ended
+                assert trained == 1, f"{holder}, {processes}: {codes}"
+                assert trained + refused + later == len(said), f"{holder}, {processes}: {codes}"
+                assert all(code in ({0}, {2}) for code in codes), f"{holder}, {processes}: {codes}"
+                assert same(output, whole), f"{holder}, {processes}: the run differs"
+                case = {"trained": trained, "refused": refused, "found it finished": later, "equal afterwards": True}
+                told[f"{processes} each, holder {holder}"] = case
+                print(f"{count} starts of {processes}, holder {holder}: {case}", flush=True)
+        return {"starts at once": count, "cases": told}
+
+
+def until(look: Callable[[], bool]) -> None:
+    deadline = time.monotonic() + LIMIT_S
+    while not look():
+        assert time.monotonic() < deadline
+        time.sleep(0.01)
 
 
 class Attempt:
