@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import argparse
 import inspect
+import os
 import types
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import MISSING, dataclass, fields, is_dataclass, replace
@@ -49,6 +50,15 @@ class _Leaf:
     group: str = ""  # empty: the command's own
     positional: bool = False
     repeated: bool = False
+
+
+def with_home(arguments: Sequence[str]) -> list[str]:
+    """The arguments with the home folder in --name=~/x, which a shell fills in for --name ~/x alone."""
+    return [
+        f"{name}={os.path.expanduser(value)}" if name.startswith("--") and value.split("/")[0] == "~" else word
+        for word in arguments
+        for name, _, value in [word.partition("=")]
+    ]
 
 
 def parse_call(

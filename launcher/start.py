@@ -18,7 +18,7 @@ from launcher.config_file import read_config
 from launcher.exit_codes import DONE, FAILED, INTERRUPTED, MISTAKE, Failed
 from launcher.heap import return_freed_memory
 from launcher.optimizers import OPTIMIZERS
-from launcher.options import Misread, parse_config
+from launcher.options import Misread, parse_config, with_home
 from launcher.processes import print_error
 from launcher.recipes import find_recipe, recipe_names, run_name, run_python
 from launcher.text import printable
@@ -80,6 +80,8 @@ def run_recipe(
     If the recipe's own base model or data are not available, tiny takes their place and a banner says so. A model or
     dataset that the user names is never substituted.
     """
+
+    arguments = with_home(arguments)
 
     @dataclass(frozen=True, kw_only=True)
     class Options(Config):

@@ -9,7 +9,7 @@ from typing import Annotated, Literal
 import pytest
 
 from launcher.config import AdapterConfig, Config, DataConfig
-from launcher.options import Misread, Option, parse_call, parse_config
+from launcher.options import Misread, Option, parse_call, parse_config, with_home
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -145,3 +145,21 @@ def test_every_field_of_the_config_has_a_help_text(capsys):
     bare = [lines[at] for at in options if "   " not in lines[at].strip() and not lines[at + 1].startswith("      ")]
     assert len(options) > 50
     assert not bare
+
+
+def test_the_home_folder_is_filled_in_after_an_equals_sign_too(monkeypatch):
+    """A shell does that for `--output ~/x` alone; `--output=~/x` made a folder named ~."""
+    monkeypatch.setenv("HOME", "/home/me")
+
+    words = with_home(["train", "x", "--output=~/x", "--data", "~y", "--a=~", "--template={~/x}", "--b=~other/x"])
+
+    assert words == [
+        "train",
+        "x",
+        "--output=/home/me/x",
+        "--data",
+        "~y",
+        "--a=/home/me",
+        "--template={~/x}",
+        "--b=~other/x",
+    ]

@@ -255,7 +255,7 @@ def follow(fleet: Fleet, hosts: Sequence[Host], run: Path, signals: StopSignals)
 
 CONSEQUENCE = re.compile(
     "connection (closed|reset|refused)|broken pipe|DistNetworkError|DistStoreError|DistBackendError|TCPStore|gloo|NCCL|"
-    "no word from rank|did not connect",
+    "no word from rank|did not connect|ends, because rank|ended without a word|lost the connection",
     re.IGNORECASE,
 )
 ERROR_LINE = re.compile(r"error: .*|[A-Za-z_.]*(Error|Exception|Interrupt)\b.*")

@@ -221,8 +221,11 @@ def load_quantised(source: Source, kind: Kind, *, dtype: str = "auto", device: s
     check_quantize(kind)
     check_base(source.base, kind)
     dtype, place = _dtype(source, dtype), torch.device(choose_device(device))
-    if source.dtype is None and dtype == "auto":  # a model's own, as transformers takes it
+    try:
         config = AutoConfig.from_pretrained(source.base, trust_remote_code=source.trust_remote_code)
+    except (OSError, ValueError, KeyError) as error:
+        raise ValueError(f"{source.base}: {needs_code(error) or first_line(error)}") from None
+    if source.dtype is None and dtype == "auto":  # a model's own, as transformers takes it
         dtype = str(config.dtype or torch.float32).removeprefix("torch.")
     dtype = choose_dtype(dtype)
     settings = ModelConfig(model=str(source.base), quantize=kind, trust_remote_code=source.trust_remote_code)

@@ -183,6 +183,8 @@ def _is_run(folder: Path) -> bool:
     """Whether a folder carries the marks of a run: a model's folder has a config.json too."""
     if read_or_empty(folder / "state") in ("running", "stopped", "finished", "failed"):
         return True
+    if any((folder / "checkpoints").glob("step-*/COMPLETE")):  # its config.json and state may be lost
+        return True
     try:
         return isinstance(read_json(folder / "config.json", CONFIG_BYTES)["identity"], dict)
     except (OSError, ValueError, KeyError, TypeError):

@@ -34,6 +34,16 @@ def test_a_start_that_was_killed_before_its_first_file_stood_is_no_foreign_folde
     assert folder.prepare(NAMED, tmp_path, {"base": "a"}, 6, Communicator(Ranks()), Ownership()) == (tmp_path, None)
 
 
+def test_a_folder_with_checkpoints_alone_is_a_run_whose_other_files_were_lost(tmp_path):
+    (tmp_path / "checkpoints" / "step-000002").mkdir(parents=True)
+
+    with pytest.raises(ValueError, match="is not a run folder and not empty"):
+        folder.prepare(NAMED, tmp_path, {"base": "a"}, 6, Communicator(Ranks()), Ownership())
+    (tmp_path / "checkpoints" / "step-000002" / "COMPLETE").write_text("x")
+
+    assert folder.prepare(NAMED, tmp_path, {"base": "a"}, 6, Communicator(Ranks()), Ownership()) == (tmp_path, None)
+
+
 @pytest.mark.parametrize(
     ("name", "warned"),
     [
