@@ -103,7 +103,7 @@ def decoder_layers(base: Any) -> list[nn.Module]:
     Raises ValueError where it has neither.
     """
     classes = set(getattr(base, "_no_split_modules", None) or ())
-    named = [(name, module) for name, module in base.named_modules() if type(module).__name__ in classes]
+    named = [(name, module) for name, module in base.named_modules() if _class_name(module) in classes]
     inside = tuple(f"{name}." for name, _ in named)  # Mamba names its blocks and the mixers in them: blocks are units
     layers = [module for name, module in named if not name.startswith(inside)]
     if layers:
@@ -132,6 +132,12 @@ def check_layers(base: Any) -> None:
                     f"a {type(base).__name__} cannot be sharded by layers: {name} has its {inner} in common with "
                     f"{first}. Give {give_first(lambda info: info.holds_base)}"
                 )
+
+
+def _class_name(module: nn.Module) -> str:
+    """The name of the module's own class, which fully_shard extends."""
+    name = type(module).__name__
+    return name.removeprefix("FSDP") if isinstance(module, FSDPModule) else name
 
 
 def base_of(model: Any) -> Any:
