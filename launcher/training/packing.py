@@ -127,6 +127,8 @@ def needs_padding_mask(model: Any, forward: Callable[..., Any], ids: Tensor) -> 
     In a decoder no token sees what comes after it, so it should not; experts with room for so many tokens are one
     reason why it may. Without a mask SDPA takes its causal kernel, and copies no keys and values for grouped heads.
     """
+    if getattr(model.config.get_text_config(), "output_router_logits", False):
+        return True  # the loss that balances experts leaves padding out
     training, tokens = model.training, ids[torch.arange(SHORT) % len(ids)].expand(2, SHORT)
     batch = {"input_ids": tokens, "position_ids": torch.arange(SHORT, device=ids.device).expand(2, SHORT)}
     mask = torch.ones_like(tokens)
