@@ -98,9 +98,6 @@ def tokens(settings: dict[str, Any]) -> None:
 
 
 def ours(settings: dict[str, Any]) -> None:
-    from launcher.heap import return_freed_memory
-
-    return_freed_memory()  # as `loldu train` does
     import launcher.training.run as run
 
     clock, own = Clock(settings, "ours"), run.train

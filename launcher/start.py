@@ -16,7 +16,6 @@ from typing import Any
 from launcher.config import Config
 from launcher.config_file import read_config
 from launcher.exit_codes import DONE, FAILED, INTERRUPTED, MISTAKE, Failed
-from launcher.heap import return_freed_memory
 from launcher.optimizers import OPTIMIZERS
 from launcher.options import Misread, parse_config, with_home
 from launcher.processes import print_error
@@ -163,7 +162,6 @@ def _start(config: Config, name: str, **settings: Any) -> int:
     if config.model.quantize == "none" and OPTIMIZERS[config.optimizer.optimizer].package != "bitsandbytes":
         # PEFT imports bitsandbytes wherever it is installed, a quarter of the start-up. Here it counts as missing.
         sys.modules.setdefault("bitsandbytes", None)  # type: ignore[arg-type]
-    return_freed_memory()
     from launcher.training.run import run
 
     return run(config, name, **settings)

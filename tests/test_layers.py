@@ -36,7 +36,6 @@ MAY_IMPORT = {  # beside itself; in the order in which data flows
     "launcher.gradnormlorp": set(),
     "launcher.config": {"launcher.engines.registry", "launcher.optimizers", "launcher.tasks.registry"},
     "launcher.files": set(),
-    "launcher.heap": set(),
     "launcher.packages": set(),
     "launcher.exit_codes": set(),
     "launcher.config_file": {"launcher.config", "launcher.files"},
@@ -98,7 +97,7 @@ MAY_IMPORT = {  # beside itself; in the order in which data flows
     },
     "launcher.options": {"launcher.config"},
     "launcher.start": {
-        *SMALL, "launcher.config_file", "launcher.heap", "launcher.options", "launcher.recipes", "launcher.text",
+        *SMALL, "launcher.config_file", "launcher.options", "launcher.recipes", "launcher.text",
         "launcher.training",
     },
     "launcher.cli": {
