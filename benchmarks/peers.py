@@ -90,7 +90,7 @@ def main() -> None:
         parser.add_argument(f"--{name}", type=int, help=f"{what or name}, in place of the size's own")
     parser.add_argument("--cells", default="", help="only cells whose name contains this, such as 'lora, 1'")
     parser.add_argument("--max-length", type=int, default=256)
-    parser.add_argument("--output", type=Path, default=RESULT, help="results of other cells in it are kept")
+    parser.add_argument("--output", type=Path, default=RESULT, help="results of other cells and sizes in it are kept")
     asked = parser.parse_args()
     size = SIZES[asked.size] | {k: v for k in ("batch", "micro", "steps", "rounds") if (v := getattr(asked, k))}
     cells = [cell for cell in size["cells"] if asked.cells in cell.name]
@@ -120,7 +120,8 @@ def main() -> None:
     own = about(size["rounds"], "ours beside TRL's SFTTrainer", "one thread per process") | {"asked": shape}
     own |= {"trl": version("trl"), "transformers": version("transformers")}
     rows = [each | {"about": own} for each in rows]
-    kept = [each for each in before if each["cell"] not in {new["cell"] for new in rows}]
+    new = {(each["cell"], str(each["about"]["asked"])) for each in rows}
+    kept = [each for each in before if (each["cell"], str(each["about"]["asked"])) not in new]
     result = {"benchmark": own["benchmark"], "seconds": round(time.monotonic() - started, 1), "rows": rows + kept}
     asked.output.parent.mkdir(parents=True, exist_ok=True)
     asked.output.write_text(json.dumps(result, indent=1) + "\n")
@@ -212,9 +213,10 @@ def show(result: dict[str, Any]) -> None:
         "", "", "tokens / processor s", "peak, MiB", "until step 1: s", "processor s", "load", title=about["machine"]
     )
     for each in result["rows"]:
+        shape = "{batch} / {micro}".format(**each["about"]["asked"])
         for side, found in each["sides"].items():
             table.add_row(
-                each["cell"] if side == "ours" else "", side, wide(found["tokens_per_processor_s"]),
+                f"{each['cell']}, {shape}" if side == "ours" else "", side, wide(found["tokens_per_processor_s"]),
                 wide(found["peak_mib"], 0), wide(found["first_step_s"]), wide(found["first_step_processor_s"]),
                 wide(found["load_average"]),
             )  # fmt: skip

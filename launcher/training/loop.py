@@ -32,7 +32,6 @@ from launcher.tasks.evaluation import Evaluation, Interrupted
 from launcher.training.ahead import Ahead, pinned
 from launcher.training.checkpoint import Checkpoint, Saver, prune
 from launcher.training.checkpoint_index import TrainingState
-from launcher.training.heap import Heap
 from launcher.training.ownership import Ownership
 from launcher.training.packing import Way
 from launcher.training.report import Events, Log, Screen, Throughput, memory_gib
@@ -123,7 +122,6 @@ class _Loop:
         self.saver = Saver(training.output / "checkpoints", training.comm, background=self.config.run.async_save)
         self.saved = self.state.step
         self.throughput = Throughput()
-        self.heap = Heap() if training.device.type == "cpu" else None
         self.bar: Callable[[int, str], None] = lambda step, note: None
 
     def run(self) -> str:
@@ -176,8 +174,6 @@ class _Loop:
         })  # fmt: skip
         self.bar(number, f"loss {loss:.4f}, {speed:,.{0 if speed >= 10 else 1}f} tokens/s, {memory_gib():.1f} GiB")
         training.callbacks.on_step(training, event)
-        if self.heap is not None:
-            self.heap.trim()
         return asked > 0
 
     def diverged(self, number: int, loss: float, error: NonFinite) -> str:
