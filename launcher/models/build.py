@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import importlib.util
 import warnings
 from collections.abc import Callable, Collection, Iterator, Mapping
@@ -60,7 +61,7 @@ def choose_attention(wanted: str, *, on_gpu: bool, dtype: str) -> tuple[str, str
         "flash-attn is not installed" if not installed
         else "no GPU" if not on_gpu
         else "flash-attn needs bfloat16" if dtype != "bfloat16"
-        else ""
+        else unusable_flash()
     )  # fmt: skip
     if wanted == "flash" and missing:
         raise ValueError(f"--attention flash cannot be used: {missing}; give --attention auto or sdpa")
@@ -75,6 +76,17 @@ def choose_attention(wanted: str, *, on_gpu: bool, dtype: str) -> tuple[str, str
             return varlen.NAME, "as requested" if wanted == "varlen" else missing
         return "sdpa", missing
     return FLASH, "as requested" if wanted == "flash" else "flash-attn and a GPU are available"
+
+
+def unusable_flash() -> str:
+    """Why the installed flash-attn cannot compute here; empty if it can. transformers would fail while loading."""
+    if torch.cuda.get_device_capability() < (8, 0):
+        return "flash-attn needs a GPU of compute capability 8.0 (Ampere) or more"
+    try:
+        importlib.import_module("flash_attn").flash_attn_varlen_func  # noqa: B018
+    except (ImportError, AttributeError, OSError, RuntimeError) as error:  # built for another torch; another version
+        return f"flash-attn is installed but does not load: {first_line(error)}"
+    return ""
 
 
 def settle_base(

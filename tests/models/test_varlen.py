@@ -1,6 +1,8 @@
 """`--attention varlen`: rows without padding, through a stand-in of torch's signature; on a GPU through the kernel."""
 
 import inspect
+import re
+import sys
 from dataclasses import replace
 from itertools import pairwise
 from types import SimpleNamespace
@@ -136,6 +138,7 @@ def test_auto_takes_flash_then_varlen_then_sdpa(monkeypatch):
     flash, lacking = [None], [""]
     monkeypatch.setattr(build.importlib.util, "find_spec", lambda name: flash[0])
     monkeypatch.setattr(varlen, "missing", lambda *, on_gpu, dtype: lacking[0])
+    monkeypatch.setattr(build, "unusable_flash", lambda: "")
     how = {"on_gpu": True, "dtype": "bfloat16"}
 
     assert build.choose_attention("auto", **how) == ("varlen", "flash-attn is not installed")
@@ -147,6 +150,31 @@ def test_auto_takes_flash_then_varlen_then_sdpa(monkeypatch):
     assert build.choose_attention("auto", **how) == ("sdpa", "flash-attn is not installed")
     with pytest.raises(ValueError, match="--attention varlen cannot be used: no GPU; give --attention auto or sdpa"):
         build.choose_attention("varlen", **how)
+
+
+@pytest.mark.parametrize(
+    ("capability", "module", "reason"),
+    [
+        ((7, 5), "flash_attn", "flash-attn needs a GPU of compute capability 8.0"),
+        ((9, 0), "broken", "flash-attn is installed but does not load: undefined symbol: _ZN3c105"),
+        ((9, 0), "another version", "does not load: module .* has no attribute 'flash_attn_varlen_func'"),
+    ],
+)
+def test_a_flash_attn_that_is_installed_but_unusable_is_not_chosen(monkeypatch, tmp_path, capability, module, reason):
+    text = "raise ImportError('undefined symbol: _ZN3c105')" if "broken" in module else ""
+    (tmp_path / "flash_attn.py").write_text(text)
+    monkeypatch.syspath_prepend(str(tmp_path))
+    monkeypatch.delitem(sys.modules, "flash_attn", raising=False)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda: capability)
+    monkeypatch.setattr(varlen, "missing", lambda *, on_gpu, dtype: "no varlen_attn")
+
+    attention, why = build.choose_attention("auto", on_gpu=True, dtype="bfloat16")
+
+    assert attention == "sdpa"
+    assert re.search(reason, why)
+    with pytest.raises(ValueError, match=f"--attention flash cannot be used: .*{reason}"):
+        build.choose_attention("flash", on_gpu=True, dtype="bfloat16")
+    sys.modules.pop("flash_attn", None)
 
 
 def test_a_run_on_flattened_rows_has_the_curve_of_padded_ones(
