@@ -383,6 +383,7 @@ RUNS = {  # name -> (options, the run whose losses it must have)
     "fsdp2": ("--dtype float32 --sharding fsdp2", "float32"),
     "offload": ("--dtype float32 --sharding fsdp2 --cpu-offload", "float32"),
     "packing": ("--packing", ""),
+    "varlen": ("--attention varlen", ""),
     "nf4": ("--quantize nf4", ""),
     "int8": ("--quantize int8", ""),
     "nf4 fsdp2": ("--quantize nf4 --sharding fsdp2", ""),

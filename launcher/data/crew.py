@@ -88,7 +88,7 @@ class Crew:
                 watch.own["left"] = True
 
         def beat(*, finished: bool = False) -> bool:
-            all_finished = watch.beat(done, "", finished=finished)
+            all_finished = watch.beat(done, what, finished=finished)
             if watch.left:
                 leaving.set()
             if not leaving.is_set():
@@ -106,7 +106,8 @@ class Crew:
 
         token = comm.from_main(f"a name for {what}", lambda: uuid.uuid4().hex, TIMEOUT_S)
         with self.bar(what, total, brief=brief) as show:
-            watch = Watch(comm, token, total, lambda done, total, _: show(done, of=total))
+            kept = "the data are read again"
+            watch = Watch(comm, token, total, lambda done, total, _: show(done, of=total), kept)
             if comm.store is None:
                 part()
                 beat(finished=True)

@@ -22,10 +22,17 @@ SILENCE_S = 7.0  # without a heartbeat for so long a rank counts as dead; all ra
 class Watch:
     """Posts this rank's state and reads that of all ranks. With a single process nothing is exchanged."""
 
-    def __init__(self, comm: Communicator, token: str, total: int, on_progress: OnProgress):
+    def __init__(
+        self,
+        comm: Communicator,
+        token: str,
+        total: int,
+        on_progress: OnProgress,
+        kept: str = "finished weights are kept",
+    ):
         self.ranks, self.store, self.prefix = comm.ranks, comm.store, f"loldu/factorize/{token}"
         self.own: dict[str, Any] = {"beat": 0, "done": 0, "total": total, "weight": "", "error": None}
-        self.on_progress = on_progress
+        self.on_progress, self.kept = on_progress, kept
         self.heard: dict[Any, tuple[int, float]] = {}  # rank -> its last heartbeat and when it changed
         self.told = False
         self.left = False  # whether a rank has set own["left"]: it has failed, and tells so when all have stopped
@@ -91,7 +98,7 @@ class Watch:
             if self._silent(rank, words[rank]["beat"]):
                 at = words[rank].get("weight") or "the start"
                 text = f"no heartbeat from rank {rank} for {SILENCE_S:.0f} s, the last one at {at}: it died or hangs"
-                remedy = "look at its log, then start again: finished weights are kept"
+                remedy = f"look at its log, then start again: {self.kept}"
                 words[rank]["error"] = {"text": f"{text}; {remedy}", "mistake": False}
         return {
             "beat": self.own["beat"],

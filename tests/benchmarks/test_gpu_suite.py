@@ -147,11 +147,11 @@ def test_the_report_says_which_goals_hold():
     assert "peak memory of lora 0.900, goal <= 0.85: MISSED" in text
 
 
-@pytest.mark.slow  # 40 s: the compiler, and a collection of all tests
+@pytest.mark.slow  # 60 s: the compiler, a collection of tests, two runs
 def test_the_whole_command_rehearses(tmp_path):
-    command = [sys.executable, "benchmarks/gpu_suite.py", "--rehearse", "--sections", "compile,tests"]
+    command = [sys.executable, "benchmarks/gpu_suite.py", "--rehearse", "--sections", "compile,tests,runs"]
 
     found = gpu_suite.run_apart(command, 700, tmp_path / "part")
 
     assert found["status"] == "done", found["last_words"]
-    assert [section["status"] for section in found["found"]["sections"].values()] == ["done", "done"]
+    assert [section["status"] for section in found["found"]["sections"].values()] == ["done"] * 3

@@ -207,13 +207,15 @@ def test_a_process_that_dies_is_named_within_seconds(tmp_path, monkeypatch):
 
     def do(comm):
         if comm.ranks.rank == 1:  # what is left of a killed process: it had begun
-            return comm.from_main("a name for tokenising", lambda: None)
+            token = comm.from_main("a name for tokenising", lambda: None)
+            return watch.Watch(comm, token, 1, lambda *_: None).beat(0, "tokenising")
         return Crew(comm).work("tokenising", 1, lambda tick: [tick(0) or time.sleep(0.05) for _ in range(10_000)])
 
     found = together(2, do)
 
     assert isinstance(found[0], RuntimeError)
-    assert "no heartbeat from rank 1" in str(found[0])
+    assert "no heartbeat from rank 1 for 1 s, the last one at tokenising" in str(found[0])
+    assert "start again: the data are read again" in str(found[0])
     assert time.monotonic() - started < 50
 
 
