@@ -90,7 +90,7 @@ def test_bad_data_is_named_with_the_place(train, tmp_path, text, message):
         ("--output", "/dev/null/run", "cannot make the run folder /dev/null/run: Not a directory"),
     ],
 )
-def test_bad_options_say_what_is_valid(train, option, value, message):
+def test_an_error_about_an_option_lists_the_valid_ones(train, option, value, message):
     first, *more = value.split(" ")
 
     code, error = train(option, first, *more)

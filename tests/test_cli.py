@@ -103,7 +103,7 @@ def test_a_result_that_must_not_be_used_is_one_line_and_exit_code_1(capsys):
 
 
 @pytest.mark.parametrize(("rank", "lines"), [("0", 1), ("1", 0)])
-def test_of_several_processes_one_says_what_is_wrong_with_the_command_line(rank, lines, monkeypatch, capfd):
+def test_only_one_of_several_processes_prints_a_command_line_error(rank, lines, monkeypatch, capfd):
     monkeypatch.setenv("RANK", rank)
     monkeypatch.setattr(processes, "PATIENCE_S", 0)
 

@@ -52,7 +52,7 @@ def test_every_config_survives_a_file(suffix, tmp_path):
     assert read_config(write(tmp_path, json.dumps(as_dict(config)), f"a.{suffix}")) == config
 
 
-def test_what_a_run_records_beside_its_settings_is_ignored_and_it_gets_a_folder_of_its_own(tmp_path):
+def test_records_beside_the_settings_are_ignored_and_the_run_gets_a_new_folder(tmp_path):
     values = as_dict(Config())
     values["run"] |= {"output": "runs/first", "resume": "runs/other/checkpoints/step-000010", "save_every": 7}
     recorded = {"config": values, "resolved": {"steps": 3}, "identity": {}, "versions": {"torch": "2"}}

@@ -55,7 +55,7 @@ def test_a_write_that_fails_leaves_the_old_file(tmp_path):
     assert list(tmp_path.iterdir()) == [file]
 
 
-def test_a_link_where_a_temporary_file_used_to_lie_is_not_written_through(tmp_path):
+def test_a_link_in_place_of_a_temporary_file_is_not_followed(tmp_path):
     """Every temporary name is new, so another user of the folder cannot prepare it."""
     target = tmp_path / "target"
     target.write_text("mine")

@@ -138,7 +138,7 @@ def logits(model):
 
 
 @pytest.mark.slow
-def test_two_processes_train_what_one_does(stories, alpaca_file, tmp_path):
+def test_two_processes_train_like_one(stories, alpaca_file, tmp_path):
     """A parameter shared by layers (Uni-LoRA), shared frozen buffers (VeRA), factors from gradients, the whole base.
 
     Sums over ranks come in another order: float32 rounding, which Adam's first steps pass on times the rate.
@@ -209,7 +209,7 @@ def test_names_and_options_become_pefts_fields(method, options, expected):
         ("full", (), 1e-5, None),
     ],
 )
-def test_a_rate_far_from_the_one_that_trained_best_is_said_of_our_methods(method, options, rate, usual):
+def test_a_learning_rate_far_from_the_best_one_is_a_warning_for_our_methods(method, options, rate, usual):
     said = unusual_learning_rate(method, peft_config(AdapterConfig(method=method, options=options)), rate)
 
     assert said == (
@@ -226,7 +226,7 @@ def test_a_rate_far_from_the_one_that_trained_best_is_said_of_our_methods(method
         ("run", {"sharding": "fsdp2"}, "calls the base's embedding by itself, .* give --sharding ddp, or a method"),
     ],
 )
-def test_what_a_trained_prompt_cannot_carry_is_refused(part, values, said):
+def test_prompt_tuning_methods_are_refused(part, values, said):
     config = Config(adapter=AdapterConfig(method="prefix_tuning"))
     asked = replace(config, **{part: replace(getattr(config, part), **values)})
 

@@ -116,7 +116,7 @@ def test_a_mistake_is_one_line_with_the_way_to_the_help(words, message):
     assert "\n" not in str(caught.value)
 
 
-def test_what_a_dataclass_refuses_is_said_in_its_own_words():
+def test_an_error_of_a_dataclass_is_shown_unchanged():
     with pytest.raises(Misread, match=r"^--port must be at most 65535, got 70000$"):
         parse_call(act, ["thing", "--host", "a", "--port", "70000"], "loldu act")
 

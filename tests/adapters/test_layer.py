@@ -426,7 +426,7 @@ def test_merged_weights_that_change_dtype_unmerge_in_it():
 
 @not_lorasb
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
-def test_a_change_of_dtype_rounds_neither_core_nor_what_is_saved(dtype):
+def test_a_change_of_dtype_rounds_neither_the_core_nor_the_saved_tensors(dtype):
     model = adapted(tiny_llama())
     kept = {n: t.clone() for n, t in model.state_dict().items() if "_map." in n}
     expected = logits(model)

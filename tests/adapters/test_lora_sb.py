@@ -131,7 +131,7 @@ def test_what_is_loaded_onto_a_skeleton_stays_in_memory_for_merging(tmp_path):
         assert torch.equal(theirs.get_delta_weight("default"), mine.get_delta_weight("default"))
 
 
-def test_one_without_factors_says_where_they_come_from():
+def test_an_adapter_without_factors_says_where_they_come_from():
     model = get_peft_model(tiny_llama(), LoRASBConfig(r=4, step=0.1, target_modules=["q_proj"]))
 
     with pytest.raises(ValueError, match=r"no factors on model\.layers\.0.*factors_from_gradients"):

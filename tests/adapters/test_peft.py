@@ -129,7 +129,7 @@ def test_a_half_precision_base_keeps_float32_cores(method, base, tmp_path, dtype
     assert torch.equal(logits(loaded), logits(model))
 
 
-def test_training_goes_on_from_a_loaded_adapter(method, base, tmp_path):
+def test_training_continues_from_a_loaded_adapter(method, base, tmp_path):
     model = adapted(opened(base))
     folder = saved(model, tmp_path / "adapter")
     loaded = PeftModel.from_pretrained(opened(base), folder, is_trainable=True)
@@ -645,7 +645,7 @@ def test_the_papers_starts_that_keep_the_function_are_one_start(init_delta):
 
 
 @pytest.mark.parametrize("call", ["add_weighted_adapter", "subtract_mutated_init"])
-def test_methods_of_lora_that_do_not_exist_here_say_so(call):
+def test_unsupported_functions_of_lora_layers_raise_a_clear_error(call):
     model = get_peft_model(tiny_llama(), lm_config())
 
     with pytest.raises(AttributeError, match=call):

@@ -64,7 +64,7 @@ def test_a_missing_file_says_what_was_expected(tmp_path):
         (None, "node2:0", [Host("node1", (0, 1, 2, 3)), Host("node2", (1,), True)]),
     ],
 )
-def test_filters_leave_what_they_name(include, exclude, left):
+def test_filters_choose_hosts(include, exclude, left):
     assert choose(parse(TWO), include, exclude) == left
 
 
@@ -78,7 +78,7 @@ def test_filters_leave_what_they_name(include, exclude, left):
         (None, "node1@node2", "leaves no host"),
     ],
 )
-def test_a_filter_that_names_what_is_not_there_is_refused(include, exclude, message):
+def test_a_filter_with_an_unknown_name_is_refused(include, exclude, message):
     with pytest.raises(ValueError, match=message):
         choose(parse(TWO), include, exclude)
 

@@ -197,7 +197,7 @@ def test_a_taken_port_and_differing_code_end_clearly(cluster, tmp_path):
     assert "node2 differs from the first node: " in (differ / f"slurm-{second}.log").read_text()
 
 
-def test_what_sbatch_refuses_is_shown_in_its_own_words(cluster, tmp_path):
+def test_an_error_of_sbatch_is_shown_unchanged(cluster, tmp_path):
     refused = cluster.loldu("submit", COUNT, "--partition=nowhere", "--", f"--output={tmp_path / 'run'}", check=False)
     too_many = cluster.loldu("submit", COUNT, "--nodes=9", "--", f"--output={tmp_path / 'run'}", check=False)
 

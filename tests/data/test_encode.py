@@ -343,7 +343,7 @@ def test_a_jinja_file_stands_in_for_a_missing_chat_template(tmp_path):
 # --- tokens and masks ---
 
 
-def test_loss_lies_on_the_answer_and_its_end_alone():
+def test_only_the_answer_and_its_end_token_carry_loss():
     tokenizer = byte_tokenizer()
 
     encoded = encode([ALPACA, {**ALPACA, "input": "", "output": "äö"}], tokenizer)

@@ -276,7 +276,7 @@ def test_a_developer_is_the_system_where_the_template_knows_no_developer():
     assert plain.startswith("<|system|>S</s>")
 
 
-def test_an_alpaca_system_goes_through_the_chat_template_and_not_into_the_void(tmp_path):
+def test_an_alpaca_system_prompt_is_kept_by_the_chat_template(tmp_path):
     loaded = load(tmp_path, {**RECORD, "system": "Be brief."}, {**RECORD, "system": ""})
     tokenizer = byte_tokenizer(CHATML)
 

@@ -33,7 +33,7 @@ def test_both_bounds_hold(world):
     assert max(positions(part, SPREAD) for part in parts) <= 700
 
 
-def test_a_row_longer_than_the_bound_stands_alone():
+def test_a_row_longer_than_the_limit_is_a_micro_batch_of_its_own():
     made = plan([900, 50, 50, 50], 1, 4, 200)
 
     assert [0] in made[0]

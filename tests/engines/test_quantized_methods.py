@@ -97,9 +97,7 @@ def methods(*names):
 @pytest.mark.parametrize("device", DEVICES)
 @pytest.mark.parametrize("kind", ["int8", "nf4"])
 @pytest.mark.parametrize("method", methods(*ALWAYS, *sorted({*ON_PACKED} - {*ALWAYS}), *ON_INT8))
-def test_a_method_of_peft_learns_what_it_learns_on_the_same_numbers_unpacked(
-    stories, method, kind, device, monkeypatch
-):
+def test_a_method_of_peft_learns_the_same_on_packed_and_unpacked_numbers(stories, method, kind, device, monkeypatch):
     """4 bits: exactly. int8: to rounding, since the scales are multiplied in elsewhere (2e-4 at most; a method that
     takes bytes for numbers is off by 0.2 and more). On a GPU int8 multiplies in int8."""
     if method in ON_INT8 and kind != "int8":

@@ -426,7 +426,7 @@ HEADERS = [
 
 
 @pytest.mark.parametrize("header", HEADERS)
-def test_a_header_that_lies_is_damage_and_no_traceback(tmp_path, header):
+def test_a_wrong_header_is_reported_as_damage_without_a_traceback(tmp_path, header):
     """Its checksum is right: whoever wrote it computed a new one."""
     from safetensors.numpy import save_file
 

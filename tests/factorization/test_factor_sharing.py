@@ -325,7 +325,9 @@ def test_every_rank_computes_the_same_shares_whatever_the_order():
 
 
 @pytest.mark.parametrize("world", [2, 4])
-def test_several_ranks_make_each_weight_once_and_get_what_one_gets(model, folder, tmp_path, monkeypatch, world):
+def test_several_ranks_make_each_weight_once_with_the_same_result_as_one_rank(
+    model, folder, tmp_path, monkeypatch, world
+):
     made, real = [], make.make
     alone = factorize(requests_for(model), tmp_path / "alone", ALONE)
     monkeypatch.setattr(share, "make", lambda request, *rest: made.append(request.module) or real(request, *rest))
@@ -426,7 +428,7 @@ def test_a_stop_ends_the_reading_too(model, folder, monkeypatch):
 
 
 @pytest.mark.parametrize("damage", [b"\xff" * 64, (2**62).to_bytes(8, "little"), b"\2\0\0\0\0\0\0\0[]"])
-def test_a_file_that_changed_since_its_header_was_read_is_told_by_what_opens_it(model, damage):
+def test_a_file_that_changed_after_its_header_was_read_is_an_error_with_the_reason(model, damage):
     info = list_tensors(model)["layers.0.q.weight"]
     info.file.write_bytes(damage)
 

@@ -115,12 +115,12 @@ def test_a_model_without_a_causal_head_is_built_by_its_architecture(tmp_path):
         (["norm"], [], r"model.norm is a LlamaRMSNorm"),
     ],
 )
-def test_targets_that_cannot_be_met_say_what_there_is(babyllama, targets, exclude, message):
+def test_an_error_about_targets_lists_the_available_modules(babyllama, targets, exclude, message):
     with pytest.raises(ValueError, match=message):
         targets_of(babyllama, targets, exclude, 4, LU)
 
 
-def test_default_targets_that_an_architecture_lacks_name_what_it_has(gpt2):
+def test_missing_default_targets_are_an_error_that_lists_the_modules_of_the_architecture(gpt2):
     said = "--targets q_proj v_proj match no module of this gpt2 model; .*it has: c_attn, c_fc, c_proj, .*all-linear"
 
     with pytest.raises(ValueError, match=said):

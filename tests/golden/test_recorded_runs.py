@@ -26,5 +26,5 @@ def same(found, recorded, where=""):
 
 
 @pytest.mark.parametrize("name", list(configs()))
-def test_a_run_leaves_what_it_left_before(name, tmp_path):
+def test_a_run_writes_the_recorded_bytes_and_losses(name, tmp_path):
     same(record(name, configs()[name], tmp_path), RECORD[name], name)

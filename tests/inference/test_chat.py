@@ -67,7 +67,7 @@ def test_quit_leaves_and_an_unknown_command_is_no_question(chat_model, asked, ca
     assert "unknown command /what" in capsys.readouterr().err
 
 
-def test_a_long_talk_loses_its_oldest_questions_and_says_so(chat_model, asked, capsys):
+def test_a_long_conversation_drops_its_oldest_questions_with_a_message(chat_model, asked, capsys):
     talk(chat_model, *(f"question {i}, a long one " * 2 for i in range(4)), max_tokens=20)
 
     assert [f"u: question {i}" in asked[2] for i in range(3)] == [True, True, True]
@@ -75,7 +75,7 @@ def test_a_long_talk_loses_its_oldest_questions_and_says_so(chat_model, asked, c
     assert capsys.readouterr().err.count("no longer fits") == 1
 
 
-def test_a_question_that_cannot_fit_is_refused_and_the_talk_goes_on(chat_model, asked, capsys):
+def test_a_question_that_is_too_long_is_refused_and_the_conversation_continues(chat_model, asked, capsys):
     said = talk(chat_model, "x" * 400, "Hi", max_tokens=3)
 
     assert "context is 256" in capsys.readouterr().err

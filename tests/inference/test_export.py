@@ -39,7 +39,7 @@ save_file({{"logits": model(tokens).logits.detach()}}, {str(tmp_path / "logits")
     assert {file.name for file in out.iterdir()} >= {"adapter_config.json", "adapter_model.safetensors"}
 
 
-def test_an_export_that_goes_wrong_is_noticed_and_leaves_nothing(adapter, tmp_path, monkeypatch):
+def test_a_wrong_export_is_detected_and_removed(adapter, tmp_path, monkeypatch):
     real = module.write_lora
 
     def halved(model, out):

@@ -93,7 +93,7 @@ def test_a_cache_or_padding_that_changes_the_answers_is_not_used(kind, settings,
     assert all(text in said for text, said in zip(warnings, caplog.messages, strict=True))
 
 
-def test_a_prompt_gets_the_same_answer_whatever_stands_beside_it(loaded, prompts):
+def test_an_answer_does_not_depend_on_the_other_prompts_of_the_batch(loaded, prompts):
     model, tokenizer = loaded
 
     together = answer(model, tokenizer, prompts, 10)
@@ -138,7 +138,7 @@ def test_habits_of_the_models_own_generation_config_do_not_count(loaded, prompts
     assert kept == 5.0
 
 
-def test_a_training_model_answers_and_goes_on_training(adapter, prompts):
+def test_a_model_in_training_mode_answers_and_stays_in_training_mode(adapter, prompts):
     model, tokenizer = load(find(str(adapter)))
     expected = answer(model, tokenizer, prompts[:2], 6)
     model.train()
@@ -187,7 +187,7 @@ def test_streamed_pieces_are_the_answer_and_keep_blanks_at_line_starts(stories):
     assert not any("\ufffd" in piece for piece in pieces)
 
 
-def test_streaming_says_what_the_batch_says(loaded, prompts):
+def test_streaming_gives_the_same_answer_as_a_batch(loaded, prompts):
     model, tokenizer = loaded
     written: list[str] = []
 
@@ -228,7 +228,7 @@ def test_a_run_brings_its_base_its_adapter_and_its_template(run_folder, babyllam
     assert "short (" in capsys.readouterr().err
 
 
-def test_ctrl_c_ends_the_command_with_what_there_is_written(babyllama):
+def test_ctrl_c_ends_the_command_and_keeps_the_answers_so_far(babyllama):
     class Impatient(io.StringIO):
         """Presses Ctrl-C at the third piece."""
 

@@ -35,7 +35,7 @@ def in_memory(base, adapter):
 
 
 @pytest.mark.parametrize("save", [None, ["lm_head"], ["embed_tokens"], ["norm"]])
-def test_the_merged_folder_is_base_plus_adapter_also_where_it_saves_modules_whole(babyllama, tmp_path, save):
+def test_the_merged_folder_is_base_plus_adapter_also_with_modules_to_save(babyllama, tmp_path, save):
     """In float32 to 1e-4 of logits around 10: rounding of one sum per weight; the adapter moves them by about 10."""
     adapter = save_adapter(babyllama, tmp_path / "adapter", modules_to_save=save)
     wanted, _ = in_memory(babyllama, adapter)
@@ -144,7 +144,7 @@ def test_a_method_that_has_no_weights_to_merge_is_refused(babyllama, tmp_path):
     assert not (tmp_path / "out").exists()
 
 
-def test_a_merge_that_goes_wrong_is_noticed_and_leaves_nothing(adapter, tmp_path, monkeypatch):
+def test_a_wrong_merge_is_detected_and_removed(adapter, tmp_path, monkeypatch):
     monkeypatch.setattr(module, "merged_weight", lambda layer, weight: weight)  # the update is forgotten
 
     with pytest.raises(RuntimeError, match="logits differ from base and adapter"):
@@ -153,7 +153,7 @@ def test_a_merge_that_goes_wrong_is_noticed_and_leaves_nothing(adapter, tmp_path
     assert list(tmp_path.iterdir()) == []
 
 
-def test_a_full_disk_is_said_and_leaves_nothing(adapter, tmp_path, monkeypatch):
+def test_a_full_disk_is_reported_and_no_file_is_left(adapter, tmp_path, monkeypatch):
     def full(*_):
         raise OSError(28, "No space left on device")
 

@@ -214,7 +214,7 @@ def test_a_run_on_a_quantised_base_answers_on_one_unless_asked_otherwise(kind, r
     assert 1e-4 < float((as_trained(ids).logits - full(ids).logits).norm() / full(ids).logits.norm()) < 0.5
 
 
-def test_a_run_on_a_quantised_base_says_where_that_cannot_be_what_can(run_folder, monkeypatch):
+def test_an_unsupported_run_on_a_quantised_base_is_refused_with_an_alternative(run_folder, monkeypatch):
     recorded = json.loads((run_folder / "config.json").read_text())
     recorded["config"]["model"]["quantize"] = "nf4"
     (run_folder / "config.json").write_text(json.dumps(recorded))

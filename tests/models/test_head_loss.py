@@ -121,7 +121,7 @@ def test_the_model_answers_as_before_in_between():
     assert torch.equal(model(**inputs).logits, wanted)
 
 
-def test_a_model_that_changes_its_logits_computes_its_own_loss_and_the_log_says_so(caplog):
+def test_a_model_that_changes_its_logits_computes_its_own_loss_and_this_is_logged(caplog):
     model = tiny("llama")
     plain = model.lm_head.forward
     own_forward = model.forward

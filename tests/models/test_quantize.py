@@ -433,7 +433,7 @@ def test_a_missing_or_old_bitsandbytes_is_named(found, message, monkeypatch):
         ("nf4", "fsdp2", True, "--cpu-offload moves weights.*leave one of the two out"),
     ],
 )
-def test_what_an_engine_cannot_do_is_refused_before_anything_is_loaded(kind, sharding, offload, message):
+def test_an_engine_refuses_unsupported_settings_before_anything_is_loaded(kind, sharding, offload, message):
     config = Config(model=ModelConfig(model="/nowhere", quantize=kind))
     config = replace(config, run=replace(config.run, sharding=sharding, cpu_offload=offload))
 

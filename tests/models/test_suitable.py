@@ -64,7 +64,7 @@ class Spelled(nn.Linear):
 
 
 @pytest.mark.parametrize(("kind", "plain"), [(nn.Linear, True), (Spelled, True), (Doubled, False)])
-def test_a_linear_layer_of_another_class_counts_where_it_computes_the_same(kind, plain):
+def test_a_linear_layer_of_another_class_is_suitable_if_it_computes_the_same(kind, plain):
     assert is_plain(kind(7, 2)) is plain
     assert is_plain(kind(7, 2, bias=False)) is plain
 

@@ -68,7 +68,7 @@ def test_the_stand_in_has_torchs_signature():
 
 @pytest.mark.parametrize("kind", ["llama", "mistral"])
 @pytest.mark.parametrize("groups", [1, 2])
-def test_a_flattened_row_gives_what_each_sample_gives_alone(kind, groups, kernel):
+def test_a_flattened_row_gives_the_same_results_as_separate_samples(kind, groups, kernel):
     """mistral has a window of 5 tokens. float32, sums in another order."""
     sizes = BASE | {"num_key_value_heads": 4 // groups, "max_position_embeddings": 64}
     settings = AutoConfig.for_model(kind, **sizes | ({"sliding_window": 5} if kind == "mistral" else {}))

@@ -199,7 +199,7 @@ def test_a_port_that_is_taken_is_told(capsys):
     assert "Address already in use; give another --port" in capsys.readouterr().err
 
 
-def test_a_missing_package_is_told_with_the_command_that_installs_it(capsys, monkeypatch):
+def test_a_missing_package_is_named_with_the_command_that_installs_it(capsys, monkeypatch):
     find = __import__("importlib.util").util.find_spec
     monkeypatch.setattr("importlib.util.find_spec", lambda name: None if name == "uvicorn" else find(name))
 

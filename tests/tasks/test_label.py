@@ -266,7 +266,7 @@ def test_the_losses_of_micro_batches_add_up_to_that_of_the_batch(kind, tiny_robe
     torch.testing.assert_close(sum(parts), whole)
 
 
-def test_metrics_are_accuracy_and_the_correlation_of_what_is_said_with_what_is_true():
+def test_metrics_are_accuracy_and_the_correlation_of_predictions_with_labels():
     """Matthews' coefficient is the correlation of two columns of zeros and ones. Parts on two ranks add up."""
     generator = torch.Generator().manual_seed(0)
     logits, labels = torch.randn(50, 2, generator=generator), torch.randint(0, 2, (50,), generator=generator)
@@ -339,7 +339,7 @@ def test_collating_labelled_batches_counts_as_waiting_for_data(monkeypatch):
     assert training.clock.batches_s == 2
 
 
-def test_a_model_that_says_one_thing_always_has_correlation_zero():
+def test_a_constant_prediction_has_correlation_zero():
     sums = label.moments(torch.tensor([[1.0, 0.0]] * 4), torch.tensor([0, 0, 0, 1]))
 
     assert label.metrics(sums, ("no", "yes")) == {"accuracy": 0.75, "correlation": 0.0}

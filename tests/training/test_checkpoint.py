@@ -158,7 +158,7 @@ def test_a_folder_that_one_rank_does_not_see_is_named_on_all(tmp_path):
     assert all(isinstance(error, ValueError) and "cannot write checkpoints to" in str(error) for error in errors)
 
 
-def test_what_a_killed_save_left_goes_with_the_next_one(tmp_path):
+def test_the_next_save_removes_the_files_of_a_killed_one(tmp_path):
     (tmp_path / "step-000004.tmp").mkdir()
 
     write(tmp_path, 5)
@@ -214,7 +214,7 @@ WRONG = [
 
 
 @pytest.mark.parametrize(("path", "value"), WRONG, ids=[f"{'.'.join(map(str, p))}={v!r:.20}" for p, v in WRONG])
-def test_an_index_that_lies_is_damaged_and_the_checkpoint_before_it_is_used(tmp_path, caplog, path, value):
+def test_a_wrong_index_is_reported_as_damage_and_the_earlier_checkpoint_is_used(tmp_path, caplog, path, value):
     """Its checksum is right: whoever can write the index can write that too."""
     write(tmp_path, 1)
     shutil.copy(write(tmp_path, 2) / "rank-00000.safetensors", tmp_path / "other")

@@ -118,7 +118,7 @@ def test_no_option_is_suggested_that_would_be_refused_next(stories, monkeypatch,
     assert [option.split()[1] for option in options if seen["allowed"](option)] == remedies
 
 
-def test_the_error_tells_that_the_limit_is_that_of_a_job(stories):
+def test_the_error_says_that_the_memory_limit_is_the_jobs(stories):
     with pytest.raises(ValueError, match=r"on node7, where this job or container may use 1e-06 GB: give .*--mem"):
         check_size(stories, "float32", share=1, memory=1000, where="node7", limited=True)
 

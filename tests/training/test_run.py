@@ -246,7 +246,7 @@ def test_a_finished_adapter_that_was_damaged_is_named_and_made_again(small, name
     assert file.read_bytes() == content
 
 
-def test_a_run_folder_that_cannot_tell_what_it_was_is_refused(small, capsys):
+def test_a_run_folder_without_a_readable_identity_is_refused(small, capsys):
     run(small, "test")
     shutil.rmtree(Path(small.run.output) / "checkpoints")
     (Path(small.run.output) / "config.json").write_bytes(b'{"identity": \xff')
@@ -456,7 +456,7 @@ def test_processes_give_the_curve_of_one(small, processes, tmp_path):
 
 @pytest.mark.slow
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGUSR2, signal.SIGHUP])
-def test_a_signal_saves_and_the_next_start_goes_on_exactly(small, number, tmp_path):
+def test_a_signal_saves_and_the_next_start_resumes_exactly(small, number, tmp_path):
     small = replace(with_run(small, save_every=0), optimizer=replace(small.optimizer, max_steps=20))
     whole = with_run(small, output=str(tmp_path / "whole"))
     run(whole, "test")

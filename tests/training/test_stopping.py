@@ -55,7 +55,7 @@ QUICK = ("factoring", "evaluating on the way")
 
 
 @pytest.mark.parametrize("phase", [p if p in QUICK else pytest.param(p, marks=pytest.mark.slow) for p in PHASES])
-def test_a_signal_in_any_phase_ends_the_run_and_the_next_start_goes_on_exactly(runs, whole, phase, monkeypatch):
+def test_a_signal_in_any_phase_ends_the_run_and_the_next_start_resumes_exactly(runs, whole, phase, monkeypatch):
     config = runs.config("run", change=evaluating, cache=str(runs.folder / "cold"))
     if phase == "saving":
         config = replace(config, run=replace(config.run, save_every=2))
