@@ -27,6 +27,24 @@ def _shared(part: str) -> Path:
     return path
 
 
+@pytest.hookimpl(optionalhook=True)
+def pytest_xdist_make_scheduler(config, log):
+    """With `pytest -n 2`, tests of one file run in order on one process, since they share fixtures.
+
+    All that use the one Slurm do so too. Pages of the documentation are independent.
+    """
+    from xdist.scheduler import LoadScopeScheduling
+
+    class ByFile(LoadScopeScheduling):
+        def _split_scope(self, nodeid):
+            file = nodeid.partition("::")[0]
+            if file.endswith("docs/test_commands.py"):
+                return nodeid
+            return "cluster" if "cluster/" in file else file
+
+    return ByFile(config, log)
+
+
 @pytest.fixture(scope="session")
 def babyllama() -> Path:
     """A real pretrained Llama of 969,216 parameters."""

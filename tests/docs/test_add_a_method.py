@@ -60,6 +60,7 @@ def in_copy(copy: Path, command: list[str]) -> subprocess.CompletedProcess:
     return subprocess.run(command, cwd=copy, env=environ, capture_output=True, text=True)
 
 
+@pytest.mark.slow
 def test_the_commands_of_the_page_run_and_the_method_learns(copy):
     done = in_copy(copy, ["bash", "-e", "-c", COMMANDS])
 
@@ -74,6 +75,7 @@ def test_the_commands_of_the_page_run_and_the_method_learns(copy):
     assert headers  # the factors went through the cache
 
 
+@pytest.mark.slow
 def test_the_adapter_of_the_page_loads_with_peft_and_is_what_was_merged(copy):
     script = (
         "import torch, adapters\n"
