@@ -94,8 +94,8 @@ class Catalogue:
                 if failure and failure.state == adapter.state and now_s < failure.tried_s + RETRY_S:
                     continue
                 old = first and now_ns - adapter.newest_ns > SETTLED_NS
-                if old or self._before.get(name) == adapter.state:
-                    self._try(adapter)
+                if (old or self._before.get(name) == adapter.state) and self._try(adapter) is None and not first:
+                    log.info("adapter %s is served", one_line(name))
             for name in [*self.adapters]:
                 if name not in found and name not in self._before:  # twice: a rename can look like a removal
                     self._replace(name, None)

@@ -38,6 +38,7 @@ class ScriptedEngine:
         self.cancelled: list[str] = []
         self.most_running = 0
         self.hold_at: int | None = None
+        self.pace_s = 0.0  # between two tokens
         self.fail: str | None = None  # an error for the next token
         self.lock, self.changed, self.ended = threading.RLock(), threading.Condition(), False
         self.thread = threading.Thread(target=self._work, daemon=True)
@@ -97,8 +98,8 @@ class ScriptedEngine:
                 self.most_running = max(self.most_running, len(running))
                 for each in running:
                     self._step(each)
-            if not running:
-                threading.Event().wait(0.002)
+            if not running or self.pace_s:
+                threading.Event().wait(self.pace_s or 0.002)
 
     def _step(self, running):
         sampling, token = running.request.sampling, running.ids[running.made]

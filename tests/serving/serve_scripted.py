@@ -1,7 +1,6 @@
 """A server of its own process with an engine that needs no model: python serve_scripted.py DIR [option=value ...]."""
 
 import sys
-import time
 from pathlib import Path
 
 from scripted_engine import TINY, ScriptedEngine
@@ -14,11 +13,9 @@ folder, options = sys.argv[1], dict(word.split("=") for word in sys.argv[2:])
 
 
 def make_engine():
-    time.sleep(float(options.get("load_s", 0)))
-    if "broken" in options:
-        raise ValueError("the base is broken: download it again")
     engine = ScriptedEngine()
     engine.hold_at = int(options["hold_at"]) if "hold_at" in options else None
+    engine.pace_s = float(options.get("pace_s", 0))
     return engine, TINY
 
 
@@ -27,7 +24,7 @@ def serve():
         return run(
             make_engine,
             folders=[Path(folder)],
-            host=options.get("host", "127.0.0.1"),
+            host="127.0.0.1",
             port=int(options.get("port", 0)),
             keys=(),
             limits=Limits(drain_s=float(options.get("drain_s", 30))),
