@@ -76,6 +76,9 @@ MAY_IMPORT = {  # beside itself; in the order in which data flows
         "launcher.main_memory",
         *BELOW_TRAINING,
     },
+    "launcher.evaluation": {
+        "adapters", "launcher.inference", "launcher.options", "launcher.progress", "launcher.text", *SMALL, *ROOMS,
+    },
     "launcher.planning": {
         "launcher.main_memory", "launcher.options", "launcher.start", "launcher.text", "launcher.training",
         *BELOW_TRAINING,

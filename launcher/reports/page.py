@@ -56,11 +56,31 @@ def report(runs: Sequence[Run], *, refresh_s: int = 0, first: Mapping[str, Figur
         runs=[{"name": run.name, "summary": summary(run)} for run in runs],
         curves=[(title, Markup(svg(figure))) for title, figure in drawn.items()],
         maps=maps,
+        scores=score_table(runs),
         answers=answers_over_time(runs[0]) if len(runs) == 1 else None,
         differences=differing_settings(list(runs)) if len(runs) > 1 else [],
         settings=[(name, shown(value)) for name, value in flat(runs[0].config).items()] if len(runs) == 1 else [],
     )
     return Report(html, pictures)
+
+
+def score_table(runs: Sequence[Run]) -> dict[str, Any] | None:
+    """What loldu eval found: a row for each metric of each task, a column for each run's base and adapter."""
+    columns = list(
+        dict.fromkeys((run.name, model) for run in runs for models in run.scores.values() for model in models)
+    )
+    rows: dict[tuple[str, str], dict[tuple[str, str], str]] = {}
+    for run in runs:
+        for task, models in run.scores.items():
+            for model, metrics in models.items():
+                for metric, score in metrics.items():
+                    error = score.get("stderr")
+                    text = f"{score['value']:.4f}" + (f" ± {error:.4f}" if isinstance(error, float) else "")
+                    rows.setdefault((task, metric), {})[run.name, model] = text
+    if not rows:
+        return None
+    names = [model if len(runs) == 1 else f"{run}: {model}" for run, model in columns]
+    return {"names": names, "rows": [(*key, *(cells.get(c, "") for c in columns)) for key, cells in rows.items()]}
 
 
 def summary(run: Run) -> str:

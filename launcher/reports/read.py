@@ -45,6 +45,7 @@ class Run:
     metrics: list[Line]  # measured: seconds, tokens_per_s, memory_gib, padding
     answers: list[Line]  # step, question, expected, answer
     changes: list[Change] = field(default_factory=list)
+    scores: dict[str, dict[str, Any]] = field(default_factory=dict)  # of loldu eval: task -> model -> metric
     unit: str = ""  # what a change is relative to
 
     @property
@@ -77,8 +78,29 @@ def read_run(folder: Path) -> Run:
         metrics=[line for line in read_lines(folder / "metrics.jsonl") if _numbers(line, "step")],
         answers=[line for line in read_lines(folder / "answers.jsonl") if _numbers(line, "step")],
         changes=changes,
+        scores=read_scores(folder / "eval.json"),
         unit=unit,
     )
+
+
+def read_scores(file: Path) -> dict[str, dict[str, Any]]:
+    """What loldu eval has written: task -> base, adapter or model -> metric -> value, stderr, n. Damaged parts are left
+    out."""
+    try:
+        tasks = read_json(file)["tasks"]
+    except (OSError, ValueError, KeyError, TypeError):
+        return {}
+    found: dict[str, dict[str, Any]] = {}
+    for task, result in tasks.items() if isinstance(tasks, dict) else ():
+        scores = result.get("scores") if isinstance(result, dict) else None
+        for model, metrics in scores.items() if isinstance(scores, dict) else ():
+            good = {
+                metric: score
+                for metric, score in (metrics.items() if isinstance(metrics, dict) else ())
+                if isinstance(score, dict) and _numbers(score, "value")
+            }
+            found.setdefault(task, {})[model] = good
+    return found
 
 
 def read_lines(file: Path) -> list[Line]:

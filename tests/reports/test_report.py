@@ -235,3 +235,16 @@ def test_the_page_fits_a_browser_light_and_dark_wide_and_narrow(tmp_path, size, 
     needed, there, colour = json.loads(title)
     assert needed <= there
     assert (colour == "rgb(255, 255, 255)") == dark
+
+
+def test_scores_of_loldu_eval_are_in_the_report(tmp_path):
+    """A row for each metric, base and adapter side by side; damaged parts are left out."""
+    write_run(folder := tmp_path / "run")
+    score = {"value": 0.8125, "stderr": 0.0101, "n": 1490}
+    tasks = {"arc_easy": {"scores": {"base": {"acc": score}, "adapter": {"acc": {**score, "value": 0.9}}}}}
+    (folder / "eval.json").write_text(json.dumps({"tasks": {**tasks, "damaged": {"scores": 3}}}))
+
+    page = report([read_run(folder)]).html
+
+    assert "<td>arc_easy</td><td>acc</td><td>0.8125 ± 0.0101</td><td>0.9000 ± 0.0101</td>" in page
+    assert "damaged" not in page

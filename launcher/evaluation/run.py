@@ -1,0 +1,270 @@
+"""One call of `loldu eval`: load, evaluate each task with and without the adapter, show, write."""
+
+from __future__ import annotations
+
+import json
+import sys
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager, nullcontext, redirect_stdout, suppress
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from rich.console import Console
+from rich.table import Table
+from rich.text import Text
+
+from launcher.data.bad_records import BadRecord
+from launcher.data.records import answer as expected_answer
+from launcher.data.records import load_records, load_rows
+from launcher.data.templates import prompt_ids
+from launcher.evaluation import harness
+from launcher.evaluation.choices import Choice, read_choices
+from launcher.evaluation.likelihood import choice_scores, encoded, sample_losses
+from launcher.evaluation.scores import Score, mean, plain, ratio
+from launcher.files import read_json, write_atomically
+from launcher.inference.generate import choose_template
+from launcher.inference.options import Quantize
+from launcher.inference.sources import Source, choose_device, find, load
+from launcher.models.files import recorded_run
+from launcher.models.generation import answer
+from launcher.processes import Communicator, Ranks, connect
+from launcher.progress import Bars
+from launcher.text import printable
+
+Scores = dict[str, Score]
+ANSWERS = 64  # generated between two moves of the bar
+
+
+@dataclass(frozen=True, kw_only=True)
+class Asked:
+    """The options of the command, which describes them."""
+
+    model: str
+    tasks: tuple[str, ...]
+    limit: int = 0
+    json: bool = False
+    adapter: str | None = None
+    base: str | None = None
+    compare: bool = True
+    prompt_template: str | None = None
+    max_tokens: int = 64
+    out: str | None = None
+    dtype: str = "auto"
+    quantize: Quantize = "auto"
+    device: str = "auto"
+    trust_remote_code: bool = False
+
+
+@dataclass(frozen=True, kw_only=True)
+class Loaded:
+    """A model and what its tasks need."""
+
+    model: Any
+    tokenizer: Any
+    source: Source
+    comm: Communicator
+    bars: Bars
+
+
+def run(asked: Asked) -> dict[str, Any]:
+    """Evaluate; returns what is written as JSON. Raises ValueError for mistakes, on all processes."""
+    if not asked.tasks:
+        raise ValueError("--tasks is empty: give files of records, or names of tasks")
+    if asked.limit < 0 or asked.max_tokens < 0:
+        raise ValueError(f"--limit and --max-tokens are at least 0, got {asked.limit} and {asked.max_tokens}")
+    for task in asked.tasks:
+        if not Path(task).expanduser().is_file() or Path(task).suffix in (".yaml", ".yml"):
+            harness.check(task)
+            harness.task_name(task)
+    source = find(asked.model, adapter=asked.adapter, base=asked.base, trust_remote_code=asked.trust_remote_code)
+    comm = connect(Ranks.from_environment())
+    try:
+        return _run(asked, source, comm)
+    finally:
+        if comm.ranks.world_size > 1:
+            torch.distributed.destroy_process_group()
+
+
+def _run(asked: Asked, source: Source, comm: Communicator) -> dict[str, Any]:
+    ranks = comm.ranks
+    device = choose_device(asked.device)
+    if device == "cuda" and ranks.world_size > 1:
+        device = f"cuda:{ranks.local_rank}"
+    model, tokenizer = comm.each(
+        "model", lambda: load(source, dtype=asked.dtype, device=device, quantize=asked.quantize)
+    )  # fmt: skip
+    console = Console(stderr=True, quiet=not ranks.is_main)
+    loaded = Loaded(model=model.eval(), tokenizer=tokenizer, source=source, comm=comm, bars=Bars(console))
+    found: dict[str, dict[str, Any]] = {}
+    for task in asked.tasks:
+        found[_named(task)] = {"task": task, "limit": asked.limit or None, **_task(asked, loaded, task)}
+    file = Path(asked.out) if asked.out else _run_file(source)
+    if ranks.is_main:
+        if file is not None:
+            _write(file, found)
+        shown = plain({"model": asked.model, "tasks": found})
+        if asked.json:
+            print(json.dumps(shown, indent=2))
+        else:
+            _show(found, file)
+    return found
+
+
+def _named(task: str) -> str:
+    return Path(task).stem if Path(task).is_file() else task
+
+
+def _run_file(source: Source) -> Path | None:
+    """eval.json of the run that the model comes from."""
+    place = (source.adapter or source.base).parent
+    return place / "eval.json" if recorded_run(place) is not None else None
+
+
+def _write(file: Path, found: dict[str, Any]) -> None:
+    """Add the results to those that the file has of other tasks."""
+    before: Any = {}
+    with suppress(OSError, ValueError):
+        before = read_json(file)
+    kept = before.get("tasks", {}) if isinstance(before, dict) else {}
+    whole = {"tasks": {**(kept if isinstance(kept, dict) else {}), **found}}
+    try:
+        write_atomically(file, json.dumps(plain(whole), indent=2) + "\n")
+    except OSError as error:
+        raise ValueError(f"cannot write {file}: {error.strerror}; give another file with --out") from error
+
+
+def _task(asked: Asked, loaded: Loaded, task: str) -> dict[str, Any]:
+    """The scores of the model, and of its base where it has an adapter."""
+    path = Path(task).expanduser()
+    if not path.is_file() or path.suffix in (".yaml", ".yml"):
+        measure = _harness(asked, loaded, task)
+    else:
+        rows = loaded.comm.each("tasks", lambda: load_rows(str(path), "--tasks "))
+        questions = loaded.comm.each("tasks", lambda: read_choices(rows, str(path)))
+        measure = _choices(asked, loaded, questions) if questions else _records(asked, loaded, path)
+    scores: dict[str, Any] = {}
+    for name, way in _ways(asked, loaded):
+        with way, loaded.bars.bar(f"{_named(task)}, {name}") as bar:
+            scores[name] = measure(bar)
+    return {"scores": scores}
+
+
+def _ways(asked: Asked, loaded: Loaded) -> Iterator[tuple[str, AbstractContextManager[Any]]]:
+    """The model's name and what switches to it."""
+    if loaded.source.adapter is None:
+        yield "model", nullcontext()
+        return
+    if asked.compare:
+        yield "base", loaded.model.disable_adapter()
+    yield "adapter", nullcontext()
+
+
+Measure = Callable[[Callable[..., None]], Scores]
+
+
+def _shared(loaded: Loaded, count: int) -> list[int]:
+    ranks = loaded.comm.ranks
+    return list(range(count))[ranks.rank :: ranks.world_size]
+
+
+def _gathered(loaded: Loaded, mine: list[Any]) -> list[Any]:
+    """What each process found, in the order of the samples that `_shared` dealt out."""
+    parts = loaded.comm.gather("scores", mine, timeout_s=24 * 3600.0)
+    return [parts[place % len(parts)][place // len(parts)] for place in range(sum(map(len, parts)))]
+
+
+def _choices(asked: Asked, loaded: Loaded, questions: Sequence[Choice]) -> Measure:
+    some = questions[: asked.limit or len(questions)]
+    template = choose_template(asked.prompt_template, loaded.source, loaded.tokenizer, conversations=False)
+
+    def measure(bar: Callable[..., None]) -> Scores:
+        mine = _shared(loaded, len(some))
+        found = _gathered(
+            loaded,
+            choice_scores(
+                loaded.model, loaded.tokenizer, template, some, mine, lambda done: bar(done, of=len(mine))
+            ),
+        )  # fmt: skip
+        right = [each for each in found if each is not None]
+        if not right:
+            raise ValueError(f"none of {len(found)} questions fits the model's context")
+        scores = {"acc": mean([each[0] for each in right]), "acc_norm": mean([each[1] for each in right])}
+        return scores if len(right) == len(found) else {**scores, "left_out": _count(len(found) - len(right))}
+
+    return measure
+
+
+def _count(number: int) -> Score:
+    return {"value": float(number), "stderr": 0.0, "n": number}
+
+
+def _records(asked: Asked, loaded: Loaded, file: Path) -> Measure:
+    records: list[Any] = loaded.comm.each("tasks", lambda: list(load_records(str(file), option="--tasks ")))
+    records = records[: asked.limit or len(records)]
+    chat = "messages" in records[0]
+    template = choose_template(asked.prompt_template, loaded.source, loaded.tokenizer, conversations=chat)
+    data = loaded.comm.each("tasks", lambda: encoded(records, loaded.tokenizer, loaded.model, template))
+    asked_for: list[tuple[list[int], str]] = []
+    for record in records:
+        with suppress(BadRecord):
+            asked_for.append((prompt_ids(record, template, loaded.tokenizer), expected_answer(record).strip()))
+
+    def measure(bar: Callable[..., None]) -> Scores:
+        mine = _shared(loaded, len(data))
+        losses = sample_losses(
+            loaded.model, data, mine, loaded.tokenizer.pad_token_id or 0, lambda done: bar(done, of=len(mine))
+        )  # fmt: skip
+        scores = {"loss": ratio(_gathered(loaded, [list(each) for each in losses]))}
+        if asked.max_tokens:
+            mine = _shared(loaded, len(asked_for))
+            right: list[float] = []
+            for start in range(0, len(mine), ANSWERS):
+                part = [asked_for[place] for place in mine[start : start + ANSWERS]]
+                made = answer(loaded.model, loaded.tokenizer, [ids for ids, _ in part], max_tokens=asked.max_tokens)
+                texts = [loaded.tokenizer.decode(ids, skip_special_tokens=True).strip() for ids in made]
+                right += [float(text == wanted) for text, (_, wanted) in zip(texts, part, strict=True)]
+                bar(len(right), "answers", of=len(mine))
+            scores["exact_match"] = mean(_gathered(loaded, right))
+        return scores
+
+    return measure
+
+
+def _harness(asked: Asked, loaded: Loaded, task: str) -> Measure:
+    """A task of lm-evaluation-harness, which runs on the first process alone; the others get its scores."""
+
+    def act() -> Scores:
+        with redirect_stdout(sys.stderr):
+            return harness.evaluate(task, loaded.model, loaded.tokenizer, limit=asked.limit)
+
+    def measure(bar: Callable[..., None]) -> Scores:
+        return loaded.comm.from_main("task", act, timeout_s=24 * 3600.0)
+
+    return measure
+
+
+def _show(found: dict[str, dict[str, Any]], file: Path | None) -> None:
+    table = Table()
+    names = list(dict.fromkeys(name for task in found.values() for name in task["scores"]))
+    for name in ("task", "metric", *names, "samples"):
+        table.add_column(name, justify="left" if name in ("task", "metric") else "right")
+    for task, result in found.items():
+        metrics = dict.fromkeys(metric for scores in result["scores"].values() for metric in scores)
+        for metric in metrics:
+            given = [result["scores"].get(name, {}).get(metric) for name in names]
+            count = next((f"{each['n']:,.0f}" for each in given if each), "")
+            table.add_row(Text(printable(task)), Text(printable(metric)), *map(shown, given), count)
+    console = Console(highlight=False)
+    console.print(table)
+    if file is not None:
+        console.print(Text(printable(f"saved {file}")), soft_wrap=True)
+
+
+def shown(score: Score | None) -> str:
+    """0.8125 ± 0.0101."""
+    if score is None:
+        return ""
+    error = score["stderr"]
+    return f"{score['value']:.4f}" + (f" ± {error:.4f}" if error == error and error is not None else "")

@@ -1,0 +1,205 @@
+"""`loldu eval`: its scores against sums by hand, adapter and base side by side, and what it refuses."""
+
+import json
+import math
+import statistics
+import sys
+
+import pytest
+import torch
+from launching import finish, start
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from adapters import LoLDUConfig
+from launcher.cli import main
+from launcher.data.templates import load_template
+from launcher.evaluation import harness
+from launcher.evaluation.choices import Choice, accuracy, read_choices
+from launcher.evaluation.likelihood import choice_scores, encoded, sample_losses
+from launcher.evaluation.scores import mean, ratio
+
+QUESTIONS = [
+    {"question": "Which word is an animal?", "choices": ["The dog.", "Blue", "Seven"], "answer": 0},
+    {"question": "Which is a colour?", "choices": {"text": ["Ten", "Red is."], "label": ["A", "B"]}, "answerKey": "B"},
+    {"question": "Which is a number?", "choices": ["Ball", "Three", "Tree house"], "answer": "Three"},
+    {
+        "instruction": "Is it true?\n\nAnswer format: true/false",
+        "input": "",
+        "output": "the correct answer is false",
+        "answer": "false",
+    },
+]
+
+
+@pytest.fixture(scope="module")
+def loaded(babyllama):
+    return AutoModelForCausalLM.from_pretrained(babyllama).eval(), AutoTokenizer.from_pretrained(babyllama)
+
+
+@pytest.fixture(scope="module")
+def adapter(babyllama, tmp_path_factory):
+    """A random adapter on the babyllama."""
+    from peft import get_peft_model
+
+    torch.manual_seed(0)
+    base = AutoModelForCausalLM.from_pretrained(babyllama)
+    model = get_peft_model(base, LoLDUConfig(r=64, target_modules=["q_proj", "up_proj"], init_weights=False))
+    model.save_pretrained(folder := tmp_path_factory.mktemp("adapter"))
+    return folder
+
+
+def file_of(folder, content) -> str:
+    file = folder / "data.json"
+    file.write_text(json.dumps(content))
+    return str(file)
+
+
+def evaluated(capsys, *words: str) -> dict:
+    assert main(["eval", *words, "--json"]) == 0, capsys.readouterr().err
+    return json.loads(capsys.readouterr().out)["tasks"]
+
+
+def test_all_forms_of_questions_are_read():
+    found = read_choices(QUESTIONS, "here")
+
+    assert [each.right for each in found] == [0, 1, 1, 1]
+    assert found[3].choices == ("the correct answer is true", "the correct answer is false")
+    assert found[1].question == {"instruction": "Which is a colour?", "input": ""}
+    assert read_choices([{"instruction": "Say hello", "output": "hello"}], "here") is None
+    with pytest.raises(ValueError, match="record 1 of here is no multiple choice as the first one is"):
+        read_choices([QUESTIONS[0], {"question": "?", "choices": ["a", "b"], "answer": "c"}], "here")
+
+
+def test_a_choice_is_as_likely_as_its_own_tokens(loaded):
+    """The sum of log-probabilities of its tokens after the prompt, in a pass of its own without padding."""
+    model, tokenizer = loaded
+    template = load_template("short", tokenizer, conversations=False)
+    questions = read_choices(QUESTIONS, "here")
+    by_hand = []
+    for question in questions:
+        likelihoods = []
+        for choice in question.choices:
+            prompt = f"### Instruction:\n{question.question['instruction']}\n### Response:\n"
+            ids = [tokenizer.bos_token_id, *tokenizer(prompt + choice, add_special_tokens=False)["input_ids"]]
+            begin = 1 + len(tokenizer(prompt, add_special_tokens=False)["input_ids"])
+            logits = model(torch.tensor([ids])).logits[0].log_softmax(-1)
+            likelihoods.append(sum(logits[at - 1, ids[at]].item() for at in range(begin, len(ids))))
+        by_hand.append(accuracy(question, likelihoods))
+
+    found = choice_scores(model, tokenizer, template, questions, range(4), lambda done: None)
+
+    assert found == by_hand
+
+
+def test_the_likeliest_choice_may_change_with_its_length():
+    choice = Choice({}, ("short", "a much longer answer"), 1)
+
+    assert accuracy(choice, [-5.0, -9.0]) == (0.0, 1.0)
+    assert accuracy(choice, [-9.0, -5.0]) == (1.0, 1.0)
+
+
+def test_losses_in_batches_are_those_of_single_samples(loaded):
+    model, tokenizer = loaded
+    records = [{"instruction": "Say " + "so " * i, "input": "", "output": "yes " * (i + 1)} for i in range(20)]
+    data = encoded(records, tokenizer, model, load_template("short", tokenizer, conversations=False))
+
+    together = sample_losses(model, data, range(20), 0, lambda done: None)
+    alone = [sample_losses(model, data, [i], 0, lambda done: None)[0] for i in range(20)]
+
+    assert [count for _, count in together] == data.targets.tolist()
+    assert [loss for loss, _ in together] == pytest.approx([loss for loss, _ in alone], rel=1e-5)
+
+
+def test_standard_errors_are_those_of_statistics():
+    values = [0.0, 1.0, 1.0, 1.0, 0.0, 1.0]
+
+    assert mean(values)["stderr"] == pytest.approx(statistics.stdev(values) / math.sqrt(6))
+    assert ratio([(v, 1) for v in values])["stderr"] == pytest.approx(mean(values)["stderr"])
+    assert ratio([(2.0, 1), (4.0, 3)])["value"] == 1.5
+    assert math.isnan(mean([1.0])["stderr"])
+
+
+def test_an_adapter_stands_beside_its_base(capsys, babyllama, adapter, tmp_path):
+    """The base's scores are those of the base alone, bit for bit."""
+    records = [{"instruction": f"Count to {i}", "input": "", "output": "one two"} for i in range(6)]
+    words = ["--tasks", file_of(tmp_path, records), "--limit", "5", "--max-tokens", "4", "--prompt-template", "short"]
+
+    both = evaluated(capsys, str(adapter), "--base", str(babyllama), *words)["data"]["scores"]
+    alone = evaluated(capsys, str(babyllama), *words)["data"]["scores"]
+
+    assert both["base"] == alone["model"]
+    assert both["adapter"]["loss"]["value"] != both["base"]["loss"]["value"]
+    assert both["adapter"]["loss"]["n"] == both["adapter"]["exact_match"]["n"] == 5
+
+
+def test_the_screen_shows_a_table_and_the_file(capsys, babyllama, tmp_path):
+    out = tmp_path / "scores.json"
+    words = ["--tasks", file_of(tmp_path, QUESTIONS), "--prompt-template", "short", "--out", str(out)]
+
+    assert main(["eval", str(babyllama), *words]) == 0
+
+    shown = capsys.readouterr().out
+    assert "acc_norm" in shown
+    assert "±" in shown
+    assert json.loads(out.read_text())["tasks"]["data"]["scores"]["model"]["acc"]["n"] == 4
+
+
+@pytest.mark.parametrize(
+    ("tasks", "said"),
+    [
+        (["nowhere_task"], "is no file here; as a task of lm-evaluation-harness it needs that package"),
+        ([], "--tasks is empty"),
+    ],
+)
+def test_a_task_that_cannot_be_run_is_named(tasks, said, capsys, babyllama, monkeypatch):
+    monkeypatch.setattr(harness.importlib.util, "find_spec", lambda name: None)
+
+    assert main(["eval", str(babyllama), "--tasks", *tasks]) == 2
+
+    assert said in capsys.readouterr().err
+
+
+def test_a_task_of_the_harness_gives_the_accuracy_that_we_find(capsys, babyllama, tmp_path):
+    pytest.importorskip("lm_eval", reason="pip install 'loldu-launcher[eval]'")
+    rows = [
+        {"question": q["question"], "choices": list(c.choices), "answer": c.right}
+        for q, c in zip(QUESTIONS[:3], read_choices(QUESTIONS, "here"), strict=False)
+    ]
+    (tmp_path / "data.json").write_text("\n".join(map(json.dumps, rows)))
+    (tmp_path / "local.yaml").write_text(
+        "task: local_choice\ndataset_path: json\n"
+        f"dataset_kwargs:\n  data_files:\n    test: {tmp_path / 'data.json'}\n"
+        "output_type: multiple_choice\ntest_split: test\n"
+        'doc_to_text: "{{question}}"\ndoc_to_target: answer\ndoc_to_choice: choices\ntarget_delimiter: "\\n"\n'
+        "metric_list:\n  - metric: acc\n  - metric: acc_norm\n"
+    )
+    prompt = tmp_path / "bare.txt"
+    prompt.write_text("{instruction}\n")
+
+    theirs = evaluated(capsys, str(babyllama), "--tasks", str(tmp_path / "local.yaml"))["local"]["scores"]["model"]
+    (tmp_path / "data.json").write_text(json.dumps(rows))
+    words = ["--tasks", str(tmp_path / "data.json"), "--prompt-template", str(prompt)]
+    ours = evaluated(capsys, str(babyllama), *words)["data"]["scores"]["model"]
+
+    assert theirs["acc"]["n"] == 3
+    for metric in ("acc", "acc_norm"):
+        assert theirs[metric]["value"] == pytest.approx(ours[metric]["value"])
+        assert theirs[metric]["stderr"] == pytest.approx(ours[metric]["stderr"])
+
+
+@pytest.mark.slow
+def test_two_processes_find_what_one_finds(babyllama, tmp_path):
+    records = [{"instruction": f"Count to {i}", "input": "", "output": "one two"} for i in range(7)]
+    words = ["eval", str(babyllama), "--tasks", file_of(tmp_path, records), "--max-tokens", "4", "--json"]
+    found = []
+    for count in (1, 2):
+        out = tmp_path / f"{count}.json"
+        launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(count)]
+        code, said = finish(start([*launch, "-m", "launcher", *words, "--out", str(out)]))
+        assert code == 0, said
+        found.append(json.loads(out.read_text())["tasks"]["data"]["scores"]["model"])
+
+    one, two = found
+    assert one["exact_match"] == two["exact_match"]
+    assert one["loss"]["n"] == two["loss"]["n"] == 7
+    assert one["loss"]["value"] == pytest.approx(two["loss"]["value"], rel=1e-5)
