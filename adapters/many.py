@@ -15,70 +15,29 @@ row of the batch belongs to another. LoRA adapters (many_lora.py) bring their ow
 
 from __future__ import annotations
 
-import heapq
+import copy
 import math
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from threading import RLock
 from typing import Any
 
 import torch
-from peft import LoraConfig, PeftConfig
-from safetensors.torch import load_file, save_file
+from peft import LoraConfig, PeftConfig, get_peft_model, get_peft_model_state_dict
+from safetensors.torch import load, save_file
 from torch import Tensor, nn
 
 from adapters.base import FactorConfig
 from adapters.layer import FactorLayer, FactorMap
+from adapters.many_files import Files, Layout, finite_row, layout_of
 from adapters.many_lora import LoraWeights, lora_weights, lora_weights_of_maps
+from adapters.many_table import Group
 from adapters.many_tensors import Parts, by_module, module_of, refuse_unknown
 
-GROWTH = 1.125  # of a full table
-SMALLEST = 8  # rows of a table
-
-
-@dataclass(eq=False)
-class Group:
-    """Adapters that share their maps. table (capacity, numbers) float32: row 0 is zero, a row is an adapter."""
-
-    config: FactorConfig  # of the first of them
-    maps: dict[str, FactorMap]  # by module
-    columns: dict[str, slice]  # of a module's core in a row
-    table: Tensor
-    free: list[int] = field(default_factory=list)  # rows, as a heap
-
-    @property
-    def used(self) -> int:
-        """Rows that hold an adapter."""
-        return len(self.table) - 1 - len(self.free)
-
-    def take(self) -> int:
-        """A free row; a full table grows."""
-        if not self.free:
-            self._resize(max(SMALLEST, int(len(self.table) * GROWTH) + 1))
-        return heapq.heappop(self.free)
-
-    def give_back(self, row: int) -> None:
-        """Free a row. A table of which the last half is free shrinks."""
-        with torch.no_grad():
-            self.table[row] = 0
-        heapq.heappush(self.free, row)
-        if len(self.table) > SMALLEST and 2 * len(self.free) > len(self.table):
-            last = max(set(range(len(self.table))).difference(self.free))
-            if 2 * (last + 1) < len(self.table):
-                self._resize(max(SMALLEST, last + 1))
-
-    def _resize(self, capacity: int) -> None:
-        """A new tensor: a batch that is under way keeps the old one."""
-        old, kept = self.table, min(len(self.table), capacity)
-        table = old.new_zeros(capacity, old.shape[1])
-        with torch.no_grad():
-            table[:kept] = old[:kept]
-        self.table = table.requires_grad_(old.requires_grad)
-        self.free = [row for row in self.free if row < capacity] + list(range(len(old), capacity))
-        heapq.heapify(self.free)
+LAYOUTS = 16  # of files, that are remembered
 
 
 @dataclass(frozen=True, eq=False)
@@ -113,6 +72,7 @@ class ManyAdapters:
         self.model = model
         self.adapters: dict[str, Adapter] = {}
         self._groups: dict[Any, Group] = {}
+        self._layouts: dict[tuple[bytes, bytes, int], tuple[Layout, Group]] = {}  # of files that were read
         self._hooks: dict[str, Any] = {}
         self._lock = RLock()  # of the tables and names
         self._batch: list[Part] = []
@@ -125,8 +85,31 @@ class ManyAdapters:
 
     def add(self, name: str, folder: str | Path) -> Adapter:
         """Add an adapter from its folder. Raises ValueError for a name in use and for one that does not fit."""
-        tensors = load_file(Path(folder) / "adapter_model.safetensors")
-        return self.add_tensors(name, PeftConfig.from_pretrained(str(folder)), tensors)
+        files = Files.read(Path(folder))
+        if (known := self._add_known(name, files)) is not None:
+            return known
+        config = PeftConfig.from_pretrained(str(folder))
+        with self._lock:
+            adapter = self._add_tensors(name, config, load(files.weights))
+            if (group := adapter.group) is not None:
+                layout = layout_of(files, config.method, group.columns, config.scale)
+                if layout is not None:
+                    self._layouts[files.kind] = layout, group
+                    while len(self._layouts) > LAYOUTS:
+                        del self._layouts[next(iter(self._layouts))]
+        return adapter
+
+    def add_known(self, name: str, folder: str | Path) -> Adapter | None:
+        """The same where an adapter with this config, laid out alike, has been added before; else None. Quick."""
+        return self._add_known(name, Files.read(Path(folder)))
+
+    def _add_known(self, name: str, files: Files) -> Adapter | None:
+        with self._lock:
+            layout, group = self._layouts.get(files.kind, (None, None))
+            if layout is None or group is None or (row := layout.row(files)) is None:
+                return None
+            self._check_new(name)
+            return self._fill(Adapter(name, group, group.take()), row)
 
     def add_tensors(self, name: str, config: Any, tensors: Mapping[str, Tensor]) -> Adapter:
         """Add an adapter from what its folder holds: its PEFT config, and its file's tensors by their names."""
@@ -134,8 +117,7 @@ class ManyAdapters:
             return self._add_tensors(name, config, tensors)
 
     def _add_tensors(self, name: str, config: Any, tensors: Mapping[str, Tensor]) -> Adapter:
-        if name in self.adapters:
-            raise ValueError(f"there is an adapter {name} already: remove it first, or choose another name")
+        self._check_new(name)
         if config.modules_to_save:
             raise ValueError(
                 f"adapter {name} also trains whole modules ({', '.join(config.modules_to_save)}), which cannot differ "
@@ -147,22 +129,28 @@ class ManyAdapters:
             if config.reads_input:
                 return self._add(Adapter(name, lora=lora_weights_of_maps(self.model, name, config, parts)))
             group = self._group(name, config, parts)
-            return self._fill(Adapter(name, group, group.take()), config, parts)
+            row = finite_row(torch.cat([parts[module]["core"].float().flatten() for module in group.columns]))
+            return self._fill(Adapter(name, group, group.take()), config.scale * row)
         if isinstance(config, LoraConfig):
             return self._add(Adapter(name, lora=lora_weights(self.model, name, config, tensors)))
         raise ValueError(
             f"adapter {name} is a {config.peft_type.value} adapter; supported are this project's methods and LoRA"
         )
 
-    def create(self, names: Sequence[str], config: FactorConfig, like: Mapping[str, Tensor]) -> Group:
-        """New adapters whose cores are zero, in one group whose table can be trained; like: tensors of one of them."""
-        parts, _ = by_module(like, f".{config.method}_map.")
+    def create(self, names: Sequence[str], config: FactorConfig) -> Group:
+        """New adapters that start at the base, as the method does; train the `table` of the group. Freezes the base."""
         with self._lock:
-            if taken := [name for name in names if name in self.adapters]:
-                raise ValueError(f"there are adapters {', '.join(taken[:3])} already: choose other names")
-            group = self._group(names[0], config, parts)
             for name in names:
-                self._add(Adapter(name, group, group.take()))
+                self._check_new(name)
+            made: Any = get_peft_model(self.model, copy.deepcopy(config))
+            full, like = made.peft_config["default"], get_peft_model_state_dict(made)
+            made.unload()
+            full.inference_mode = True  # as a saved one
+            parts, _ = by_module(like, f".{full.method}_map.")
+            group = self._group(names[0], full, parts)
+            row = torch.cat([parts[module]["core"].flatten() for module in group.columns])
+            for name in names:
+                self._fill(Adapter(name, group, group.take()), full.scale * row)
             group.table.requires_grad_(True)
         return group
 
@@ -174,6 +162,7 @@ class ManyAdapters:
                 adapter.group.give_back(adapter.row)
                 if not adapter.group.used:
                     self._groups = {key: group for key, group in self._groups.items() if group is not adapter.group}
+                    self._layouts = {key: each for key, each in self._layouts.items() if each[1] is not adapter.group}
             used = {module for group in self._groups.values() for module in group.maps}
             used |= {module for each in self.adapters.values() if each.lora for module in each.lora}
             for module in [module for module in self._hooks if module not in used]:
@@ -268,13 +257,16 @@ class ManyAdapters:
         layer.refresh()
         return made.requires_grad_(False)
 
-    def _fill(self, adapter: Adapter, config: FactorConfig, parts: Parts) -> Adapter:
-        """Write the cores into the adapter's row."""
+    def _check_new(self, name: str) -> None:
+        if name in self.adapters:
+            raise ValueError(f"there is an adapter {name} already: remove it first, or choose another name")
+
+    def _fill(self, adapter: Adapter, row: Tensor) -> Adapter:
+        """Write the cores, with the scale in them, into the adapter's row of the table."""
         group = adapter.group
         assert group is not None
-        row = torch.cat([parts[module]["core"].float().flatten() for module in group.columns])
         with torch.no_grad():
-            group.table[adapter.row] = (config.scale * row).to(group.table.device)
+            group.table[adapter.row] = row.to(group.table.device)
         if group.table.is_cuda:  # the thread that runs the model uses another stream
             torch.cuda.synchronize(group.table.device)
         return self._add(adapter)

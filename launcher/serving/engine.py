@@ -10,6 +10,7 @@ import logging
 import secrets
 import time
 from collections.abc import Callable, Mapping
+from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from threading import Lock
@@ -138,6 +139,9 @@ class BatchedEngine:
     def add_adapter(self, name: str, folder: Path) -> None:
         if name == self.base_id:
             raise ValueError(f"{name} is the base's name: give the adapter's folder another one")
+        with suppress(OSError):  # what is missing, `adapter_config` says
+            if self.many.add_known(name, folder) is not None:
+                return
         adapter_config(Path(folder))  # its file is whole, finite, and no pickle
         added = self.many.add(name, folder)
         if added.lora is not None:

@@ -1,6 +1,7 @@
 """Many adapters in one batch: every row is what its adapter alone gives."""
 
 import copy
+import shutil
 import warnings
 from contextlib import nullcontext
 from pathlib import Path
@@ -8,6 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model
+from safetensors.torch import load_file, save_file
 from tiny_models import adapted, layers, lm_config, randomise, tiny_gpt2, tiny_llama, tokens
 from torch import nn
 from transformers import AutoModelForCausalLM, BitsAndBytesConfig
@@ -254,6 +256,39 @@ def test_the_table_grows_shrinks_and_reuses_rows(tmp_path):
     assert torch.equal(model(ids).logits, tiny_llama()(ids).logits)
 
 
+def test_files_laid_out_alike_are_read_quickly_and_give_the_same(tmp_path):
+    models, ids = written(tmp_path, CONFIGS["loldu normalised, scaled"], count=2), tokens(shape=(2, 12))
+    many = ManyAdapters(model := tiny_llama())
+
+    assert many.add_known("a0", tmp_path / "a0") is None  # the first of its kind
+    many.add("a0", tmp_path / "a0")
+    assert many.add_known("a1", tmp_path / "a1") is not None
+
+    with torch.no_grad(), many.rows(["a1", "a0"]):
+        mixed = model(ids).logits
+    for row, name in enumerate(["a1", "a0"]):
+        torch.testing.assert_close(mixed[row : row + 1], alone(models, None, name, ids[row : row + 1]), **CLOSE)
+    with pytest.raises(ValueError, match="there is an adapter a1 already"):
+        many.add_known("a1", tmp_path / "a1")
+
+
+def test_a_file_laid_out_alike_of_another_base_or_with_nan_is_refused(tmp_path):
+    written(tmp_path, CONFIGS["loldu"], count=2)
+    written(tmp_path / "other", CONFIGS["loldu"], count=1, base=lambda: tiny_llama(seed=9))
+    many = ManyAdapters(tiny_llama())
+    many.add("a0", tmp_path / "a0")
+    shutil.copy(tmp_path / "a0" / "adapter_config.json", tmp_path / "other" / "a0")
+    tensors = load_file(tmp_path / "a1" / "adapter_model.safetensors")
+    next(tensor for name, tensor in tensors.items() if name.endswith("core"))[3] = torch.nan
+    save_file(tensors, tmp_path / "a1" / "adapter_model.safetensors", metadata={"format": "pt"})
+
+    with pytest.raises(ValueError, match="does not fit this base"):
+        many.add("other", tmp_path / "other" / "a0")
+    with pytest.raises(ValueError, match="holds NaN or infinite numbers"):
+        many.add("nan", tmp_path / "a1")
+    assert list(many.adapters) == ["a0"]
+
+
 def test_a_table_whose_end_is_free_shrinks(tmp_path):
     written(tmp_path, CONFIGS["loldu"], count=1)
     many = ManyAdapters(tiny_llama())
@@ -287,7 +322,6 @@ def broken(tmp_path, change):
     model = adapted(tiny_llama(), seed=1)
     model.save_pretrained(tmp_path)
     from peft import PeftConfig
-    from safetensors.torch import load_file
 
     config, tensors = PeftConfig.from_pretrained(tmp_path), load_file(tmp_path / "adapter_model.safetensors")
     change(config, tensors)
@@ -376,6 +410,35 @@ def test_gradients_of_a_table_are_those_of_each_adapter_alone(tmp_path):
         found = group.table.grad[many.adapters[name].row]
         for module, columns in group.columns.items():
             torch.testing.assert_close(found[columns], alone_grad[module].flatten(), **CLOSE)
+
+
+def test_adapters_trained_in_one_run_are_those_trained_alone(tmp_path):
+    """One optimizer over the table; AdamW treats each number by itself."""
+    config, ids = CONFIGS["loldu normalised, scaled"], tokens(shape=(3, 2, 12))
+    many = ManyAdapters(model := tiny_llama())
+    table = many.create(names := ["x", "y", "z"], config).table
+    optimizer = torch.optim.AdamW([table], lr=0.03, weight_decay=0)
+    for _ in range(4):
+        with many.rows([name for name in names for _ in range(2)]):
+            logits = model(ids.flatten(0, 1)).logits.unflatten(0, (3, 2))
+        sum(nn.functional.cross_entropy(logits[i].flatten(0, 1), ids[i].flatten()) for i in range(3)).backward()
+        optimizer.step()
+        optimizer.zero_grad()
+    many.save("y", tmp_path / "y")
+
+    alone = get_peft_model(tiny_llama(), copy.deepcopy(config))
+    optimizer = torch.optim.AdamW(
+        [p for p in alone.parameters() if p.requires_grad], lr=0.06, weight_decay=0
+    )  # the table has the scale in it: 0.5
+    for _ in range(4):
+        nn.functional.cross_entropy(alone(ids[1]).logits.flatten(0, 1), ids[1].flatten()).backward()
+        optimizer.step()
+        optimizer.zero_grad()
+
+    loaded = PeftModel.from_pretrained(tiny_llama(), tmp_path / "y").eval()
+    found, expected, base = (each(ids[1]).logits for each in (loaded, alone.eval(), tiny_llama()))
+    assert (expected - base).abs().max() > 0.1
+    torch.testing.assert_close(found, expected, rtol=1e-3, atol=1e-3)
 
 
 # PEFT's own way: adapter_names in a mixed batch
