@@ -10,7 +10,7 @@ import logging
 import secrets
 import time
 from collections.abc import Callable, Mapping
-from contextlib import suppress
+from contextlib import nullcontext, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from threading import Lock
@@ -24,7 +24,7 @@ from launcher.serving.batching import Batches, Manager, Router, quiet_library
 from launcher.serving.cache_size import SHARE, cache_size, free_bytes
 from launcher.serving.choosing import Choice
 from launcher.serving.requests import Finish, Request, Sampling, Token
-from launcher.serving.suitable import PROMPTS, TOKENS, Made, check_attention, check_same, continuation
+from launcher.serving.suitable import PROMPTS, TOKENS, Made, check_attention, check_same, continuation, try_adapter
 from launcher.serving.texts import Text
 
 log = logging.getLogger(__name__)
@@ -99,6 +99,7 @@ class BatchedEngine:
         self._stop_ids = stop_tokens(self.model, self.tokenizer)
         self._answers: dict[str, Answer] = {}
         self._lock = Lock()  # of _answers and _refusing
+        self._trying = Lock()  # of the model, while the thread that runs it waits
         self._refusing: str | None = "the engine has not been started"
         self._made = 0
         self._manager = Manager(
@@ -144,6 +145,13 @@ class BatchedEngine:
                 return
         adapter_config(Path(folder))  # its file is whole, finite, and no pickle
         added = self.many.add(name, folder)
+        try:
+            pause = self._manager.pause() if self._manager.is_running() else nullcontext()
+            with self._trying, pause:
+                try_adapter(self.model, self.many, added, self._prompts[0])
+        except ValueError:
+            self.many.remove(name)
+            raise
         if added.lora is not None:
             log.info("adapter %s has maps of its own, as LoRA: it adds time to each batch that it is in", name)
 

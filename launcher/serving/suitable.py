@@ -9,6 +9,8 @@ from typing import Any
 import torch
 from transformers.generation.continuous_batching.utils import find_head_dim, find_num_key_value_heads
 
+from adapters.many import Adapter, ManyAdapters
+
 PROMPTS, TOKENS = ((7, 8, 9, 10, 11), (12, 9, 14, 15, 7, 17, 18, 19, 3)), 3
 Made = list[tuple[int, float]]  # tokens with their log-probabilities
 
@@ -37,6 +39,23 @@ def continuation(model: Any, prompt: Sequence[int]) -> Made:
         ids.append(int(logprobs.argmax()))
         found.append((ids[-1], float(logprobs.max())))
     return found
+
+
+@torch.no_grad()
+def try_adapter(model: Any, many: ManyAdapters, adapter: Adapter, prompt: Sequence[int]) -> None:
+    """Raises ValueError for an adapter whose layers do not take a packed row, or whose logits are not finite.
+
+    A model's head, for one, sees only the last token of each request. It is tried on the first adapter of each kind.
+    """
+    if model.config._attn_implementation.startswith("paged"):  # needs the cache
+        return
+    ids = torch.tensor([prompt], device=model.device)
+    last = torch.tensor([len(prompt) - 1], device=ids.device)
+    keep = {"logits_to_keep": last} if model._supports_logits_to_keep() else {}
+    with many.packed([(adapter, len(prompt))]):
+        logits = model(input_ids=ids, use_cache=False, **keep).logits
+    if not torch.isfinite(logits[0, -1].float().amax()):
+        raise ValueError(f"with adapter {adapter.name} the logits are NaN or infinite: use an earlier checkpoint")
 
 
 def check_same(kind: str, packed: Sequence[Made], alone: Sequence[Made]) -> None:

@@ -264,7 +264,9 @@ def test_adapters_come_and_go_while_requests_run(served, folder):
 def test_one_adapter_whose_numbers_overflow_fails_alone(served, folder, tmp_path):
     huge = get_peft_model(base(), LoLDUConfig(r=8, target_modules="all-linear"))
     random_cores(huge, 0, 1e38).save_pretrained(tmp_path / "huge")
-    served.add_adapter("huge", tmp_path / "huge")
+    with pytest.raises(ValueError, match="with adapter huge the logits are NaN or infinite"):
+        served.add_adapter("huge", tmp_path / "huge")
+    served.many.add("huge", tmp_path / "huge")  # as one that overflows on some prompts only would be
     prompt = served.tokenizer.encode(QUESTIONS[0])
     expected = alone(folder, 9, prompt, 24)
 
@@ -278,6 +280,19 @@ def test_one_adapter_whose_numbers_overflow_fails_alone(served, folder, tmp_path
         else:
             assert each.ids == expected
     served.remove_adapter("huge")
+
+
+def test_an_adapter_of_the_models_head_is_refused_while_others_are_answered(served, tmp_path):
+    """The head sees the last token of each request, not each token of the row."""
+    config = LoLDUConfig(r=4, target_modules=["q_proj", "lm_head"])
+    get_peft_model(base(), config).save_pretrained(tmp_path / "head")
+    running = long_request(served, "a3", max_tokens=60)
+
+    with pytest.raises(ValueError, match=r"lm_head .* cannot share a batch"):
+        served.add_adapter("head", tmp_path / "head")
+
+    assert "head" not in served.models()
+    assert running.wait().finish in ("length", "stop")
 
 
 def test_what_cannot_be_answered_is_refused(served):
