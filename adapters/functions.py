@@ -21,7 +21,7 @@ BLOCKS, SMALLEST, FROM, TOKENS = 8, 128, 512, 256
 
 def take_rows(y0: Tensor, rows: Tensor) -> tuple[Tensor, Tensor]:
     """y0 (..., m), and its entries at rows (r,)."""
-    if torch.compiler.is_compiling():
+    if torch.compiler.is_compiling() or not torch.is_grad_enabled():  # the call of a Function costs more than its work
         return y0, y0.index_select(-1, rows)
     return _TakeRows.apply(y0, rows)
 
