@@ -77,6 +77,7 @@ class Training:
     trackers: list[Any] = field(default_factory=list)
     callbacks: Callbacks = field(default_factory=Callbacks)
     ownership: Ownership = field(default_factory=Ownership)
+    check_base: Callable[[], None] = lambda: None  # raises ValueError where the base's files have changed
     clock: Clock = field(default_factory=lambda: Clock())
     ahead: Ahead = field(default_factory=Ahead)
 
@@ -234,8 +235,14 @@ class _Loop:
                 training.ownership.check()
                 meta["events"] = self.events.seal()
                 prune_old = lambda: prune(saver.root, keep_last, best)  # noqa: E731
-                saver.save(state.step, pieces, meta, before=self.events.sync, after=prune_old)
+                saver.save(state.step, pieces, meta, before=self.before_sealing, after=prune_old)
         self.saved = state.step
+
+    def before_sealing(self) -> None:
+        """What must hold and be on the disk before a checkpoint is complete; on rank 0."""
+        self.training.check_base()
+        if self.events is not None:
+            self.events.sync()
 
 
 def evaluation_due(training: Training, state: TrainingState) -> bool:

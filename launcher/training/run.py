@@ -56,7 +56,7 @@ from launcher.training.ownership import Ownership
 from launcher.training.packing import Way, candidates, check_causal, check_packing, needs_padding_mask
 from launcher.training.report import Screen, open_trackers, read_events
 from launcher.training.resolve import Resolved, check_context, resolve
-from launcher.training.start import Start, begin
+from launcher.training.start import Start, begin, watch
 from launcher.training.stop import StopRequest
 
 log = logging.getLogger(__name__)
@@ -178,6 +178,7 @@ def _run(
     # 3. The factors of our own methods, by all ranks together, and the model.
     if plan.factoring.requests:
         plan = plan._replace(factoring=_factor(start, plan.factoring))
+    check_base = comm.each("base model", lambda: watch(start.base))
     model = comm.each("model", lambda: _load(start, plan))
     engine = comm.each("engine", lambda: _engine(start, model))
     identity = comm.each("the factors", lambda: factoring.identify_factors(model, plan.identity, resume))
@@ -200,7 +201,7 @@ def _run(
         config=config, task=resolved.task, engine=engine, forward=HeadLoss(model, engine.forward), tokenizer=tokenizer,
         samples=samples, batches=batches_of_run, steps=steps, packed_as=packed_as, device=resolved.device,
         output=start.output, identity=identity, comm=comm, stop=stop, screen=screen, trackers=trackers,
-        callbacks=callbacks, ownership=state.ownership,
+        callbacks=callbacks, ownership=state.ownership, check_base=check_base,
     )  # fmt: skip
     model.train()
     if resume is not None:

@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import os
 import time
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 from transformers import AutoConfig
 
+from adapters.checkpoint_files import list_tensors
 from launcher.engines.engine import engine_class
 from launcher.models.build import settle_base
 from launcher.models.files import base_folder
@@ -58,3 +61,27 @@ def begin(resolved: Resolved, name: str, comm: Communicator, stop: StopRequest, 
     bare, attention, reason = comm.each("base model", check)
     resolved = replace(resolved, attention=attention, attention_reason=reason)
     return Start(resolved=resolved, comm=comm, stop=stop, screen=screen, output=output, base=base, bare=bare)
+
+
+def watch(base: Path) -> Callable[[], None]:
+    """A check that the base's files are as they are now: a CPU trains on a map of them, which a change would reach.
+
+    The files that are open now are watched, not their names: one that is renamed into their place does no harm.
+    """
+    opened = {file: os.open(file, os.O_RDONLY) for file in sorted({info.file for info in list_tensors(base).values()})}
+
+    def state(descriptor: int) -> tuple[int, int]:
+        found = os.fstat(descriptor)
+        return found.st_size, found.st_mtime_ns
+
+    before = {file: state(descriptor) for file, descriptor in opened.items()}
+
+    def check() -> None:
+        if changed := [file for file, descriptor in opened.items() if state(descriptor) != before[file]]:
+            raise ValueError(
+                f"{changed[0]} was rewritten while this run trains on it, so what it learned since the last checkpoint "
+                "is of another base: no checkpoint is written. Bring the file back, and run the same command again; "
+                "replace such files by renaming new ones"
+            )
+
+    return check

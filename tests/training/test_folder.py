@@ -2,6 +2,7 @@
 
 import hashlib
 import os
+import shutil
 from dataclasses import replace
 
 import pytest
@@ -13,6 +14,7 @@ from launcher.training import folder
 from launcher.training.checkpoint import Checkpoint
 from launcher.training.ownership import Ownership
 from launcher.training.report import Events
+from launcher.training.start import watch
 
 NAMED = Config(run=RunConfig(output="run"))
 
@@ -136,3 +138,23 @@ def test_events_that_are_a_link_are_not_written_through(tmp_path):
 
     assert target.read_text() == "mine"
     assert (tmp_path / "events.jsonl").read_text() == '{"step": 1}\n'
+
+
+def test_a_base_that_is_rewritten_in_place_is_noticed_and_one_that_is_renamed_into_its_place_is_not(stories, tmp_path):
+    base = tmp_path / "base"
+    shutil.copytree(stories, base)
+    file = base / "model.safetensors"
+    file.chmod(0o644)
+    check = watch(base)
+
+    check()
+    shutil.copy(file, tmp_path / "new")
+    os.replace(tmp_path / "new", file)
+    check()
+    check = watch(base)
+    with open(file, "r+b") as opened:
+        opened.seek(-100, os.SEEK_END)
+        opened.write(b"x" * 100)
+
+    with pytest.raises(ValueError, match=r"model.safetensors was rewritten while this run trains on it"):
+        check()
