@@ -82,7 +82,7 @@ def tokens(settings: dict[str, Any]) -> None:
 
     from launcher.data.batches import NO_LOSS, batch_indices
     from launcher.models.files import load_tokenizer
-    from launcher.tasks import task_of
+    from launcher.tasks.choose import task_of
 
     config = config_of(settings)
     tokenizer = load_tokenizer(Path(settings["model"]))
