@@ -28,7 +28,8 @@ from launcher.methods import prompt_tokens
 log = logging.getLogger(__name__)
 
 NO_LOSS = -100  # the label of tokens that carry none, as torch and transformers have it
-CHUNK = 256  # tokens whose logits exist at once: 50 MB of 49,152 classes in float32
+CHUNK = 256  # most tokens whose logits exist at once: 50 MB of 49,152 classes in float32
+NUMBERS = 1 << 24  # most logits that exist at once: 67 MB in float32
 PROBE = 8  # tokens of a row that the check of a model looks at
 
 
@@ -45,18 +46,20 @@ class _SummedLoss(torch.autograd.Function):
         d_hidden = torch.empty_like(hidden) if wants[0] else None
         d_weight = torch.zeros_like(weight, dtype=torch.float32) if wants[1] else None
         d_bias = torch.zeros_like(weight[:, 0], dtype=torch.float32) if wants[2] else None
-        for start in range(0, len(targets), CHUNK):
-            part, wanted = hidden[start : start + CHUNK], targets[start : start + CHUNK]
-            logits = (F.linear(part, weight, bias) * scale).float()
+        size = chunk_of(len(weight))
+        for start in range(0, len(targets), size):
+            part, wanted = hidden[start : start + size], targets[start : start + size]
+            logits = _scaled(F.linear(part, weight, bias), scale).float()
             if cap:
                 logits = cap * torch.tanh(logits / cap)
             total += F.cross_entropy(logits, wanted, reduction="sum")
             if not any(wants):
                 continue
-            d_logits = (_d_logits(logits, wanted, cap) * (scale / divisor)).to(weight.dtype)  # divided before it is
-            # rounded, as autograd does
+            d_logits = _d_logits(logits, wanted, cap)
+            del logits
+            d_logits = d_logits.mul_(scale / divisor).to(weight.dtype)  # divided before it is rounded, as autograd does
             if d_hidden is not None:
-                d_hidden[start : start + CHUNK] = d_logits @ weight
+                d_hidden[start : start + size] = d_logits @ weight
             if d_weight is not None:
                 d_weight += (d_logits.T @ part).float()
             if d_bias is not None:
@@ -82,14 +85,15 @@ class _TokenLosses(torch.autograd.Function):
     ) -> Tensor:
         scale, cap = shape
         losses, d_hidden = [], torch.empty_like(hidden) if ctx.needs_input_grad[0] else None
-        for start in range(0, len(targets), CHUNK):
-            part, wanted = hidden[start : start + CHUNK], targets[start : start + CHUNK]
-            logits = (F.linear(part, weight, bias) * scale).float()
+        size = chunk_of(len(weight))
+        for start in range(0, len(targets), size):
+            part, wanted = hidden[start : start + size], targets[start : start + size]
+            logits = _scaled(F.linear(part, weight, bias), scale).float()
             if cap:
                 logits = cap * torch.tanh(logits / cap)
             losses.append(F.cross_entropy(logits, wanted, reduction="none"))
             if d_hidden is not None:
-                d_hidden[start : start + CHUNK] = (_d_logits(logits, wanted, cap) * scale).to(weight.dtype) @ weight
+                d_hidden[start : start + size] = (_d_logits(logits, wanted, cap) * scale).to(weight.dtype) @ weight
         ctx.save_for_backward(d_hidden)
         return torch.cat(losses) if losses else torch.zeros(0, device=hidden.device)
 
@@ -97,6 +101,16 @@ class _TokenLosses(torch.autograd.Function):
     def backward(ctx: Any, *outputs: Tensor) -> tuple[Tensor | None, ...]:
         (d_hidden,) = ctx.saved_tensors
         return ((outputs[0][:, None] * d_hidden).to(d_hidden.dtype), None, None, None, None, None)
+
+
+def chunk_of(classes: int) -> int:
+    """Tokens whose logits exist at once."""
+    return max(1, min(CHUNK, NUMBERS // classes))
+
+
+def _scaled(logits: Tensor, scale: float) -> Tensor:
+    """scale * logits; no copy where that is 1."""
+    return logits if scale == 1 else logits * scale
 
 
 def _d_logits(logits: Tensor, targets: Tensor, cap: float) -> Tensor:
