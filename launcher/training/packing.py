@@ -129,10 +129,10 @@ def needs_padding_mask(model: Any, forward: Callable[..., Any], ids: Tensor) -> 
     """
     if getattr(model.config.get_text_config(), "output_router_logits", False):
         return True  # the loss that balances experts leaves padding out
-    training, tokens = model.training, ids[torch.arange(SHORT) % len(ids)].expand(2, SHORT)
-    batch = {"input_ids": tokens, "position_ids": torch.arange(SHORT, device=ids.device).expand(2, SHORT)}
+    training, tokens = model.training, ids[torch.arange(SHORT) % len(ids)][None]
+    batch = {"input_ids": tokens, "position_ids": torch.arange(SHORT, device=ids.device)[None]}
     mask = torch.ones_like(tokens)
-    mask[1, SHORT // 2 :] = 0
+    mask[0, SHORT // 2 :] = 0
     outputs = []
     model.train()  # some models build another mask there
     try:
