@@ -123,9 +123,12 @@ def questions(count: int) -> list[str]:
 
 
 def compare(
-    model: Path, folder: Path, asked: list[tuple[str, str]], answers: list[str], max_tokens: int
+    model: Path, folder: Path, asked: list[tuple[str, str]], answers: list[list[str]], max_tokens: int
 ) -> dict[str, int]:
-    """How many answers are those that PEFT gives with each adapter loaded by itself: no code of the server's engine."""
+    """How many answers are those that PEFT gives with each adapter loaded by itself: no code of the server's engine.
+
+    answers are texts of tokens: bytes that are no UTF-8 decode differently one by one and together.
+    """
     import torch
     from transformers import AutoModelForCausalLM
 
@@ -133,9 +136,10 @@ def compare(
     from launcher.inference.sources import attach
     from launcher.models.files import load_tokenizer
     from launcher.models.generation import answer
+    from launcher.serving.answers import TokenTexts
 
     tokenizer = load_tokenizer(model)
-    template = load_template("short", tokenizer, conversations=False)
+    template, text = load_template("short", tokenizer, conversations=False), TokenTexts(tokenizer)
     found = {"equal": 0, "ties": 0, "wrong": 0}
     for name in sorted({name for name, _ in asked}):
         loaded = attach(AutoModelForCausalLM.from_pretrained(model), folder / name).eval()
@@ -143,19 +147,21 @@ def compare(
         records = [{"instruction": asked[place][1], "input": "", "output": ""} for place in places]
         prompts = [prompt_ids(each, template, tokenizer) for each in records]
         for place, prompt, ids in zip(places, prompts, answer(loaded, tokenizer, prompts, max_tokens), strict=True):
-            texts = [tokenizer.decode(ids[:size], skip_special_tokens=True) for size in range(len(ids) + 1)]
-            if texts[-1] == answers[place]:
+            if (alone := [text(token) for token in ids]) == answers[place]:
                 found["equal"] += 1
                 continue
-            same = max(size for size, text in enumerate(texts) if answers[place].startswith(text))
+            pairs = enumerate(zip(alone, answers[place], strict=False))
+            same = next((at for at, (a, b) in pairs if a != b), min(len(alone), len(answers[place])))
             with torch.no_grad():
                 two = loaded(input_ids=torch.tensor([prompt + ids[:same]])).logits[0, -1].topk(2).values
             found["ties" if float(two[0] - two[1]) < TIE else "wrong"] += 1
     return found
 
 
-async def load(url: str, asked: list[tuple[str, str]], max_tokens: int) -> tuple[list[Any], float]:
-    """All requests at once: the answers (text and tokens, or the error) in their order, and the seconds."""
+async def load(
+    url: str, asked: list[tuple[str, str]], max_tokens: int, *, tokens: bool = False
+) -> tuple[list[Any], float]:
+    """All requests at once: the answers (text or its tokens, and their number; or the error), and the seconds."""
     import httpx2
     from openai import APIError, AsyncOpenAI
 
@@ -167,12 +173,16 @@ async def load(url: str, asked: list[tuple[str, str]], max_tokens: int) -> tuple
             messages: Any = [{"role": "user", "content": question}]
             try:
                 answer = await client.chat.completions.create(
-                    model=model, messages=messages, temperature=0, max_tokens=max_tokens
+                    model=model, messages=messages, temperature=0, max_tokens=max_tokens, logprobs=tokens
                 )
             except APIError as error:
                 return error
             assert answer.usage is not None
-            return answer.choices[0].message.content, answer.usage.completion_tokens
+            choice = answer.choices[0]
+            if tokens:
+                assert choice.logprobs is not None
+                return [each.token for each in choice.logprobs.content or ()], answer.usage.completion_tokens
+            return choice.message.content, answer.usage.completion_tokens
 
         began = time.perf_counter()
         answers = await asyncio.gather(*(one(*each) for each in asked))
@@ -201,7 +211,8 @@ def throughput(server: Server, options: argparse.Namespace, folder: Path) -> dic
             found[kind] = [text for text, _ in answers]
             passes[kind] = after["loldu_engine_forward_passes"] - before["loldu_engine_forward_passes"]
             passes[kind + "_tokens"] = sum(tokens for _, tokens in answers)
-    compared = compare(options.model, folder, mixed, found["mixed"], options.max_tokens)
+    told, _ = asyncio.run(load(server.url, mixed, options.max_tokens, tokens=True))
+    compared = compare(options.model, folder, mixed, [tokens for tokens, _ in told], options.max_tokens)
     median = {kind: statistics.median(values) for kind, values in rates.items()}
     cpu = {kind: statistics.median(values) for kind, values in by_cpu.items()}
     return {
@@ -255,7 +266,7 @@ def deleted_while_answering(server: Server, options: argparse.Namespace, folder:
     asked = [(f"u{i % 8:05}", text) for i, text in enumerate(texts)]
 
     async def run() -> list[Any]:
-        work = asyncio.create_task(load(server.url, asked, 200))
+        work = asyncio.create_task(load(server.url, asked, 200, tokens=True))
         while (await asyncio.to_thread(server.metrics))["loldu_engine_running"] < 16 and not work.done():
             await asyncio.sleep(0.02)
         request = urllib.request.Request(f"{server.url}/v1/adapters/u00003", method="DELETE")

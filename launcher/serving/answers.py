@@ -39,6 +39,7 @@ class TokenTexts:
         self.tokenizer = tokenizer
         self.anchor = tokenizer("a", add_special_tokens=False, verbose=False)["input_ids"][-1:]
         self.skipped = len(self._decode(self.anchor))
+        self.special = frozenset(tokenizer.all_special_ids)
         self.known: dict[int, str] = {}
 
     def __call__(self, token: int) -> str:
@@ -161,7 +162,7 @@ class Answer:
 
     def _ends(self, token: Token) -> bool:
         """Whether a token is the one with which the model ended the answer, which is no part of its text."""
-        return token.finish == "stop" and not token.text
+        return token.finish == "stop" and (not token.text or token.id in self.texts.special)
 
     def usage(self) -> dict[str, int]:
         used = {"prompt_tokens": self.prompt_tokens, "completion_tokens": self.tokens}
