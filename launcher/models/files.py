@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import importlib.util
 import json
+import re
 import sys
 from pathlib import Path
 from typing import Any
@@ -55,12 +57,40 @@ def recorded_run(folder: Path) -> dict[str, Any] | None:
 def load_tokenizer(folder: Path, *, trust_remote_code: bool = False) -> Any:
     """The tokenizer of a folder. Raises ValueError if there is none: transformers would return an empty one."""
     reason = f"it has none of {', '.join(TOKENIZER_FILES)}"
+    if missing := _missing_packages(folder):
+        raise ValueError(
+            f"the tokenizer of {folder} has no tokenizer.json, and reading its other files takes "
+            f"{' and '.join(missing)}: pip install {' '.join(missing)}"
+        )
     if has_tokenizer(folder):
         try:
             return AutoTokenizer.from_pretrained(folder, local_files_only=True, trust_remote_code=trust_remote_code)
         except Exception as error:  # tokenizer libraries raise bare Exceptions
             reason = needs_code(error) or first_line(error)
     raise ValueError(f"{folder} has no tokenizer that loads ({reason}): copy the model's tokenizer files there")
+
+
+def _missing_packages(folder: Path) -> list[str]:
+    """The packages that transformers needs to read the folder's tokenizer and that are not installed.
+
+    Without them it takes one format for the other, and names the wrong package or none.
+    """
+    files = [folder / name for name in ("tokenizer.model", "spiece.model") if (folder / name).is_file()]
+    if not files or (folder / "tokenizer.json").is_file():
+        return []
+    with files[0].open("rb") as opened:
+        is_tiktoken = re.match(rb"[A-Za-z0-9+/]+=* \d+\r?\n", opened.read(4096)) is not None
+    needed = (
+        {"tiktoken": "tiktoken"} if is_tiktoken else {"sentencepiece": "sentencepiece", "google.protobuf": "protobuf"}
+    )
+    return [package for module, package in needed.items() if not _is_installed(module)]
+
+
+def _is_installed(module: str) -> bool:
+    try:
+        return importlib.util.find_spec(module) is not None
+    except ModuleNotFoundError:  # a part of a package that is not there
+        return False
 
 
 def check_ids(tokenizer: Any, largest: int, rows: int, *, labels: bool = False) -> None:
