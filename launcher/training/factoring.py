@@ -70,16 +70,21 @@ def complete(
     load: Callable[[], nn.Module],
     pad_id: int,
     labels_model: nn.Module | None = None,
+    converted: bool = False,
 ) -> Factoring:
     """With the base's fingerprint and the learning rate in the adapter's config, and gradients where they are needed.
 
-    load() returns the plain base on this rank's device. labels_model is the skeleton of a model that labels.
+    load() returns the plain base on this rank's device. labels_model is the skeleton of a model that labels. converted
+    says that the model holds other tensors than its files (fused experts): the files' fingerprint is not the model's,
+    which is taken where a process holds it whole.
     """
     if not isinstance(factoring.adapter, FactorConfig):
         return factoring
     config = resolved.config
     adapter = copy.copy(factoring.adapter.for_training(config.optimizer.learning_rate))
-    if labels_model is None:
+    if converted:
+        adapter.base_fingerprint = None
+    elif labels_model is None:
         adapter.base_fingerprint = identity["base"]
     else:  # neither the checkpoint's language modelling head nor a new one for labels is part of this base
         of_base = stored_base(labels_model)

@@ -279,6 +279,7 @@ def _plan(start: Start, train_data: Encoded, tokenizer: Any) -> _Plan:
         requested, resolved, train_data, identity, comm,
         load=lambda: build(config.model, base, None, factors=lambda name: None, device=resolved.device, **how),
         pad_id=tokenizer.pad_token_id or 0, labels_model=labels_model,
+        converted=any(info.conversion is not None for info in known.stored.values()),
     )  # fmt: skip
     return _Plan(completed, head, identity)
 

@@ -1,6 +1,7 @@
 """Where adapters go and what is quantised: layers whose forward pass counts, and a screen that tells the share."""
 
 import re
+import warnings
 
 import pytest
 import torch
@@ -22,6 +23,7 @@ from transformers import (
 )
 from transformers.models.deepseek_v3.modeling_deepseek_v3 import DeepseekV3ForCausalLM
 
+from adapters import BasePrecisionWarning
 from launcher.config import AdapterConfig
 from launcher.inference.export import export_lora
 from launcher.methods import peft_config
@@ -181,3 +183,14 @@ def test_targets_that_name_fused_experts_are_refused_with_a_remedy_that_works(ta
     remedy = peft_config(AdapterConfig(method="lora", rank=2, options=(f"target_parameters={parameters}",)))
     model = get_peft_model(AutoModelForCausalLM.from_pretrained(folder), remedy)
     assert any("experts" in name for name, p in model.named_parameters() if p.requires_grad)
+
+
+@pytest.mark.parametrize("sharding", ["none", "fsdp2"])
+def test_an_adapter_beside_fused_experts_loads_on_its_base_without_a_warning_of_another(sharding, saved, tmp_path):
+    """The files hold each expert by itself, so their fingerprint is not that of the model in memory."""
+    folder = saved(AutoModelForCausalLM.from_config(MixtralConfig(**SIZES, num_local_experts=8)))
+    assert train(folder, tmp_path / "out", sharding=sharding) == 0
+
+    with warnings.catch_warnings():
+        warnings.simplefilter("error", BasePrecisionWarning)
+        PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(folder), tmp_path / "out" / "adapter")
