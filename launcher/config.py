@@ -146,6 +146,8 @@ class DataConfig(Checked):
 
     def __post_init__(self) -> None:
         super().__post_init__()
+        if not self.data:
+            raise ValueError("--data is empty: give a file, a folder or a dataset of the hub")
         if not isinstance(self.data, str):
             if not self.data:
                 raise ValueError("--data (data.data) is empty: give a file, a folder or a hub dataset")
