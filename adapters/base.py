@@ -67,12 +67,12 @@ class Factorization(ABC):
         embedding: bool = False,
         saved: Factors | None = None,
     ) -> Factors:
-        """The factors of W at rank r (None where the factorization chooses it); `probe` is left zero.
+        """The factors of W at rank r (None if the factorization chooses it); `probe` is left zero.
 
         rows(indices) returns those rows of W. embedding: the layer's output is a row of W instead of W x. saved:
         pivots and values of a saved adapter, whose core belongs to exactly these directions.
 
-        Raises ValueError where this weight has no such factors; the caller adds the weight's name and a remedy.
+        Raises ValueError if this weight has no such factors; the caller adds the weight's name and a remedy.
         """
 
     @abstractmethod
@@ -84,7 +84,7 @@ class Factorization(ABC):
         """Relative error of the factors against W, before `write` is rounded."""
 
     def misfit(self, W: Tensor, factors: Factors, *, embedding: bool = False) -> str | None:
-        """Why these, read from a file, cannot be the factors of W (m, n); None where nothing speaks against them.
+        """Why these, read from a file, cannot be the factors of W (m, n); None if nothing speaks against them.
 
         Cheap, because every start asks it of every weight: a few random vectors, a sample of rows. W may be a map of a
         file, of which only what is used is read. By default nothing is compared.
@@ -94,7 +94,7 @@ class Factorization(ABC):
     def rebuilt_error(self, W: Tensor, saved: Factors) -> float:
         """Estimated relative error of factors rebuilt from this W against those with the saved pivots and values.
 
-        Used where an adapter is loaded on its base in another precision, without the checkpoint at hand.
+        Used if an adapter is loaded on its base in another precision, without the checkpoint at hand.
         """
         return math.inf
 
@@ -119,7 +119,7 @@ class FactorConfig(PeftConfig, ABC):
 
     method: ClassVar[str]  # name in lower case; PEFT's type is the same in capitals
     # How the layer reads the r numbers h that the core multiplies:
-    through_write: ClassVar[bool] = True  # read * (write^T y0), read (r,); where False read @ y0[pivots], read (r, r)
+    through_write: ClassVar[bool] = True  # read * (write^T y0), read (r,); if False read @ y0[pivots], read (r, r)
     reads_input: ClassVar[bool] = False  # read @ x, read (r, n), saved with the adapter (input_layer.py)
 
     def __post_init__(self) -> None:
@@ -148,15 +148,15 @@ class FactorConfig(PeftConfig, ABC):
 
     @property
     def usual_learning_rate(self) -> float | None:
-        """The learning rate at which this core trained best on small models (benchmarks/README.md), where measured."""
+        """The learning rate at which this core trained best on small models (benchmarks/README.md), if measured."""
         return None
 
     def for_training(self, learning_rate: float) -> Self:
-        """The config completed by what it takes from the run's learning rate; this one where it takes nothing."""
+        """The config completed by what it takes from the run's learning rate; this one if it takes nothing."""
         return self
 
     def rank_of(self, module: str, shape: tuple[int, int]) -> int | None:
-        """The rank of a weight (m, n); None where its factors decide."""
+        """The rank of a weight (m, n); None if its factors decide."""
         return min(self.r, *shape)
 
     def note_rank(self, module: str, r: int) -> None:
@@ -174,7 +174,7 @@ class FactorConfig(PeftConfig, ABC):
         return (r,)
 
     def random_core(self, r: int, name: str) -> Tensor:
-        """The core where init_weights is False: drawn from torch's seed and the module's name.
+        """The core if init_weights is False: drawn from torch's seed and the module's name.
 
         So it is the same on every rank and under every sharding.
         """
@@ -193,7 +193,7 @@ class FactorConfig(PeftConfig, ABC):
         return h * core
 
     def core_matrix(self, core: Tensor, r: int) -> Tensor:
-        """That matrix (r, r), or only its diagonal (r,) where it is diagonal."""
+        """That matrix (r, r), or only its diagonal (r,) if it is diagonal."""
         return core
 
 

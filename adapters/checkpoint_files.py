@@ -22,7 +22,7 @@ class TensorInfo(NamedTuple):
 
 
 def local_folder(model: str) -> Path | None:
-    """The folder of a model's files: model itself, or its snapshot in the hub cache; None where neither exists."""
+    """The folder of a model's files: model itself, or its snapshot in the hub cache; None if neither exists."""
     if Path(model).is_dir():
         return Path(model)
     from huggingface_hub import try_to_load_from_cache

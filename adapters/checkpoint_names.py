@@ -204,7 +204,7 @@ def local_weights(models: Iterable[str], module: str) -> Iterator[Tensor]:
 
 @lru_cache(maxsize=4)
 def _by_model(folder: Path, stamp: int, files: frozenset[Path]) -> dict[str, TensorInfo]:
-    """`model_tensors` of a folder, by its config.json; nothing where that describes no model known here."""
+    """`model_tensors` of a folder, by its config.json; nothing if that describes no model known here."""
     try:
         return model_tensors(skeleton_of(folder), list_tensors(folder))
     except (OSError, KeyError, ValueError, AttributeError):
@@ -212,7 +212,7 @@ def _by_model(folder: Path, stamp: int, files: frozenset[Path]) -> dict[str, Ten
 
 
 def language_model_class(config: Any) -> Any:
-    """The auto class that builds a model which writes text: one for text alone where there is one, else with vision."""
+    """The auto class that builds a model which writes text: one for text alone if there is one, else with vision."""
     auto: Any = transformers
     if "AutoModelForCausalLM" in (getattr(config, "auto_map", None) or {}):
         return auto.AutoModelForCausalLM

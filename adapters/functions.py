@@ -36,7 +36,7 @@ def add_rows(onto: Tensor, added: Tensor, rows: Tensor) -> Tensor:
 def lower_linear(x: Tensor, L: Tensor, rows: Tensor | None = None) -> Tensor:
     """x L^T for x (..., r) and a frozen lower triangular L (r, r), in blocks that skip most of its zeros.
 
-    With rows (r,), the rows of L are permuted: row i is at rows[i]. One product where blocks would not be faster.
+    With rows (r,), the rows of L are permuted: row i is at rows[i]. One product if blocks would not be faster.
     """
     if not in_blocks(x):
         return F.linear(x, L if rows is None else L.index_select(0, rows))

@@ -88,7 +88,7 @@ class InputLinear(FactorLinear):
 
     @torch.compiler.disable
     def refresh(self, *_: Any) -> None:
-        """Warn once where an adapter was made on other weights; its factors are valid on any."""
+        """Warn once if an adapter was made on other weights; its factors are valid on any."""
         if self.base.weight.is_meta or self._unmerged is not None:
             return
         for factor_map in self.maps.values():

@@ -171,7 +171,7 @@ class FactorMap(nn.Module):
         return torch.addmm(onto.reshape(-1, onto.shape[-1]), h.reshape(-1, h.shape[-1]), self.write.T).view(onto.shape)
 
     def scaled_core(self, dtype: torch.dtype) -> Tensor:
-        """scale * core; the core itself where scale is 1."""
+        """scale * core; the core itself if scale is 1."""
         core = self.core.to(dtype)
         return core if self.scale == 1 else self.scale * core
 
@@ -347,7 +347,7 @@ class FactorLayer(nn.Module, BaseTunerLayer):
                 factor_map.set_factors(factors._replace(**saved))
 
     def matrix(self) -> Tensor:
-        """The unmerged W (m, n); dequantised where the base is quantised."""
+        """The unmerged W (m, n); dequantised if the base is quantised."""
         return self._as_matrix(self._unmerged if self._unmerged is not None else self.get_base_weight())
 
     def lora(self, adapter_name: str) -> tuple[Tensor, Tensor]:

@@ -28,7 +28,7 @@ from adapters.factors import Factors, fresh_draws, signs
 
 COLUMNS = 64  # of a panel, moved at a time: they fit the processor's cache, and no second panel is in memory
 SAMPLE, VECTORS = 128, 4  # rows and random vectors on which `lu_misfit` compares factors with a weight
-NORMALIZED_LEARNING_RATE = 3e-2  # trained best where directions have norm one
+NORMALIZED_LEARNING_RATE = 3e-2  # trained best if directions have norm one
 
 # The paper's starting values of z that keep the function. Our core is the difference z - z0, so all of these start at
 # zero. (In the paper they differ in weight decay, which pulls z towards zero; ours pulls towards the base model.)
@@ -86,7 +86,7 @@ class PanelLU(Factorization):
             C, square = panel[pivots[some]].T.to(factors.read), factors.write[:r]
         else:
             C, square = panel[pivots[:, None], some].to(factors.read), factors.write.T.index_select(1, pivots).T
-        scale = square.diagonal() * factors.read.diagonal()  # 1/d; divided by the norms where normalize is set
+        scale = square.diagonal() * factors.read.diagonal()  # 1/d; divided by the norms if normalize is set
         again = square @ (factors.read @ C / scale[:, None])
         return float((again - C).abs().max() / C.abs().max())
 
@@ -146,7 +146,7 @@ def lu_of_panel(panel: Tensor, pivots: Tensor | None = None) -> tuple[Tensor, Te
     Raises ValueError for NaN or infinite entries, a zero pivot, or pivots that do not fit the panel.
     """
     panel, (m, r), wide = panel.detach(), panel.shape, torch.promote_types(panel.dtype, torch.float32)
-    low, high = panel.aminmax()  # either is NaN where any number is
+    low, high = panel.aminmax()  # either is NaN if any number is
     largest = float(torch.maximum(-low, high))
     if not math.isfinite(largest):
         bad = int((~torch.isfinite(panel)).sum())
@@ -191,7 +191,7 @@ def loldu_factors(
 ) -> Factors:
     """LoLDU's factors of W (m, n) from its panel W[:, :r]; probe is left empty.
 
-    rows(pivots) returns W[pivots] (r, n); it is called only where those are needed. normalize divides each direction by
+    rows(pivots) returns W[pivots] (r, n); it is called only if those are needed. normalize divides each direction by
     its two norms, so that one learning rate suits all (they differ about 100 times). For an embedding, whose output is
     a row of W, the two sides change places: it reads its first r output features and writes through U_r^T (n, r).
     """
@@ -212,7 +212,7 @@ def loldu_factors(
 
 
 def lu_misfit(W: Tensor, factors: Factors, *, normalize: bool = False, embedding: bool = False) -> str | None:
-    """Why these are not the factors of W (m, n); None where they agree on SAMPLE rows and on VECTORS random vectors.
+    """Why these are not the factors of W (m, n); None if they agree on SAMPLE rows and on VECTORS random vectors.
 
     Read is lower triangular, and C = W[pivots, :r] has one LU: so Read C is upper triangular only for the right Read.
     Then W[:, :r] w = Write diag(d) (Read C w) for a random w only for the right Write. Costs O(r^2 + SAMPLE r).

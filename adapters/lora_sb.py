@@ -106,7 +106,7 @@ class LoRASBConfig(DenseCore, FactorConfig):
         return self if self.step else dataclasses.replace(self, step=learning_rate)
 
     def start_core(self, values: Tensor) -> Tensor:
-        """The first step itself: step * diag(s). Raises ValueError where step is not set."""
+        """The first step itself: step * diag(s). Raises ValueError if step is not set."""
         if self.step is None:
             raise ValueError("LoRASBConfig.step is the size of the step that the factors belong to: give it a number")
         return (self.step * values).diag()
@@ -115,7 +115,7 @@ class LoRASBConfig(DenseCore, FactorConfig):
 def first_step_factors(gradient: Tensor, r: int, *, method: str = "auto") -> Factors:
     """LoRA-SB's factors from a weight's summed gradient (m, n): write U_r (m, r), read V_r^T (r, n), values s (r,).
 
-    They factor -sign(gradient), the direction of AdamW's first step; probe is left zero. Raises ValueError where the
+    They factor -sign(gradient), the direction of AdamW's first step; probe is left zero. Raises ValueError if the
     gradient is zero or not finite, or its sign has rank below r.
     """
     step = -gradient.sign().where(gradient.isfinite(), gradient)

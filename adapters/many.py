@@ -9,7 +9,7 @@
 
 Adapters whose maps follow from the same weights, pivots and settings are a group: the maps are in memory once, and an
 adapter is one row of a table, its numbers and nothing else. Row 0 is zero: that is the base, whose output plus zero is
-the same bit for bit. A batch with several groups (ranks, methods) passes through the maps of each, with row 0 where a
+the same bit for bit. A batch with several groups (ranks, methods) passes through the maps of each, with row 0 if a
 row of the batch belongs to another. LoRA adapters (many_lora.py) bring their own maps and run one after the other.
 """
 
@@ -100,7 +100,7 @@ class ManyAdapters:
         return adapter
 
     def add_known(self, name: str, folder: str | Path) -> Adapter | None:
-        """The same where an adapter with this config, laid out alike, has been added before; else None. Quick."""
+        """The same if an adapter with this config, laid out alike, has been added before; else None. Quick."""
         return self._add_known(name, Files.read(Path(folder)))
 
     def _add_known(self, name: str, files: Files) -> Adapter | None:

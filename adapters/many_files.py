@@ -63,7 +63,7 @@ class Layout:
     scale: float
 
     def row(self, files: Files) -> Tensor | None:
-        """The row of an adapter with this layout; None where its maps are others. Raises ValueError for NaN."""
+        """The row of an adapter with this layout; None if its maps are others. Raises ValueError for NaN."""
         words = files.words
         if not np.array_equal(words[self.origin], self.expected):
             return None
@@ -78,7 +78,7 @@ def finite_row(row: Tensor) -> Tensor:
 
 
 def layout_of(files: Files, method: str, modules: Iterable[str], scale: float) -> Layout | None:
-    """The layout of a file that was read and checked; None where numbers are not four bytes each."""
+    """The layout of a file that was read and checked; None if numbers are not four bytes each."""
     header: dict[str, Any] = json.loads(files.weights[8 : files.start])
     cores: list[NDArray[np.int64]] = []
     origin: list[NDArray[np.int64]] = []

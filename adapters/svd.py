@@ -193,7 +193,7 @@ class LoRAXSConfig(DenseCore, SVDConfig):
 
 
 def check_algorithm(config: Any) -> None:
-    """Raises ValueError where a config's svd is none of `ALGORITHMS`."""
+    """Raises ValueError if a config's svd is none of `ALGORITHMS`."""
     if config.svd not in ALGORITHMS:
         raise ValueError(f"{type(config).__name__}.svd is one of {', '.join(ALGORITHMS)}, got {config.svd!r}")
 
@@ -252,8 +252,8 @@ def svd_factors(
 ) -> Factors:
     """Factors of W (m, n), probe left empty; r None: of the least rank that holds this share of |W|^2.
 
-    method auto tries block where it is quicker and falls back to exact, logging why, where block's directions are not
-    accurate enough. pivots (r,) are saved rows where directions are positive: in a rounded W another entry may be the
+    method auto tries block if it is quicker and falls back to exact, logging why, if block's directions are not
+    accurate enough. pivots (r,) are saved rows if directions are positive: in a rounded W another entry may be the
     largest, and the sign matters to every core but a diagonal. divide=False reads U_r^T y0.
 
     Raises ValueError for NaN or infinite entries, a rank above that of W, or too large an error of method block.
@@ -298,7 +298,7 @@ def leading_exact(W: Tensor, r: int | None, energy: float = 1.0) -> tuple[Tensor
 def leading_block(W: Tensor, r: int) -> tuple[Tensor, Tensor, float]:
     """U_r (m, r) and s_r (r,) in float64 from a block Krylov space, and the largest angle a direction may be off.
 
-    Q (m, d) is an orthonormal basis of the span of W O, (W W^T) W O, ... for a random O, and Z = W^T Q. Where the angle
+    Q (m, d) is an orthonormal basis of the span of W O, (W W^T) W O, ... for a random O, and Z = W^T Q. If the angle
     of the best directions in it is above the bound, the basis is enlarged once.
     """
     A, (m, n) = W.float(), W.shape

@@ -127,7 +127,7 @@ class FactorTuner(BaseTuner):
     ) -> dict[str, Any]:
         """What an adapter's file holds, also under torch's FSDP1.
 
-        There the state dict has the frozen maps as well, which are dropped here. And where layers are wrapped one by
+        There the state dict has the frozen maps as well, which are dropped here. And if layers are wrapped one by
         one, PEFT finds none of them, because it looks for the wrappers' names in the keys.
         """
         found = super()._get_adapter_state_dict(model, config, adapter_name, state_dict, unwanted_adapter_names)

@@ -2,7 +2,7 @@
 
 For each type of language model in transformers, makes a random model of a few hundred thousand parameters and does with
 it what a user does: train, shard, quantise, resume, generate, merge, export, pack. Each result is "works", "refused:
-why" or "fails: how". Where two ways must give the same loss, "works" means that they do. Writes
+why" or "fails: how". If two ways must give the same loss, "works" means that they do. Writes
 benchmarks/results/architectures.json and docs/architectures.md; --table writes only the page.
 """
 
@@ -47,7 +47,7 @@ RESULTS = REPO / "benchmarks" / "results" / "architectures.json"
 PAGE = REPO / "docs" / "architectures.md"
 TOKENIZER = REPO / "recipes" / "tiny" / "model"
 VOCABULARY = 384
-SAME = 2e-4  # between two ways of computing one loss, in float32; below 2e-6 where they agree
+SAME = 2e-4  # between two ways of computing one loss, in float32; below 2e-6 if they agree
 LIMIT_S = 300
 
 # Types whose checkpoints hold more than a language model, here trained on text only.
@@ -230,7 +230,7 @@ class Trial:
             self.base = replace(self.base, data=data)
 
     def losses(self, name: str, change: Callable[[Config], Config] = lambda config: config) -> list[float]:
-        """Of a run of that name. Raises ValueError with the run's own words where it is refused."""
+        """Of a run of that name. Raises ValueError with the run's own words if it is refused."""
         out = self.folder / name
         config = change(replace(self.base, run=replace(self.base.run, output=str(out))))
         code = run(config, name)

@@ -101,7 +101,7 @@ REHEARSAL = Plan(
 
 
 def plan_for(rehearse: bool) -> Plan:
-    """Raises SystemExit where there is no GPU; below 40 GB half the tokens are taken, below 28 GB half the layers."""
+    """Raises SystemExit if there is no GPU; below 40 GB half the tokens are taken, below 28 GB half the layers."""
     if rehearse:
         return REHEARSAL
     if not torch.cuda.is_available():
@@ -289,7 +289,7 @@ def report(result: dict[str, Any]) -> str:
 
 
 def against_lora(found: dict[str, Any]) -> dict[str, dict[str, float]]:
-    """Ratios ours / LoRA by rank, where a section measured both: LoRA with the adapters that make it faster.
+    """Ratios ours / LoRA by rank, if a section measured both: LoRA with the adapters that make it faster.
 
     On a CPU there is no peak memory to compare.
     """
@@ -453,7 +453,7 @@ def gpu_tests(plan: Plan) -> Steps:
 
 
 def passed(report: Path) -> dict[str, int]:
-    """Counts of a JUnit file. Raises ValueError where a test failed, or none passed: then nothing was tested."""
+    """Counts of a JUnit file. Raises ValueError if a test failed, or none passed: then nothing was tested."""
     suite = ElementTree.parse(report).getroot().find("testsuite")
     assert suite is not None
     counts = {name: int(suite.get(name, 0)) for name in ("tests", "failures", "errors", "skipped")}
@@ -581,7 +581,7 @@ def factor_times(plan: Plan) -> Steps:
 
 
 def attention(plan: Plan) -> Steps:
-    """Ours at the first rank: torch's own kernels for attention, and flash-attn where it is installed."""
+    """Ours at the first rank: torch's own kernels for attention, and flash-attn if it is installed."""
     from torch.nn.attention import SDPBackend, sdpa_kernel
 
     few = base_model(plan, plan.few_layers)

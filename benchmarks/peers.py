@@ -7,7 +7,7 @@
 Models: SmolLM2-135M-Instruct (DIR), and a random Llama of four layers, hidden size 1024 and 128,256 classes, which is
 written to a temporary folder. Float32, one thread per process, no gradient checkpointing; TRL gets the tokens from
 disk, ours from its cache, so neither tokenises. A round runs each side once per cell, in an order of its own, and a
-ratio is taken within a round; the table has medians and min-max. Where machines are busy seconds say little, so speed
+ratio is taken within a round; the table has medians and min-max. If machines are busy seconds say little, so speed
 is tokens with loss per processor second, of all processes and their children, from the start of the first step to the
 end of the last. Peak memory is the largest resident set (VmHWM) of a process. The loss curves of both sides must agree
 within 1e-4 of the loss. `trl grouped` is TRL with train_sampling_strategy="group_by_length", which visits samples in
@@ -239,7 +239,7 @@ def write(file: Path, settings: dict[str, Any]) -> str:
 
 
 def python(*arguments: str) -> None:
-    """Run a fresh Python to its end. Its screen is shown where it fails."""
+    """Run a fresh Python to its end. Its screen is shown if it fails."""
     environment = os.environ | {"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", "CUDA_VISIBLE_DEVICES": ""}
     environment["PYTHONPATH"] = str(RUNS.parents[1])
     done = subprocess.run([sys.executable, *arguments], env=environment, capture_output=True, text=True)

@@ -56,7 +56,7 @@ class Base:
     hidden: int
     intermediate: int
     layers: int
-    key_value: int  # width of keys and values: smaller than hidden where heads share them
+    key_value: int  # width of keys and values: smaller than hidden if heads share them
     vocabulary: int = 32_000
     precision: float = 2.0
 
@@ -99,7 +99,7 @@ class Method:
         return base.layers * sum(m * r for m, r in ranks), base.layers * sum(r * r for _, r in ranks)
 
     def gradient_bytes(self, base: Base) -> int:
-        """Of one all-reduce: float32 for adapters, bfloat16 where the whole model trains."""
+        """Of one all-reduce: float32 for adapters, bfloat16 if the whole model trains."""
         return self.trained(base) * 2 if self.rank == 0 else (self.trained(base) + CONTROL) * 4
 
     def operations_per_token(self, base: Base) -> tuple[float, float]:

@@ -9,7 +9,7 @@ per forward pass; PEFT's own mixed batch of LoRA adapters; an adapter that is de
 restart; and with --many adapters their load rate, memory, and the time of a new one's first answer. Server and client
 share the machine's cores.
 
-An answer that differs from PEFT's counts as a tie where PEFT's own two likeliest tokens at that place are closer than
+An answer that differs from PEFT's counts as a tie if PEFT's own two likeliest tokens at that place are closer than
 TIE: random cores make flat distributions, and a packed batch rounds sums in another order.
 """
 

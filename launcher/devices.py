@@ -1,4 +1,4 @@
-"""Which GPU is a process's own, and why there may be none. Imports torch where it is needed."""
+"""Which GPU is a process's own, and why there may be none. Imports torch if it is needed."""
 
 from __future__ import annotations
 
@@ -12,9 +12,9 @@ DRIVER = Path("/proc/driver/nvidia/gpus")  # one folder for each GPU that the dr
 
 
 def own_device(local_rank: int, local_world_size: int) -> Any:
-    """This process's torch.device: its GPU, or the CPU where torch finds no GPU.
+    """This process's torch.device: its GPU, or the CPU if torch finds no GPU.
 
-    A scheduler may show each process one GPU alone, which then has number 0 in all of them. Raises ValueError where
+    A scheduler may show each process one GPU alone, which then has number 0 in all of them. Raises ValueError if
     there are more processes than GPUs.
     """
     import torch
@@ -38,7 +38,7 @@ def identity_of(device: Any) -> list[str]:
 
 
 def check_distinct(found: Sequence[Sequence[str]]) -> None:
-    """Raises ValueError, naming the ranks, where two of them have one GPU; found: each rank's `identity_of`."""
+    """Raises ValueError, naming the ranks, if two of them have one GPU; found: each rank's `identity_of`."""
     first: dict[tuple[str, ...], int] = {}
     for rank, which in enumerate(map(tuple, found)):
         if which in first:
@@ -50,7 +50,7 @@ def check_distinct(found: Sequence[Sequence[str]]) -> None:
 
 
 def unusable_gpus(driver: Path = DRIVER) -> str | None:
-    """Why torch finds no GPU on a machine that has some; None where it finds one, or there is none to find."""
+    """Why torch finds no GPU on a machine that has some; None if it finds one, or there is none to find."""
     import torch
 
     hidden = os.environ.get("CUDA_VISIBLE_DEVICES") in ("", "-1")

@@ -22,7 +22,7 @@ def replacing(file: Path, *, durable: bool = True) -> Iterator[Path]:
     """A temporary name beside `file` to write to; when the block ends well it takes the place of `file`.
 
     Readers and crashes see the old file or the new one. The new one has the permissions that the umask gives, also
-    where the library that wrote it chose others. durable: its bytes are on the disk before it is renamed.
+    if the library that wrote it chose others. durable: its bytes are on the disk before it is renamed.
     """
     temporary = file.with_name(f".{file.name}.{uuid.uuid4().hex}.tmp")  # a new name: no link can lie there
     try:
@@ -43,7 +43,7 @@ def write_atomically(file: Path, text: str) -> None:
 
 
 def read_or_empty(file: Path) -> str:
-    """The stripped text (of at most MOST_BYTES); empty where the file is missing or cannot be read. Damaged characters
+    """The stripped text (of at most MOST_BYTES); empty if the file is missing or cannot be read. Damaged characters
     become `\\ufffd`.
 
     Opening a file makes a network file system look again for what another machine wrote.

@@ -2,7 +2,7 @@
 
 Each row of a weight W (m, n) is written as g_i v_i / |v_i|. The magnitudes g (m,) are trained whole; the gradient of
 the directions V (m, n) is projected to rank r, as in GaLore (arXiv 2403.03507), and AdamW's moments live in the
-projection: about r (m + 2 n) numbers of state for m <= n, in place of 2 m n. Weights stay dense, vectors get AdamW.
+projection: about r (m + 2 n) numbers of state for m <= n, instead of 2 m n. Weights stay dense, vectors get AdamW.
 
 The paper reparametrises the module; here W itself stays the parameter, and each step computes g and V from it, takes
 the step on both, and writes W back. Since V is only defined up to each row's length, v_i = W_i and g_i = |W_i|.
@@ -65,7 +65,7 @@ class GradNormLoRP(torch.optim.Optimizer):
         if "projection" not in state or (step - 1) % self.every == 0:
             left, _, right = torch.linalg.svd(across, full_matrices=False)
             state["projection"] = (left[:, : self.rank] if wide else right[: self.rank]).contiguous()
-        projection = state["projection"]  # (m, r), or (r, n) where the weight is tall
+        projection = state["projection"]  # (m, r), or (r, n) if the weight is tall
         low = projection.T @ across if wide else across @ projection.T
         update = adam(low, state, "direction_", betas, step)
         direction = weight - lr * self.scale * (projection @ update if wide else update @ projection)

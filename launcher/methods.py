@@ -104,7 +104,7 @@ def prompt_tokens(adapter: PeftConfig | None) -> int:
 
 
 def unusual_learning_rate(method: str, adapter: PeftConfig | None, learning_rate: float) -> str | None:
-    """A warning where the learning rate is more than ten times off the one at which this core trained best."""
+    """A warning if the learning rate is more than ten times off the one at which this core trained best."""
     usual = adapter.usual_learning_rate if isinstance(adapter, FactorConfig) else None
     if usual is None or 0.099 < learning_rate / usual < 10.1:
         return None
@@ -112,7 +112,7 @@ def unusual_learning_rate(method: str, adapter: PeftConfig | None, learning_rate
 
 
 def _typed(field: str, text: str, hint: Any, method: str) -> Any:
-    """The value of an option written in JSON, or as it stands; ValueError where it is not of the field's type."""
+    """The value of an option written in JSON, or as it stands; ValueError if it is not of the field's type."""
     try:
         value = json.loads(text)
     except json.JSONDecodeError:

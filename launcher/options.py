@@ -157,7 +157,7 @@ def _parse(leaves: Sequence[_Leaf], arguments: Sequence[str], prog: str, descrip
 
 
 def _value(hint: Any, read: Any) -> Any:
-    """What argparse read, with a tuple for its list; one value by itself where the type is of one value or several."""
+    """What argparse read, with a tuple for its list; one value by itself if the type is of one value or several."""
     kinds = [part for part in get_args(hint) if part is not type(None)]
     alone = get_origin(hint) in (Union, types.UnionType) and len(kinds) > 1
     return read[0] if alone and len(read) == 1 else tuple(read) if _plain(hint)[1] else read

@@ -12,7 +12,7 @@ PACKAGES = (
 
 
 def versions() -> dict[str, str]:
-    """Of Python and of each package; "missing" where one is not installed."""
+    """Of Python and of each package; "missing" if one is not installed."""
     found = {"python": platform.python_version()}
     for package in PACKAGES:
         try:

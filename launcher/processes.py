@@ -47,7 +47,7 @@ class Ranks:
 
     @staticmethod
     def from_environment(environ: Mapping[str, str] = os.environ) -> Ranks:
-        """Raises ValueError where the variables contradict each other."""
+        """Raises ValueError if the variables contradict each other."""
         names = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE")
         values = {name: environ[name] for name in names if name in environ}
         if "WORLD_SIZE" not in values:
@@ -168,7 +168,7 @@ def in_time(look: Callable[[], bool]) -> bool:
 def nodes_without(folder: Path, comm: Communicator, what: str, option: str) -> list[str]:
     """The nodes that do not see rank 0's folder, each as "HOST (rank R)". Called by all ranks.
 
-    Raises ValueError, on all ranks, where rank 0 cannot write there.
+    Raises ValueError, on all ranks, if rank 0 cannot write there.
     """
 
     def write() -> str:
@@ -213,7 +213,7 @@ def same_everywhere(comm: Communicator, what: str, make: Callable[[], str | None
 
 
 def print_error(error: Exception, is_main: bool, *, shared: bool, ended: Callable[[], bool] = lambda: False) -> None:
-    """Print one line on standard error, once where all ranks have the same error.
+    """Print one line on standard error, once if all ranks have the same error.
 
     Rank 0 prints at once. The others wait for PATIENCE_S, or until `ended`: a launcher ends all ranks when one exits.
     Then they print as well, since each may be the only one with this error, unless it is known to be shared.

@@ -139,7 +139,7 @@ class _Lines:
 
 
 def counts(done: int, total: int, unit: Unit = "") -> str:
-    """`3/10`, or `1.2/4.0 GB`; without the total where it is not known."""
+    """`3/10`, or `1.2/4.0 GB`; without the total if it is not known."""
     if unit == "bytes":
         for name, size in (("GB", 1e9), ("MB", 1e6), ("kB", 1e3)):
             if max(done, total) >= size:

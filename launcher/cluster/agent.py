@@ -134,7 +134,7 @@ def forward_output(rank: int, process: subprocess.Popen[bytes], log: Path | None
 
 
 def open_log(log: Path) -> BinaryIO | None:
-    """The log, to append to; None where it cannot be written. A symbolic link is not followed."""
+    """The log, to append to; None if it cannot be written. A symbolic link is not followed."""
     try:
         log.parent.mkdir(parents=True, exist_ok=True)
         descriptor = os.open(log, os.O_WRONLY | os.O_APPEND | os.O_CREAT | os.O_NOFOLLOW, 0o666)

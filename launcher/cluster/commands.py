@@ -121,7 +121,7 @@ def doctor(
     Args:
         hostfile: Hosts to check over ssh; default: this machine, or inside a Slurm job the nodes of that job.
         ssh_port: Port of the ssh servers.
-        ssh_config: Configuration file for ssh, in place of ~/.ssh/config.
+        ssh_config: Configuration file for ssh, instead of ~/.ssh/config.
         folder: Folder for runs and the factor cache, which all nodes should share.
         port: Port on which the nodes must reach each other.
         quick: Skip importing flash-attn, bitsandbytes and deepspeed, the slowest check.

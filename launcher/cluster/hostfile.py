@@ -30,7 +30,7 @@ class Hosts:
     ssh_port: int | None = None
     """Port of the ssh servers; default: as ssh is configured."""
     ssh_config: str | None = None
-    """Configuration file for ssh, in place of ~/.ssh/config."""
+    """Configuration file for ssh, instead of ~/.ssh/config."""
     python: str = sys.executable
     """Python interpreter on the hosts; default: the one that runs this command."""
     master_addr: str | None = None

@@ -83,7 +83,7 @@ class Patience:
 def listen(address: str, port: int, backlog: int, several_nodes: bool) -> list[socket.socket]:
     """Sockets that listen at the address that the other ranks were told.
 
-    At all addresses, with a line that says so, where that name is no address of this machine (a translated one) or
+    At all addresses, with a line that says so, if that name is no address of this machine (a translated one) or
     means the loopback here, as Debian's /etc/hosts has it, while other nodes must reach it.
     """
     host = socket.gethostname()

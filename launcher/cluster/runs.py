@@ -74,7 +74,7 @@ def with_output(options: Sequence[str], folder: Path) -> tuple[str, ...]:
 
 
 def write(file: Path, text: str) -> None:
-    """Replace a small file, whole or not at all, and make its folder where there is none.
+    """Replace a small file, whole or not at all, and make its folder if there is none.
 
     A symbolic link is replaced, not followed. Raises ValueError naming the file if it cannot be written.
     """

@@ -33,7 +33,7 @@ class BadRecords:
             self.first.append(str(error))
 
     def tell(self, source: str, records: int) -> str | None:
-        """Raise ValueError, or with skip return the same text for the log; None where no record is bad."""
+        """Raise ValueError, or with skip return the same text for the log; None if no record is bad."""
         count = self.kinds.total()
         if not count:
             return None

@@ -160,7 +160,7 @@ class Chat(NamedTuple):
         return datetime.date.fromisoformat(self.date).strftime("%d %b %Y")
 
     def messages(self, record: dict[str, Any], end: int | None = None) -> list[dict[str, Any]]:
-        """The messages up to `end` as the template wants them: without our own `weight`, developers as system where
+        """The messages up to `end` as the template wants them: without our own `weight`, developers as system if
         the template does not know them."""
         knows_developers = "developer" in self.jinja
         return [
@@ -192,7 +192,7 @@ def _closing(jinja: str, date: str, tokens: str, marks: tuple[str, ...]) -> tupl
 def samples_of(record: dict[str, Any], chat: Chat, marks: tuple[str, ...]) -> Rendered:
     """The samples of a conversation. marks: the texts of the tokenizer's special tokens.
 
-    Raises BadRecord where the template refuses the conversation, hides its answers or writes none.
+    Raises BadRecord if the template refuses the conversation, hides its answers or writes none.
     """
     rendered = _samples_of(record, chat, marks)
     for sample in rendered.samples:
@@ -293,7 +293,7 @@ def _arguments_as_text(message: dict[str, Any]) -> dict[str, Any]:
 
 
 def _check_tools(record: dict[str, Any], chat: Chat) -> None:
-    """Raises BadRecord where an answer calls a tool and the template would not write the call."""
+    """Raises BadRecord if an answer calls a tool and the template would not write the call."""
     calls = any(message.get("tool_calls") for message in record["messages"])
     if calls and "tool_calls" not in chat.jinja:
         raise BadRecord(

@@ -24,7 +24,7 @@ from launcher.processes import Communicator, Ranks
 from launcher.progress import silent
 
 T = TypeVar("T")
-Tick = Callable[[int], None]  # told how much of this process's work is done; raises where the work is to end
+Tick = Callable[[int], None]  # told how much of this process's work is done; raises if the work is to end
 TIMEOUT_S = 6 * 3600.0
 
 
@@ -42,7 +42,7 @@ class Crew:
 
     comm: Communicator
     bar: Callable[..., AbstractContextManager[Callable[..., None]]] = lambda *_, **__: nullcontext(silent)
-    check: Callable[[], None] = _go_on  # raises Stopped where the run was asked to stop
+    check: Callable[[], None] = _go_on  # raises Stopped if the run was asked to stop
 
     @property
     def leads(self) -> bool:

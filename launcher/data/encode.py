@@ -107,7 +107,7 @@ class Encoded:
 
 
 def little_endian(numbers: np.ndarray) -> Any:
-    """The bytes of an array, the same on every machine, without a copy where they are that already."""
+    """The bytes of an array, the same on every machine, without a copy if they are that already."""
     return np.ascontiguousarray(numbers, numbers.dtype.newbyteorder("<")).view(np.uint8).data
 
 
@@ -220,7 +220,7 @@ class Encoder:
         return Part(lengths, targets, np.concatenate(ids), np.concatenate(loss), tally)
 
     def report(self, tallies: Iterable[Tally], records: int) -> DataReport:
-        """The report of all parts, in order. Raises ValueError for bad records and where nothing is left to learn."""
+        """The report of all parts, in order. Raises ValueError for bad records and if nothing is left to learn."""
         total = Tally()
         for tally in tallies:
             total.add(tally)
@@ -357,7 +357,7 @@ class _Seen:
         """Find the answers before which generation would put other tokens than stand in the whole text.
 
         The tokenizer cuts a text at its added tokens first. So the part from the last of them to the answer, tokenised
-        alone, proves the whole prompt. Where a text template leaves us free to choose, the prompt is tokenised as
+        alone, proves the whole prompt. If a text template leaves us free to choose, the prompt is tokenised as
         generation does: {sample: (ids of the prompt, ids of the answer)}. The others are counted.
         """
         checks = []
@@ -439,7 +439,7 @@ def stop_ids(tokenizer: Any) -> set[int]:
 
 
 def _untrimmed(tokenizer: Any) -> Any:
-    """The tokenizer, with offsets that include the blanks around a word; None where it has no offsets."""
+    """The tokenizer, with offsets that include the blanks around a word; None if it has no offsets."""
     if not getattr(tokenizer, "is_fast", False):
         return None
     last = tokenizer.backend_tokenizer.post_processor

@@ -153,7 +153,7 @@ def _split_in_name(name: str) -> str | None:
 
 
 def _split(names: list[str], where: str, option: str) -> str:
-    """Of several splits the one an option means. Raises ValueError listing them where none is."""
+    """Of several splits the one an option means. Raises ValueError listing them if none is."""
     names = list(dict.fromkeys(names))
     wanted = HELD_OUT if option == "--eval-data" else TRAINING
     found = next((name for name in wanted if name in names), names[0] if len(names) == 1 else None)
@@ -289,7 +289,7 @@ def _empty(path: Path, option: str) -> ValueError:
 
 
 def _pieces(path: Path, option: str) -> Iterator[str]:
-    """The unpacked text of a file in pieces, without a byte order mark. Raises ValueError where it is not UTF-8."""
+    """The unpacked text of a file in pieces, without a byte order mark. Raises ValueError if it is not UTF-8."""
     decoder, done, begun = codecs.getincrementaldecoder("utf-8")(), 0, False
     for data in itertools.chain(_unpack(path, option), [b""]):
         try:
@@ -330,7 +330,7 @@ def _check_file(path: Path, suffix: str, option: str) -> None:
 
 
 def _unpack(path: Path, option: str) -> Iterator[bytes]:
-    """The file's bytes, unpacked by its first bytes. Stops where a part of an archive unpacks to far more bytes."""
+    """The file's bytes, unpacked by its first bytes. Stops if a part of an archive unpacks to far more bytes."""
     most, size = limits(), 0
     before = packed = 0  # the bytes unpacked, and those read for them, when the ratio was last looked at
     with path.open("rb") as raw:

@@ -129,7 +129,7 @@ def as_conversation(record: Record) -> Record:
 
 
 def text_of(row: Record, column: str, where: str, default: str | None = None) -> str:
-    """The text in a column, default where there is none. Raises BadRecord naming what is there instead."""
+    """The text in a column, default if there is none. Raises BadRecord naming what is there instead."""
     value = row.get(column)
     if value is None and default is not None:
         return default
@@ -160,7 +160,7 @@ def _has_answer(record: Record) -> bool:
 
 
 def _question(row: Record, kind: str, where: str, ignored: Counter[str]) -> list[Record]:
-    """One question, or one for each of a seed task's instances; a conversation where it has a system or a history."""
+    """One question, or one for each of a seed task's instances; a conversation if it has a system or a history."""
     instruction = text_of(row, "prompt" if kind == "prompt" else "instruction", where)
     if row.get("output") is None and "instances" in row:
         if not isinstance(row["instances"], list) or not all(isinstance(one, dict) for one in row["instances"]):
@@ -345,7 +345,7 @@ def _calls(calls: Any, where: str) -> list[Record]:
 
 
 def _tools(row: Record, where: str) -> dict[str, list[Record]]:
-    """{"tools": schemas} of a row, from JSON text or a list; empty where it has none."""
+    """{"tools": schemas} of a row, from JSON text or a list; empty if it has none."""
     tools = _json(row.get("tools") or row.get("functions") or [], "tools", where)
     if not isinstance(tools, list) or not all(isinstance(tool, dict) for tool in tools):
         raise BadRecord("odd tools", f"{where}: 'tools' is a list of objects, got {tools!r:.60}")

@@ -78,7 +78,7 @@ def chosen_places(
     The training records are places in all sources one after the other, and so are the held-out ones; with `others`
     records of a separate file they are places in that file, eval_records of them (0: all). A weight below 1 is the
     share of a source's records that is used, one above 1 says how often each training record is used. Held-out records
-    are never used for training. fewer: where eval_records would leave none to train on, hold out a tenth and warn;
+    are never used for training. fewer: if eval_records would leave none to train on, hold out a tenth and warn;
     otherwise that is a ValueError.
     """
     used, first = [], 0

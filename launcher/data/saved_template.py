@@ -23,7 +23,7 @@ def save_template(template: Template, tokenizer: Any, folder: Path) -> None:
 
 
 def read_template(folder: Path) -> Template | None:
-    """The template saved in a folder; None where there is none. Raises ValueError for a damaged file."""
+    """The template saved in a folder; None if there is none. Raises ValueError for a damaged file."""
     file = folder / PROMPT_TEMPLATE
     if not file.is_file():
         return None

@@ -145,9 +145,9 @@ def frame(template: Template, tokenizer: Any) -> tuple[list[int], list[int]]:
 
 
 def render(record: Record, template: Template, tokenizer: Any) -> Rendered:
-    """The record's samples as text: one, or one for each answer where a chat template rewrites earlier turns.
+    """The record's samples as text: one, or one for each answer if a chat template rewrites earlier turns.
 
-    Raises BadRecord where the template cannot carry the record.
+    Raises BadRecord if the template cannot carry the record.
     """
     if template.jinja is None:
         prompt = render_prompt(record, template, tokenizer)

@@ -41,7 +41,7 @@ def encode_once(
 ) -> Encoded:
     """What `encode` gives, from the cache in folder, or made by the crew and mapped from its file there.
 
-    Called by all processes of the crew with the same records. Warns where the cache cannot be written. Raises the
+    Called by all processes of the crew with the same records. Warns if the cache cannot be written. Raises the
     errors of `encode`, on all processes.
     """
     if not hasattr(tokenizer, "backend_tokenizer"):  # a pure Python tokenizer has no content to make a key of
@@ -64,7 +64,7 @@ def encode_once(
 
 
 def encoded_before(records: Sequence[Record], tokenizer: Any, config: DataConfig, folder: Path) -> Encoded | None:
-    """What `encode_once` has in the cache for these records; None where it would have to tokenise them."""
+    """What `encode_once` has in the cache for these records; None if it would have to tokenise them."""
     if not hasattr(tokenizer, "backend_tokenizer"):
         return None
     file = folder / "tokenised" / f"{_key(records, tokenizer, config)}.safetensors"
@@ -207,7 +207,7 @@ def _header(sizes: dict[str, int], report: DataReport, digest: str) -> bytes:
 
 
 def _verified(file: Path) -> str | None:
-    """The digest of the tokens in a file; None where it is missing or, with a warning, damaged."""
+    """The digest of the tokens in a file; None if it is missing or, with a warning, damaged."""
     try:
         with safe_open(file, framework="pt") as opened:
             expected = opened.metadata()["digest"]
@@ -226,7 +226,7 @@ def _verified(file: Path) -> str | None:
 
 
 def _read(file: Path, digest: str | None) -> Encoded:
-    """The file's content, mapped and not read; digest: of its tokens, where they have been verified."""
+    """The file's content, mapped and not read; digest: of its tokens, if they have been verified."""
     with safe_open(file, framework="pt") as opened:
         report = json.loads(opened.metadata()["report"])
         report["notes"] = tuple(report["notes"])

@@ -18,7 +18,7 @@ def check_sharding(
     """The engine to use: the one that is asked for, else the one accelerate launch was configured for, else the first
     of the registry for this number of processes.
 
-    Raises ValueError, with the arithmetic, where it does not fit the number of processes or the launcher.
+    Raises ValueError, with the arithmetic, if it does not fit the number of processes or the launcher.
     """
     world, configured = ranks.world_size, configured_by_accelerate(environ)
     if configured and wanted and ENGINES[wanted].accelerate != configured:
@@ -47,7 +47,7 @@ def check_sharding(
 
 
 def check_offload(wanted: bool, sharding: str, *, on_gpu: bool) -> None:
-    """Raises ValueError where --cpu-offload would do nothing."""
+    """Raises ValueError if --cpu-offload would do nothing."""
     if wanted and not ENGINES[sharding].offloads:
         raise ValueError(
             f"--cpu-offload works with --sharding {names(lambda info: bool(info.offloads))}; {sharding} keeps "
@@ -73,7 +73,7 @@ class Demands:
 
 
 def refusal(info: EngineInfo, demands: Demands) -> tuple[str, str] | None:
-    """Why this engine cannot carry the run, and what to change beside the engine; None where it can."""
+    """Why this engine cannot carry the run, and what to change beside the engine; None if it can."""
     method, quantize, name = demands.method, demands.quantize, info.name
     if quantize != "none" and not info.carries_quantised:
         return (
@@ -114,11 +114,11 @@ def refusal(info: EngineInfo, demands: Demands) -> tuple[str, str] | None:
 
 
 def check_carries(sharding: str, demands: Demands) -> None:
-    """Raises ValueError where the engine cannot carry the run, with the first engine that can."""
+    """Raises ValueError if the engine cannot carry the run, with the first engine that can."""
     if (refused := refusal(ENGINES[sharding], demands)) is None:
         return
     reason, other = refused
-    # alike first: a base that is sharded since no process can hold it stays sharded where that is possible
+    # alike first: a base that is sharded since no process can hold it stays sharded if that is possible
     able = sorted(
         fitting(lambda info: refusal(info, demands) is None and not info.grouped),
         key=lambda info: info.holds_base != ENGINES[sharding].holds_base,

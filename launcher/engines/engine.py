@@ -56,7 +56,7 @@ class Engine(Protocol):
 
     @classmethod
     def check_base(cls, base: nn.Module) -> None:
-        """Raises ValueError where this base, given on the meta device, cannot be spread: before factors are made."""
+        """Raises ValueError if this base, given on the meta device, cannot be spread: before factors are made."""
         ...
 
     @classmethod
@@ -80,7 +80,7 @@ class Engine(Protocol):
         """Clip, step, clear; returns the gradient norm before clipping, then the numbers (0-dim, from `reduce`).
 
         Norm and numbers reach the host together: the only point of a step where it waits for the device. Raises
-        NonFinite, on all ranks alike, where a gradient or number is NaN or infinite. Nothing is updated then.
+        NonFinite, on all ranks alike, if a gradient or number is NaN or infinite. Nothing is updated then.
         """
         ...
 

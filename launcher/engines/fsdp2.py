@@ -72,7 +72,7 @@ def shard_mesh(ranks: Ranks, device: torch.device, group: int) -> DeviceMesh:
 def shard(model: nn.Module, mesh: DeviceMesh, *, cpu_offload: bool = False) -> None:
     """Make each decoder layer and the rest one unit, in place; parameters may still be on meta.
 
-    Raises ValueError listing candidates where the model does not say which class its decoder layers have.
+    Raises ValueError listing candidates if the model does not say which class its decoder layers have.
     """
     base = base_of(model)  # generate() calls the base, not PEFT's wrapper, so the base is the root unit
     policy = CPUOffloadPolicy(pin_memory=mesh.device_type == "cuda") if cpu_offload else OffloadPolicy()
@@ -100,7 +100,7 @@ def shard(model: nn.Module, mesh: DeviceMesh, *, cpu_offload: bool = False) -> N
 def decoder_layers(base: Any) -> list[nn.Module]:
     """The modules of the classes that the model says must not be split; else its largest list of layers of one class.
 
-    Raises ValueError where it has neither.
+    Raises ValueError if it has neither.
     """
     classes = set(getattr(base, "_no_split_modules", None) or ())
     named = [(name, module) for name, module in base.named_modules() if _class_name(module) in classes]
@@ -120,7 +120,7 @@ def decoder_layers(base: Any) -> list[nn.Module]:
 
 
 def check_layers(base: Any) -> None:
-    """Raises ValueError where a weight belongs to two decoder layers: each is gathered and freed by itself."""
+    """Raises ValueError if a weight belongs to two decoder layers: each is gathered and freed by itself."""
     of: dict[int, str] = {}
     layers = {id(layer) for layer in decoder_layers(base)}
     for name, layer in base.named_modules():

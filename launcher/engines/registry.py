@@ -62,7 +62,7 @@ ENGINES: dict[str, EngineInfo] = {
 
 
 def fitting(fits: Callable[[EngineInfo], bool]) -> Iterator[EngineInfo]:
-    """The engines to suggest where another is refused: those that fit, whose packages are installed, in the order of
+    """The engines to suggest if another is refused: those that fit, whose packages are installed, in the order of
     the table. An engine for one process only is never among them."""
     return (info for info in ENGINES.values() if fits(info) and not info.one_process_only and not info.missing)
 
@@ -86,7 +86,7 @@ def names(fits: Callable[[EngineInfo], bool] = lambda info: True, word: str = "o
 
 
 def configured_by_accelerate(environ: Mapping[str, str]) -> str | None:
-    """The file of recipes/accelerate with the sharding for which accelerate launch was configured; None where it names
+    """The file of recipes/accelerate with the sharding for which accelerate launch was configured; None if it names
     no sharding, or did not start this process. Raises ValueError for a configuration that no engine here carries out.
     """
     if environ.get("ACCELERATE_USE_FSDP", "").lower() == "true":

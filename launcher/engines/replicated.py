@@ -89,7 +89,7 @@ class Replicated:
         return summed[: len(extra)]
 
     def update(self, learning_rate: float, numbers: Sequence[Tensor] = ()) -> list[float]:
-        """Clip, step, clear; returns the gradient norm before clipping and the numbers. Raises NonFinite in place of a
+        """Clip, step, clear; returns the gradient norm before clipping and the numbers. Raises NonFinite instead of a
         step."""
         for group in self.optimizer.param_groups:
             group["lr"] = learning_rate
@@ -113,7 +113,7 @@ class Replicated:
         return [name for name, flag in zip(self.parameters, flags.tolist(), strict=True) if flag]
 
     def _nonfinite(self) -> list[Tensor]:
-        """For each trained parameter 1 where this rank's part of its gradient is NaN or infinite, else 0."""
+        """For each trained parameter 1 if this rank's part of its gradient is NaN or infinite, else 0."""
         nothing = torch.zeros((), device=next(iter(self.parameters.values())).device)
         gradients = [parameter.grad for parameter in self.parameters.values()]
         parts = [each.to_local() if isinstance(each, DTensor) else each for each in gradients]

@@ -100,7 +100,7 @@ class Zero2(Replicated):
         found = torch.stack(list(numbers)).tolist() if numbers else []  # DeepSpeed waits for the device itself
         if not all(map(math.isfinite, found)):
             raise NonFinite(self.nonfinite(), found)
-        self.forward.step()  # DeepSpeed takes no step where a gradient is NaN or infinite, and drops all gradients
+        self.forward.step()  # DeepSpeed takes no step if a gradient is NaN or infinite, and drops all gradients
         norm = float(self.forward.get_global_grad_norm())
         if self.forward.optimizer.overflow or not math.isfinite(norm):
             raise NonFinite(self.nonfinite(), found)

@@ -14,7 +14,7 @@ INSTALL = "pip install 'loldu-launcher[eval]'"
 
 
 def check(name: str) -> None:
-    """Raises ValueError where the package is missing, naming what to install."""
+    """Raises ValueError if the package is missing, naming what to install."""
     if importlib.util.find_spec("lm_eval") is None:
         raise ValueError(
             f"--tasks {name} is no file here; as a task of lm-evaluation-harness it needs that package: {INSTALL}"
@@ -22,7 +22,7 @@ def check(name: str) -> None:
 
 
 def task_name(task: str) -> tuple[str, str | None]:
-    """The task's name, and the folder of its YAML file where it is one. Raises ValueError for a file without a name."""
+    """The task's name, and the folder of its YAML file if it is one. Raises ValueError for a file without a name."""
     if Path(task).suffix not in (".yaml", ".yml"):
         return task, None
     settings = yaml.load(Path(task).read_text(encoding="utf-8"), Loader=_Lenient)
@@ -39,7 +39,7 @@ _Lenient.add_multi_constructor("!", lambda loader, suffix, node: None)
 
 
 def evaluate(task: str, model: Any, tokenizer: Any, *, limit: int, batch_size: int = 8) -> dict[str, Score]:
-    """The metrics of a task, with the filter after a slash where it has one. Raises ValueError for an unknown task."""
+    """The metrics of a task, with the filter after a slash if it has one. Raises ValueError for an unknown task."""
     from lm_eval import simple_evaluate
     from lm_eval.models.huggingface import HFLM
     from lm_eval.tasks import TaskManager

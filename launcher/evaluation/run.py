@@ -136,7 +136,7 @@ def _write(file: Path, found: dict[str, Any]) -> None:
 
 
 def _task(asked: Asked, loaded: Loaded, task: str) -> dict[str, Any]:
-    """The scores of the model, and of its base where it has an adapter."""
+    """The scores of the model, and of its base if it has an adapter."""
     path = Path(task).expanduser()
     if not path.is_file() or path.suffix in (".yaml", ".yml"):
         measure = _harness(asked, loaded, task)

@@ -74,7 +74,7 @@ class Entry(NamedTuple):
         return _checksum(json.dumps(self.about["checksums"], sort_keys=True))[:16]
 
 
-Misfit = Callable[["Factors", Entry], str | None]  # why factors are not those they should be; None where they are
+Misfit = Callable[["Factors", Entry], str | None]  # why factors are not those they should be; None if they are
 
 
 class Pruned(NamedTuple):
@@ -86,7 +86,7 @@ class Pruned(NamedTuple):
 
 
 def default_folder(environ: Mapping[str, str] = os.environ) -> Path:
-    """$XDG_CACHE_HOME/loldu, or ~/.cache/loldu where that is unset or, against its specification, a relative path."""
+    """$XDG_CACHE_HOME/loldu, or ~/.cache/loldu if that is unset or, against its specification, a relative path."""
     base = Path(environ.get("XDG_CACHE_HOME", ""))
     try:
         return (base if base.is_absolute() else Path.home() / ".cache") / "loldu"
@@ -125,7 +125,7 @@ def content_key(recipe: Mapping[str, Any], *contents: Tensor) -> str:
 
 
 def find(folder: Path, key: str) -> Entry | None:
-    """The entry of a key, read from its header; None where there is none, or where it was damaged (now set aside)."""
+    """The entry of a key, read from its header; None if there is none, or if it was damaged (now set aside)."""
     if not _is_key(key):
         return None
     return _reading(_file(folder, key), lambda opened, entry: entry, framework="np")
@@ -136,7 +136,7 @@ def load(
 ) -> Factors | None:
     """The verified factors of a key. With rows, `write` (out, r) holds only those rows; the other factors are whole.
 
-    None where there is no such file, where it holds others than those of this seal, or where it was damaged or
+    None if there is no such file, if it holds others than those of this seal, or if it was damaged or
     misfit(factors, entry) says why it does not fit (now set aside): compute the factors again.
     """
 
@@ -149,7 +149,7 @@ def load(
 def store(folder: Path, key: str, factors: Factors, about: Mapping[str, Any]) -> Entry:
     """Write factors under their key, in their own dtypes.
 
-    Raises ValueError naming the folder and the remedy where the folder is full or not writable; no partial file stays.
+    Raises ValueError naming the folder and the remedy if the folder is full or not writable; no partial file stays.
     """
     import torch
     from safetensors.torch import save_file
@@ -165,7 +165,7 @@ def store(folder: Path, key: str, factors: Factors, about: Mapping[str, Any]) ->
 
 
 def recall(folder: Path, identity: Mapping[str, Any]) -> Any | None:
-    """The value that the index holds for an identity; None where it has none, or where its file is damaged (logged)."""
+    """The value that the index holds for an identity; None if it has none, or if its file is damaged (logged)."""
     file, wanted = _index_file(folder, identity)
     try:
         text, checksum = read_json(file)
@@ -226,7 +226,7 @@ def prune(folder: Path, max_bytes: float | None = None, older_than_s: float | No
 
     Damaged files, abandoned temporary files and index entries without a file are removed too. A job that uses the cache
     at the same time computes again whatever it then misses. Raises ValueError for a folder that is not a cache, and
-    where a file cannot be removed.
+    if a file cannot be removed.
     """
     check_folder(folder)
     now, removed, freed = time.time(), 0, 0

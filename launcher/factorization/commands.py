@@ -162,7 +162,7 @@ def cache_ls(cache_folder: Folder = None, console: Console | None = None) -> int
 
 def cache_verify(cache_folder: Folder = None, console: Console | None = None) -> int:
     """Check every byte of the cache against its checksums, and the factors against the weights of their base model
-    where it is still there; exit code 1 if a file was damaged or lies (it is set aside).
+    if it is still there; exit code 1 if a file was damaged or lies (it is set aside).
 
     Args:
         cache_folder: Cache folder; default: the user's cache directory.

@@ -34,7 +34,7 @@ class FactorRequest:
 
     module: str
     tensor: TensorInfo
-    rank: int  # at most min(m, n); exactly that where the method chooses each weight's rank
+    rank: int  # at most min(m, n); exactly that if the method chooses each weight's rank
     method: Factorization
     transposed: bool = False  # transformers' Conv1D stores W as (in, out)
     embedding: bool = False
@@ -76,7 +76,7 @@ class Factored(NamedTuple):
 
 
 def lookup(request: FactorRequest, folder: Path) -> str | None:
-    """The key of a request whose factors are in the cache, from headers alone; None where they have to be made."""
+    """The key of a request whose factors are in the cache, from headers alone; None if they have to be made."""
     key = cache.recall(folder, _identity(request))
     return key if key and cache.find(folder, key) else None
 
@@ -91,7 +91,7 @@ def make(
 
     gradient returns the summed gradient of this weight, for factors that come from it.
 
-    Raises NoFactors where the weight has none, and ValueError where the cache cannot be written; both name module,
+    Raises NoFactors if the weight has none, and ValueError if the cache cannot be written; both name module,
     tensor and file.
     """
     recipe, (key, stored, probe) = _recipe(request), content(request)
@@ -190,10 +190,10 @@ def factors_of(request: FactorRequest, folder: Path, rows: slice = slice(None), 
 
 
 def check(request: FactorRequest, folder: Path, key: str, device: torch.device | None = None) -> Factored | None:
-    """Compare cached factors with their weight; None where they are gone, or damaged or not its factors (set aside).
+    """Compare cached factors with their weight; None if they are gone, or damaged or not its factors (set aside).
 
     A well-formed file may be anybody's, in a cache that users share, and whoever writes a file can compute its
-    checksums. None, too, where the weight has changed though its file's size and time have not: it has another key.
+    checksums. None, too, if the weight has changed though its file's size and time have not: it has another key.
     """
     found: list[Factored] = []
 
@@ -208,7 +208,7 @@ def check(request: FactorRequest, folder: Path, key: str, device: torch.device |
 
 
 def _not_of(request: FactorRequest, factors: Factors, device: torch.device | None = None) -> str | None:
-    """Why these factors, of the right shapes, are not those of the request's weight; None where they are."""
+    """Why these factors, of the right shapes, are not those of the request's weight; None if they are."""
     opened = _open_matrix(request.tensor)
     if not torch.equal(probe_digest(_Turned(opened) if request.transposed else opened, request.shape), factors.probe):
         return "it was made from another weight"
@@ -219,7 +219,7 @@ def _not_of(request: FactorRequest, factors: Factors, device: torch.device | Non
 
 
 def compare(request: FactorRequest, W: Tensor, factors: Factors) -> str | None:
-    """Why these factors of the right shapes are not those of W (m, n); None where nothing speaks against them."""
+    """Why these factors of the right shapes are not those of W (m, n); None if nothing speaks against them."""
     if not all(bool(torch.isfinite(part).all()) for part in (factors.write, factors.read, factors.values)):
         return "it has NaN or infinite numbers"
     return request.method.misfit(W, factors, embedding=request.embedding)
@@ -263,7 +263,7 @@ def _open_matrix(info: TensorInfo) -> Any:
 
 
 def shape_misfit(request: FactorRequest, factors: Factors) -> str | None:
-    """Why the shapes of cached factors, all rows of them, are not those of this weight's; None where they are."""
+    """Why the shapes of cached factors, all rows of them, are not those of this weight's; None if they are."""
     (m, n), r = request.shape, len(factors.values)
     out = n if request.embedding else m
     if r != request.rank and not (request.method.chooses_rank and 0 < r <= min(m, n)):
@@ -288,7 +288,7 @@ def compare_with_base(factors: Factors, entry: cache.Entry) -> tuple[bool, str |
 
 
 def _request_of(about: Mapping[str, Any]) -> FactorRequest | None:
-    """The request that a cached file's header describes; None where this version has no such factors or tensor."""
+    """The request that a cached file's header describes; None if this version has no such factors or tensor."""
     file = Path(about["file"])
     for config in METHODS.values():
         how: Any = config().factorization() if issubclass(config, FactorConfig) else None

@@ -47,7 +47,7 @@ def share_out(costs: Mapping[str, float], world: int) -> list[int]:
     """The owner of each name, in the mapping's order: largest cost first, each to the least loaded rank.
 
     Ties are broken by name and by rank, so every rank computes the same. A plain stride would give one rank every MLP
-    weight where the number of ranks divides the layer pattern.
+    weight if the number of ranks divides the layer pattern.
     """
     load, owner = [0.0] * world, {}
     for name in sorted(costs, key=lambda name: (-costs[name], name)):
@@ -72,10 +72,10 @@ def factorize(
     per_node: the folder is a different one on each node, and each node makes the factors that its own lacks.
     gradient_of is for requests whose factors come from gradients; each rank asks it for its own weights.
     verify_base reads the weights again instead of trusting their files' size and modification time. on_progress is
-    called on every rank, a few times a second; where it raises Stopped on one rank, all ranks raise it, and the factors
+    called on every rank, a few times a second; if it raises Stopped on one rank, all ranks raise it, and the factors
     made so far stay in the cache.
 
-    Raises, on all ranks, ValueError listing all weights that have no factors; ValueError naming rank and module where
+    Raises, on all ranks, ValueError listing all weights that have no factors; ValueError naming rank and module if
     the folder cannot be written, or the nodes that do not see the folder or have other factors; and RuntimeError
     naming a rank that died.
     """
@@ -146,7 +146,7 @@ def _make_all(
 ) -> tuple[dict[str, Factored], dict[str, str]]:
     """This rank's factors, and the reasons of the weights that have none. Returns once all ranks are done.
 
-    One other thread reads and others factor (two weights at a time where only panels are in memory), so that this one
+    One other thread reads and others factor (two weights at a time if only panels are in memory), so that this one
     can exchange heartbeats during a long factorisation.
     """
     alone = device.type != "cpu" or any(request.needs_all for request in mine)

@@ -56,7 +56,7 @@ def targets_of(
 ) -> list[FactorRequest]:
     """One request per module that PEFT would adapt, in the model's order, from config.json and tensor headers alone.
 
-    model is the skeleton, where it has been built already. Where the method chooses each weight's rank, `rank` is
+    model is the skeleton, if it has been built already. If the method chooses each weight's rank, `rank` is
     ignored. Stricter than PEFT in one respect: a name in targets or exclude that matches no module is an error.
 
     Raises ValueError listing the names there are, or naming a module that has no factors and why.
@@ -87,7 +87,7 @@ def matched(
 ) -> list[str]:
     """The names of the modules that PEFT would adapt: equal to a target, ending in .target, or all-linear ones.
 
-    Raises ValueError listing the names there are where one matches nothing.
+    Raises ValueError listing the names there are if one matches nothing.
     """
     modules = dict(model.named_modules())
     every = [name for name, module in modules.items() if _is_factorable(module)]

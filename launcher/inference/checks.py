@@ -1,6 +1,6 @@
 """Compare what `merge` and `export-lora` wrote with the trained adapter, before it gets its final name.
 
-They compare logits over fixed random tokens; where rounding is intended, the loss on held-out records. The models are
+They compare logits over fixed random tokens; if rounding is intended, the loss on held-out records. The models are
 loaded one after the other, each as its user will load it.
 """
 

@@ -87,7 +87,7 @@ def _lower(
 ) -> None:
     """Lower the rank of the LoRA adapter in `partial`, print each layer's error and what it does to the logits.
 
-    Raises Failed where the updates are the same and the logits are not.
+    Raises Failed if the updates are the same and the logits are not.
     """
 
     def show(layer: str, before: int, error: float) -> None:

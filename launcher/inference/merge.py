@@ -322,7 +322,7 @@ def _held_whole(
 
 
 def _stored_as(tensors: dict[str, TensorInfo], name: str) -> str:
-    """The checkpoint's name of a model's parameter; its own where the checkpoint does not hold it."""
+    """The checkpoint's name of a model's parameter; its own if the checkpoint does not hold it."""
     return tensors[name].name if name in tensors else name
 
 

@@ -54,7 +54,7 @@ def choose_dtype(wanted: str, *, narrow: bool | None = None) -> str:
 def choose_attention(wanted: str, *, on_gpu: bool, dtype: str) -> tuple[str, str]:
     """The attention to use, as transformers names it, and the reason.
 
-    auto: flash-attn where it is installed, else torch's own kernel for rows of different lengths, else SDPA.
+    auto: flash-attn if it is installed, else torch's own kernel for rows of different lengths, else SDPA.
     """
     installed = importlib.util.find_spec("flash_attn") is not None
     missing = (

@@ -163,7 +163,7 @@ def abilities(model: Any, prompts: Sequence[Sequence[int]]) -> Abilities:
 def _try(model: Any, tokens: torch.Tensor, *, use_cache: bool) -> tuple[bool | None, str]:
     """Whether generate gives a padded prompt the logits of whole forward passes.
 
-    None and the reason where it does not even do so for the longer prompt beside it. Another attempt has other tokens:
+    None and the reason if it does not even do so for the longer prompt beside it. Another attempt has other tokens:
     a router that is undecided between experts may send one elsewhere.
     """
     width = max(2, min(PROBED, context_length(model) - 3))
@@ -194,7 +194,7 @@ def _try(model: Any, tokens: torch.Tensor, *, use_cache: bool) -> tuple[bool | N
 
 
 def _finite(logits: torch.Tensor) -> torch.Tensor:
-    """Zero in place of what masks a token out."""
+    """Zero instead of what masks a token out."""
     return logits.float().where(logits.abs() < 1e4, 0)
 
 

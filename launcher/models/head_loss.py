@@ -3,7 +3,7 @@
 A causal language model computes logits (B, N, V) of every position, in three copies, although only tokens with a label
 need them: 55 % of Alpaca's, 5 % of the embedded demo's. Here the head itself computes the loss, while its weight is
 whole on this process (FSDP2 gathers it only inside the root's forward pass, ZeRO-3 only inside the head's), and the
-model returns that in place of logits.
+model returns that instead of logits.
 
 torch 2.13 has `linear_cross_entropy` for this, which sums in the dtype of its inputs. In bfloat16 it gave 11.520 for a
 loss of 11.493; the model's own head, which converts logits to float32, was off by 6e-5. In chunks it took twice the
@@ -109,7 +109,7 @@ def chunk_of(classes: int) -> int:
 
 
 def _scaled(logits: Tensor, scale: float) -> Tensor:
-    """scale * logits; no copy where that is 1."""
+    """scale * logits; no copy if that is 1."""
     return logits if scale == 1 else logits * scale
 
 
@@ -153,11 +153,11 @@ class LossOutput(NamedTuple):
 
 
 class HeadLoss:
-    """The forward pass of a causal language model, with the loss computed in its head where the batch has labels.
+    """The forward pass of a causal language model, with the loss computed in its head if the batch has labels.
 
     Called with token labels it returns an output with a loss and no logits; called without, or with the labels of a
     classifier, it runs the model as it is. The first loss checks on a few tokens that the model's own loss is the same.
-    Where it is not, the model computes its own, logits of all positions included, and the log says why.
+    If it is not, the model computes its own, logits of all positions included, and the log says why.
     """
 
     def __init__(self, model: Any, forward: Callable[..., Any] | None = None):
@@ -183,7 +183,7 @@ class HeadLoss:
     def __call__(self, *, num_items_in_batch: int | None = None, **batch: Any) -> Any:
         """Arguments as the model's. The loss is the sum over labels (B, N) divided by num_items_in_batch.
 
-        Called by all ranks alike where the forward pass is a collective.
+        Called by all ranks alike if the forward pass is a collective.
         """
         labels, self._loss_at = batch.get("labels"), batch.pop("loss_at", None)
         if num_items_in_batch is None or labels is None or labels.ndim != 2:
@@ -295,7 +295,7 @@ class HeadLoss:
         return True
 
     def _scale(self, seen: Tensor, logits: Tensor) -> float:
-        """What the model multiplies its head's output by. Raises _Unlike where it does something else to it."""
+        """What the model multiplies its head's output by. Raises _Unlike if it does something else to it."""
         if seen.shape != logits.shape:
             raise _Unlike(f"its head gives {tuple(seen.shape)}, its logits are {tuple(logits.shape)}")
         before, after = seen.double(), logits.double()

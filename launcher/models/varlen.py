@@ -28,7 +28,7 @@ UNSUPPORTED = (
 
 
 def varlen_kernel() -> Callable[..., Any] | None:
-    """torch's varlen_attn; None where this torch has none, or one without windows."""
+    """torch's varlen_attn; None if this torch has none, or one without windows."""
     try:
         from torch.nn.attention.varlen import varlen_attn
     except ImportError:
@@ -37,7 +37,7 @@ def varlen_kernel() -> Callable[..., Any] | None:
 
 
 def missing(*, on_gpu: bool, dtype: str) -> str:
-    """Why this machine cannot compute with it; nothing where it can."""
+    """Why this machine cannot compute with it; nothing if it can."""
     if not on_gpu:
         return "no GPU"
     if varlen_kernel() is None:
@@ -50,7 +50,7 @@ def missing(*, on_gpu: bool, dtype: str) -> str:
 
 
 def unsupported(settings: Any) -> str:
-    """What in a model's config the kernel does not compute; nothing where it does."""
+    """What in a model's config the kernel does not compute; nothing if it does."""
     text = settings.get_text_config()
     for name in UNSUPPORTED:
         if value := getattr(text, name, None):

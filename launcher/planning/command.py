@@ -107,7 +107,7 @@ def _folder(config: Config) -> Path | None:
 
 
 def command(found: Any, words: Sequence[str]) -> str | None:
-    """The line that starts the recommended way; None where nothing fits."""
+    """The line that starts the recommended way; None if nothing fits."""
     way, machines = found.recommended(), found.machines
     if way is None:
         return None

@@ -95,7 +95,7 @@ class Plan:
         return self.sampled.how != ASSUMED or bool(self.config.optimizer.max_steps)
 
     def recommended(self) -> Way | None:
-        """What was asked for where it fits, else the fastest way in the widest precision that does."""
+        """What was asked for if it fits, else the fastest way in the widest precision that does."""
         fitting = [way for way in self.ways if way.why_not is None]
         order = {"bfloat16": 0, "float32": 0, "int8": 1, "nf4": 2, "fp4": 3}
         same = self.asked.dtype
@@ -210,7 +210,7 @@ class _Traces:
             self.dtype = dtype
 
     def of(self, dtype: str, checkpointing: bool) -> Traced | None:
-        """Raises ValueError where this model cannot recompute its layers."""
+        """Raises ValueError if this model cannot recompute its layers."""
         self.cast(dtype)
         if (dtype, checkpointing) not in self.found:
             base = self.made.model.get_base_model() if hasattr(self.made.model, "get_base_model") else self.made.model
@@ -233,7 +233,7 @@ class _Traces:
 
 
 def _stored_bytes(folder: Path) -> tuple[float, str | None]:
-    """Bytes of the checkpoint, and its dtype where all of it has one; from config.json where there are no weights."""
+    """Bytes of the checkpoint, and its dtype if all of it has one; from config.json if there are no weights."""
     names = {"F32": "float32", "BF16": "bfloat16"}
     try:
         tensors = list_tensors(folder).values()
@@ -268,7 +268,7 @@ def _factoring(
 
 
 def _samples(resolved: Resolved, folder: Path, notes: list[str]) -> tuple[Sampled, Any]:
-    """Some training samples with their lengths, and the tokenizer; assumed where data or tokenizer are not here."""
+    """Some training samples with their lengths, and the tokenizer; assumed if data or tokenizer are not here."""
     config, data = resolved.config, resolved.config.data
     sources = [data.data] if isinstance(data.data, str) else list(data.data)
     missing = [source for source in sources if not _is_here(source)]

@@ -88,7 +88,7 @@ def change_map(changes: Sequence[Change]) -> Figure:
 
 
 def binned(values: np.ndarray, cells: int) -> np.ndarray:
-    """(cells,): of the numbers that share a cell the one with the largest size; NaN where there are fewer numbers."""
+    """(cells,): of the numbers that share a cell the one with the largest size; NaN if there are fewer numbers."""
     if len(values) <= cells:
         return np.concatenate([values, np.full(cells - len(values), np.nan)])
     return np.array([part[np.abs(part).argmax()] for part in np.array_split(values, cells)])

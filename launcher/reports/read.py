@@ -27,7 +27,7 @@ class Change(NamedTuple):
     """The trained numbers of one module, as changes since step 0."""
 
     module: str  # as in the base model
-    layer: int  # -1 where the name has no number
+    layer: int  # -1 if the name has no number
     part: str  # the module's name inside its layer
     change: np.ndarray  # (count,) float64
 
@@ -54,7 +54,7 @@ class Run:
 
 
 def read_run(folder: Path) -> Run:
-    """Read a run folder. Raises ValueError where the folder is none, or its config.json is damaged."""
+    """Read a run folder. Raises ValueError if the folder is none, or its config.json is damaged."""
     file = folder / "config.json"
     try:
         recorded = read_json(file)
@@ -122,7 +122,7 @@ def read_lines(file: Path) -> list[Line]:
 
 
 def read_state(folder: Path) -> str:
-    """running, stopped, finished or failed; unknown where the file is missing or holds something else."""
+    """running, stopped, finished or failed; unknown if the file is missing or holds something else."""
     state = read_or_empty(folder / "state")
     return state if state in ("running", "stopped", "finished", "failed") else "unknown"
 
@@ -132,7 +132,7 @@ def read_changes(folder: Path) -> tuple[list[Change], str]:
 
     A core (r,) in the unit of its factorisation's values (r,), d of LU or s of SVD, is divided by the largest of these
     in its module. Other cores, and LoRA's B, which all start at zero, are divided by the largest of them in the
-    adapter. Empty where nothing is saved yet, or the start of what is trained is not known.
+    adapter. Empty if nothing is saved yet, or the start of what is trained is not known.
     """
     adapter = folder / "adapter"
     try:

@@ -152,7 +152,7 @@ class Answer:
                 return
 
     async def _next(self, timeout_s: float) -> Token | None:
-        """The next token; None where none comes in time."""
+        """The next token; None if none comes in time."""
         if not self.queue.empty():
             return self.queue.get_nowait()
         try:

@@ -137,7 +137,7 @@ async def _answer(service: Service, request: Request, asked: Asked) -> Response:
 
 
 async def _unless_gone(request: Request, service: Service, answer: Answer, served: Served) -> Response:
-    """The whole answer as JSON; where the client leaves first, the answer is cancelled."""
+    """The whole answer as JSON; if the client leaves first, the answer is cancelled."""
 
     async def collect() -> list[Piece]:
         async with aclosing(service.pieces(answer)) as pieces:
@@ -162,7 +162,7 @@ async def _unless_gone(request: Request, service: Service, answer: Answer, serve
 
 
 class EventStream(Response):
-    """The answer as server-sent events. Where the client leaves, the answer is cancelled."""
+    """The answer as server-sent events. If the client leaves, the answer is cancelled."""
 
     def __init__(self, service: Service, answer: Answer, served: Served):
         self.service, self.answer, self.served = service, answer, served

@@ -33,7 +33,7 @@ def cache_size(
 ) -> CacheSize:
     """The cache for `running` requests of `context` tokens, or as much of it as fits `budget` bytes.
 
-    Raises ValueError, with the arithmetic, where not even a short request fits.
+    Raises ValueError, with the arithmetic, if not even a short request fits.
     """
     per_token = bytes_per_token(config, dtype, batch_tokens)
     fixed = batch_tokens * batch_tokens * dtype.itemsize + running * config.vocab_size * 4 * 3

@@ -150,7 +150,7 @@ class Catalogue:
             self.engine.remove_adapter(served.engine_name)
 
     def _try(self, adapter: Found) -> str | None:
-        """Load an adapter; the reason where it does not load, and the one before stays."""
+        """Load an adapter; the reason if it does not load, and the one before stays."""
         name, replaced = adapter.name, self.adapters.get(adapter.name)
         engine_name = name if replaced is None and name not in self._retired else f"{name}//{next(self._versions)}"
         try:
@@ -195,7 +195,7 @@ class Catalogue:
 
 
 def watch(catalogue: Catalogue, stopped: Callable[[float], bool], every_s: float) -> None:
-    """Refresh the catalogue until stopped(seconds to wait) is true; less often where one look takes long."""
+    """Refresh the catalogue until stopped(seconds to wait) is true; less often if one look takes long."""
     wait_s = every_s
     while not stopped(wait_s):
         began = time.monotonic()

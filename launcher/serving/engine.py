@@ -60,7 +60,7 @@ class Answer:
 
 @dataclass
 class BatchedEngine:
-    """`launcher.serving.requests.Engine`. context_length: the model's, or less where memory limits the cache.
+    """`launcher.serving.requests.Engine`. context_length: the model's, or less if memory limits the cache.
 
     cache_bytes: memory for the cache; None takes a share of what is free on the device.
     """

@@ -49,7 +49,7 @@ def scan(roots: Sequence[Path]) -> tuple[dict[str, Found], dict[str, str]]:
 
 
 def look(root: Path, name: str) -> Found | None:
-    """The adapter `name` of a folder: root/name, or root/name/adapter as in a run; None where there is none.
+    """The adapter `name` of a folder: root/name, or root/name/adapter as in a run; None if there is none.
 
     Raises ValueError for a name that cannot be a model's id and for files outside root.
     """

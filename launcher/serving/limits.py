@@ -33,7 +33,7 @@ class Limits:
     """What one client may ask of the server."""
 
     max_tokens: int = 2048
-    """Maximum number of tokens in an answer, and the number where a chat request gives none."""
+    """Maximum number of tokens in an answer, and the number if a chat request gives none."""
     max_request_kb: int = 1024
     """Maximum size of a request's body, in KB."""
     queue: int = 256
@@ -114,7 +114,7 @@ class Gate:
             self.answered("refused", refused.status)
             await send_error(send, refused)
             return
-        status = 499  # where the client leaves before the answer begins
+        status = 499  # if the client leaves before the answer begins
 
         async def counted(message: Message) -> None:
             nonlocal status

@@ -28,7 +28,7 @@ def base_template(setting: str | None, base: Path, tokenizer: Any) -> Template:
 
 
 def adapter_template(folder: Path) -> Template | None:
-    """The template saved in an adapter's folder; None where there is none. Raises ValueError for a damaged one."""
+    """The template saved in an adapter's folder; None if there is none. Raises ValueError for a damaged one."""
     with RENDERING:
         saved = read_template(folder)
         if saved is None and (folder / CHAT_TEMPLATE).is_file():
@@ -41,7 +41,7 @@ def adapter_template(folder: Path) -> Template | None:
 
 
 def token_ids(asked: Asked, template: Template, tokenizer: Any) -> tuple[int, ...]:
-    """The prompt of a request. Raises Refused (400) where the template or the tokenizer cannot carry it."""
+    """The prompt of a request. Raises Refused (400) if the template or the tokenizer cannot carry it."""
     if asked.messages is not None:
         try:
             with RENDERING:

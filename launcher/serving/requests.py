@@ -41,7 +41,7 @@ class Token:
     logprob: float | None = None
     top: tuple[tuple[int, float], ...] = ()  # the most likely tokens with their log-probabilities
     finish: Finish | None = None  # set on the last token
-    error: str | None = None  # set where finish is "error"
+    error: str | None = None  # set if finish is "error"
 
 
 class Engine(Protocol):
@@ -72,7 +72,7 @@ class Engine(Protocol):
         """
 
     def cancel(self, request_id: str) -> None:
-        """End a request with finish "cancelled"; nothing happens where it has ended."""
+        """End a request with finish "cancelled"; nothing happens if it has ended."""
 
     def stats(self) -> Mapping[str, float]:
         """Counts and sizes now: waiting, running, tokens, forward_passes, cache_blocks_used, ..."""

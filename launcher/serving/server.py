@@ -32,7 +32,7 @@ LOCAL_NAMES = ("localhost", "127.0.0.1", "::1")
 
 
 def listen(host: str, port: int) -> socket.socket:
-    """A socket at this address. Raises ValueError where it cannot be had."""
+    """A socket at this address. Raises ValueError if it cannot be had."""
     if not 0 <= port < 2**16:
         raise ValueError(f"--port lies between 0 (any free one) and 65535, got {port}")
     try:

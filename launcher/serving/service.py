@@ -108,7 +108,7 @@ class Service:
             raise
 
     async def pieces(self, answer: Answer) -> AsyncGenerator[Piece, None]:
-        """The answer as it grows. Raises Refused where it fails (404, 500, 503) or takes too long (504)."""
+        """The answer as it grows. Raises Refused if it fails (404, 500, 503) or takes too long (504)."""
         try:
             async for piece in answer.pieces(self.limits.request_timeout_s):
                 if piece.finish == "cancelled":
@@ -129,7 +129,7 @@ class Service:
         """Free what a request held, whatever became of it."""
         del self.active[answer.id]
         models, seconds = self.ready, time.monotonic() - answer.began
-        models.engine.cancel(answer.id)  # nothing happens where it has ended
+        models.engine.cancel(answer.id)  # nothing happens if it has ended
         models.catalogue.end(served)
         self.ended.append(time.monotonic())
         self.metrics.prompt_tokens += answer.prompt_tokens
@@ -176,7 +176,7 @@ class Service:
         return Request(id, served.engine_name, tuple(ids), sampling)
 
     def _room(self, asked: Asked, prompt: int) -> int:
-        """The most tokens that the answer may have. Raises Refused where the prompt or the answer does not fit."""
+        """The most tokens that the answer may have. Raises Refused if the prompt or the answer does not fit."""
         context, most = self.ready.engine.context_length, self.limits.max_tokens
         param = "messages" if asked.chat else "prompt"
         if prompt >= context:

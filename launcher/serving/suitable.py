@@ -59,7 +59,7 @@ def try_adapter(model: Any, many: ManyAdapters, adapter: Adapter, prompt: Sequen
 
 
 def check_same(kind: str, packed: Sequence[Made], alone: Sequence[Made]) -> None:
-    """Raises ValueError where a packed batch gave other log-probabilities than plain forward passes."""
+    """Raises ValueError if a packed batch gave other log-probabilities than plain forward passes."""
     for found, wanted in zip(packed, alone, strict=True):
         for (token, here), (expected, there) in zip(found, wanted, strict=False):
             if not abs(here - there) <= 0.1 + 0.02 * abs(there):

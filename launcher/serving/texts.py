@@ -34,7 +34,7 @@ class Text:
         return self._show(min(found) if found else len(self.decoded) - (0 if last else self._held()))
 
     def end(self) -> str:
-        """The text that is still held back, where an answer ends without another token."""
+        """The text that is still held back, if an answer ends without another token."""
         before = self._decode(self.ids[self._before : self._decoded])
         self.decoded += self._decode(self.ids[self._before :])[len(before) :]
         self._before = self._decoded = len(self.ids)

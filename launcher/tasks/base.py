@@ -45,7 +45,7 @@ class Samples:
     train: Encoded
     held_out: Encoded | None = None
     questions: Sequence[Question] = ()  # for tasks whose model writes text
-    template: Template | None = None  # of prompts, where there is one
+    template: Template | None = None  # of prompts, if there is one
 
 
 class Sampled(NamedTuple):
@@ -79,7 +79,7 @@ class Task(Protocol):
     """One kind of training. The methods with a body are defaults."""
 
     peft_type: str = "CAUSAL_LM"  # PEFT's task_type of the adapter
-    labels: bool = False  # the model has a classification head in place of its head for words
+    labels: bool = False  # the model has a classification head instead of its head for words
     flattens: bool = False  # a batch may be one row of all its samples, as with packing
 
     def wants(self, config: Config) -> bool:

@@ -53,7 +53,7 @@ class Evaluation:
 
     @property
     def micro_batches(self) -> list[list[int]]:
-        """All held-out samples in micro-batches of like length, those of most positions first."""
+        """All held-out samples in micro-batches of similar length, those of most positions first."""
         lengths = self.held_out.lengths
         most_positions = self.config.optimizer.micro_batch_tokens or mean_positions(lengths, self.batch_size)
         [parts] = plan(lengths, 1, self.batch_size, most_positions)
@@ -76,8 +76,8 @@ class Evaluation:
 
         Before: each rank has all items. After: every rank has the same sums. one_pass says that measure makes one
         forward pass, however many items it gets. A rank without items in the last round then measures the first item
-        and discards the result, so that collectives match. Otherwise, where forward passes are collectives, every rank
-        measures all items. Raises Interrupted on all ranks where one was asked to stop.
+        and discards the result, so that collectives match. Otherwise, if forward passes are collectives, every rank
+        measures all items. Raises Interrupted on all ranks if one was asked to stop.
         """
         shares = self.world_size if one_pass or not self.gathers else 1
         sums: list[Tensor] = []

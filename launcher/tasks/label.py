@@ -228,9 +228,9 @@ def _load(source: str, *, option: str = "--data", columns: Sequence[str], label:
 
 
 def _numbers_in_text(labels: Sequence[Any], source: str, option: str) -> list[float] | None:
-    """The labels of a CSV file as numbers, where all of them read as such; None where labels are what they are.
+    """The labels of a CSV file as numbers, if all of them read as such; None if labels are what they are.
 
-    Raises ValueError where numbers with a fraction stand beside other text, or in quotes in a file that has types: each
+    Raises ValueError if numbers with a fraction stand beside other text, or in quotes in a file that has types: each
     would become a class of its own.
     """
     if not labels or not all(isinstance(label, str) for label in labels):

@@ -1,6 +1,6 @@
 """The tasks, by name: plain data, so the command line can list them without importing torch."""
 
-# Files of this folder, each with its `TASK`. Where a config names none, the first of these that wants it trains it.
+# Files of this folder, each with its `TASK`. If a config names none, the first of these that wants it trains it.
 REGISTERED = (
     "label",
     "instruct",

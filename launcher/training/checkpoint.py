@@ -71,7 +71,7 @@ class Checkpoint:
     def read(self, name: str, shape: Sequence[int], start: int = 0, count: int | None = None) -> Tensor:
         """Rows start .. start + count of a tensor of that full shape (all by default), from all files that hold some.
 
-        Raises ValueError where the checkpoint has no such tensor, has it in another shape, or a number is not finite.
+        Raises ValueError if the checkpoint has no such tensor, has it in another shape, or a number is not finite.
         """
         entry = self.tensors.get(name)
         if entry is None or tuple(entry.shape) != tuple(shape):
@@ -284,7 +284,7 @@ def load(folder: Path) -> Checkpoint:
 
 
 def _check_files(folder: Path, index: Index) -> None:
-    """Raises ValueError where the files do not hold what the index says."""
+    """Raises ValueError if the files do not hold what the index says."""
     headers: dict[str, Any] = {}
     with ExitStack() as stack:
         for file in index.files:

@@ -12,7 +12,7 @@ from typing import Annotated, Any
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
-STRICT = ConfigDict(strict=True, frozen=True)  # no text in place of a number
+STRICT = ConfigDict(strict=True, frozen=True)  # no text instead of a number
 Count = Annotated[int, Field(ge=0, le=10**15)]
 Step = Annotated[int, Field(ge=0, lt=10**12)]
 FileName = Annotated[str, Field(pattern=r"^rank-[0-9]{5,9}\.safetensors\z")]
@@ -92,7 +92,7 @@ class Format(BaseModel):
 
 
 def read_format(raw: bytes) -> int:
-    """The number of the format. Raises ValueError where there is none."""
+    """The number of the format. Raises ValueError if there is none."""
     return _checked(Format, raw).format
 
 

@@ -1,4 +1,4 @@
-"""`--compile`: each decoder layer through torch.compile, with a line in the log where it runs uncompiled after all.
+"""`--compile`: each decoder layer through torch.compile, with a line in the log if it runs uncompiled after all.
 
 Layers of one class share one compiled program, so a model of 80 layers compiles as long as one of 2. Only the layer's
 own forward is compiled: the hooks that gather a sharded layer and the recomputation of --gradient-checkpointing stay

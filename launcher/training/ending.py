@@ -84,7 +84,7 @@ def _key(rank: int) -> str:
 
 
 def _posted(comm: Communicator, *, but: int) -> dict[int, Any]:
-    """What the other ranks have posted; nothing where the store has gone with rank 0."""
+    """What the other ranks have posted; nothing if the store has gone with rank 0."""
     found: dict[int, Any] = {}
     for rank in set(range(comm.ranks.world_size)) - {but}:
         if _quietly(comm.store.check, [_key(rank)]) and (text := _quietly(comm.store.get, _key(rank))):

@@ -43,9 +43,9 @@ class Factoring(NamedTuple):
 def request_factors(
     config: Config, adapter: Any, base: Path, dtype: str, comm: Communicator, model: nn.Module | None = None
 ) -> Factoring:
-    """The weights of the base that this adapter needs factors of. model: its skeleton, where it has been built.
+    """The weights of the base that this adapter needs factors of. model: its skeleton, if it has been built.
 
-    Raises ValueError on all ranks where the targets do not fit the base.
+    Raises ValueError on all ranks if the targets do not fit the base.
     """
     if not isinstance(adapter, FactorConfig):
         return Factoring(adapter, [])
@@ -72,11 +72,11 @@ def complete(
     labels_model: nn.Module | None = None,
     converted: bool = False,
 ) -> Factoring:
-    """With the base's fingerprint and the learning rate in the adapter's config, and gradients where they are needed.
+    """With the base's fingerprint and the learning rate in the adapter's config, and gradients if they are needed.
 
     load() returns the plain base on this rank's device. labels_model is the skeleton of a model that labels. converted
     says that the model holds other tensors than its files (fused experts): the files' fingerprint is not the model's,
-    which is taken where a process holds it whole.
+    which is taken if a process holds it whole.
     """
     if not isinstance(factoring.adapter, FactorConfig):
         return factoring
@@ -128,9 +128,9 @@ def summary(factored: Mapping[str, Factored], folder: Path) -> list[str]:
 
 
 def identify_factors(model: nn.Module, identity: Mapping[str, Any], resume: Checkpoint | None) -> dict[str, Any]:
-    """The run's identity, with a digest of the model's factors where these come from gradients.
+    """The run's identity, with a digest of the model's factors if these come from gradients.
 
-    Checkpoints hold the cores alone. Raises ValueError where those of `resume` belong to other factors: the cache was
+    Checkpoints hold the cores alone. Raises ValueError if those of `resume` belong to other factors: the cache was
     lost, and another kernel or device rounds the gradients differently.
     """
     sha = hashlib.sha256()

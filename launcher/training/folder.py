@@ -58,7 +58,7 @@ def prepare(
 ) -> tuple[Path, checkpoint.Checkpoint | None]:
     """Make and claim the run folder; returns it and the checkpoint to resume from, if any. Called by all ranks.
 
-    Without --output the folder is a new one, with a number where another start has just taken the name. Raises
+    Without --output the folder is a new one, with a number if another start has just taken the name. Raises
     ValueError for a folder that holds another run, or this run with settings that would change its learning curve.
     """
 
@@ -109,7 +109,7 @@ def prepare(
 
 
 def _new_folder(wanted: Path) -> Path:
-    """Make a folder of this name, or with a number after it where the name is taken."""
+    """Make a folder of this name, or with a number after it if the name is taken."""
     for number in itertools.count(1):
         folder = wanted if number == 1 else wanted.with_name(f"{wanted.name}-{number}")
         with _folder_errors(folder), suppress(FileExistsError):
@@ -129,7 +129,7 @@ def _folder_errors(folder: Path) -> Iterator[None]:
 def _same_curve(config: Config, steps: int, found: checkpoint.Checkpoint) -> None:
     """Log which settings differ from those that the run recorded.
 
-    Raises ValueError, without --accept-changes, where they change the learning curve.
+    Raises ValueError, without --accept-changes, if they change the learning curve.
     """
     if steps < found.step:
         raise ValueError(

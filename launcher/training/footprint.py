@@ -46,7 +46,7 @@ class Sketch:
     base: frozenset[int]  # ids of the base's parameters
     packable: frozenset[int]  # ids of the weights that --quantize makes small
     units: list[list[nn.Parameter]]  # decoder layers, and the rest
-    layers: nn.ModuleList | None  # the stack, where its layers are alike
+    layers: nn.ModuleList | None  # the stack, if its layers are alike
 
 
 def sketch(
@@ -232,7 +232,7 @@ def footprint(
     """The memory of one process. traced None: activations are left out. itemsize: of the compute dtype.
 
     mapped: bytes of the checkpoint's files that are mapped while the base is copied out of them; in_place: it stays.
-    offload: "parameters" and "optimizer", where these lie in main memory in place of the GPU's.
+    offload: "parameters" and "optimizer", if these lie in main memory instead of the GPU's.
     """
     info = ENGINES[sharding]
     group = group_size(info, world, local_world, shard_size)
@@ -245,7 +245,7 @@ def footprint(
     weights = lies.frozen * parts.weights / whole if whole else 0.0
     factors = lies.frozen - weights
     seen = traced.peak if traced is not None else 0.0
-    # The traced pass makes its own gradients, whole; where there are earlier passes, those of these are kept as well.
+    # The traced pass makes its own gradients, whole; if there are earlier passes, those of these are kept as well.
     alive = seen if passes > 1 else max(seen - lies.gradients, 0.0)
     unpacked = float(parts.largest_packed * itemsize)
     slack = 0.0 if in_place else parts.slack / group

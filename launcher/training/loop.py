@@ -77,7 +77,7 @@ class Training:
     trackers: list[Any] = field(default_factory=list)
     callbacks: Callbacks = field(default_factory=Callbacks)
     ownership: Ownership = field(default_factory=Ownership)
-    check_base: Callable[[], None] = lambda: None  # raises ValueError where the base's files have changed
+    check_base: Callable[[], None] = lambda: None  # raises ValueError if the base's files have changed
     clock: Clock = field(default_factory=lambda: Clock())
     ahead: Ahead = field(default_factory=Ahead)
 
@@ -189,7 +189,7 @@ class _Loop:
         )
 
     def evaluate(self) -> bool:
-        """Evaluate on the held-out samples; returns False where a rank was asked to stop meanwhile."""
+        """Evaluate on the held-out samples; returns False if a rank was asked to stop meanwhile."""
         training, state = self.training, self.state
         result = evaluate(training)
         if result is None:
@@ -328,7 +328,7 @@ def batch_loss(training: Training, rows: Sequence[Any], targets: int) -> Tensor:
 
 
 def evaluate(training: Training) -> dict[str, float] | None:
-    """The task's metrics on the held-out samples; None where a rank was asked to stop. Called by all ranks."""
+    """The task's metrics on the held-out samples; None if a rank was asked to stop. Called by all ranks."""
     model = training.engine.model
     model.eval()
     try:

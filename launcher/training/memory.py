@@ -25,7 +25,7 @@ STORED = {"float32": "F32", "bfloat16": "BF16"}  # as safetensors names them
 
 
 def check_memory(resolved: Resolved, base: Path) -> None:
-    """Raises ValueError where this process's part of the base does not fit its GPU, or this machine's its memory."""
+    """Raises ValueError if this process's part of the base does not fit its GPU, or this machine's its memory."""
     config, ranks = resolved.config, resolved.ranks
 
     def allowed(option: str) -> bool:
@@ -59,9 +59,9 @@ ACTIVATION_BYTES = 24  # kept for each output of a linear layer and token: twice
 
 
 def check_run(resolved: Resolved, base: Path, bare: Any, batches: GlobalBatches) -> None:
-    """Warn where the predicted peak of a process is more than it may use; ValueError where that holds without a batch.
+    """Warn if the predicted peak of a process is more than it may use; ValueError if that holds without a batch.
 
-    The prediction is that of `loldu plan`. It takes a second, so it is left out where memory is plentiful by a bound.
+    The prediction is that of `loldu plan`. It takes a second, so it is left out if memory is plentiful by a bound.
     bare: the model's skeleton.
     """
     config, ranks = resolved.config, resolved.ranks
@@ -118,7 +118,7 @@ def check_size(
     limited: bool = False,
     allowed: Callable[[str], bool] = lambda option: True,
 ) -> None:
-    """Raises ValueError where the base's weights alone do not fit: a machine out of memory kills without a message.
+    """Raises ValueError if the base's weights alone do not fit: a machine out of memory kills without a message.
 
     kind: the base's dtype, or how it is quantised. share: the part of the base that lies in this memory. memory: its
     bytes; limited: whether a job or container limits them. A lower bound is used: every weight of a quantised base

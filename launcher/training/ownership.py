@@ -59,7 +59,7 @@ class Ownership:
         self._ended = threading.Event()
 
     def claim(self, folder: Path) -> None:
-        """Own the folder from now on. Raises ValueError naming its owner where another start owns it."""
+        """Own the folder from now on. Raises ValueError naming its owner if another start owns it."""
         mine = _this_process(self.environ)
         while True:
             number, last = _highest(folder)
@@ -87,7 +87,7 @@ class Ownership:
         return self._seen < 0
 
     def check(self) -> None:
-        """Raises ValueError where another start has taken the folder over, as it may from a suspended process."""
+        """Raises ValueError if another start has taken the folder over, as it may from a suspended process."""
         if self.file is not None and time.monotonic() - self._seen > WATCH_S / 2:
             self._look()
         if self.lost and self.file is not None:
@@ -113,7 +113,7 @@ class Ownership:
             self._look()
 
     def _look(self) -> None:
-        """Touch the claim where it is still the highest; else note that it is lost."""
+        """Touch the claim if it is still the highest; else note that it is lost."""
         file = self.file
         if file is None or self.lost:
             return
@@ -126,13 +126,13 @@ class Ownership:
 
 
 def _highest(folder: Path) -> tuple[int, Path | None]:
-    """The number and file of the last claim on a folder; 0 and None where there is none."""
+    """The number and file of the last claim on a folder; 0 and None if there is none."""
     found = [(int(match[1]), file) for file in folder.iterdir() if (match := NAME.match(file.name))]
     return max(found, default=(0, None))
 
 
 def _create(file: Path, text: str) -> bool:
-    """Make a file with this text; False where there is one of that name. All at once: nobody reads half a file."""
+    """Make a file with this text; False if there is one of that name. All at once: nobody reads half a file."""
     temporary = file.with_name(f".{uuid.uuid4().hex}.tmp")
     try:
         temporary.write_text(text)
@@ -151,7 +151,7 @@ def _create(file: Path, text: str) -> bool:
 
 
 def _read(file: Path) -> Owner | None:
-    """The owner in a claim; None where it is damaged, or not written yet."""
+    """The owner in a claim; None if it is damaged, or not written yet."""
     try:
         return Owner(**read_json(file, MAX_BYTES))
     except (OSError, ValueError, TypeError):
@@ -159,7 +159,7 @@ def _read(file: Path) -> Owner | None:
 
 
 def _living_owner(file: Path, mine: Owner) -> str | None:
-    """Who holds this claim, in words; None where nobody does."""
+    """Who holds this claim, in words; None if nobody does."""
     owner = _read(file)
     if owner is not None:
         if owner.released:
@@ -178,7 +178,7 @@ def _living_owner(file: Path, mine: Owner) -> str | None:
 
 
 def _touched(file: Path) -> int | None:
-    """When a file was last touched, asked anew of a network file system by opening it; None where it is gone."""
+    """When a file was last touched, asked anew of a network file system by opening it; None if it is gone."""
     try:
         with open(file, "rb") as opened:
             return os.fstat(opened.fileno()).st_mtime_ns
@@ -208,7 +208,7 @@ def _machine() -> str:
 
 
 def _started(pid: int) -> str | None:
-    """When a process of this machine was started, in its own units; None where it has ended."""
+    """When a process of this machine was started, in its own units; None if it has ended."""
     stat = Path(f"/proc/{pid}/stat")
     if not stat.parent.parent.joinpath("self").exists():  # no /proc: whether it is there at all
         try:

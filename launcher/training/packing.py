@@ -69,7 +69,7 @@ def check_packing(
     """The first of the ways in which two samples in one row give what each gives alone.
 
     forward computes the model's output, on every rank alike. collate(samples, way) makes a batch of token ids: packed
-    in one row, or with None a sample alone. ids are valid tokens to take. Raises ValueError where no way agrees.
+    in one row, or with None a sample alone. ids are valid tokens to take. Raises ValueError if no way agrees.
     """
     settings, training = model.config, model.training
     second = min(max([SHORT, *(limit + SHORT for limit in limits(settings, longest))]), longest - SHORT // 2)
@@ -98,7 +98,7 @@ def check_packing(
 
 @torch.no_grad()
 def check_causal(model: Any, forward: Callable[..., Any], ids: Tensor) -> None:
-    """Raises ValueError where an output depends on later tokens, as an encoder's does: nothing would be predicted.
+    """Raises ValueError if an output depends on later tokens, as an encoder's does: nothing would be predicted.
 
     In training mode, since some models build another mask there; equal draws give both passes the same dropout.
     """
@@ -154,7 +154,7 @@ def _differs(
     samples: list[Tensor],
     way: Way,
 ) -> str | None:
-    """How far the second sample is from what it gives alone; None where it is not."""
+    """How far the second sample is from what it gives alone; None if it is not."""
     together = _logits(forward, collate(samples, way))
     alone = [_logits(forward, collate([sample], None)) for sample in samples]
     parts = together[: len(samples[0])], together[len(samples[0]) :][: len(samples[1])]

@@ -94,7 +94,7 @@ def read_events(file: Path) -> list[dict[str, Any]]:
 
 
 def _bytes_of(file: Path) -> bytes:
-    """The bytes of a file; none where there is no regular file."""
+    """The bytes of a file; none if there is no regular file."""
     try:
         with open_regular(file) as opened:
             return opened.read()
@@ -181,7 +181,7 @@ class Throughput:
 
 
 def memory_gib() -> float:
-    """Peak memory of this process: on the GPU where there is one, else resident."""
+    """Peak memory of this process: on the GPU if there is one, else resident."""
     if torch.cuda.is_available():
         return torch.cuda.max_memory_allocated() / 2**30
     import resource

@@ -90,7 +90,7 @@ def resolve(config: Config, ranks: Ranks, *, gpus: bool | None = None) -> Resolv
 
 
 def check_carried(config: Config, adapter: PeftConfig | None, sharding: str) -> None:
-    """Raises ValueError where the engine does not support this method, or a base in this precision."""
+    """Raises ValueError if the engine does not support this method, or a base in this precision."""
     quantize = config.model.quantize
     check_quantize(quantize, cpu_offload=config.run.cpu_offload)
     check_method(adapter, quantize)
@@ -127,7 +127,7 @@ def check_prompt(config: Config, adapter: Any, *, labels: bool) -> None:
 
 
 def check_context(config: Config, settings: Any, room: int | None = None) -> None:
-    """Raises ValueError where samples of --max-length, with a trained prompt, do not fit the model.
+    """Raises ValueError if samples of --max-length, with a trained prompt, do not fit the model.
 
     settings are the model's config; room is the context of the built model, which may be smaller.
     """

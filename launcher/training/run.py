@@ -72,7 +72,7 @@ def run(
 ) -> int:
     """One training run under whatever launcher started this process; returns its exit code.
 
-    Where the base or the data of config cannot be found, the config that `instead` returns is run in its place. on_step
+    If the base or the data of config cannot be found, the config that `instead` returns is run in its place. on_step
     and on_evaluation are called as `Callbacks` describes. A single process that was stopped and saved returns 75 (run
     the same command again); under a launcher every rank returns 0 then, and the run folder's `state` says which.
     """

@@ -21,7 +21,7 @@ from launcher.data.batches import epoch_order, target_tokens
 from launcher.data.encode import Encoded
 from launcher.tasks.base import Layout, Task, on_device
 
-MICRO_BATCH = 8  # where the run sets none
+MICRO_BATCH = 8  # if the run sets none
 
 
 class SampleGradients:

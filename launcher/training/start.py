@@ -39,7 +39,7 @@ class Start:
 def begin(resolved: Resolved, name: str, comm: Communicator, stop: StopRequest, screen: Screen) -> Start:
     """Find the base and check, from headers alone, that this run can train it: weights, attention, context and memory.
 
-    Called by all ranks. Where the model lacks the attention that was resolved, Start.resolved has the one that it has.
+    Called by all ranks. If the model lacks the attention that was resolved, Start.resolved has the one that it has.
     Raises ValueError, on all ranks, for what is missing or does not fit.
     """
     config = resolved.config

@@ -52,7 +52,7 @@ class StopRequest:
         for number, handler in self._before.items():
             signal.signal(number, handler)
         if self.control is not None and read_or_empty(self.control) == "stop":
-            with suppress(OSError):  # where this fails, the next start stops once more and logs it
+            with suppress(OSError):  # if this fails, the next start stops once more and logs it
                 self.control.write_text("run\n")
 
     def watch(self, control: Path) -> None:
@@ -108,7 +108,7 @@ class StopRequest:
             os.close(writing)
 
     def before_training(self) -> None:
-        """Raises Stopped where the run was asked to stop. For phases that have nothing to save."""
+        """Raises Stopped if the run was asked to stop. For phases that have nothing to save."""
         if self.asked():
             raise Stopped(self.reason)
 

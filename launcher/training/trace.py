@@ -46,7 +46,7 @@ def trace(model: nn.Module, run: Callable[[], Tensor], layers: nn.ModuleList | N
 
 
 def equal_layers(model: nn.Module, layers: list[nn.Module]) -> nn.ModuleList | None:
-    """The list that holds these layers, where it holds nothing else and they are alike; None otherwise."""
+    """The list that holds these layers, if it holds nothing else and they are alike; None otherwise."""
     alike = {tuple((name, tuple(p.shape), p.requires_grad) for name, p in layer.named_parameters()) for layer in layers}
     lists = [m for m in model.modules() if isinstance(m, nn.ModuleList) and list(m) == layers]
     return lists[0] if len(alike) == 1 and len(lists) == 1 else None
@@ -115,7 +115,7 @@ class _Live(TorchDispatchMode):
 
 
 def in_pages(size: int, page: int) -> int:
-    """The bytes that a tensor takes: whole pages where it is at least one."""
+    """The bytes that a tensor takes: whole pages if it is at least one."""
     return -(-size // page) * page if size >= page else size
 
 

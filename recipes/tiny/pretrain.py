@@ -75,7 +75,7 @@ def encode(tokenizer: PreTrainedTokenizerFast, prompt: str, answer: str) -> tupl
 def batches(questions: Iterable[tuple[list[int], list[int]]], window: int = 64) -> Iterator[tuple[Tensor, Tensor]]:
     """Padded ids and labels (BATCH_DOCUMENTS, length); -100 marks what carries no loss: prompts and padding.
 
-    Within a window of batches, documents of like length go together, which leaves little padding.
+    Within a window of batches, documents of similar length go together, which leaves little padding.
     """
     rng = random.Random(SEED)
     stream = iter(questions)
