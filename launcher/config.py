@@ -147,10 +147,8 @@ class DataConfig(Checked):
     def __post_init__(self) -> None:
         super().__post_init__()
         if not self.data:
-            raise ValueError("--data is empty: give a file, a folder or a dataset of the hub")
+            raise ValueError("--data (data.data) is empty: give a file, a folder or a hub dataset")
         if not isinstance(self.data, str):
-            if not self.data:
-                raise ValueError("--data (data.data) is empty: give a file, a folder or a hub dataset")
             object.__setattr__(self, "data", self.data[0] if len(self.data) == 1 else tuple(self.data))
         try:
             datetime.date.fromisoformat(self.template_date)

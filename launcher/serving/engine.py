@@ -313,4 +313,11 @@ def load_engine(
             "adapter's folder is as --adapters"
         )
     loaded, tokenizer = load(source, dtype=dtype, device=device, quantize=quantize)
-    return BatchedEngine(loaded, tokenizer, source.base.resolve().name, **settings), source.base
+    return BatchedEngine(loaded, tokenizer, base_id(source.base.resolve()), **settings), source.base
+
+
+def base_id(folder: Path) -> str:
+    """The model id of a base: its folder's name, or for a folder of the hub's cache (models--ORG--NAME) ORG/NAME."""
+    if folder.parent.name == "snapshots":
+        return folder.parents[1].name.removeprefix("models--").replace("--", "/")
+    return folder.name

@@ -16,7 +16,7 @@ from transformers import AutoModelForCausalLM, MambaConfig
 from adapters import LoLDUConfig, LoRAXSConfig, SVFitConfig
 from launcher.serving import engine as engine_module
 from launcher.serving.cache_size import bytes_per_token, cache_size
-from launcher.serving.engine import load_engine
+from launcher.serving.engine import base_id, load_engine
 from launcher.serving.requests import Request, Sampling, Token
 from launcher.serving.suitable import check_attention, continuation
 
@@ -453,3 +453,10 @@ def test_a_model_without_keys_and_values_is_refused(config, layers):
 def test_an_adapter_given_as_the_model_is_refused(folder):
     with pytest.raises(ValueError, match="is an adapter: give its base"):
         load_engine(str(folder / "a0"))
+
+
+def test_the_id_of_a_base_is_its_folders_name_or_that_on_the_hub():
+    hub = Path("/cache/hub/models--meta-llama--Llama-2-7b-hf/snapshots/0123abcd")
+
+    assert base_id(Path("/models/mine")) == "mine"
+    assert base_id(hub) == "meta-llama/Llama-2-7b-hf"
