@@ -256,6 +256,9 @@ def named_options(words: list[str]) -> Iterator[tuple[str, set[str], frozenset[s
                 *settings_given,
                 *(f"--{word.partition('=')[0]}" for word in own if re.match(r"[a-z-]+=", word)),
             ]
+        elif name == "plan":  # takes a recipe's options beside its own
+            settings_given = sorted(flags(own) - options_of(name))
+            own = [word for word in own if word.partition("=")[0] not in settings_given]
         yield f"loldu {name}", flags(own), options_of(name)
         yield "a recipe", flags(settings_given), settings()
     elif recipe is not None:
