@@ -1,8 +1,8 @@
 """ALLoRA: LoRA with a row-wise scaled gradient. Saved as a plain LoRA, which stock PEFT loads.
 
-Method: arXiv 2410.09692; the formula is that of an implementation that follows its section 4.2, not seen in the paper
-itself. LoRA without dropout and without alpha / r: y = W x + B A x. The gradient g that reaches A and B from row i of
-the output is
+Method: arXiv 2410.09692; the formula is taken from an implementation of its section 4.2, not from the paper itself.
+LoRA without dropout and without alpha / r: y = W x + B A x. The gradient g that reaches A and B from row i of the
+output is
 
     g_i / sqrt(|(B A)_i| + 1 / eta^2)
 

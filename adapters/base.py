@@ -84,10 +84,10 @@ class Factorization(ABC):
         """Relative error of the factors against W, before `write` is rounded."""
 
     def misfit(self, W: Tensor, factors: Factors, *, embedding: bool = False) -> str | None:
-        """Why these, read from a file, cannot be the factors of W (m, n); None if nothing speaks against them.
+        """Why these, read from a file, cannot be the factors of W (m, n); None if no check fails.
 
-        Cheap, because every start asks it of every weight: a few random vectors, a sample of rows. W may be a map of a
-        file, of which only what is used is read. By default nothing is compared.
+        Cheap, because every start calls it for every weight: a few random vectors, a sample of rows. W may be a map of
+        a file, of which only what is used is read. By default nothing is compared.
         """
         return None
 

@@ -47,7 +47,7 @@ def delta_weight(weight: Tensor, factors: Factors, core: Tensor, *, embedding: b
 
 
 def fresh_draws() -> torch.Generator:
-    """Random numbers that nobody can foresee, and that leave torch's own as they are."""
+    """Unpredictable random numbers, which do not change the state of torch's own generator."""
     draw = torch.Generator()
     draw.seed()
     return draw

@@ -77,7 +77,7 @@ def as_lora(model: PeftModel, adapter_name: str = "default") -> tuple[LoraConfig
 
 
 def _as_peft_reads(model: PeftModel, config: Any, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
-    """The tensors under names from which PEFT comes to these.
+    """The tensors under names that PEFT maps to these.
 
     It renames what it reads as transformers renames an old checkpoint's tensors, and takes the patterns for regular
     expressions: Laguna's `mlp.shared_expert.` also matches in `mlp.shared_experts.`, its new name. The old name is then

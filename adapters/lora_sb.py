@@ -1,4 +1,4 @@
-"""LoRA-SB: frozen factors from the gradient of the weight, an r x r core that starts at the first step. All of it.
+"""LoRA-SB: frozen factors from the gradient of the weight, an r x r core that starts at the first step.
 
 Paper: LoRA-SB, arXiv 2411.19557; the formulas are those of its authors' code. Letters: W (m, n) = out x in, r the rank,
 L_i(W) the loss of sample i, where a few samples stand for the data.

@@ -155,7 +155,7 @@ class ManyAdapters:
         return group
 
     def remove(self, name: str) -> None:
-        """Remove an adapter; a batch that is under way still ends. Raises KeyError for an unknown name."""
+        """Remove an adapter; a batch in progress still finishes. Raises KeyError for an unknown name."""
         with self._lock:
             adapter = self.adapters.pop(name)
             if adapter.group is not None:

@@ -47,7 +47,7 @@ class Group:
                 self._resize(max(SMALLEST, last + 1))
 
     def _resize(self, capacity: int) -> None:
-        """A new tensor: a batch that is under way keeps the old one."""
+        """A new tensor: a batch in progress keeps the old one."""
         old, kept = self.table, min(len(self.table), capacity)
         table = old.new_zeros(capacity, old.shape[1])
         with torch.no_grad():

@@ -55,7 +55,7 @@ from launcher.training.run import run
 RESULTS = Path(__file__).parent / "results" / "faults.json"
 KINDS = (("none", 1), ("ddp", 2), ("fsdp2", 2))  # sharding and number of processes
 LIMIT_S = 180.0
-# How a phase's begin shows from outside, and within how many seconds after it the kill comes.
+# How the start of a phase shows from outside, and within how many seconds after it the kill comes.
 PHASES = {"factor": 0.05, "load": 0.5, "train": 0.05, "evaluate": 0.1, "save": 0.02}
 
 

@@ -225,7 +225,7 @@ def run_here(name: str, plan: Plan, output: Path) -> None:
     for key, step in SECTIONS[name](plan):
         try:
             found[key] = step()
-        except Exception as error:  # say it, and go on with the next
+        except Exception as error:  # report it, and continue with the next
             failed = True
             found[key] = {"error": f"{type(error).__name__}: {error}".splitlines()[0][:300]}
             traceback.print_exc()

@@ -71,7 +71,7 @@ def try_case(case: Case, folder: Path) -> tuple[Ended, list[str]]:
 
 
 def again(results: Path, known: list[Case], place: Path) -> int:
-    """Run the cases with a fault once more: those that end as they should now are listed as mended."""
+    """Run the cases with a fault once more: those that now end as they should are listed as fixed."""
     summary = json.loads(results.read_text())
     faulty = {(one["kind"], one["case"]): one for one in summary["faults"]}
     left, mended = [], summary.get("mended", [])

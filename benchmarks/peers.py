@@ -1,4 +1,4 @@
-"""Ours beside TRL's SFTTrainer: same model, tokens, order, method and initial adapter, on the CPU.
+"""Ours compared with TRL's SFTTrainer: same model, tokens, order, method and initial adapter, on the CPU.
 
     python benchmarks/peers.py --smollm2 DIR --data FILE --size sample   # LoRA, 16 samples a step: 2 minutes
     python benchmarks/peers.py --smollm2 DIR --data FILE                 # LoRA, 128 samples in micro-batches of 8
@@ -7,7 +7,7 @@
 Models: SmolLM2-135M-Instruct (DIR), and a random Llama of four layers, hidden size 1024 and 128,256 classes, which is
 written to a temporary folder. Float32, one thread per process, no gradient checkpointing; TRL gets the tokens from
 disk, ours from its cache, so neither tokenises. A round runs each side once per cell, in an order of its own, and a
-ratio is taken within a round; the table has medians and min-max. If machines are busy seconds say little, so speed
+ratio is taken within a round; the table has medians and min-max. If machines are busy seconds mean little, so speed
 is tokens with loss per processor second, of all processes and their children, from the start of the first step to the
 end of the last. Peak memory is the largest resident set (VmHWM) of a process. The loss curves of both sides must agree
 within 1e-4 of the loss. `trl grouped` is TRL with train_sampling_strategy="group_by_length", which visits samples in

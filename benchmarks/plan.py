@@ -82,7 +82,7 @@ def main() -> None:
 
 
 def cell_names() -> list[str]:
-    """model/method/sharding/precision, the most telling first; what is not supported is left out."""
+    """model/method/sharding/precision, the most important first; what is not supported is left out."""
     return [
         f"{model}/{method}/{sharding}/{precision}"
         for sharding in SHARDINGS

@@ -160,7 +160,7 @@ def own_bytes() -> int:
 
 
 class Peak:
-    """The most memory of its own that this process has, looked at fifty times a second."""
+    """The most memory of its own that this process has, sampled fifty times a second."""
 
     def __enter__(self) -> Peak:
         self.bytes, self.ended = own_bytes(), threading.Event()

@@ -1,4 +1,4 @@
-"""Which GPU is a process's own, and why there may be none. Imports torch if it is needed."""
+"""Which GPU a process uses, and why there may be none. Imports torch if it is needed."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ DRIVER = Path("/proc/driver/nvidia/gpus")  # one folder for each GPU that the dr
 def own_device(local_rank: int, local_world_size: int) -> Any:
     """This process's torch.device: its GPU, or the CPU if torch finds no GPU.
 
-    A scheduler may show each process one GPU alone, which then has number 0 in all of them. Raises ValueError if
+    A scheduler may show each process only one GPU, which then has number 0 in all of them. Raises ValueError if
     there are more processes than GPUs.
     """
     import torch

@@ -1,4 +1,4 @@
-"""Files on shared disks: written whole or not at all, and read without trust in what they are. Imports no torch."""
+"""Files on shared disks: written whole or not at all, and read without trusting their kind. Imports no torch."""
 
 from __future__ import annotations
 

@@ -17,7 +17,7 @@ NOTHING: Mapping[str, Any] = MappingProxyType({})
 
 @dataclass(frozen=True, kw_only=True)
 class OptimizerInfo:
-    """What is known of an optimizer without importing it."""
+    """What is known about an optimizer without importing it."""
 
     where: str  # "module:Class"
     about: str
@@ -66,7 +66,7 @@ def check_optimizer(name: str, *, dense: bool) -> None:
 
 
 def make(config: Any, parameters: Iterable[Any]) -> Any:
-    """The torch optimizer that an OptimizerConfig asks for."""
+    """The torch optimizer of an OptimizerConfig."""
     info = OPTIMIZERS[config.optimizer]
     module, _, cls = info.where.partition(":")
     named = {argument: getattr(config, field) for argument, field in info.fields.items()}

@@ -4,7 +4,7 @@ A positional parameter without a default, or of a tuple, is a positional argumen
 gives an option for each of its fields, and a nested dataclass a group of them, without a prefix. The help texts are
 those of the docstrings.
 
-argparse is used where a library would do more, since its documented interface is enough to report an error in our own
+argparse is used although other libraries do more, because its documented interface is enough to report errors in our
 words: it hands every error to `error`. tyro prints a box and exits; its hook for errors is private.
 """
 
@@ -64,7 +64,7 @@ def with_home(arguments: Sequence[str]) -> list[str]:
 def parse_call(
     function: Callable[..., Any], arguments: Sequence[str], prog: str, known: Mapping[str, Any] = NOTHING
 ) -> Callable[[], Any]:
-    """The call of a function that the arguments ask for. known are values of parameters that are not options.
+    """The call of a function that the arguments describe. known are values of parameters that are not options.
 
     A parameter whose type has no text form (a console, a stream) is for callers in Python, and not an option. Raises
     Misread.

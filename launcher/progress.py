@@ -95,7 +95,7 @@ class Bars:
 
 @contextmanager
 def growth(show: Callable[..., None], folder: Path, total: int) -> Iterator[None]:
-    """Show the bytes of the files in a folder while the block writes them: for libraries that tell nothing."""
+    """Show the bytes of the files in a folder while the block writes them: for libraries that report no progress."""
     ended = threading.Event()
 
     def look() -> None:
@@ -116,7 +116,7 @@ def growth(show: Callable[..., None], folder: Path, total: int) -> Iterator[None
 
 
 class _Lines:
-    """Progress as lines: one every so often, and one at the end."""
+    """Progress as lines: one from time to time, and one at the end."""
 
     def __init__(self, console: Console, what: str, total: int, done: int, unit: Unit, brief: bool):
         self.console, self.what, self.total, self.unit, self.brief = console, what, total, unit, brief

@@ -76,7 +76,7 @@ def run_recipe(
 ) -> int:
     """Run a recipe with these options; prog is what the user typed before them.
 
-    If the recipe's own base model or data are not available, tiny takes their place and a banner says so. A model or
+    If the recipe's own base model or data are not available, tiny takes their place and a banner reports it. A model or
     dataset that the user names is never substituted.
     """
 
@@ -122,7 +122,7 @@ def _parse(config: Any, arguments: Sequence[str], prog: str) -> Any:
 
 
 def _for_another_task(config: Any, words: set[str]) -> Any:
-    """The config without the settings that a recipe has for its own task, but for those that are given as words."""
+    """The config without the settings that a recipe has for its own task, except those given on the command line."""
     default, dropped = Config(), []
     parts = {"data": config.data, "run": config.run}
     for part, names in OF_A_TASK.items():
@@ -157,7 +157,7 @@ def _start(config: Config, name: str, **settings: Any) -> int:
     if (act := _instead.get()) is not None:
         return act(config, name, **settings)
     if os.environ.get("RANK", "0") == "0":  # torch and transformers take seconds to import
-        with suppress(OSError, ValueError):  # a terminal that is gone ends no run
+        with suppress(OSError, ValueError):  # a closed terminal does not end the run
             print(f"starting {name}", flush=True)
     if config.model.quantize == "none" and OPTIMIZERS[config.optimizer.optimizer].package != "bitsandbytes":
         # PEFT imports bitsandbytes wherever it is installed, a quarter of the start-up. Here it counts as missing.

@@ -1,4 +1,4 @@
-"""Text of files, models and libraries, made fit for the terminal."""
+"""Text of files, models and libraries, made safe for the terminal."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ COLOUR = re.compile(r"\x1b\[[0-9;:]*m")
 
 
 def printable(text: str) -> str:
-    r"""The text with control characters written out: an escape sequence shows as \x1b[2J and does nothing."""
+    r"""The text with control characters escaped: an escape sequence shows as \x1b[2J and does nothing."""
     return UNSAFE.sub(lambda found: found[0].encode("unicode_escape").decode("ascii"), text)
 
 

@@ -1,4 +1,4 @@
-"""The meeting of all ranks at rank 0's port before torch starts: names missing ranks, and lets no stranger in.
+"""The meeting of all ranks at rank 0's port before torch starts: names missing ranks, and rejects other programs.
 
 Every job has a random token, which `loldu launch` sends over ssh's standard input and the batch script passes in
 Slurm's environment; it is never on a command line. On each connection both sides prove that they know it, without
@@ -8,8 +8,8 @@ sending it:
     rank n -> rank 0    loldu-rank N CHALLENGE MAC          MAC over N and rank 0's challenge
     rank 0 -> rank n    MAC TEXT                            once all are there (no TEXT), or with the error TEXT
 
-Lines are bounded, connections that say anything else are closed and logged, and the ranks go on waiting. Uses only the
-standard library: it runs before seconds of imports.
+Lines are bounded, connections that send anything else are closed and logged, and the ranks continue to wait. Uses only
+the standard library: it runs before seconds of imports.
 """
 
 from __future__ import annotations
@@ -64,7 +64,7 @@ def meet(environ: Mapping[str, str], limit_s: float | None = None, asked: Callab
 
 
 class Patience:
-    """How long to go on waiting: until a deadline, or shortly after a stop signal."""
+    """How long to continue waiting: until a deadline, or shortly after a stop signal."""
 
     def __init__(self, limit_s: float, asked: Callable[[], int]):
         self.limit_s, self._asked = limit_s, asked
@@ -83,8 +83,8 @@ class Patience:
 def listen(address: str, port: int, backlog: int, several_nodes: bool) -> list[socket.socket]:
     """Sockets that listen at the address that the other ranks were told.
 
-    At all addresses, with a line that says so, if that name is no address of this machine (a translated one) or
-    means the loopback here, as Debian's /etc/hosts has it, while other nodes must reach it.
+    They listen at all addresses, and log this, if that name is not an address of this machine (a translated one) or is
+    the loopback address here, as in Debian's /etc/hosts, while other nodes must reach it.
     """
     host = socket.gethostname()
     try:
@@ -225,14 +225,14 @@ def visit(rank: int, address: str, port: int, token: str, patience: Patience) ->
 
 
 def _ask(line: socket.socket, rank: int, token: str, patience: Patience) -> str:
-    """What rank 0 says once all are there: nothing, or an error. Raises ValueError if it is not our rank 0."""
+    """What rank 0 sends once all are there: nothing, or an error. Raises ValueError if it is not our rank 0."""
     end = time.monotonic() + HANDSHAKE_S
     greeting = GREETING.fullmatch(_read_line(line, lambda: min(patience.left_s(), end - time.monotonic())))
     if not greeting:
         raise ValueError("another program answers there")
     challenge, number = secrets.token_hex(16).encode(), str(rank).encode()
     line.sendall(b"loldu-rank %s %s %s\n" % (number, challenge, mac(token, b"hello", number, greeting[1])))
-    # Rank 0 gives up first and says which rank is missing.
+    # Rank 0 gives up first and names the missing rank.
     verdict = VERDICT.fullmatch(_read_line(line, lambda: patience.left_s() + HANDSHAKE_S))
     if not verdict or not hmac.compare_digest(verdict[1], mac(token, b"verdict", challenge, verdict[2])):
         raise ValueError(f"it does not know this job's token ({TOKEN}): it belongs to another job")

@@ -85,7 +85,7 @@ def row_lengths(encoded: Encoded, rows: Sequence[int] | Sequence[Sequence[int]])
 def target_tokens(encoded: Encoded, rows: Sequence[int] | Sequence[Sequence[int]]) -> int:
     """Tokens of these samples, or packed rows, that carry loss after the causal shift.
 
-    Every rank knows the whole plan, so each can divide its loss by the global batch's number without asking the others.
+    Every rank knows the whole plan, so each can divide its loss by the global batch's number without communication.
     """
     return int(encoded.targets[torch.tensor(list(_flat(rows)), dtype=torch.int64)].sum())
 

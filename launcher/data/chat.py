@@ -1,8 +1,8 @@
-"""Conversations through a chat template: the text of each sample, and where in it the answers lie.
+"""Conversations through a chat template: the text of each sample, and where in it the answers are.
 
 The template decides what a model reads when it is served, so a sample is what the template writes. Most templates
 write the turns one after the other: a conversation is then one sample, with loss on each of its answers. Some (Qwen 3,
-R1) rewrite earlier turns, for example without their thinking: each answer is then a sample of its own.
+R1) rewrite earlier turns, for example without their thinking: each answer is then a separate sample.
 """
 
 from __future__ import annotations
@@ -63,9 +63,9 @@ def many(what: str) -> Iterator[None]:
 def compiled(jinja: str, date: str) -> str:
     """The template's text, compiled by transformers with a fixed date: the same tokens before and after midnight.
 
-    What is put before it makes it another template for transformers, whose own use of it keeps today's date.
-    Raises ValueError for a template with a mistake in its syntax, and for one that raises numbers to powers: one such
-    operation can take hours, in which nothing interrupts it.
+    The text put before it makes it another template for transformers, whose own use of it keeps today's date. Raises
+    ValueError for a template with a mistake in its syntax, and for one that raises numbers to powers: one such
+    operation can take hours and cannot be interrupted.
     """
     from transformers.utils.chat_template_utils import _compile_jinja_template
 
@@ -148,7 +148,7 @@ class Chat(NamedTuple):
                 "refused by the chat template",
                 f"the chat template refuses the conversation that begins {_begin(record)}: {error}",
             ) from error
-        except Exception as error:  # a template is a program, and raises what programs raise
+        except Exception as error:  # a template is a program, and may raise any error
             raise BadRecord(
                 "the chat template fails",
                 f"the chat template fails on the conversation that begins {_begin(record)}: "

@@ -1,4 +1,4 @@
-"""The processes of a run at work on its data: the first of each machine leads, and all of them share what takes long.
+"""The processes of a run at work on its data: the first of each machine leads, and all of them share the long work.
 
 While they work, every process follows the progress of the others and learns within seconds if one of them died, as in
 factorization/watch.py.
@@ -24,7 +24,7 @@ from launcher.processes import Communicator, Ranks
 from launcher.progress import silent
 
 T = TypeVar("T")
-Tick = Callable[[int], None]  # told how much of this process's work is done; raises if the work is to end
+Tick = Callable[[int], None]  # told how much of this process's work is done; raises if the work must end
 TIMEOUT_S = 6 * 3600.0
 
 
@@ -50,7 +50,7 @@ class Crew:
         return self.comm.ranks.local_rank == 0
 
     def led(self, what: str, do: Callable[[], Any]) -> list[Any]:
-        """What do returns (JSON data) on the first process of each machine, in the machines' order, this one's first.
+        """The results of do (JSON data) on the first process of each machine, in the machines' order, this one's first.
 
         If it fails on one, all processes raise and name it.
         """
@@ -61,7 +61,8 @@ class Crew:
         return [by_machine.pop(first), *by_machine.values()]
 
     def work(self, what: str, total: int, do: Callable[[Tick], T], *, brief: bool = True) -> T:
-        """Do this process's part of some work, and show how far all are; total is this process's part, or its guess.
+        """Do this process's part of some work, and show the progress of all; total: of this process's part, or its
+        estimate.
 
         do runs in a thread, so that this one can exchange heartbeats. If it fails on one process, or the run is asked
         to stop, the others end at their next tick; all then raise. Raises RuntimeError naming a process that died.
@@ -128,7 +129,8 @@ class Crew:
         return outcome[0]
 
     def claims(self, name: str, count: int) -> Iterator[int]:
-        """Numbers below count, each of them taken by one process of this machine. name is new for each such work."""
+        """Numbers below count, each of them taken by one process of this machine. name must be new for each such
+        work."""
         if self.comm.store is None:
             yield from range(count)
             return

@@ -115,7 +115,7 @@ def encode(records: Sequence[Record], tokenizer: Any, config: DataConfig, templa
     """Tokenise bos + prompt + answer + eos (a chat template writes its own marks), all in memory.
 
     The whole text of a sample is tokenised at once, as `apply_chat_template(tokenize=True)` does, and the borders of
-    the loss are mapped to tokens by their offsets. A token that lies on both sides of a border carries loss.
+    the loss are mapped to tokens by their offsets. A token that crosses a border carries loss.
     A sample over max_length loses the end of its answer; one with no token of an answer left is dropped. Both are
     counted. template replaces the one that config names. Raises ValueError when nothing is left to learn, and for
     records that the template cannot carry, unless config.on_bad_record is skip.
@@ -137,7 +137,7 @@ def encode(records: Sequence[Record], tokenizer: Any, config: DataConfig, templa
 
 @dataclass
 class Tally:
-    """What is counted of some records, for the report and the log. JSON holds it."""
+    """Counts of some records, for the report and the log. JSON data."""
 
     samples: int = 0
     kept: int = 0
@@ -158,7 +158,7 @@ class Tally:
     stopped: int = 0  # those with an answer that ends in a token that stops generation
 
     def add(self, later: Tally) -> None:
-        """Count what was counted of the records after these."""
+        """Add the counts of the records after these."""
         found = [shortest for shortest in (self.shortest, later.shortest) if shortest is not None]
         self.shortest = min(found, default=None)
         self.bad = (self.bad + later.bad)[:SHOWN]
@@ -183,7 +183,7 @@ class Part(NamedTuple):
 
 
 class Encoder:
-    """What turns records into samples, part by part; the parts do not depend on each other."""
+    """Turns records into samples, part by part; the parts do not depend on each other."""
 
     def __init__(self, first: Record, tokenizer: Any, config: DataConfig, template: Template | None = None):
         self.template = template or template_of(config, first, tokenizer)
@@ -281,7 +281,7 @@ def _tokenise(
         answers[len(head) + len(found.ids) :] = True
         for first, end in places:
             answers[len(head) + first : len(head) + end] = True
-        answers[:1] = False  # nothing stands before the first token to predict it from
+        answers[:1] = False  # there is nothing before the first token to predict it from
         if not answers.any():
             raise ValueError(
                 f"the sample that begins {sample.text!r:.50} has no token of an answer, although its text has one: "
@@ -296,7 +296,7 @@ def _borders(sample: Sample) -> list[int]:
 
 
 class _Seen:
-    """What the tokenizer makes of texts, and what is to be told of the samples in the end."""
+    """What the tokenizer makes of texts, and what to report about the samples in the end."""
 
     def __init__(self, tokenizer: Any):
         self.tokenizer = tokenizer
@@ -354,11 +354,11 @@ class _Seen:
     def check_prompts(
         self, samples: list[Sample], tokens: list[_Tokens], spans: list[list[tuple[int, int]]], *, free: bool
     ) -> dict[int, tuple[list[int], list[int]]]:
-        """Find the answers before which generation would put other tokens than stand in the whole text.
+        """Find the answers whose prompt has other tokens in generation than in the whole text.
 
         The tokenizer cuts a text at its added tokens first. So the part from the last of them to the answer, tokenised
-        alone, proves the whole prompt. If a text template leaves us free to choose, the prompt is tokenised as
-        generation does: {sample: (ids of the prompt, ids of the answer)}. The others are counted.
+        alone, is enough to check the whole prompt. If a text template leaves us free to choose, the prompt is tokenised
+        as generation does: {sample: (ids of the prompt, ids of the answer)}. The others are counted.
         """
         checks = []
         for number, (sample, found, places) in enumerate(zip(samples, tokens, spans, strict=True)):

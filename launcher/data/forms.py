@@ -101,7 +101,7 @@ def kind_of(row: Any, mapping: Mapping[str, str], where: str) -> str:
 def records_of(
     row: Record, kind: str, where: str, mapping: Mapping[str, str], ignored: Counter[str]
 ) -> list[tuple[Record, bool]]:
-    """The records of a row, each with whether it has an answer. Counts in `ignored` what is not honoured.
+    """The records of a row, each with whether it has an answer. Counts in `ignored` what is not used.
 
     Raises BadRecord naming the place.
     """

@@ -1,4 +1,4 @@
-"""Limits on files and chat templates from elsewhere: seconds, memory and sizes, each to be raised by a variable.
+"""Limits on files and chat templates from other sources: seconds, memory and sizes, each to be raised by a variable.
 
 A chat template is a program that comes with a model. Jinja's sandbox keeps it from files and the network; time and
 memory are limited here.
@@ -74,7 +74,7 @@ class Clock:
         self.deadline = time.monotonic() + self.seconds
 
     def watch(self) -> None:
-        """Run in a thread of its own."""
+        """Run in a separate thread."""
         while not self.ended.wait(min(0.1, self.seconds / 4)):
             with self.lock:
                 if not self.ended.is_set() and time.monotonic() > self.deadline:

@@ -1,4 +1,4 @@
-"""How the rows of one global batch are dealt out: micro-batches of similar length, ranks with similar work.
+"""How the rows of one global batch are divided: micro-batches of similar length, ranks with similar work.
 
 The loss of a step is a sum over the tokens of its batch, so their order inside the batch is free: every plan gives the
 same step up to rounding. The plan is a pure function of the lengths, and every rank computes the same one.

@@ -1,6 +1,6 @@
 """Read samples from files or the hub, check every one of them, and hold some out.
 
-What comes out has one kind a run (`forms`): questions with one answer, or conversations.
+All records of a run are of one kind (`forms`): questions with one answer, or conversations.
 """
 
 from __future__ import annotations
@@ -113,7 +113,7 @@ def chosen_places(
 
 
 def split(items: list[T], eval_records: int) -> tuple[list[T], list[T]]:
-    """(training, held out), both in their order; which is which depends on the two counts alone."""
+    """(training, held out), both in their order; which is which depends only on the two counts."""
     if eval_records >= len(items) > 0:
         raise ValueError(
             f"--eval-records {eval_records} of {len(items)} records leaves none to train on: "

@@ -57,7 +57,7 @@ class Stored(Sequence[Record]):
 def store_splits(config: DataConfig, folder: Path, told: Callable[[int], None] = lambda records: None) -> None:
     """Read and check the data of a run, and write its records and their splits to files of an empty folder.
 
-    told is given the number of records so far. Raises ValueError as `records.splits_of` does.
+    told is called with the number of records so far. Raises ValueError as `records.splits_of` does.
     """
     sources = [source_of(text) for text in ([config.data] if isinstance(config.data, str) else config.data)]
     how: Any = {"columns": config.columns, "on_bad_record": config.on_bad_record}

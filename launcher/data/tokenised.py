@@ -82,7 +82,7 @@ def _make(
 ) -> tuple[str, str]:
     """Tokenise on all processes of a machine, then write the file on its first; returns its name and digest.
 
-    mine: whether this machine lacks the file; otherwise what is returned means nothing.
+    mine: whether this machine lacks the file; otherwise the result has no meaning.
     """
 
     def tokenise(tick: Tick) -> None:

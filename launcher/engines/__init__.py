@@ -1,1 +1,1 @@
-"""How a model lies over processes: one file for each engine."""
+"""How a model is distributed over processes: one file for each engine."""

@@ -1,4 +1,4 @@
-"""Which engine a run uses, and whether it can carry what the run asks for. Pure functions over the registry."""
+"""Which engine a run uses, and whether it supports the run's settings. Pure functions over the registry."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from launcher.shipped import accelerate_file
 def check_sharding(
     wanted: str | None, ranks: Ranks, shard_size: int = 0, environ: Mapping[str, str] = os.environ
 ) -> str:
-    """The engine to use: the one that is asked for, else the one accelerate launch was configured for, else the first
+    """The engine to use: the requested one, else the one accelerate launch was configured for, else the first
     of the registry for this number of processes.
 
     Raises ValueError, with the arithmetic, if it does not fit the number of processes or the launcher.
@@ -61,7 +61,7 @@ def check_offload(wanted: bool, sharding: str, *, on_gpu: bool) -> None:
 
 @dataclass(frozen=True, kw_only=True)
 class Demands:
-    """What a run asks of its engine."""
+    """What a run requires of its engine."""
 
     method: str
     quantize: str = "none"
@@ -69,11 +69,11 @@ class Demands:
     from_gradients: bool = False  # the method's factors come from gradients of the whole base
     reads_4bit_class: bool = False  # the method reads the scales of a packed weight from its Params4bit
     optimizer: str = "adamw"
-    trains_prompt: bool = False  # the method calls the embedding, or hands keys and values to the layers, by itself
+    trains_prompt: bool = False  # the method calls the embedding, or hands keys and values to the layers, itself
 
 
 def refusal(info: EngineInfo, demands: Demands) -> tuple[str, str] | None:
-    """Why this engine cannot carry the run, and what to change beside the engine; None if it can."""
+    """Why this engine does not support the run, and what to change besides the engine; None if it does."""
     method, quantize, name = demands.method, demands.quantize, info.name
     if quantize != "none" and not info.carries_quantised:
         return (
@@ -114,11 +114,11 @@ def refusal(info: EngineInfo, demands: Demands) -> tuple[str, str] | None:
 
 
 def check_carries(sharding: str, demands: Demands) -> None:
-    """Raises ValueError if the engine cannot carry the run, with the first engine that can."""
+    """Raises ValueError if the engine does not support the run, naming the first engine that does."""
     if (refused := refusal(ENGINES[sharding], demands)) is None:
         return
     reason, other = refused
-    # alike first: a base that is sharded since no process can hold it stays sharded if that is possible
+    # similar engines first: a base that is sharded because no process can hold it stays sharded if possible
     able = sorted(
         fitting(lambda info: refusal(info, demands) is None and not info.grouped),
         key=lambda info: info.holds_base != ENGINES[sharding].holds_base,

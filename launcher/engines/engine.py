@@ -1,4 +1,4 @@
-"""What the run and the training loop see of an engine: how the model lies over processes and how a step is taken."""
+"""The interface of an engine: how the model is distributed over processes and how a step is taken."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from launcher.training.checkpoint import Checkpoint, Piece
 
 @dataclass(frozen=True, kw_only=True)
 class ModelSource:
-    """From what an engine makes its part of the model."""
+    """What an engine makes its part of the model from."""
 
     config: Config
     folder: Path  # of the base model
@@ -56,7 +56,8 @@ class Engine(Protocol):
 
     @classmethod
     def check_base(cls, base: nn.Module) -> None:
-        """Raises ValueError if this base, given on the meta device, cannot be spread: before factors are made."""
+        """Raises ValueError if this base, given on the meta device, cannot be sharded. Called before factors are
+        made."""
         ...
 
     @classmethod

@@ -90,9 +90,9 @@ def shard(model: nn.Module, mesh: DeviceMesh, *, cpu_offload: bool = False) -> N
     for unit in units:
         fully_shard(unit, mesh=mesh, offload_policy=policy)
         if mesh.device_type == "cpu":
-            # Gloo gathers into a buffer of its own and copies from it. With the layer that torch prefetches, three
-            # layers would be in memory, and gloo does not overlap anyway. So prefetch nothing (a unit that prefetches
-            # itself), and free gathered bytes once they are copied (as torch does when it overlaps the next gather).
+            # Gloo gathers into its own buffer and copies from it. With the layer that torch prefetches, three layers
+            # would be in memory, and gloo does not overlap anyway. So prefetch nothing (a unit that prefetches itself),
+            # and free gathered bytes once they are copied (as torch does when it overlaps the next gather).
             unit.set_modules_to_backward_prefetch([unit])
             unit._set_unshard_async_op(True)
 
@@ -120,7 +120,7 @@ def decoder_layers(base: Any) -> list[nn.Module]:
 
 
 def check_layers(base: Any) -> None:
-    """Raises ValueError if a weight belongs to two decoder layers: each is gathered and freed by itself."""
+    """Raises ValueError if a weight belongs to two decoder layers: each layer is gathered and freed separately."""
     of: dict[int, str] = {}
     layers = {id(layer) for layer in decoder_layers(base)}
     for name, layer in base.named_modules():

@@ -1,4 +1,5 @@
-"""How the bytes of a model lie on the processes of an engine, and what a step sends. Pure arithmetic on sizes."""
+"""How the bytes of a model are distributed over an engine's processes, and what a step sends. Pure arithmetic on
+sizes."""
 
 from __future__ import annotations
 
@@ -12,7 +13,7 @@ PROCESS_BYTES = 15_000_000  # that torch.distributed adds to a process on a CPU,
 
 
 class Unit(NamedTuple):
-    """What an engine gathers at once: a decoder layer, or all that is in none. Bytes of the whole unit."""
+    """What an engine gathers at once: a decoder layer, or everything outside the layers. Bytes of the whole unit."""
 
     frozen: float
     trained: float
@@ -29,7 +30,7 @@ class Layout(NamedTuple):
     exchanged: float  # buffer of the exchange of gradients, after the backward pass
     sent_per_pass: float  # in one forward and backward pass
     sent_per_step: float  # once in a step
-    across_per_pass: float = 0.0  # of it, what the network of a machine carries
+    across_per_pass: float = 0.0  # of these, bytes over the network of a machine
     across_per_step: float = 0.0
 
 
@@ -41,7 +42,8 @@ def group_size(info: EngineInfo, world: int, local_world: int, shard_size: int) 
 
 
 def layout(info: EngineInfo, units: Sequence[Unit], world: int, local_world: int, group: int) -> Layout:
-    """How these units lie: decoder layers first, the rest last. group: processes that share one copy of the base.
+    """How these units are distributed: decoder layers first, the rest last. group: processes that share one copy of the
+    base.
 
     Adam's two moments have the dtype of what is trained, and gradients too. Collectives run as rings, which leave a
     machine once: an all-reduce of P bytes over n ranks sends 2 (n - 1) / n P from each, an all-gather or a
@@ -60,7 +62,7 @@ def layout(info: EngineInfo, units: Sequence[Unit], world: int, local_world: int
     *layers, root = units
     largest = max((unit.frozen + unit.trained for unit in layers), default=0.0)
     moved = max((unit.trained for unit in units), default=0.0)
-    # The root unit stays whole between its forward and backward pass. A layer lies in the buffer of its gather too.
+    # The root unit stays whole between its forward and backward pass. A layer is also in the buffer of its gather.
     gathered = root.frozen + root.trained + 2 * largest + 2 * moved if group > 1 else 0.0
     inside, copies = (group - 1) / group, world // group
     whole, at_root = frozen + trained, root.frozen + root.trained

@@ -16,7 +16,7 @@ from launcher.shipped import accelerate_file
 
 @dataclass(frozen=True)
 class EngineInfo:
-    """What is known of an engine without importing it."""
+    """What is known about an engine without importing it."""
 
     name: str  # the value of --sharding
     where: str  # "module:Class" of the engine, imported when a run uses it
@@ -62,7 +62,7 @@ ENGINES: dict[str, EngineInfo] = {
 
 
 def fitting(fits: Callable[[EngineInfo], bool]) -> Iterator[EngineInfo]:
-    """The engines to suggest if another is refused: those that fit, whose packages are installed, in the order of
+    """The engines to suggest if one is refused: those that fit, whose packages are installed, in the order of
     the table. An engine for one process only is never among them."""
     return (info for info in ENGINES.values() if fits(info) and not info.one_process_only and not info.missing)
 
@@ -75,7 +75,7 @@ def give(info: EngineInfo, environ: Mapping[str, str] = os.environ) -> str:
 
 
 def give_first(fits: Callable[[EngineInfo], bool]) -> str:
-    """What to type to get the first engine that fits. There always is one: ddp carries everything."""
+    """What to type to get the first engine that fits. There always is one: ddp supports everything."""
     return give(next(fitting(fits)))
 
 
@@ -87,7 +87,7 @@ def names(fits: Callable[[EngineInfo], bool] = lambda info: True, word: str = "o
 
 def configured_by_accelerate(environ: Mapping[str, str]) -> str | None:
     """The file of recipes/accelerate with the sharding for which accelerate launch was configured; None if it names
-    no sharding, or did not start this process. Raises ValueError for a configuration that no engine here carries out.
+    no sharding, or did not start this process. Raises ValueError for a configuration that no engine here supports.
     """
     if environ.get("ACCELERATE_USE_FSDP", "").lower() == "true":
         if (version := environ.get("FSDP_VERSION", "1")) != "2":

@@ -25,11 +25,11 @@ class Choice:
 
 
 def read_choices(rows: Sequence[Any], source: str) -> list[Choice] | None:
-    """The questions of a file; None if its first row is no question with choices.
+    """The questions of a file; None if its first row is not a question with choices.
 
     Two forms: {question, choices, answer} with choices as a list, or as ARC has them ({"text": [...], "label": [...]}),
     and an answer by place, label or text; and instructions that end in `Answer format: a/b/c` with an `answer` among
-    these. Raises ValueError naming a later row that is none.
+    these. Raises ValueError naming a later row that is not one.
     """
     found = []
     for place, row in enumerate(rows):

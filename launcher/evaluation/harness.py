@@ -1,4 +1,4 @@
-"""Tasks of lm-evaluation-harness, run on a model that was loaded here."""
+"""Tasks of lm-evaluation-harness, run on a loaded model."""
 
 from __future__ import annotations
 

@@ -86,7 +86,7 @@ def factorize(
             )
         return targets_of(path, targets, exclude, rank, how, dtype=dtype, trust_remote_code=trust_remote_code)
 
-    requests = comm.each("the weights to factor", look)  # a node without the model ends all, with its name
+    requests = comm.each("the weights to factor", look)  # a node without the model is named on all
     if not how.chooses_rank and (clamped := [request for request in requests if request.rank < rank]):
         console.print(f"--rank {rank} is reduced to the smaller dimension of {len(clamped)} weights")
     with Bars(console).bar("factors", len(requests)) as bar:
@@ -162,7 +162,7 @@ def cache_ls(cache_folder: Folder = None, console: Console | None = None) -> int
 
 def cache_verify(cache_folder: Folder = None, console: Console | None = None) -> int:
     """Check every byte of the cache against its checksums, and the factors against the weights of their base model
-    if it is still there; exit code 1 if a file was damaged or lies (it is set aside).
+    if it is still there; exit code 1 if a file is damaged or wrong (it is set aside).
 
     Args:
         cache_folder: Cache folder; default: the user's cache directory.

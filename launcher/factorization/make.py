@@ -106,7 +106,7 @@ def make(
             panel = method.panel(W, rank).to(device)
         elif gradient is not None:
             panel = gradient().to(device)
-        else:  # asked for while the model is being built
+        else:  # requested while the model is being built
             raise ValueError(
                 f"{where}: its factors are gone from the cache, and only a new start can make them: run this again"
             )
@@ -132,7 +132,7 @@ def make(
             "device": torch.cuda.get_device_name(panel.device) if panel.is_cuda else "cpu",
         }
         write = factors.write.to(getattr(torch, request.dtype), memory_format=torch.contiguous_format)
-        factors = factors._replace(write=write, probe=probe)  # the wide one goes before the file is written
+        factors = factors._replace(write=write, probe=probe)  # frees the wide one before the file is written
         if why := compare(request, W, factors):  # it would be refused at the next start
             raise NoFactors(request.module, f"{where}: its factors are too inaccurate: {why}")
         try:
@@ -156,7 +156,7 @@ def content(request: FactorRequest) -> tuple[str, Tensor, Tensor]:
 
 
 def read_ahead(info: TensorInfo, leaving: Callable[[], bool] = lambda: False) -> None:
-    """Read a whole tensor into the system's page cache. Errors are ignored here: `make` meets them again.
+    """Read a whole tensor into the system's page cache. Errors are ignored here: `make` raises them again.
 
     All of it, because rows are one or two pages long: a slice of columns touches nearly every page, and sequential
     reading is faster than skipping (4096 x 4096, r = 64, row by row: 2.3 times fewer bytes in 14 times the time).
@@ -192,8 +192,8 @@ def factors_of(request: FactorRequest, folder: Path, rows: slice = slice(None), 
 def check(request: FactorRequest, folder: Path, key: str, device: torch.device | None = None) -> Factored | None:
     """Compare cached factors with their weight; None if they are gone, or damaged or not its factors (set aside).
 
-    A well-formed file may be anybody's, in a cache that users share, and whoever writes a file can compute its
-    checksums. None, too, if the weight has changed though its file's size and time have not: it has another key.
+    In a cache that users share, a well-formed file may come from anybody, who can also compute its checksums. Also None
+    if the weight has changed although its file's size and time have not: it has another key.
     """
     found: list[Factored] = []
 
@@ -219,7 +219,7 @@ def _not_of(request: FactorRequest, factors: Factors, device: torch.device | Non
 
 
 def compare(request: FactorRequest, W: Tensor, factors: Factors) -> str | None:
-    """Why these factors of the right shapes are not those of W (m, n); None if nothing speaks against them."""
+    """Why these factors of the right shapes are not those of W (m, n); None if no check fails."""
     if not all(bool(torch.isfinite(part).all()) for part in (factors.write, factors.read, factors.values)):
         return "it has NaN or infinite numbers"
     return request.method.misfit(W, factors, embedding=request.embedding)

@@ -38,9 +38,9 @@ from launcher.factorization.watch import BEAT_S, OnProgress, Watch
 from launcher.processes import Communicator, Stopped, in_time, nodes_without
 
 log = logging.getLogger(__name__)
-# Returns the summed gradient (m, n) of the first of these modules' weights; the others will be asked for next.
+# Returns the summed gradient (m, n) of the first of these modules' weights; the others will be requested next.
 GradientOf = Callable[[Sequence[str]], Tensor]
-AHEAD = 6  # weights that are read and factored beyond the one that is waited for
+AHEAD = 6  # weights that are read and factored ahead of the one that is needed
 
 
 def share_out(costs: Mapping[str, float], world: int) -> list[int]:
@@ -125,7 +125,8 @@ def _check_all(
 ) -> dict[str, Factored]:
     """Those of the cached factors that belong to their weights; each is compared by one rank of the group.
 
-    Before: every rank has the same keys. After: every rank has the same result, and files that lie are set aside.
+    Before: every rank has the same keys. After: every rank has the same result, and files with wrong factors are set
+    aside.
     """
     owners = share_out({name: float(prod(by_module[name].shape)) for name in keys}, len(group))
     mine = [name for name, owner in zip(keys, owners, strict=True) if group[owner] == comm.ranks.rank]
@@ -175,7 +176,7 @@ def _make_all(
                 watch.beat(number, request.module)
             try:
                 made[request.module] = futures[number].result()
-            except NoFactors as error:  # go on: the user is told of all such weights at once
+            except NoFactors as error:  # continue: all such weights are reported at once
                 refused[request.module] = str(error)
             watch.beat(number + 1, request.module)
         since = time.monotonic()

@@ -35,7 +35,7 @@ class Watch:
         self.on_progress, self.kept = on_progress, kept
         self.heard: dict[Any, tuple[int, float]] = {}  # rank -> its last heartbeat and when it changed
         self.told = False
-        self.left = False  # whether a rank has set own["left"]: it has failed, and tells so when all have stopped
+        self.left = False  # whether a rank has set own["left"]: it has failed, and reports it when all have stopped
 
     def beat(self, done: int, weight: str, finished: bool = False) -> bool:
         """Post what this rank is doing; True when all ranks have finished. Raises the error of a rank that failed."""

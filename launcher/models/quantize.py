@@ -41,7 +41,7 @@ READ_4BIT_CLASS = ("shira",)  # PEFT's layers of these read the scales from bits
 
 
 def check_quantize(kind: str, *, cpu_offload: bool = False) -> None:
-    """Check that this machine can quantise in this way. Raises ValueError with the remedy."""
+    """Check that this machine can quantise like this. Raises ValueError with the remedy."""
     if kind == "none":
         return
     needed = ".".join(map(str, OLDEST))

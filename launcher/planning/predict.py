@@ -95,7 +95,7 @@ class Plan:
         return self.sampled.how != ASSUMED or bool(self.config.optimizer.max_steps)
 
     def recommended(self) -> Way | None:
-        """What was asked for if it fits, else the fastest way in the widest precision that does."""
+        """The requested way if it fits, else the fastest way in the widest precision that fits."""
         fitting = [way for way in self.ways if way.why_not is None]
         order = {"bfloat16": 0, "float32": 0, "int8": 1, "nf4": 2, "fp4": 3}
         same = self.asked.dtype
@@ -139,7 +139,7 @@ def predict(config: Config, folder: Path, machines: Machines) -> Plan:
 
 
 def _engines(config: Config, machines: Machines, resolved: Resolved) -> list[EngineInfo]:
-    """Those that make sense for so many processes, and the one that was asked for."""
+    """Those that make sense for so many processes, and the requested one."""
     one = machines.processes == 1
     return [
         info
@@ -225,7 +225,7 @@ class _Traces:
         packing = self.resolved.config.data.packing
         try:
             return activations(self.made, self.resolved.task, self.work, packing=packing, page=self.page)
-        except Exception as error:  # a model's own code may look at numbers, which are not here
+        except Exception as error:  # a model's own code may read numbers, which do not exist here
             note = f"activations are not included: this model cannot be run on shapes alone ({first_line(error)[:200]})"
             if note not in self.notes:
                 self.notes.append(note)

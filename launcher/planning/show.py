@@ -175,7 +175,7 @@ def reasons(found: Plan) -> list[str]:
 
 
 def _twin(way: Way, of: Way) -> bool:
-    """Whether the two differ in checkpointing alone."""
+    """Whether the two differ only in checkpointing."""
     same = (way.sharding, way.dtype, way.quantize) == (of.sharding, of.dtype, of.quantize)
     return same and way.checkpointing != of.checkpointing
 

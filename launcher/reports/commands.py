@@ -1,4 +1,4 @@
-"""`loldu report`: write the report of one run or of several, or serve it while a run goes on."""
+"""`loldu report`: write the report of one run or of several, or serve it while a run trains."""
 
 from __future__ import annotations
 

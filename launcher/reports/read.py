@@ -54,7 +54,7 @@ class Run:
 
 
 def read_run(folder: Path) -> Run:
-    """Read a run folder. Raises ValueError if the folder is none, or its config.json is damaged."""
+    """Read a run folder. Raises ValueError if the folder is not a run folder, or its config.json is damaged."""
     file = folder / "config.json"
     try:
         recorded = read_json(file)
@@ -104,7 +104,7 @@ def read_scores(file: Path) -> dict[str, dict[str, Any]]:
 
 
 def read_lines(file: Path) -> list[Line]:
-    """The objects of a JSONL file; lines that are damaged or no objects are left out."""
+    """The objects of a JSONL file; lines that are damaged or not objects are left out."""
     try:
         with open_regular(file) as opened:
             text = opened.read().decode(errors="replace")

@@ -46,7 +46,7 @@ class Running(Protocol):
 
 
 class Batches:
-    """Stands where the manager has its logits processors: notes a batch's layout, and chooses its tokens."""
+    """Takes the place of the manager's logits processors: notes a batch's layout, and chooses its tokens."""
 
     tensors_required = 0
     do_processing = True

@@ -58,7 +58,7 @@ class Catalogue:
     adapters: dict[str, Served] = field(default_factory=dict)
     failures: dict[str, Failure] = field(default_factory=dict)
     _states: dict[str, State] = field(default_factory=dict)  # of the files that were loaded
-    _dismissed: dict[str, State] = field(default_factory=dict)  # unloaded by a client: not loaded again by itself
+    _dismissed: dict[str, State] = field(default_factory=dict)  # unloaded by a client: not loaded again automatically
     _before: dict[str, State] = field(default_factory=dict)  # of the scan before
     _running: Counter[str] = field(default_factory=Counter)  # requests by name in the engine
     _retired: set[str] = field(default_factory=set)  # in the engine until their last request ends

@@ -18,7 +18,7 @@ from launcher.serving.requests import Sampling
 
 @dataclass(frozen=True)
 class Choice:
-    """A chosen token, with what was asked for; ok is False if its logits are NaN or infinite."""
+    """A chosen token, with the requested details; ok is False if its logits are NaN or infinite."""
 
     id: int
     logprob: float | None = None

@@ -12,7 +12,7 @@ Labels = tuple[tuple[str, str], ...]
 
 @dataclass
 class Histogram:
-    """How many values lie at or below each limit."""
+    """How many values are at or below each limit."""
 
     limits: tuple[float, ...] = SECONDS
     counts: list[int] = field(default_factory=lambda: [0] * (len(SECONDS) + 1))

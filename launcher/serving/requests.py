@@ -1,4 +1,4 @@
-"""What the HTTP side and the engine say to each other: plain data, without torch."""
+"""What the HTTP side and the engine exchange: plain data, without torch."""
 
 from __future__ import annotations
 

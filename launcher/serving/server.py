@@ -32,7 +32,7 @@ LOCAL_NAMES = ("localhost", "127.0.0.1", "::1")
 
 
 def listen(host: str, port: int) -> socket.socket:
-    """A socket at this address. Raises ValueError if it cannot be had."""
+    """A socket at this address. Raises ValueError if it is not available."""
     if not 0 <= port < 2**16:
         raise ValueError(f"--port lies between 0 (any free one) and 65535, got {port}")
     try:
@@ -63,7 +63,7 @@ def run(
     watch_s: float = 2.0,
     log_requests: bool = True,
 ) -> int:
-    """Serve until a signal; returns the exit code. Raises ValueError for what the model's files are wrong in.
+    """Serve until a signal; returns the exit code. Raises ValueError for faults in the model's files.
 
     make_engine: loads the model; returns the engine and the base's folder. It runs while /health answers 503 already.
     """

@@ -29,7 +29,7 @@ log = logging.getLogger(__name__)
 
 @dataclass
 class Models:
-    """What is there once the model is loaded."""
+    """What exists once the model is loaded."""
 
     engine: Engine
     catalogue: Catalogue

@@ -1,4 +1,4 @@
-"""One run of a sweep in a process of its own, which saves and stops when the sweep is asked to, or dies."""
+"""One run of a sweep in a separate process, which saves and stops when the sweep is asked to, or dies."""
 
 from __future__ import annotations
 

@@ -20,7 +20,7 @@ class Row(NamedTuple):
 
     values: dict[str, str]  # without the seed
     runs: list[Run]  # those that have finished
-    planned: int  # how many runs there are to be
+    planned: int  # how many runs are planned
     loss: float  # mean over the runs; NaN if none has finished
     deviation: float  # of the loss over seeds; 0 for one run
     metrics: dict[str, float]  # other held-out metrics, means

@@ -40,7 +40,7 @@ class Sweep(NamedTuple):
         return [*self.recipe_options, *variant.options, f"--output={self.folder / variant.name}"]
 
     def unfinished(self) -> list[Variant]:
-        """The runs that are left."""
+        """The remaining runs."""
         return [variant for variant in self.variants if not results.is_finished(self.folder / variant.name)]
 
 

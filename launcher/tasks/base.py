@@ -52,7 +52,7 @@ class Sampled(NamedTuple):
     """Some training samples."""
 
     samples: Encoded
-    of: int  # how many there are, or nearly
+    of: int  # how many there are, perhaps estimated
     how: str  # where these come from
 
 
@@ -122,7 +122,7 @@ class Task(Protocol):
     def collate(self, data: Encoded, rows: Sequence[Any], layout: Layout) -> Batch:
         """One batch of these rows, on the CPU.
 
-        Called in a thread while the device computes the batch before: random numbers come from a generator of its own,
+        Called in a thread while the device computes the batch before: random numbers come from its own generator,
         seeded from the rows, never from torch's global one.
         """
         ...

@@ -38,7 +38,7 @@ class Evaluation:
     gathers: bool = False  # a forward pass is a collective: every rank must make the same number of them
     add_up: Callable[[Tensor], Tensor] = lambda tensor: tensor  # a tensor's sum over all ranks
     interrupted: Callable[[], bool] = lambda: False  # whether any rank was asked to stop; called by all ranks
-    # bar(what, total) shows how far it is: `Bars.bar`
+    # bar(what, total) shows the progress: `Bars.bar`
     bar: Callable[..., AbstractContextManager[Callable[..., None]]] = lambda *_, **__: nullcontext(silent)
 
     @property

@@ -1,8 +1,8 @@
 """Sequence classification in the form of GLUE: each row has one or two columns of text, and a label.
 
 A label is a class (a whole number or a name), or a number with a fraction to predict (regression, as in STS-B). A CSV
-file holds text alone: there, labels that all read as numbers are numbers. The model's own head and loss are used. A
-checkpoint without a head gets a new one, drawn from the seed, trained whole and saved beside the adapter
+file holds text alone: there, labels that can all be read as numbers are numbers. The model's own head and loss are
+used. A checkpoint without a head gets a new one, drawn from the seed, trained whole and saved beside the adapter
 (`modules_to_save`).
 """
 
@@ -133,7 +133,7 @@ def load_splits(config: DataConfig) -> tuple[list[records.Record], list[records.
 
 
 def encode(rows: Sequence[records.Record], labels: Labels, tokenizer: Any, config: DataConfig) -> Labelled:
-    """Tokenise each row as the tokenizer joins one text or two; what is over max_length loses the longer text's end."""
+    """Tokenise each row as the tokenizer joins one text or two; above max_length, the longer text loses its end."""
     if tokenizer.pad_token_id is None:
         raise ValueError("this tokenizer has no padding token, which classification needs: set pad_token in its files")
     texts = [list(column) for column in zip(*(row["texts"] for row in rows), strict=True)]
@@ -228,7 +228,7 @@ def _load(source: str, *, option: str = "--data", columns: Sequence[str], label:
 
 
 def _numbers_in_text(labels: Sequence[Any], source: str, option: str) -> list[float] | None:
-    """The labels of a CSV file as numbers, if all of them read as such; None if labels are what they are.
+    """The labels of a CSV file as numbers, if all can be read as such; None if labels are used unchanged.
 
     Raises ValueError if numbers with a fraction stand beside other text, or in quotes in a file that has types: each
     would become a class of its own.
@@ -253,7 +253,7 @@ def _numbers_in_text(labels: Sequence[Any], source: str, option: str) -> list[fl
 
 
 def _number(text: str) -> int | float | None:
-    """What a text reads as: a whole number, a number with a fraction, or neither (NaN and infinity too)."""
+    """What a text can be read as: a whole number, a number with a fraction, or neither (NaN and infinity too)."""
     if re.fullmatch(r"\s*[+-]?\d{1,18}\s*", text):
         return int(text)
     try:

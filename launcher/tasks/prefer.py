@@ -1,4 +1,4 @@
-"""Preferences: the model learns to prefer a chosen answer to a rejected one. Asked for by --task prefer.
+"""Preferences: the model learns to prefer a chosen answer to a rejected one. Selected by --task prefer.
 
 DPO (arXiv 2305.18290, equation 7). The reference is the same model with its adapter disabled, so there is no second
 model. ORPO (arXiv 2403.07691, equations 6 and 7), which needs no reference.
@@ -55,7 +55,7 @@ class Pairs(Encoded):
 
     @cached_property
     def answers(self) -> Encoded:
-        """The answers as samples of their own: of pair i the chosen one is 2 i, the rejected one 2 i + 1."""
+        """The answers as separate samples: of pair i the chosen one is 2 i, the rejected one 2 i + 1."""
         return Encoded(self.ids, self.loss, self.borders, torch.ones(len(self.borders) - 1).long(), self.report)
 
     def digest(self) -> str:
@@ -206,7 +206,7 @@ def encode_pairs(
 def compare(forward: Any, batch: Batch) -> tuple[Tensor, Tensor]:
     """Losses and margins (b,) of the pairs. A margin above 0 prefers the chosen answer.
 
-    dpo: the margin is beta times (log probability of the answer - that under the reference), chosen less rejected.
+    dpo: the margin is beta times (log probability of the answer - that under the reference), chosen minus rejected.
     orpo: the difference of the mean log probability of a token.
     """
     batch = dict(batch)
@@ -238,7 +238,7 @@ def _log_of_rest(log_p: Tensor) -> Tensor:
 
 @contextmanager
 def adapters_disabled(model: Any) -> Iterator[None]:
-    """The base model, while this lasts.
+    """Inside, the model is its base.
 
     PEFT's own `disable_adapter` also switches `requires_grad` off and on again, of all of an adapter's numbers.
     """

@@ -1,4 +1,4 @@
-"""Plain text: the model learns to predict every token (continued pretraining). Asked for by --task text.
+"""Plain text: the model learns to predict every token (continued pretraining). Selected by --task text.
 
 Each text stands between the tokenizer's start and end tokens. A text of more than --max-length tokens becomes several
 samples, each beginning with the last token of the one before: every token is predicted exactly once.
@@ -53,7 +53,7 @@ class Text(NextToken):
 
     def evaluate(self, evaluation: Evaluation) -> dict[str, float]:
         result = super().evaluate(evaluation)
-        return result | {"perplexity": math.exp(min(result["eval_loss"], 700.0))}  # e^710 is no float64
+        return result | {"perplexity": math.exp(min(result["eval_loss"], 700.0))}  # e^710 exceeds float64
 
 
 TASK: Task = Text()

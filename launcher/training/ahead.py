@@ -23,7 +23,7 @@ class Ahead:
         self._begun: deque[Future[tuple[Rows, Batch]]] = deque()
 
     def begin(self, rows: Callable[[], Rows], make: Callable[[Rows], Batch]) -> None:
-        """Start to make the batch of these rows; rows() is called in the thread too."""
+        """Start to collate the batch of these rows; rows() is also called in the thread."""
 
         def work() -> tuple[Rows, Batch]:
             chosen = rows()
@@ -32,7 +32,7 @@ class Ahead:
         self._begun.append(self._pool.submit(work))
 
     def take(self, rows: Rows, make: Callable[[Rows], Batch]) -> Batch:
-        """The batch of these rows: the first that was begun, if it is theirs, else made now. Raises make's error."""
+        """The batch of these rows: the first in preparation if it is theirs, else made now. Raises make's error."""
         if self._begun:
             begun, batch = self._begun[0].result()
             if list(begun) == list(rows):
@@ -41,7 +41,7 @@ class Ahead:
         return make(rows)
 
     def close(self) -> None:
-        """Forget what was begun."""
+        """Discard the batches in preparation."""
         self._begun.clear()
         self._pool.shutdown(cancel_futures=True)
 

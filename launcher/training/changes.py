@@ -11,11 +11,11 @@ from launcher.training.loop import learning_rate_at
 
 # The learning rate of each step follows from these, and from the number of steps.
 SCHEDULE = ("learning_rate", "schedule", "warmup_ratio", "max_steps", "epochs")
-# These act on each step; they are compared by themselves.
+# These act on each step; they are compared one by one.
 UPDATE = (
     "optimizer", "weight_decay", "adam_beta1", "adam_beta2", "clip_norm", "projection_rank", "projection_every",
 )  # fmt: skip
-# Paths, and settings of this start alone.
+# Paths, and settings of this start only.
 NOT_COMPARED = {"output", "resume", "accept_changes", "cache", "cache_per_node", "verify_base", "max_seconds"}
 
 
@@ -30,7 +30,7 @@ class Changes:
 def changes(recorded: Mapping[str, Any], config: Config, steps: int) -> Changes:
     """Compare a config with the content of a run's config.json. steps: the optimizer steps of this start.
 
-    A setting that config.json does not have was not there when it was written, and counts as unchanged.
+    A setting that config.json lacks did not exist when it was written, and counts as unchanged.
     """
     before, now = recorded["config"], as_dict(config)
     differ = {
@@ -47,7 +47,7 @@ def changes(recorded: Mapping[str, Any], config: Config, steps: int) -> Changes:
 
 
 def _other_learning_rates(before: Mapping[str, Any], steps_before: int, now: OptimizerConfig, steps: int) -> bool:
-    """Whether any step that both runs have takes another learning rate."""
+    """Whether any step that both runs have uses another learning rate."""
     known = {name: before[name] for name in ("learning_rate", "schedule", "warmup_ratio") if name in before}
     then = OptimizerConfig(**known)
     if steps == steps_before and all(getattr(now, name) == value for name, value in known.items()):

@@ -5,7 +5,7 @@
                             COMPLETE                 sha256 of index.json, written last
 
 Everything is written to step-000123.tmp and renamed when complete, so a killed save leaves older checkpoints intact.
-A reader on any number of processes takes the rows it needs. No pickle.
+A reader on any number of processes reads the rows it needs. No pickle.
 """
 
 from __future__ import annotations
@@ -301,13 +301,13 @@ def _check_files(folder: Path, index: Index) -> None:
 
 
 def _folders(root: Path) -> list[tuple[int, Path]]:
-    """The checkpoints' folders with their steps; links are none."""
+    """The checkpoints' folders with their steps; symbolic links are skipped."""
     named = ((FOLDER_NAME.fullmatch(path.name), path) for path in root.glob("step-*") if not path.is_symlink())
     return [(int(match[1]), path) for match, path in named if match]
 
 
 def refuse_links(*folders: Path) -> None:
-    """Raises ValueError for a folder of a run that is a symbolic link: what lies behind it is not ours to delete."""
+    """Raises ValueError for a folder of a run that is a symbolic link: its target is not ours to delete."""
     for folder in folders:
         if folder.is_symlink():
             raise ValueError(
@@ -346,7 +346,8 @@ def _seal(
     with _disk_errors(final.parent):
         (partial / "index.json").write_text(text)
         (partial / "COMPLETE").write_text(hashlib.sha256(text.encode()).hexdigest() + "\n")
-        # All at once: a journal commits waiting files together, in a quarter of the time of one after the other.
+        # All at once: a journal commits waiting files together, in a quarter of the time that one after the other
+        # takes.
         mine = [partial / name for name in ("rank-00000.safetensors", "index.json", "COMPLETE")]
         with ThreadPoolExecutor(2 + len(mine)) as pool:  # the folder itself holds the names
             waiting = [pool.submit(before), *(pool.submit(sync, file) for file in (*mine, partial) if file.exists())]

@@ -1,6 +1,6 @@
-"""The index of a checkpoint as it must be: its schema, and what its parts say about each other. Reads no other file.
+"""The schema of a checkpoint's index, and whether its parts agree with each other. Reads no other file.
 
-A checkpoint may come from anywhere (--resume PATH), so nothing in it is believed: names are those that `save` gives,
+A checkpoint may come from anywhere (--resume PATH), so nothing in it is trusted: names are those that `save` gives,
 numbers have bounds, and the pieces of a tensor are its rows, each once.
 """
 
@@ -12,7 +12,7 @@ from typing import Annotated, Any
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
-STRICT = ConfigDict(strict=True, frozen=True)  # no text instead of a number
+STRICT = ConfigDict(strict=True, frozen=True)  # text is not accepted as a number
 Count = Annotated[int, Field(ge=0, le=10**15)]
 Step = Annotated[int, Field(ge=0, lt=10**12)]
 FileName = Annotated[str, Field(pattern=r"^rank-[0-9]{5,9}\.safetensors\z")]
@@ -25,7 +25,7 @@ DTYPES = {
 
 @dataclass
 class TrainingState:
-    """Where a run stands: a checkpoint holds this, the trained parameters and the optimizer's state."""
+    """The progress of a run: a checkpoint holds this, the trained parameters and the optimizer's state."""
 
     step: Step = 0
     tokens: Count = 0
@@ -46,7 +46,7 @@ class EventsSeal(BaseModel):
 
 
 class Meta(BaseModel):
-    """What a run notes of itself."""
+    """What a run records about itself."""
 
     model_config = STRICT
     identity: dict[str, Any]
@@ -65,7 +65,7 @@ class PieceEntry(BaseModel):
 
 
 class TensorEntry(BaseModel):
-    """A tensor in full, and the pieces it lies in."""
+    """A whole tensor, and the pieces that hold it."""
 
     model_config = STRICT
     shape: Annotated[list[Count], Field(max_length=8)]

@@ -73,7 +73,7 @@ def tell_breaks() -> None:
 
 
 def of_the_compiler(error: BaseException | None) -> bool:
-    """Whether torch's compiler raised it, or what it was raised from."""
+    """Whether torch's compiler raised this error or its cause."""
     while error is not None:
         if type(error).__module__.startswith(("torch._dynamo", "torch._inductor", "torch._functorch")):
             return True

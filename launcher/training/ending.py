@@ -1,7 +1,8 @@
 """How several ranks end when one of them fails: the screen's first lines name that rank and the cause.
 
 A rank posts its error in the store before it leaves the process group. The others then lose their connections, look for
-that post, and show it instead of what they lost. A rank that was killed posts nothing, which tells that as well.
+that post, and show it instead of their connection error. A rank that was killed posts nothing, so the others know that
+too.
 """
 
 from __future__ import annotations
@@ -18,13 +19,13 @@ import torch.distributed as dist
 from launcher.processes import PATIENCE_S, POLL_S, Communicator, is_agreed
 from launcher.text import printable
 
-COMMON_S = 0.5  # within which ranks that make the same mistake have all posted it
+COMMON_S = 0.5  # in this time all ranks with the same mistake have posted it
 LOST = re.compile(r"gloo|nccl|process ?group|connection (closed|reset|refused)|broken pipe|key-value store", re.I)
 FEW = 8  # ranks that are named
 
 
 def post(error: Exception, comm: Communicator | None) -> None:
-    """Tell the other ranks why this one ends. Before it leaves the process group: then the others end as well."""
+    """Tell the other ranks why this one ends. Call it before leaving the process group: then the others end too."""
     if comm is not None and comm.store is not None:
         _quietly(comm.store.set, _key(comm.ranks.rank), json.dumps({"text": text_of(error), "lost": lost(error)}))
 
@@ -67,7 +68,7 @@ def tell(error: Exception, comm: Communicator, ended: Callable[[], bool] = lambd
 
 
 def text_of(error: Exception) -> str:
-    """What is shown of an error: a mistake of the user speaks for itself."""
+    """The text to show for an error: the message, with the type unless it is a mistake of the user."""
     return str(error) if isinstance(error, ValueError) and str(error) else f"{type(error).__name__}: {error}"
 
 
@@ -84,7 +85,7 @@ def _key(rank: int) -> str:
 
 
 def _posted(comm: Communicator, *, but: int) -> dict[int, Any]:
-    """What the other ranks have posted; nothing if the store has gone with rank 0."""
+    """What the other ranks have posted; nothing if the store ended with rank 0."""
     found: dict[int, Any] = {}
     for rank in set(range(comm.ranks.world_size)) - {but}:
         if _quietly(comm.store.check, [_key(rank)]) and (text := _quietly(comm.store.get, _key(rank))):

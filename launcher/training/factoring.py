@@ -72,7 +72,7 @@ def complete(
     labels_model: nn.Module | None = None,
     converted: bool = False,
 ) -> Factoring:
-    """With the base's fingerprint and the learning rate in the adapter's config, and gradients if they are needed.
+    """The same, with the base's fingerprint and the learning rate in the adapter's config, and gradients if needed.
 
     load() returns the plain base on this rank's device. labels_model is the skeleton of a model that labels. converted
     says that the model holds other tensors than its files (fused experts): the files' fingerprint is not the model's,
@@ -119,7 +119,7 @@ def make_factors(
 
 
 def summary(factored: Mapping[str, Factored], folder: Path) -> list[str]:
-    """What the screen shows of the factors."""
+    """What is printed about the factors."""
     made = sum(entry.made for entry in factored.values())
     lines = [f"factors of {len(factored)} weights: {made} made, {len(factored) - made} from {folder}"]
     if len(ranks := sorted({entry.rank for entry in factored.values()})) > 1:

@@ -1,4 +1,4 @@
-"""The run folder: which run it holds, how far that run is, and what it contains at the end."""
+"""The run folder: which run it holds, how far that run has got, and what it contains at the end."""
 
 from __future__ import annotations
 
@@ -180,7 +180,7 @@ def _saved_identity(output: Path) -> dict[str, Any]:
 
 
 def _is_run(folder: Path) -> bool:
-    """Whether a folder carries the marks of a run: a model's folder has a config.json too."""
+    """Whether a folder has the files of a run: a model's folder has a config.json too."""
     if read_or_empty(folder / "state") in ("running", "stopped", "finished", "failed"):
         return True
     if any((folder / "checkpoints").glob("step-*/COMPLETE")):  # its config.json and state may be lost

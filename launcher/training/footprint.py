@@ -33,7 +33,7 @@ from launcher.tasks.base import Task
 from launcher.training.trace import Traced, equal_layers, in_pages, trace
 
 HUGE_PAGE = 2 << 20  # of a CPU: launcher/heap.py maps larger tensors in such pages
-STEPS = 4  # whose micro-batches are looked at for the largest
+STEPS = 4  # whose micro-batches are searched for the largest
 STORED_BYTES = {"F64": 8, "F32": 4, "F16": 2, "BF16": 2, "I64": 8, "I32": 4, "I16": 2, "BOOL": 1}
 
 
@@ -206,7 +206,7 @@ class Footprint:
     peak: float
     loading: float  # peak while the model is loaded, which counts in peak
     sent: float  # in a step
-    across: float  # of it, what the network of a machine carries
+    across: float  # of these, bytes over the network of a machine
 
     @property
     def resident(self) -> float:
@@ -232,7 +232,7 @@ def footprint(
     """The memory of one process. traced None: activations are left out. itemsize: of the compute dtype.
 
     mapped: bytes of the checkpoint's files that are mapped while the base is copied out of them; in_place: it stays.
-    offload: "parameters" and "optimizer", if these lie in main memory instead of the GPU's.
+    offload: "parameters" and "optimizer", if these are kept in main memory instead of on the GPU.
     """
     info = ENGINES[sharding]
     group = group_size(info, world, local_world, shard_size)

@@ -107,7 +107,7 @@ def train(training: Training, resume: Checkpoint | None) -> str:
 
 
 class _Loop:
-    """The state of a run between two steps, and what is done there."""
+    """The state of a run between two steps, and the work done there."""
 
     def __init__(self, training: Training, resume: Checkpoint | None):
         self.training, self.config = training, training.config
@@ -178,7 +178,7 @@ class _Loop:
         return asked > 0
 
     def diverged(self, number: int, loss: float, error: NonFinite) -> str:
-        """What to tell of a step that was not taken. Called by all ranks."""
+        """The message about a step that was not taken. Called by all ranks."""
         numbers = suspects(self.training, number)
         samples = ", ".join(map(str, numbers[:8])) + f" and {len(numbers) - 8} more" * (len(numbers) > 8)
         kept = len(self.training.samples.train)
@@ -239,14 +239,14 @@ class _Loop:
         self.saved = state.step
 
     def before_sealing(self) -> None:
-        """What must hold and be on the disk before a checkpoint is complete; on rank 0."""
+        """Check and sync what must be on the disk before a checkpoint is complete; on rank 0."""
         self.training.check_base()
         if self.events is not None:
             self.events.sync()
 
 
 def evaluation_due(training: Training, state: TrainingState) -> bool:
-    """At the start, at the end, and every so many steps; never twice at one step, also after a resume."""
+    """At the start, at the end, and every so many steps; never twice at one step, even after a resume."""
     if training.samples.held_out is None or state.evaluated == state.step:
         return False
     every = training.config.run.eval_every
@@ -293,7 +293,7 @@ def begin_next(training: Training, step: int, parts: Sequence[Sequence[Any]]) ->
 
 
 def warn_of_idle(parameters: Mapping[str, torch.nn.Parameter]) -> None:
-    """Log the modules whose trained numbers no gradient has reached: after a backward pass and before it is reduced."""
+    """Log the modules whose trained numbers got no gradient. Call it after a backward pass, before `reduce`."""
     idle = sorted({name.partition(".base_layer")[0] for name, p in parameters.items() if p.grad is None})
     if not idle or len(idle) == len(parameters):  # DeepSpeed keeps gradients elsewhere
         return

@@ -61,8 +61,8 @@ ACTIVATION_BYTES = 24  # kept for each output of a linear layer and token: twice
 def check_run(resolved: Resolved, base: Path, bare: Any, batches: GlobalBatches) -> None:
     """Warn if the predicted peak of a process is more than it may use; ValueError if that holds without a batch.
 
-    The prediction is that of `loldu plan`. It takes a second, so it is left out if memory is plentiful by a bound.
-    bare: the model's skeleton.
+    The prediction is that of `loldu plan`. It takes a second, so it is skipped if a simple bound shows that memory is
+    plentiful. bare: the model's skeleton.
     """
     config, ranks = resolved.config, resolved.ranks
     on_gpu = resolved.device.type == "cuda"
@@ -86,7 +86,7 @@ def check_run(resolved: Resolved, base: Path, bare: Any, batches: GlobalBatches)
     work, page = footprint.work_of(batches), 1 if on_gpu else footprint.HUGE_PAGE
     try:
         traced = footprint.activations(made, resolved.task, work, packing=config.data.packing, page=page)
-    except Exception as error:  # a model's own code may look at numbers, which are not here
+    except Exception as error:  # a model's own code may read numbers, which do not exist here
         log.info("the memory of a pass is not predicted: %s", error)
         traced = None
     takes = footprint.footprint(
@@ -118,11 +118,12 @@ def check_size(
     limited: bool = False,
     allowed: Callable[[str], bool] = lambda option: True,
 ) -> None:
-    """Raises ValueError if the base's weights alone do not fit: a machine out of memory kills without a message.
+    """Raises ValueError if the base's weights alone do not fit: a machine that runs out of memory kills the process
+    without a message.
 
     kind: the base's dtype, or how it is quantised. share: the part of the base that lies in this memory. memory: its
     bytes; limited: whether a job or container limits them. A lower bound is used: every weight of a quantised base
-    counts as packed, in endless rows. allowed(option): whether the run would be accepted with that option.
+    counts as packed, in infinitely long rows. allowed(option): whether the run would be accepted with that option.
     """
     numbers = sum(math.prod(tensor.shape) for tensor in list_tensors(folder).values())
     needs = {

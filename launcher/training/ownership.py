@@ -6,7 +6,7 @@ never removed, so a start that was slow finds it and withdraws. The owner touche
 
 An owner on this machine is dead when its process is. One on another machine is dead when its file was not touched while
 it was watched for WATCH_S, or at once when it is an earlier start of this Slurm job. An owner that was suspended finds
-the higher claim when it wakes, and ends without writing.
+the higher claim when it continues, and ends without writing.
 """
 
 from __future__ import annotations
@@ -38,7 +38,7 @@ class Owner:
     host: str
     machine: str  # this boot of it, and its process numbers: equal for processes that see each other
     pid: int
-    started: str  # of the process, by which a reused process number shows
+    started: str  # of the process, which reveals a reused process number
     since: str
     job: str = ""  # Slurm's
     restarts: int = 0
@@ -117,7 +117,7 @@ class Ownership:
         file = self.file
         if file is None or self.lost:
             return
-        with suppress(OSError):  # a file server that is away for a while
+        with suppress(OSError):  # a file server that is unavailable for a while
             if _highest(file.parent)[1] != file:
                 self._seen = -1.0
                 return
@@ -200,7 +200,7 @@ def _this_process(environ: Mapping[str, str]) -> Owner:
 
 
 def _machine() -> str:
-    """What processes have in common that see each other's numbers: host, its boot, the name space of processes."""
+    """What processes share that see each other's process numbers: the host, its boot, the PID namespace."""
     parts = [socket.gethostname()]
     with suppress(OSError):
         parts += [Path("/proc/sys/kernel/random/boot_id").read_text().strip(), os.readlink("/proc/self/ns/pid")]
@@ -210,7 +210,7 @@ def _machine() -> str:
 def _started(pid: int) -> str | None:
     """When a process of this machine was started, in its own units; None if it has ended."""
     stat = Path(f"/proc/{pid}/stat")
-    if not stat.parent.parent.joinpath("self").exists():  # no /proc: whether it is there at all
+    if not stat.parent.parent.joinpath("self").exists():  # no /proc: only whether it exists
         try:
             os.kill(pid, 0)
         except ProcessLookupError:
@@ -219,7 +219,7 @@ def _started(pid: int) -> str | None:
             pass
         return ""
     try:
-        fields = stat.read_text().rpartition(")")[2].split()  # the name before it may hold anything
+        fields = stat.read_text().rpartition(")")[2].split()  # the name before it may contain any character
     except OSError:
         return None
     return None if fields[0] in "ZX" else fields[19]

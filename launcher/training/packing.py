@@ -1,8 +1,8 @@
-"""`--packing`: how a model is told where one sample of a row ends and the next begins, and whether it heeds that.
+"""`--packing`: how a model is told where one sample of a row ends and the next begins, and whether it respects that.
 
 Models differ: most take a 4-dimensional mask, those with sliding windows build their own from position ids that start
-again, hybrids with a recurrent state may do neither. So two samples are run packed and apart before training, and what
-does not agree is refused.
+again, hybrids with a recurrent state may do neither. So two samples are run packed and separately before training, and
+a model whose outputs differ is refused.
 """
 
 from __future__ import annotations
@@ -66,7 +66,7 @@ def check_packing(
     ids: Tensor,
     longest: int,
 ) -> Way:
-    """The first of the ways in which two samples in one row give what each gives alone.
+    """The first way in which two samples in one row give the same outputs as each alone.
 
     forward computes the model's output, on every rank alike. collate(samples, way) makes a batch of token ids: packed
     in one row, or with None a sample alone. ids are valid tokens to take. Raises ValueError if no way agrees.
@@ -83,7 +83,7 @@ def check_packing(
                 drawn = ids[order[: first + second] % len(ids)]
                 try:
                     reason = _differs(forward, collate, [drawn[:first], drawn[first:]], way)
-                except Exception as error:  # code of a model that expects another mask raises anything
+                except Exception as error:  # code of a model that expects another mask may raise any error
                     reason = f"{type(error).__name__}: {next(iter(str(error).splitlines()), '')}"
                 if reason is None:
                     return way
@@ -124,8 +124,8 @@ def check_causal(model: Any, forward: Callable[..., Any], ids: Tensor) -> None:
 def needs_padding_mask(model: Any, forward: Callable[..., Any], ids: Tensor) -> bool:
     """Whether a token's output changes without the mask that hides the padding behind it. Called by all ranks.
 
-    In a decoder no token sees what comes after it, so it should not; experts with room for so many tokens are one
-    reason why it may. Without a mask SDPA takes its causal kernel, and copies no keys and values for grouped heads.
+    In a decoder no token sees later ones, so it should not; experts of limited capacity are one reason why it may.
+    Without a mask SDPA takes its causal kernel, and copies no keys and values for grouped heads.
     """
     if getattr(model.config.get_text_config(), "output_router_logits", False):
         return True  # the loss that balances experts leaves padding out
@@ -139,7 +139,7 @@ def needs_padding_mask(model: Any, forward: Callable[..., Any], ids: Tensor) -> 
         for masked in ({"attention_mask": mask}, {}):
             torch.manual_seed(0)  # equal draws give both passes the same dropout
             outputs.append(forward(**batch, **masked, use_cache=False).logits[mask.bool()].float())
-    except Exception:  # code of a model that takes no batch without a mask raises anything
+    except Exception:  # code of a model that needs a mask may raise any error
         return True
     finally:
         model.train(training)
@@ -154,7 +154,7 @@ def _differs(
     samples: list[Tensor],
     way: Way,
 ) -> str | None:
-    """How far the second sample is from what it gives alone; None if it is not."""
+    """How far the second sample's outputs are from those it gives alone; None if they agree."""
     together = _logits(forward, collate(samples, way))
     alone = [_logits(forward, collate([sample], None)) for sample in samples]
     parts = together[: len(samples[0])], together[len(samples[0]) :][: len(samples[1])]

@@ -64,7 +64,7 @@ class Events:
 
 
 class Log:
-    """A JSONL file of the run folder beside events.jsonl: what is measured, or written by the model.
+    """A JSONL file of the run folder beside events.jsonl: measurements, or answers of the model.
 
     A resume drops the lines after its step. Unlike events these lines differ between two equal runs.
     """
@@ -83,7 +83,7 @@ class Log:
 
 
 def read_events(file: Path) -> list[dict[str, Any]]:
-    """The events of a run, without lines that are cut short, damaged, or no object with a step."""
+    """The events of a run, without lines that are cut short, damaged, or not an object with a step."""
     events = []
     for line in _bytes_of(file).decode(errors="replace").splitlines():
         with suppress(ValueError):
@@ -105,7 +105,7 @@ def _bytes_of(file: Path) -> bytes:
 class Screen(Bars):
     """Progress bars and results for a person; with is_main False nothing is shown.
 
-    Text of files and models is never markup, and its control characters are written out.
+    Text of files and models is never markup, and its control characters are escaped.
     """
 
     def __init__(self, is_main: bool):
@@ -134,7 +134,7 @@ class Screen(Bars):
 
 
 class _Output:
-    """Standard output, whatever it is at the time. A terminal that is gone, or a log on a full disk, ends no run."""
+    """Standard output, whatever it is at the time. A closed terminal, or a log on a full disk, does not end the run."""
 
     def write(self, text: str) -> int:
         with suppress(OSError, ValueError):  # a closed file is a ValueError
@@ -150,7 +150,7 @@ class _Output:
 
 
 class _Notes(logging.Handler):
-    """Log records as lines of the screen, which keeps a progress bar whole where standard error would tear it."""
+    """Log records as lines of the screen, since standard error would break a progress bar."""
 
     def __init__(self, screen: Screen):
         super().__init__()

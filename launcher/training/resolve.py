@@ -28,12 +28,12 @@ from launcher.training.report import check_trackers
 
 @dataclass(frozen=True, kw_only=True)
 class Resolved:
-    """A config, and what follows from it for this process. Nothing of it changes during the run."""
+    """A config, and what follows from it for this process. It does not change during the run."""
 
     config: Config
     ranks: Ranks
     task: Task
-    adapter: PeftConfig | None  # as asked for: the run trains a copy that knows its base; None: full fine-tuning
+    adapter: PeftConfig | None  # as requested: the run trains a copy that knows its base; None: full fine-tuning
     sharding: str  # the engine
     dtype: str  # of the base
     attention: str  # transformers' name

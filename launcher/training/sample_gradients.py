@@ -27,8 +27,8 @@ MICRO_BATCH = 8  # if the run sets none
 class SampleGradients:
     """The summed gradients of the base's weights over the first samples of epoch 0; the base is loaded when needed.
 
-    digest names all that they depend on. Call it with the modules still to come: it returns the first one's sum (m, n)
-    and keeps those of as many others as fit into bytes_at_once.
+    digest identifies all that they depend on. Call it with the modules that remain: it returns the first one's sum (m,
+    n) and keeps those of as many others as fit into bytes_at_once.
     """
 
     def __init__(

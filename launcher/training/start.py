@@ -39,7 +39,7 @@ class Start:
 def begin(resolved: Resolved, name: str, comm: Communicator, stop: StopRequest, screen: Screen) -> Start:
     """Find the base and check, from headers alone, that this run can train it: weights, attention, context and memory.
 
-    Called by all ranks. If the model lacks the attention that was resolved, Start.resolved has the one that it has.
+    Called by all ranks. If the model lacks the attention that was resolved, Start.resolved has one that it supports.
     Raises ValueError, on all ranks, for what is missing or does not fit.
     """
     config = resolved.config
@@ -64,7 +64,7 @@ def begin(resolved: Resolved, name: str, comm: Communicator, stop: StopRequest, 
 
 
 def watch(base: Path) -> Callable[[], None]:
-    """A check that the base's files are as they are now: a CPU trains on a map of them, which a change would reach.
+    """A check that the base's files have not changed since now: a CPU trains on a memory map of them.
 
     The files that are open now are watched, not their names: one that is renamed into their place does no harm.
     """

@@ -86,7 +86,7 @@ class _Live(TorchDispatchMode):
         kwargs = kwargs or {}
         if any(isinstance(each, Tensor) and each.is_meta for each in tree_leaves((args, kwargs))):
             if func is aten._local_scalar_dense.default:
-                return 1.0  # a number of a tensor without numbers, such as a norm that is logged
+                return 1.0  # the value of a tensor without values, such as a norm that is logged
             if func in INDEXING:
                 args = (args[0], _as_numbers(args[1]), *args[2:])
             args, kwargs = tree_map(_to_meta, (args, kwargs))
@@ -157,7 +157,7 @@ def _fused(
     scale: float | None = None,
     enable_gqa: bool = False,
 ) -> Tensor:
-    if attn_mask is not None and attn_mask.dtype == torch.bool:  # torch makes numbers to add of it, in every layer
+    if attn_mask is not None and attn_mask.dtype == torch.bool:  # torch converts it to numbers to add, in every layer
         hidden = torch.zeros(attn_mask.shape, dtype=query.dtype, device=query.device)
         attn_mask = hidden.masked_fill_(attn_mask.logical_not(), float("-inf"))
     kernel = aten._scaled_dot_product_flash_attention_for_cpu

@@ -19,7 +19,7 @@ ALONE = Communicator(Ranks())
 
 
 def meta(step, **more):
-    """What a run notes of itself."""
+    """What a run records about itself."""
     events = {"bytes": 0, "sha256": hashlib.sha256(b"").hexdigest()}
     return {"identity": {}, "progress": vars(TrainingState(step=step)), "world_size": 1, "events": events, **more}
 
