@@ -1,4 +1,4 @@
-"""A communicator whose ranks are threads of this process, so that what they say to each other needs no processes."""
+"""A communicator whose ranks are threads of this process, so that their messages need no processes."""
 
 import threading
 from collections.abc import Callable

@@ -1,4 +1,4 @@
-"""Each process takes a GPU of its own, and a run that has to do without one says why."""
+"""Each process uses its own GPU, and a run without a GPU logs the reason."""
 
 import pytest
 import torch

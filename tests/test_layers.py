@@ -88,7 +88,7 @@ MAY_IMPORT = {  # beside itself; in the order in which data flows
         "adapters", "launcher.main_memory", "launcher.options", "launcher.text", "launcher.inference", *SMALL, *ROOMS,
     },
     "launcher.reports": {"launcher.exit_codes", "launcher.files"},  # reads what runs wrote, without torch
-    # starts commands; of what they do it knows how they end and which packages they need
+    # starts commands, and knows only how they end and which packages they need
     "launcher.cluster": {
         "launcher.exit_codes", "launcher.files", "launcher.packages", "launcher.engines.registry", "launcher.text",
         "launcher.recipes", "launcher.options", "launcher.start",

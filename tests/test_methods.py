@@ -1,4 +1,5 @@
-"""Any PEFT method in the one loop: trained, stopped, resumed, loaded in plain PEFT; what cannot be is refused."""
+"""Any PEFT method in the one loop: trained, stopped, resumed, loaded in plain PEFT; methods that are not supported are
+refused."""
 
 import json
 import shutil

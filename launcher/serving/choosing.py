@@ -1,7 +1,7 @@
 """The next token of each request in a batch: its temperature, top_p, seed and log-probabilities.
 
-A request's random numbers follow from its seed and the number of the token, so what else is in the batch, and whether
-an answer was interrupted and computed again, make no difference to them.
+A request's random numbers follow from its seed and the number of the token, so they depend neither on the rest of the
+batch nor on whether an answer was interrupted and computed again.
 """
 
 from __future__ import annotations

@@ -59,7 +59,7 @@ class Ownership:
         self._ended = threading.Event()
 
     def claim(self, folder: Path) -> None:
-        """Own the folder from now on. Raises ValueError naming its owner if another start owns it."""
+        """Become the owner of the folder. Raises ValueError naming its owner if another start owns it."""
         mine = _this_process(self.environ)
         while True:
             number, last = _highest(folder)

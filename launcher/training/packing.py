@@ -18,9 +18,9 @@ from torch import Tensor
 from launcher.data.batches import PackedAs
 
 SHORT = 24  # tokens of a probed sample
-# Allowed difference of the second sample's outputs, packed and apart, as a share of their norm: so much above that of
-# the first sample, which no other can reach, or this floor. Attention across samples moves them by 0.01 to 1 on random
-# models, a recurrent state by 1e-3 and more; rounding by 1e-6 in float32.
+# Allowed difference of the second sample's outputs, packed and separate, as a share of their norm: so much above that
+# of the first sample, which no other can reach, or this floor. Attention across samples moves them by 0.01 to 1 on
+# random models, a recurrent state by 1e-3 and more; rounding by 1e-6 in float32.
 TIMES, FLOOR = 3.0, {torch.float32: 3e-5, torch.float64: 1e-9}
 COARSE = 5e-3
 WINDOW = re.compile(r"window|chunk|top_?k$")

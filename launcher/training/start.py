@@ -64,9 +64,10 @@ def begin(resolved: Resolved, name: str, comm: Communicator, stop: StopRequest, 
 
 
 def watch(base: Path) -> Callable[[], None]:
-    """A check that the base's files have not changed since now: a CPU trains on a memory map of them.
+    """A function that checks whether the base's files have changed since: a CPU trains on a memory map of them.
 
-    The files that are open now are watched, not their names: one that is renamed into their place does no harm.
+    The files that are open now are watched, not their names: a file that is renamed to one of these names has no
+    effect.
     """
     opened = {file: os.open(file, os.O_RDONLY) for file in sorted({info.file for info in list_tensors(base).values()})}
 

@@ -34,7 +34,8 @@ def method(request, monkeypatch) -> str:
 
 @pytest.fixture
 def small_blocks(monkeypatch) -> None:
-    """Triangles of four rows are taken apart already, for a single token too; else no tiny model's are."""
+    """Split triangles of four rows into blocks already, even for a single token; otherwise no tiny model's would be
+    split."""
     for name, value in {"SMALLEST": 3, "FROM": 4, "TOKENS": 1}.items():
         monkeypatch.setattr(functions, name, value)
 

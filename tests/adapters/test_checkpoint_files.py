@@ -39,7 +39,7 @@ def test_a_slice_is_read_alone(folder):
 
 @pytest.mark.parametrize("headless", [False, True])
 def test_a_weight_is_found_with_and_without_the_base_models_prefix(tmp_path, headless):
-    """A causal model's checkpoint serves the headless model, and the other way round."""
+    """A causal model's checkpoint works for the headless model, and the other way round."""
     tiny_llama().save_pretrained(tmp_path / "whole")
     AutoModel.from_pretrained(tmp_path / "whole").save_pretrained(tmp_path / "headless")
     tensors = list_tensors(tmp_path / ("headless" if headless else "whole"))

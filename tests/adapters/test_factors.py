@@ -100,7 +100,7 @@ def test_its_own_pivots_given_back_give_the_same_bits():
 
 
 def test_elimination_in_the_given_order_equals_lapack_on_rows_already_in_order():
-    """Rows sorted by another weight's pivots need no swap; then both ways must meet."""
+    """Rows sorted by another weight's pivots need no swap; then both ways must agree."""
     W = gaussian((32, 32))
     P, L, U = torch.linalg.lu(W)
 
@@ -223,7 +223,7 @@ def test_the_fingerprint_forgets_order_and_repeats_but_no_tensor():
 
 @pytest.mark.parametrize("r", [1, 8, 64])
 def test_rebuilt_error_tells_rounding_from_another_weight(r):
-    """bf16 (0.4 % an entry) stays at half the bound of 0.1 at most; another Gaussian weight is far above."""
+    """bf16 (0.4 % per entry) stays below half the bound of 0.1; another Gaussian weight is far above."""
     W = gaussian((96, 64), dtype=torch.float32)
     own = factors_of(W, r)
 
@@ -258,7 +258,8 @@ def test_rebuilt_error_sees_growth_where_the_diagonal_agrees():
 @pytest.mark.parametrize("method", ["loldu", "svfit", "loraxs"])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_only_the_factors_of_a_weight_are_taken_for_them(method, options, embedding, dtype):
-    """Also for ill-conditioned weights, any rank and rounded write maps; and with a tenth of foreign rows."""
+    """Even for ill-conditioned weights, any rank and rounded write maps; and with a tenth of the rows from another
+    weight."""
     how, draw = METHODS[method](**options).factorization(), torch.Generator().manual_seed(0)
     left, right = torch.randn(120, 96, generator=draw), torch.randn(96, 200, generator=draw)
     for W in (left @ right, left @ torch.logspace(0, -5, 96).diag() @ right, right.T.bfloat16()):

@@ -154,7 +154,7 @@ def test_only_the_cores_train(method):
 
 
 def saved_bytes(model, loss):
-    """Bytes autograd keeps for the backward pass, parameters and buffers apart."""
+    """Bytes autograd keeps for the backward pass, without parameters and buffers."""
     own = {t.untyped_storage().data_ptr() for t in itertools.chain(model.parameters(), model.buffers())}
     kept = {}
 
@@ -454,7 +454,7 @@ def test_a_deep_copy_is_the_same_function_and_shares_nothing():
 
 
 def test_a_trip_through_another_device_keeps_the_function():
-    """Only meta is at hand everywhere; what comes back is a state dict, as for any offloaded model."""
+    """Only meta is available everywhere; what comes back is a state dict, as for any offloaded model."""
     model = adapted(tiny_llama())
     expected, state = logits(model), copy.deepcopy(model.state_dict())
 

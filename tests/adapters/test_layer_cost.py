@@ -1,4 +1,5 @@
-"""What an adapted layer adds to a training step, counted exactly: a change that makes it dearer fails here, untimed.
+"""What an adapted layer adds to a training step, counted exactly: a change that makes it more expensive fails here,
+without timing.
 
 T tokens, a Linear of m outputs and n inputs, rank r; the base stands behind an earlier adapted layer, so the gradient
 goes through its input too. "Beyond" is against the frozen Linear alone.
@@ -40,7 +41,7 @@ class Recorder(TorchDispatchMode):
 
 
 def step_of(model, dtype):
-    """The operations of one forward and backward pass, with a gradient that is at hand."""
+    """The operations of one forward and backward pass, with a given gradient."""
     generator = torch.Generator().manual_seed(0)
     x = torch.randn(2, T // 2, N, generator=generator).to(dtype).requires_grad_()
     g = torch.randn(2, T // 2, M, generator=generator).to(dtype)
@@ -147,7 +148,7 @@ def bytes_of(made):
 @pytest.mark.parametrize("kind", ["loldu", "svfit"])
 @pytest.mark.parametrize("bias", [False, True])
 def test_selective_checkpointing_that_keeps_products_changes_no_gradient(kind, bias, triangles, monkeypatch):
-    """It hands the base layer's own output to the second forward pass: nobody may have written over it.
+    """It passes the base layer's own output to the second forward pass, so nothing may have overwritten it.
 
     Equal bit for bit: the same operations on the same numbers.
     """

@@ -19,7 +19,7 @@ CLOSE = {"rtol": 0, "atol": 1e-4}  # float32 logits of size 1: the project's pro
 
 
 def exported(model, base, out):
-    """The base with the exported adapter, loaded by PEFT alone."""
+    """The base with the exported adapter, loaded only with PEFT."""
     export_lora(model, out)
     return PeftModel.from_pretrained(base, out).eval()
 
@@ -217,7 +217,8 @@ def test_a_lower_rank_is_the_best_approximation_and_its_error_is_that_of_what_pe
 )
 @not_lorasb
 def test_the_rank_of_every_kind_of_layer_can_be_lowered(layer, tmp_path):
-    """At one rank below the full one, the outputs move by less than that rank carries, and not at all at the own."""
+    """At one rank below the full one, the outputs change by less than that rank contributes, and not at all at the
+    adapter's own rank."""
     torch.manual_seed(0)
     model = one_layer(copy.deepcopy(layer), r=5)
     x = tokens(40) if isinstance(layer, nn.Embedding) else torch.randn(2, 4, 9, 7)

@@ -1,4 +1,4 @@
-"""Many adapters in one batch: every row is what its adapter alone gives."""
+"""Many adapters in one batch: every row equals that of its adapter alone."""
 
 import copy
 import shutil
@@ -75,7 +75,7 @@ def test_each_row_of_a_batch_is_its_adapter_alone(config, tmp_path):
 
 @pytest.mark.parametrize("config", CONFIGS.values(), ids=CONFIGS.keys())
 def test_each_token_of_a_packed_batch_has_its_adapter(config, tmp_path):
-    """One layer, for attention across packed samples is the caller's."""
+    """One layer, because attention across packed samples is up to the caller."""
     models = written(tmp_path, config, count=2)
     many = ManyAdapters(model := tiny_llama())
     for name in models:
@@ -142,7 +142,7 @@ def test_ranks_methods_and_lora_share_a_batch(tmp_path):
 
 
 def test_adapters_with_maps_of_their_own_share_a_batch_too(method, tmp_path):
-    """Of every build, LoRA-SB among them, whose maps do not follow from the base."""
+    """Adapters of every kind, including LoRA-SB, whose maps do not follow from the base."""
     models = {}
     for i in range(2):
         models[f"a{i}"] = adapted(tiny_llama(), seed=30 + i)
@@ -180,7 +180,8 @@ def test_padded_prefill_and_decode_generate_what_each_adapter_alone_generates(co
 
 
 def test_bfloat16_stays_within_its_rounding(tmp_path):
-    """Measured: equal at these sizes. A matrix product of other sizes may round otherwise, one step of bfloat16."""
+    """Measured: equal at these sizes. A matrix product of another size may round differently, by one step of
+    bfloat16."""
     written(tmp_path, CONFIGS["loldu"], count=2)
     many, ids = ManyAdapters(model := tiny_llama().bfloat16()), tokens(shape=(2, 12))
     with warnings.catch_warnings():
@@ -232,7 +233,7 @@ def test_the_table_grows_shrinks_and_reuses_rows(tmp_path):
     assert many.memory()["tables"] <= 1.2 * 101 * numbers * 4
 
     with torch.no_grad(), many.rows(["m99", "m0"]):
-        for i in range(98):  # also while a batch is under way
+        for i in range(98):  # even while a batch is in progress
             many.remove(f"m{i}")
         mixed = model(ids).logits
     many.remove("m98")
@@ -413,7 +414,7 @@ def test_gradients_of_a_table_are_those_of_each_adapter_alone(tmp_path):
 
 
 def test_adapters_trained_in_one_run_are_those_trained_alone(tmp_path):
-    """One optimizer over the table; AdamW treats each number by itself."""
+    """One optimizer over the table; AdamW updates each number independently."""
     config, ids = CONFIGS["loldu normalised, scaled"], tokens(shape=(3, 2, 12))
     many = ManyAdapters(model := tiny_llama())
     table = many.create(names := ["x", "y", "z"], config).table

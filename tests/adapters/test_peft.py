@@ -104,7 +104,8 @@ def test_every_way_of_loading_gives_the_same_bits_and_no_warning(method, base, t
 
 
 def test_nothing_is_said_on_the_screen_while_transformers_loads_an_adapter(method, base, tmp_path, capfd):
-    """Its report of missing or newly initialised keys would frighten; ours are made from the base, not missing."""
+    """Its report of missing or newly initialised keys would alarm users; our maps are made from the base, not
+    missing."""
     folder = saved(adapted(opened(base)), tmp_path / "adapter")
     model = opened(base)
     capfd.readouterr()
@@ -273,13 +274,13 @@ def test_the_same_base_in_bfloat16_works_from_the_saved_pivots(method, babyllama
         loaded = PeftModel.from_pretrained(opened(babyllama, dtype=torch.bfloat16), folder).eval()
 
     assert distance(logits(loaded, 361), logits(model, 361)) < 2 * base_moves < 0.04
-    for mine, theirs in zip(layers(model), layers(loaded), strict=True):  # the float32 checkpoint is at hand
+    for mine, theirs in zip(layers(model), layers(loaded), strict=True):  # the float32 checkpoint is available
         assert torch.equal(mine.maps["default"].read, theirs.maps["default"].read)
 
 
 @not_lorasb
 def test_rounded_weights_without_a_checkpoint_give_nearly_the_same_factors(method, babyllama, tmp_path):
-    """bf16 rounding; LoLDU rebuilds with the saved pivots: with its own ones the update would be another."""
+    """bf16 rounding; LoLDU rebuilds with the saved pivots: with new pivots the update would be a different one."""
     model = adapted(opened(babyllama), r=64)
     folder = saved(model, tmp_path / "adapter")
     edit_json(folder / "adapter_config.json", base_model_name_or_path=None)
@@ -669,7 +670,7 @@ def test_factors_come_from_a_source_where_there_is_one(
     assert torch.equal(layers(model)[0].maps["default"].write, given[layers(model)[0].name].write)
 
 
-# Other houses
+# Other libraries
 
 
 @not_lorasb
@@ -724,7 +725,8 @@ def test_trl_trains_it(method, base, tmp_path, handed_over):
 
 
 def test_trl_trains_float32_cores_on_an_nf4_base(babyllama, tmp_path):
-    """It turns what trains on a 4-bit base into bfloat16; 3 digits are too few for steps of a rate that decays."""
+    """It casts trained parameters on a 4-bit base to bfloat16; 3 digits are too few for steps with a decaying learning
+    rate."""
     trainer = trl_trainer(nf4(babyllama), tmp_path / "run", 361, lm_config(target_modules=["q_proj"]))
 
     trainer.train()
@@ -797,7 +799,7 @@ def test_ranks_that_energy_chose_are_logged_saved_and_loaded(base, tmp_path, cap
 
 
 def test_ranks_that_energy_chose_stay_on_a_rounded_base(base, tmp_path):
-    """The rounded weights alone might choose others, and the cores would not fit."""
+    """The rounded weights might choose other ranks, and the cores would not fit."""
     config = SVFitConfig(energy=0.9, target_modules="all-linear", task_type="CAUSAL_LM")
     folder = saved(randomise(get_peft_model(opened(base), config)), tmp_path / "adapter")
     edit_json(folder / "adapter_config.json", ranks={name: r - 1 for name, r in config.ranks.items()})

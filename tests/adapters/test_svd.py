@@ -153,7 +153,7 @@ def test_numbers_that_are_not_finite_are_counted(bad):
 
 @pytest.mark.parametrize("r", [1, 8, 64])
 def test_the_effect_of_rounding_on_the_update_is_predicted_from_the_singular_values(r):
-    """Within a factor of 2 (3 at rank 1, from one number), without a look at the directions it was made with."""
+    """Within a factor of 2 (3 at rank 1, from one number), without using the directions it was made with."""
     W = gaussian((96, 64)).float()
     own, rounded = svd_factors(W, r), W.bfloat16().float()
     again = svd_factors(rounded, r)

@@ -1,4 +1,4 @@
-"""Tiny models, and what every adapter test does with them."""
+"""Tiny models, and the steps that adapter tests share."""
 
 import torch
 from peft import PeftModel, get_peft_model

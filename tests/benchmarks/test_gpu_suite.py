@@ -1,4 +1,4 @@
-"""The GPU suite's own logic, without a GPU: sections in processes of their own, and their steps on tiny shapes."""
+"""The GPU suite's own logic, without a GPU: sections in separate processes, and their steps on tiny shapes."""
 
 import json
 import sys
@@ -30,7 +30,7 @@ def test_a_section_that_fails_or_hangs_is_reported_with_what_it_had_found(then, 
 
 
 def test_what_is_found_is_told_before_the_section_ends(tmp_path):
-    """So that a suite which is cut off has written it."""
+    """So that a suite that is cut off has written its results so far."""
     told = []
 
     gpu_suite.run_apart([sys.executable, "-c", WRITES + "time.sleep(30)"], 8, tmp_path / "part", told.append)

@@ -49,7 +49,7 @@ def test_an_all_reduce_is_a_reduce_scatter_and_an_all_gather(ranks):
 
 
 def test_trees_are_taken_where_they_are_quicker():
-    """Of few bytes over many ranks latency is all; of many bytes over few ranks a ring sends less."""
+    """For few bytes over many ranks only latency matters; for many bytes over few ranks a ring sends less."""
     few, many = (64, 1e9, 1e-5), (2, 1e9, 1e-5)
 
     assert scaling.all_reduce_s(8.0, *few, trees=True) == pytest.approx(12 * 1e-5, rel=0.01)  # 2 log2(64) messages

@@ -4,7 +4,7 @@
         [--never-save]
 
 Rank 0 counts and saves; the others wait for it. Each step's loss follows from the one before, so a resumed run shows
-the numbers of an uninterrupted one only if it went on exactly where it was saved. A step takes --seconds until the run
+the numbers of an uninterrupted one only if it resumed exactly where it was saved. A step takes --seconds until the run
 was interrupted, and none afterwards: there is time to interrupt it on a busy machine, and none lost on a quiet one.
 """
 

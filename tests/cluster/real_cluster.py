@@ -50,7 +50,7 @@ class Cluster:
         subprocess.run([LOCAL_CLUSTER, "down", self.folder], check=True, timeout=60)
 
     def run(self, *words, check=True, timeout_s=120, cwd=None, environ=None):
-        """A command, as text; with check its failure is the test's."""
+        """The output of a command, as text; with check, the test fails if the command does."""
         done = subprocess.run(
             [str(word) for word in words], env=self.environ | (environ or {}), cwd=cwd, capture_output=True, text=True,
             timeout=timeout_s,
@@ -116,6 +116,6 @@ def losses(run):
 
 
 def said(run):
-    """What a run's job and ranks wrote, for the message of a failed test."""
+    """The output of a run's job and ranks, for the message of a failed test."""
     files = [*Path(run).glob("slurm-*.log"), *Path(run).glob("logs/*"), Path(run) / "events"]
     return "\n".join(f"--- {file.name}\n{file.read_text()[-3000:]}" for file in files if file.is_file())

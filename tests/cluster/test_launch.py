@@ -17,7 +17,7 @@ pytestmark = pytest.mark.slow
 
 
 class Launch:
-    """`loldu launch` in the background, and what it says."""
+    """`loldu launch` in the background, and its output."""
 
     def __init__(self, cluster, ssh, tmp_path, recipe, *options, hosts=(), hostfile=None):
         self.cluster, self.run, self.log = cluster, tmp_path / "run", tmp_path / "launch.log"
@@ -106,7 +106,7 @@ def test_a_killed_launch_leaves_no_rank_behind(cluster, ssh, tmp_path):
 
 
 def test_a_host_that_dies_ends_all_within_15_seconds_and_is_named(cluster, ssh, tmp_path):
-    """Its network goes, as with a power cut: nothing is said any more, nothing is closed."""
+    """Its network is cut, as in a power failure: nothing is sent any more, nothing is closed."""
     launch = Launch(cluster, ssh, tmp_path, COUNT, "--steps=500")
     launch.at_step(1)
     inside = ["nsenter", "-t", str(cluster.node_pid("node2")), "-n", "ip", "link", "set", "eth0"]
@@ -162,7 +162,7 @@ def test_a_rank_that_is_killed_is_blamed_and_the_state_says_failed(cluster, ssh,
 
 
 def test_a_stranger_on_the_port_does_not_end_the_run_and_the_token_is_on_no_command_line(cluster, ssh, tmp_path):
-    """node2's rank is held back until a stranger in node1 has tried; meanwhile every command line is looked at."""
+    """node2's rank is held back until a stranger in node1 has tried; meanwhile every command line is checked."""
     inside = ["nsenter", "-t", str(cluster.node_pid("node1")), "-n", sys.executable, "-c", STRANGER]
     stranger = subprocess.Popen([*inside, ssh_address(ssh, "node1")], stdout=subprocess.PIPE, text=True)
 

@@ -1,4 +1,4 @@
-"""What `loldu launch` makes of the messages of its hosts: which rank is blamed, and what reaches the terminal."""
+"""How `loldu launch` handles the messages of its hosts: which rank is named as the cause, and what is printed."""
 
 import os
 import queue

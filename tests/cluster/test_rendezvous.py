@@ -1,4 +1,4 @@
-"""The meeting of ranks: who is missing is named, and a stranger on the port changes nothing."""
+"""The meeting of ranks: a missing rank is named, and another program on the port changes nothing."""
 
 import contextlib
 import random
@@ -176,7 +176,7 @@ def test_a_job_with_another_token_is_not_joined(capfd):
     "said", [b"go\n", b"loldu " + b"0" * 32 + b"\n" + b"0" * 64 + b" \n", b"x" * 100_000, b"\xff\n", b""]
 )
 def test_a_stranger_in_place_of_rank_0_is_not_believed(said):
-    """It has taken the port first: neither its go nor its error counts, and the token is not sent to it."""
+    """It has taken the port first: neither its start message nor its error counts, and the token is not sent to it."""
     heard = []
 
     def answer(server):

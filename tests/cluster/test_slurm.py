@@ -89,7 +89,7 @@ def test_a_warning_to_a_job_that_is_only_starting_is_not_lost(cluster, tmp_path)
 
 
 def test_a_cancelled_job_saves_and_does_not_come_back(cluster, tmp_path):
-    """Also when it was just warned, and would have asked to be requeued."""
+    """Even if it was just warned, and would have asked to be requeued."""
     run = tmp_path / "run"
     job = count(cluster, run, "--steps=500", submit=["--nodes=2"])
     cluster.at_step(run, 2)
@@ -150,7 +150,7 @@ def test_one_task_of_an_array_comes_back_alone(cluster, tmp_path):
 
 
 def test_a_job_submitted_from_a_job_is_its_own(cluster, tmp_path):
-    """The outer job's SLURM_NTASKS and an SBATCH_TIMELIMIT of the shell would both beat the script."""
+    """The outer job's SLURM_NTASKS and an SBATCH_TIMELIMIT of the shell would both override the script."""
     run = tmp_path / "run"
     words = [sys.executable, "-c", "from loldu import main; raise SystemExit(main())", "submit", str(COUNT), "--time=7"]
     inner = shlex.join([*words, "--nodes=2", "--", f"--output={run}", "--steps=3"])

@@ -1,4 +1,4 @@
-"""Several processes tokenise what one does, share its file, and hear of each other's failures."""
+"""Several processes tokenise the same as one, share one file, and learn of each other's failures."""
 
 import itertools
 import json

@@ -1,4 +1,4 @@
-"""Rows are read as they are taken, and are those that reading everything at once gives."""
+"""Rows are read as they are taken, and equal those of reading everything at once."""
 
 import gzip
 import itertools

@@ -1,4 +1,5 @@
-"""The training data: what is read and refused, where the loss lies, in which order, and who sees whom when packed."""
+"""The training data: what is read and refused, which tokens carry loss, in which order, and which samples see each
+other when packed."""
 
 import gzip
 import json
@@ -793,7 +794,7 @@ def test_orders_differ_between_epochs_and_seeds_and_repeat_exactly():
 
     assert len(set(orders.values())) == 16
     assert tuple(batches.epoch_order(2, 1, 50).tolist()) == orders[2, 1]
-    # A resumed run must find the order of the run before it, on any machine and version: so this one is written down.
+    # A resumed run must find the order of the run before it, on any machine and version: so this one is recorded.
     assert batches.epoch_order(42, 0, 8).tolist() == [4, 2, 0, 6, 1, 5, 3, 7]
 
 

@@ -1,4 +1,4 @@
-"""The public forms of records: each is read with everything in it that carries meaning, or refused by name."""
+"""The public forms of records: each is read with all its meaningful fields, or refused by name."""
 
 import gzip
 import json
@@ -466,7 +466,7 @@ def test_one_source_stays_a_plain_string_in_the_config():
             gzip.compress(b"[" + b" " * 2**27, mtime=0),
             r"unpacks to more than read_ratio times its size, from byte 0 on: .*LOLDU_READ_RATIO",
         ),
-        (  # the noise before it does not pay for the bomb
+        (  # the noise before it does not make up for the bomb's ratio
             "a.json.gz",
             gzip.compress(
                 b'[{"a": "' + Random(0).randbytes(2**23).hex().encode() + b" " * 2**28, compresslevel=1, mtime=0

@@ -1,4 +1,4 @@
-"""The plan of a global batch: every row once, micro-batches of like length, ranks with like work."""
+"""The plan of a global batch: every row once, micro-batches of similar length, ranks with similar work."""
 
 import math
 import random

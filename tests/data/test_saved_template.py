@@ -1,4 +1,4 @@
-"""The prompt template travels with what a run trained, by content."""
+"""The content of the prompt template is saved with the trained model."""
 
 import json
 

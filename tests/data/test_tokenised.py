@@ -1,4 +1,4 @@
-"""Tokenised data on disk: made once, found again, and never taken for other data."""
+"""Tokenised data on disk: made once, found again, and never confused with other data."""
 
 from dataclasses import replace
 

@@ -3,12 +3,12 @@
 The blocks of a page run in order in one folder, which holds copies of recipes/ and hostfiles/. A comment on the line
 before a block changes what happens with it:
 
-    <!-- not run: REASON -->   it is not executed, for the reason given; its options are checked all the same
+    <!-- not run: REASON -->   it is not executed, for the reason given; its options are checked nevertheless
     <!-- slow -->              it is executed in the slow tier only
     <!-- ci: NAME -->          .ci/run executes it on a fresh clone
     <!-- file: NAME -->        it is written to this file, which later blocks of the page use
-    <!-- change: NAME -->      it is a change of this file, which a test of the page's own makes
-    <!-- run: WHERE -->        a test of the page's own executes it
+    <!-- change: NAME -->      it is a change of this file, which the page's own test makes
+    <!-- run: WHERE -->        the page's own test executes it
 """
 
 from __future__ import annotations

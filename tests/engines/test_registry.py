@@ -1,4 +1,4 @@
-"""What an engine cannot carry is refused by its flags, with an engine that can."""
+"""A run that an engine does not support is refused by its flags, naming an engine that does."""
 
 import re
 

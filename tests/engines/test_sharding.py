@@ -192,7 +192,7 @@ def test_the_same_sharding_resumes_bit_for_bit(runs, sharding):
 @pytest.mark.slow
 @pytest.mark.parametrize("sharding", SHARDED)
 def test_all_ranks_generate_answers_together(runs, sharding):
-    """A rank that made fewer forward passes than another would wait for ever in a sharded model."""
+    """In a sharded model, a rank with fewer forward passes than another would make that one wait forever."""
     found = [event["exact_match"] for event in runs.events(f"{sharding}-answers") if "exact_match" in event]
 
     assert found == [event["exact_match"] for event in runs.events("one-answers") if "exact_match" in event]

@@ -365,7 +365,7 @@ def test_the_progress_of_all_ranks_reaches_rank_0(model, folder, monkeypatch):
 
 
 def test_two_panels_are_worked_on_at_once_with_half_of_torchs_threads_each(model, folder, monkeypatch):
-    """Whoever comes alone to the meeting waits in vain."""
+    """A thread that arrives alone at the barrier times out."""
     meeting, threads, real, before = threading.Barrier(2), set(), make.make, torch.get_num_threads()
 
     def meet(request, *rest):
@@ -386,7 +386,7 @@ def test_two_panels_are_worked_on_at_once_with_half_of_torchs_threads_each(model
 
 
 def test_weights_are_read_before_they_are_factored_and_not_far_ahead(tmp_path, folder, monkeypatch):
-    """What is read too early is gone again where the model is larger than the memory."""
+    """If the model is larger than the memory, weights that are read too early are evicted again."""
     model = write_model(tmp_path / "model", {f"layers.{i:02}.q": (8, 6) for i in range(20)})
     real, log = make.make, []
 
@@ -432,7 +432,7 @@ def test_a_file_that_changed_after_its_header_was_read_is_an_error_with_the_reas
     info = list_tensors(model)["layers.0.q.weight"]
     info.file.write_bytes(damage)
 
-    make.read_ahead(info)  # says nothing, since nobody would know of which weight
+    make.read_ahead(info)  # logs nothing, since the weight is not known here
 
     with pytest.raises(Exception, match=r"header|Header"):
         make.open_tensor(info)

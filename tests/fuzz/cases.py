@@ -341,7 +341,8 @@ def option_cases(materials: Materials) -> Iterator[Case]:
 
 
 def run_cases(materials: Materials) -> Iterator[Case]:
-    """A run folder that lies, read by resuming, by status, by generate and by report; its checkpoint index resealed."""
+    """A run folder with false contents, read by resuming, by status, by generate and by report; its checkpoint index
+    resealed."""
 
     def case(name: str, change: Callable[[Path], Any], command: str = "resume", accepts=(0, 2)) -> Case:
         def write(folder: Path) -> list[str]:
@@ -501,7 +502,7 @@ def cluster_cases(materials: Materials) -> Iterator[Case]:
 
 
 def cache_cases(materials: Materials) -> Iterator[Case]:
-    """--cache: folders that are something else, and cached files that lie."""
+    """--cache: folders that are something else, and cached files with false contents."""
     for command in ("cache ls", "cache verify", "cache prune --max-gb 0"):
         for name in ("model", "run", "file", "fifo", "link", "root"):
 

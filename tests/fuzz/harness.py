@@ -36,7 +36,7 @@ class Ended:
 
 
 def command(words: Sequence[str]) -> int:
-    """`loldu WORDS`; `train OPTIONS` starts the recipe that most people start with."""
+    """`loldu WORDS`; `train OPTIONS` starts the recipe that most users start with."""
     from launcher import cli
 
     return cli.main(["train", "llama2_alpaca_loldu", *words[1:]] if words[0] == "train" else list(words))

@@ -1,4 +1,4 @@
-"""A talk: answers stream, the history is kept, cut and forgotten, Ctrl-C stops an answer alone."""
+"""A conversation: answers stream, the history is kept, cut and cleared, Ctrl-C stops only an answer."""
 
 import io
 import signal
@@ -14,7 +14,7 @@ from launcher.models.files import load_tokenizer
 
 
 def talk(model, *lines, out=None, **settings):
-    """What the model says to these lines."""
+    """The model's answers to these lines."""
     out = out or io.StringIO()
     chat(str(model), lines=io.StringIO("".join(f"{line}\n" for line in lines)), out=out, **settings)
     return out.getvalue()

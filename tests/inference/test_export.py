@@ -1,4 +1,4 @@
-"""The exported LoRA: stock PEFT reads it and says what the adapter says."""
+"""The exported LoRA: stock PEFT loads it and gives the adapter's outputs."""
 
 import re
 import subprocess

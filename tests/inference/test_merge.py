@@ -1,4 +1,4 @@
-"""Merging: the written folder is base plus adapter, weight for weight, and nothing half-done stays."""
+"""Merging: the written folder is base plus adapter, weight for weight, and no incomplete folder stays."""
 
 import json
 import re

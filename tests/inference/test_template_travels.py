@@ -1,4 +1,4 @@
-"""A run trained with a template file still answers with it when the file is gone and the adapter lies elsewhere."""
+"""A run trained with a template file still answers with it when the file is gone and the adapter has been moved."""
 
 import io
 import json

@@ -1,4 +1,5 @@
-"""Model and adapter files from strangers: their code never runs unasked, and an adapter never changes its base."""
+"""Model and adapter files from strangers: their code never runs without permission, and an adapter never changes its
+base."""
 
 import io
 import json

@@ -1,4 +1,4 @@
-"""A dozen small random models that stand for kinds of architectures go through all that a user does with one.
+"""A dozen small random models that stand for kinds of architectures go through all that a user does with a model.
 
 The whole, some 140 types, is `python benchmarks/architectures.py`; its results are the page docs/architectures.md.
 """

@@ -1,4 +1,4 @@
-"""What is told, and heard, while the model is loaded."""
+"""Progress and stop requests while the model is loaded."""
 
 from pathlib import Path
 

@@ -1,4 +1,4 @@
-"""Samples in one row see only themselves, or the run is refused: what a model does is tried, not assumed."""
+"""Samples in one row see only themselves, or the run is refused: the model's behaviour is tested, not assumed."""
 
 import pytest
 import torch

@@ -1,4 +1,4 @@
-"""Padding behind a sample needs no mask in a decoder, which is tried: without it, losses and gradients are the same."""
+"""Padding after a sample needs no mask in a decoder, which is tested: without it, losses and gradients are the same."""
 
 import pytest
 import torch

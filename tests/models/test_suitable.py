@@ -1,4 +1,4 @@
-"""Where adapters go and what is quantised: layers whose forward pass counts, and a screen that tells the share."""
+"""Where adapters go and what is quantised: layers whose forward pass counts, and the share that is printed."""
 
 import re
 import warnings

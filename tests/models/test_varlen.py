@@ -21,7 +21,7 @@ BASE = {"vocab_size": 64, "hidden_size": 32, "intermediate_size": 48, "num_hidde
 
 
 class Kernel:
-    """What varlen_attn computes, in plain torch, and what it was asked for."""
+    """What varlen_attn computes, in plain torch, and the arguments it got."""
 
     def __init__(self):
         self.calls = []

@@ -1,4 +1,4 @@
-"""A pass over shapes keeps what one over numbers keeps."""
+"""A pass over shapes keeps as many bytes as a pass over numbers."""
 
 import dataclasses
 from pathlib import Path

@@ -1,4 +1,4 @@
-"""A server of its own process with an engine that needs no model: python serve_scripted.py DIR [option=value ...]."""
+"""A server in its own process with an engine that needs no model: python serve_scripted.py DIR [option=value ...]."""
 
 import sys
 from pathlib import Path

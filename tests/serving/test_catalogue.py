@@ -1,4 +1,4 @@
-"""Adapters that come, change and go while the server runs."""
+"""Adapters that are added, changed and removed while the server runs."""
 
 import os
 import shutil

@@ -30,7 +30,7 @@ def base():
 
 
 class Asked:
-    """A request on its way: its tokens as they come."""
+    """A request in progress: its tokens as they arrive."""
 
     def __init__(self, engine, model, prompt, sampling, id=None):
         self.tokens: list[Token] = []

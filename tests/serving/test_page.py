@@ -26,7 +26,7 @@ def choose(browser, name):
 
 
 def look(browser, name):
-    """Pictures for whoever wants to see them: LOLDU_TEST_PICTURES=DIR."""
+    """Writes pictures for inspection to LOLDU_TEST_PICTURES=DIR."""
     if folder := os.environ.get("LOLDU_TEST_PICTURES"):
         browser.look(f"{folder}/{name}-light.png")
         browser.look(f"{folder}/{name}-dark.png", scheme="dark")
@@ -40,7 +40,7 @@ def test_the_page_compares_the_streamed_answers_of_two_models(start, browser):
     browser.open(server.url)
     browser.until("document.querySelectorAll('#models li').length === 3")
 
-    choose(browser, "poet")  # pirate is chosen by itself
+    choose(browser, "poet")  # pirate is selected automatically
     browser.run("document.getElementById('question').focus()")
     browser.type("ahoy <b>you</b>")
     browser.press_enter()

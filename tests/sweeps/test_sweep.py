@@ -1,4 +1,4 @@
-"""`loldu sweep`: which runs there are, which are left, what is compared, and what ends it."""
+"""`loldu sweep`: which runs there are, which remain, what is compared, and what ends it."""
 
 import json
 import os

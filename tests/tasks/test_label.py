@@ -289,7 +289,7 @@ def test_the_metric_of_numbers_is_pearsons_correlation():
 
 
 class Told(torch.nn.Module):
-    """Says said[i] of a row whose first token is i."""
+    """Predicts said[i] for a row whose first token is i."""
 
     def __init__(self, said):
         super().__init__()

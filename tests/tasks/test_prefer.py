@@ -65,7 +65,7 @@ def batch_of(rows, tokenizer, tmp_path, max_length=256, **values):
 
 
 def perturbed(settings):
-    """A model whose adapter says something else than its base."""
+    """A model whose adapter gives other outputs than its base."""
     torch.manual_seed(0)
     model = get_peft_model(AutoModelForCausalLM.from_pretrained(TINY / "model"), settings)
     with torch.no_grad():

@@ -1,4 +1,4 @@
-"""Batches made ahead are those that would be made now; an error in the thread is raised where the batch is taken."""
+"""Batches made ahead equal those that would be made now; an error in the thread is raised where the batch is taken."""
 
 import threading
 
@@ -25,7 +25,7 @@ def test_a_batch_that_was_begun_is_made_once_and_in_another_thread():
 
 
 def test_other_rows_are_made_now_and_what_was_begun_is_kept():
-    """The samples of a step that diverged are looked at one by one."""
+    """The samples of a step that diverged are checked one by one."""
     ahead, made = Ahead(), []
 
     def make(rows):

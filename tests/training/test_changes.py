@@ -46,7 +46,7 @@ def test_a_setting_that_changes_a_step_changes_the_curve(before, change, steps, 
     [
         (CONSTANT, {"max_steps": 20}, 20),
         (CONSTANT, {"max_steps": 5}, 5),
-        (COSINE, {"max_steps": 0, "epochs": 2.0}, 10),  # another way to ask for as many steps
+        (COSINE, {"max_steps": 0, "epochs": 2.0}, 10),  # another way to set the same number of steps
         (COSINE, {"micro_batch_size": 2}, 10),
     ],
 )

@@ -29,7 +29,7 @@ def write(root, step, value=1.0):
 
 
 def reseal(folder, index):
-    """Put another index there, with the checksum that makes it count; index is JSON data, or text."""
+    """Put another index there, with a matching checksum; index is JSON data, or text."""
     text = index if isinstance(index, str) else json.dumps(index)
     (folder / "index.json").write_text(text)
     (folder / "COMPLETE").write_text(hashlib.sha256(text.encode()).hexdigest())

@@ -1,4 +1,5 @@
-"""What a training step costs, counted: a change that makes it dearer fails here, whatever the machine is doing.
+"""What a training step costs, counted: a change that makes it more expensive fails here, whatever the load of the
+machine.
 
 Counted are positions computed, tokens whose logits are computed, bytes kept for the backward pass, points where the
 host waits for the device, and copies. On a CPU nothing waits; the operations that would are the same.
@@ -57,7 +58,7 @@ def tolists(monkeypatch):
 
 @pytest.fixture
 def training(stories, alpaca_file, tmp_path, monkeypatch):
-    """A run that stands before its first step: 24 samples a step, at most 4 in a micro-batch."""
+    """A run that is ready for its first step: 24 samples a step, at most 4 in a micro-batch."""
     found = []
     monkeypatch.setattr(run_module, "train", lambda training, resume: found.append(training) or "stopped")
     config = Config(
@@ -94,7 +95,7 @@ def test_a_step_computes_the_positions_of_its_plan_and_logits_of_tokens_with_los
 
 
 def test_the_backward_pass_keeps_so_many_bytes_a_token_and_no_logits(training):
-    """Each storage once, parameters and factors apart. 14.3 float32 rows of the hidden size a layer and token."""
+    """Each storage once, without parameters and factors. 14.3 float32 rows of the hidden size a layer and token."""
     step(training, 1)
     model, batch = training.engine.model, training.batches.at(2)
     own = {t.untyped_storage().data_ptr() for t in (*model.parameters(), *model.buffers())}
@@ -118,7 +119,7 @@ def test_the_backward_pass_keeps_so_many_bytes_a_token_and_no_logits(training):
 
 
 def test_a_step_makes_the_host_wait_once(training, tolists):
-    """Beside what transformers asks in each forward pass: whether positions start again somewhere."""
+    """In addition to transformers' own check in each forward pass, whether positions start again."""
     step(training, 1)
     model = training.engine.model
     plain = {"input_ids": torch.ones(2, 5, dtype=torch.int64), "position_ids": torch.arange(5).expand(2, 5)}
@@ -172,4 +173,4 @@ def test_two_processes_compute_hardly_more_positions_than_one(training):
         batch = replace(training.batches, world_size=world, _last=[]).at(1)
         return batch.tokens / batch.token_share
 
-    assert computed(2) <= 1.1 * computed(1)  # 24 samples are few to share out; in sample order 1.3
+    assert computed(2) <= 1.1 * computed(1)  # 24 samples are few to divide; in sample order 1.3

@@ -1,4 +1,4 @@
-"""When one of several ranks fails, the first line names it and the cause, and nobody else is blamed."""
+"""When one of several ranks fails, the first line names it and the cause, and no other rank is named."""
 
 import os
 import subprocess

@@ -1,4 +1,4 @@
-"""What several nodes must share or have alike: the run folder, the base, the data."""
+"""What several nodes must share or have identical: the run folder, the base, the data."""
 
 from communicators import together
 

@@ -217,7 +217,7 @@ def test_resume_with_a_path_goes_back_in_its_own_folder(small):
 
 @pytest.mark.slow
 def test_resume_with_a_path_from_another_folder_is_where_a_run_begins(small, tmp_path):
-    """Once it has checkpoints of its own, the same command goes on from those."""
+    """Once it has checkpoints of its own, the same command resumes from those."""
     run(small, "test")
     source = Path(small.run.output) / "checkpoints" / "step-000002"
     branch = with_run(small, output=str(tmp_path / "branch"), resume=str(source))

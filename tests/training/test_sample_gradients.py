@@ -111,7 +111,7 @@ def test_equal_weights_at_two_places_have_factors_of_their_own(small, stories, t
 
 
 def test_a_run_whose_factors_were_lost_and_differ_when_made_again_does_not_go_on(small, tmp_path, monkeypatch, capsys):
-    """What another kernel's rounding does to a few signs is done here to all."""
+    """Another kernel's rounding would flip a few signs; here all are flipped."""
     longer = replace(small, optimizer=replace(small.optimizer, max_steps=2))
     assert run(small, "test") == 0
     shutil.rmtree(tmp_path / "cache")

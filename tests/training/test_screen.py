@@ -1,4 +1,4 @@
-"""What a run shows: text of files is shown as it is, never interpreted, and a lost terminal ends no run."""
+"""What a run shows: text of files is shown as it is, never interpreted, and a closed terminal does not end the run."""
 
 import errno
 import io

@@ -1,4 +1,4 @@
-"""Being asked to stop, in every phase: ranks agree, what there is is saved, and the next start goes on exactly."""
+"""Being asked to stop, in every phase: ranks agree, the state is saved, and the next start resumes exactly."""
 
 import json
 import os
