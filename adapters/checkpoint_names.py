@@ -1,7 +1,7 @@
 """Which tensors of a checkpoint make which parameters of a model: transformers' own renamings and conversions.
 
-A checkpoint may name its tensors otherwise than the model names its parameters (LLaVA, GPT-NeoX's `embed_out`), and
-may store apart what the model holds together (the experts of Mixtral). Everything that reads a base goes through
+A checkpoint may name its tensors otherwise than the model names its parameters (LLaVA, GPT-NeoX's `embed_out`), and may
+store separately what the model holds together (the experts of Mixtral). Everything that reads a base goes through
 `model_tensors`, so that factors, sharded and quantised loading, merging and transformers' loader see one model.
 """
 
@@ -118,7 +118,7 @@ class Conversion:
 
 
 class Converted:
-    """A tensor that a conversion makes, read by slice like one of a file: only the experts that are asked for."""
+    """A tensor that a conversion makes, read by slice like one of a file: only the requested experts."""
 
     def __init__(self, info: TensorInfo):
         self.info, self.whole = info, None
@@ -184,7 +184,7 @@ def model_tensors(model: nn.Module, tensors: Mapping[str, TensorInfo]) -> dict[s
 
 
 def local_weights(models: Iterable[str], module: str) -> Iterator[Tensor]:
-    """A module's full-precision weight from each checkpoint (folder or hub name) that lies on this machine."""
+    """A module's full-precision weight from each checkpoint (folder or hub name) that is on this machine."""
     for name in models:
         folder = local_folder(name)
         if folder is None:

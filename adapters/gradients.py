@@ -1,7 +1,7 @@
 """Gradients of frozen weights over a few samples, for methods whose factors come from them.
 
-One backward pass over the samples costs m n numbers for each weight W (m, n), so `gradient_sums` is asked for the few
-weights at a time that `groups_of` puts together.
+One backward pass over the samples costs m n numbers for each weight W (m, n), so `gradient_sums` is called for a few
+weights at a time, as grouped by `groups_of`.
 """
 
 from __future__ import annotations

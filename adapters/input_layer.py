@@ -80,7 +80,7 @@ class InputLinear(FactorLinear):
         return self._ready(adapter_name)(x, None, onto=onto)
 
     def add_group(self, adapter_names: Sequence[str], which: Tensor, x: Tensor, y0: Tensor) -> Tensor:
-        """y0 (rows, ..., m) plus the update of the one adapter in this group: each has maps of its own."""
+        """y0 (rows, ..., m) plus the update of the one adapter in this group: each has its own maps."""
         return self.add_update(adapter_names[0], x, y0, onto=y0)
 
     def share_maps(self, one: str, other: str) -> bool:

@@ -143,7 +143,7 @@ class FactorMap(nn.Module):
     def forward(self, y0: Tensor, bias: Tensor | None, onto: Tensor, cores: Tensor | None = None) -> Tensor:
         """onto + Write (scale core * Read (y0 - bias)); y0 (..., out) is the base output with its bias.
 
-        cores (rows, *core_shape), with the scale in them, stand in for the own core: y0 is then (rows, tokens, out).
+        cores (rows, *core_shape), with the scale in them, replace the layer's own core: y0 is then (rows, tokens, out).
         y0 is not overwritten, which would save a tensor of its size: other code may keep it (selective activation
         checkpointing does), and on a CPU the step was not faster.
         """

@@ -1,7 +1,7 @@
 """LoRA-SB: frozen factors from the gradient of the weight, an r x r core that starts at the first step.
 
 Paper: LoRA-SB, arXiv 2411.19557; the formulas are those of its authors' code. Letters: W (m, n) = out x in, r the rank,
-L_i(W) the loss of sample i, where a few samples stand for the data.
+L_i(W) the loss of sample i, where a few samples represent the data.
 
     G  = -sign(sum_i dL_i/dW)              the direction of full fine-tuning's first AdamW step (its size is the lr)
     G ~= U_r diag(s) V_r^T                 the leading singular vectors of G, signs as in svd.py

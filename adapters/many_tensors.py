@@ -1,4 +1,4 @@
-"""The tensors of an adapter file by module, and the refusal of those that are no part of an adapter."""
+"""The tensors of an adapter file by module, and the refusal of those that do not belong to an adapter."""
 
 from __future__ import annotations
 

@@ -12,7 +12,7 @@ Letters: W (m, n) = out x in, k = min(m, n), r <= k the rank, y0 = W x. The fact
 All start at zero. The adapted layer reads its own base output through the matrix it writes through: SVFit's is y = y0 +
 U_r (delta * h) with h = (U_r^T y0) / s_r, and LoRA-XS needs no division. V_r is never stored and W is never written:
 r m frozen numbers. Directions have norm one, so delta has the unit of W's singular values, while R has none. At r = k
-SVFit is SVFT-plain and SVF (2206.06122). LoRA-XS's s_r stands where its authors' code has it.
+SVFit is SVFT-plain and SVF (2206.06122). LoRA-XS's s_r is placed as in its authors' code.
 
 Unlike LU, which needs a panel, leading singular vectors need the whole weight.
 """

@@ -182,7 +182,7 @@ class FactorTuner(BaseTuner):
         ours = (self.prefix, "modules_to_save.", *heads)
         bases = [p for name, p in model.named_parameters() if p.ndim >= 2 and not any(part in name for part in ours)]
         if any(p.is_meta or not p.dtype.is_floating_point for p in bases) or getattr(model, "is_quantized", False):
-            return  # no values yet, or packed ones: each adapted weight is checked by itself
+            return  # no values yet, or packed ones: each adapted weight is checked separately
         found = base_fingerprint(probe_digest(p.flatten(1), p.flatten(1).shape) for p in bases)
         if config.base_fingerprint is None:
             config.base_fingerprint = found
@@ -207,7 +207,7 @@ def adaptable_modules(model: nn.Module) -> list[str]:
 
 
 def register(config: type[FactorConfig]) -> None:
-    """Make a method known to PEFT under its name: `PeftType`, the config and a tuner class of its own."""
+    """Make a method known to PEFT under its name: `PeftType`, the config and its own tuner class."""
     name = config.method.upper()
     member = str.__new__(PeftType, name)  # a closed enum, and PEFT offers no other way in for a method from outside
     member._name_, member._value_ = name, name

@@ -313,7 +313,7 @@ def _running(**values: Any) -> Callable[[Config], Config]:
 
 
 def attempt(kind: str, folder: Path, cases: tuple[str, ...], labels: bool) -> dict[str, Any]:
-    """The result of each case. Runs in a process of its own, whose output goes to a file."""
+    """The result of each case. Runs in a separate process, whose output goes to a file."""
     torch.set_num_threads(1)
     warnings.filterwarnings("ignore")
     transformers.logging.set_verbosity_error()
@@ -384,7 +384,7 @@ def main() -> None:
 
 
 def try_apart(kind: str, cases: tuple[str, ...], labels: bool, keep: str | None) -> dict[str, Any]:
-    """Run `attempt` in a process of its own, with a time limit."""
+    """Run `attempt` in a separate process, with a time limit."""
     fork = multiprocessing.get_context("fork")
     with tempfile.TemporaryDirectory() as scratch:
         folder = Path(keep or scratch) / (f"{kind}-labels" if labels else kind)

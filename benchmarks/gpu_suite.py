@@ -4,7 +4,7 @@
     python benchmarks/gpu_suite.py --sections bf16,nf4 --seconds 300
     python benchmarks/gpu_suite.py --rehearse --output /tmp/rehearsal.json   # the same on tiny shapes, on a CPU
 
-Each section is a process of its own with a budget of seconds. One that fails, hangs or runs out of memory is reported
+Each section is a separate process with a budget of seconds. One that fails, hangs or runs out of memory is reported
 with its results so far, and the others continue. Every measurement is written when it ends, so a suite that is cut off
 keeps its results so far. Logs are in the folder beside the results. The suite ends after --seconds.
 
@@ -208,7 +208,7 @@ def started_by(process: subprocess.Popen[bytes]) -> set[psutil.Process]:
 
 
 def end(process: subprocess.Popen[bytes], below: set[psutil.Process]) -> None:
-    """Kill a process, its group, and what it started: torchrun gives each worker a session of its own."""
+    """Kill a process, its group, and what it started: torchrun starts each worker in its own session."""
     with contextlib.suppress(ProcessLookupError):
         os.killpg(process.pid, signal.SIGKILL)
     for each in below:
@@ -398,7 +398,7 @@ SAME = 5e-6  # float32: the same sums in another order
 
 
 def short_runs(plan: Plan) -> Steps:
-    """Runs of the recipe side by side, each a process of its own; importing takes most of their time."""
+    """Runs of the recipe side by side, each a separate process; importing takes most of their time."""
     folder = Path(tempfile.mkdtemp())
     chosen = RUNS if plan.device == "cuda" else {name: RUNS[name] for name in ("float32", "fsdp2")}
     steps = "12" if plan.device == "cuda" else "2"

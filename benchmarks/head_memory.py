@@ -4,7 +4,7 @@
     OMP_NUM_THREADS=1 python benchmarks/head_memory.py --classes 49152 --rounds 1 --output /tmp/some.json
 
 A Llama of four layers, hidden size 1024, random weights, float32, tied head, LoRA of rank 16 on all linear layers; 8
-rows of 107 tokens, 55 % of which carry loss, as Alpaca's do. Each step runs in a process of its own, whose peak
+rows of 107 tokens, 55 % of which carry loss, as Alpaca's do. Each step runs in a separate process, whose peak
 resident set (VmHWM) is cleared before it: what is printed is how far the step rises above what the process held. Both
 ways are run in turns, with their losses and processor seconds beside. Writes benchmarks/results/head_memory.json.
 """

@@ -9,7 +9,7 @@
     passes    16 rows of one token on the same Llama: base, one adapter, another of 1,000 in each row; PEFT's LoRA of
               rank 16, one adapter and its mixed batch. A round runs each once; a ratio is the median over rounds
     serving   64 requests of 32 tokens on the embedded model through the engine: 64 of 1,000 adapters, and one
-    training  64 adapters on the embedded model, each on samples of its own: in one run, and one after the other
+    training  64 adapters on the embedded model, each on its own samples: in one run, and one after the other
 
 Seconds are the process's CPU seconds (the machine is shared), but those until a first token. --only keeps the other
 sections of benchmarks/results/many_adapters.json.

@@ -6,7 +6,7 @@
 
 Models: SmolLM2-135M-Instruct (DIR), and a random Llama of four layers, hidden size 1024 and 128,256 classes, which is
 written to a temporary folder. Float32, one thread per process, no gradient checkpointing; TRL gets the tokens from
-disk, ours from its cache, so neither tokenises. A round runs each side once per cell, in an order of its own, and a
+disk, ours from its cache, so neither tokenises. A round runs each side once per cell, in its own order, and a
 ratio is taken within a round; the table has medians and min-max. If machines are busy seconds mean little, so speed
 is tokens with loss per processor second, of all processes and their children, from the start of the first step to the
 end of the last. Peak memory is the largest resident set (VmHWM) of a process. The loss curves of both sides must agree

@@ -1,4 +1,4 @@
-"""Predicted against measured peak memory of a training process: what `loldu plan` says, and what a run takes.
+"""Predicted against measured peak memory of a training process: what `loldu plan` predicts, and what a run takes.
 
     python benchmarks/plan.py --smollm2 DIR --babyllama DIR --data FILE      # about an hour on two quiet cores
     python benchmarks/plan.py ... --only smollm2/loldu/none                  # the cells that begin so
@@ -134,7 +134,7 @@ def measure(words: list[str], name: str, folder: Path) -> dict[str, Any]:
             "launcher",
             "train",
         ]
-    if name.split("/")[1] in ("loldu", "svfit"):  # making factors takes memory of its own
+    if name.split("/")[1] in ("loldu", "svfit"):  # making factors takes additional memory
         make = [sys.executable, "-m", "launcher", "factorize", *factor_options(words)]
         subprocess.run(make, env=environment(), check=True, capture_output=True)
     output = folder / "run"
@@ -156,7 +156,7 @@ def factor_options(words: list[str]) -> list[str]:
 
 
 def predict(words: list[str], name: str) -> dict[str, Any]:
-    """What loldu plan says of the same run."""
+    """What loldu plan predicts for the same run."""
     several = [] if name.split("/")[2] == "none" else ["--processes", str(PROCESSES)]
     done = subprocess.run(
         [sys.executable, "-m", "launcher", "plan", *words, *several, "--json"],

@@ -2,7 +2,7 @@
 
     OMP_NUM_THREADS=1 python benchmarks/scaling_network.py      # 2 minutes on two cores; root, Linux with iproute2
 
-Each process runs in a network namespace of its own, a switch joins them, and a token bucket (tc tbf) on each one's eth0
+Each process runs in its own network namespace, a switch joins them, and a token bucket (tc tbf) on each one's eth0
 limits what it sends. The script creates all of this and removes it at the end. Each process trains a small random Llama
 with the launcher's engines and gloo. Bytes are the counters of /sys/class/net less 66 for each packet (Ethernet, IP,
 TCP with time stamps): TCP's payload. For an all-reduce the prediction is exact: scaling.py's count and gloo's headers.

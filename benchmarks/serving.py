@@ -48,7 +48,7 @@ QUESTIONS = (
 
 
 class Server:
-    """`loldu serve` in a process of its own."""
+    """`loldu serve` in a separate process."""
 
     def __init__(self, model: Path, adapters: Path, port: int = 0):
         self.began = time.perf_counter()

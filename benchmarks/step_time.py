@@ -48,7 +48,7 @@ RESULTS = Path(__file__).parent / "results" / "step_time.json"
 
 
 class DenseUpdate(nn.Module):
-    """The reference code's layer: F.linear with W + P L_r diag(delta) U_r, built anew in every forward."""
+    """The reference code's layer: F.linear with W + P L_r diag(delta) U_r, rebuilt in every forward."""
 
     def __init__(self, base: nn.Linear, r: int):
         super().__init__()

@@ -154,13 +154,13 @@ def one_process(folder: Path, model: Path, max_length: int) -> None:
 
 
 def own_bytes() -> int:
-    """Memory of this process that is no page of a file."""
+    """Memory of this process that does not belong to a mapped file."""
     lines = Path("/proc/self/status").read_text().splitlines()
     return 1024 * int(next(line.split()[1] for line in lines if line.startswith("RssAnon:")))
 
 
 class Peak:
-    """The most memory of its own that this process has, sampled fifty times a second."""
+    """The largest private memory of this process, sampled fifty times a second."""
 
     def __enter__(self) -> Peak:
         self.bytes, self.ended = own_bytes(), threading.Event()

@@ -31,7 +31,7 @@ def unavailable(model: str, data: str) -> str | None:
             api.auth_check(name)  # model_info answers for a gated model without access
         return found
 
-    # Threads, because a name lookup has no timeout of its own; one that hangs is abandoned.
+    # Threads, because a name lookup has no timeout; one that hangs is abandoned.
     pool = concurrent.futures.ThreadPoolExecutor()
     asked = {pool.submit(ask, name): name for name in missing}
     _, pending = concurrent.futures.wait(asked, timeout=LIMIT_S)

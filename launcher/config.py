@@ -46,7 +46,7 @@ class Range:
     below: bool = False
 
     def problem(self, value: float) -> str | None:
-        """What is wrong with a number; None if it lies in the range."""
+        """What is wrong with a number; None if it is in the range."""
         if value < self.low or (self.above and value == self.low):
             return f"must be {'above' if self.above else 'at least'} {self.low:g}"
         if value > self.high or (self.below and value == self.high):

@@ -26,8 +26,8 @@ SUFFIXES = (".yaml", ".yml", ".json")
 def read_config(file: Path) -> Config:
     """The settings of a file. Raises ValueError that names the file and, for bad YAML or JSON, the line.
 
-    The config.json of a run also records versions and the like, which are ignored. The new run gets a folder of its own
-    and starts from the beginning.
+    The config.json of a run also records versions and the like, which are ignored. The new run gets its own folder and
+    starts from the beginning.
     """
     try:
         text = read_text(file)

@@ -24,7 +24,7 @@ def replacing(file: Path, *, durable: bool = True) -> Iterator[Path]:
     Readers and crashes see the old file or the new one. The new one has the permissions that the umask gives, also
     if the library that wrote it chose others. durable: its bytes are on the disk before it is renamed.
     """
-    temporary = file.with_name(f".{file.name}.{uuid.uuid4().hex}.tmp")  # a new name: no link can lie there
+    temporary = file.with_name(f".{file.name}.{uuid.uuid4().hex}.tmp")  # a new name: no link can exist there
     try:
         yield temporary
         allow_by_umask(temporary)

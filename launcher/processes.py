@@ -249,7 +249,7 @@ def connect(ranks: Ranks, *, cpu_offload: bool = False) -> Communicator:
             "alone. On CPU start with torchrun, or with ACCELERATE_USE_CPU=true accelerate launch --multi_gpu"
         )
     comm = Communicator(ranks, _get_default_store())
-    if device.type == "cuda":  # NCCL would fail at the first collective, in words of its own
+    if device.type == "cuda":  # NCCL would fail at the first collective, with its own message
         check_distinct(comm.gather("GPUs", identity_of(device)))
     return comm
 

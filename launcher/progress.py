@@ -31,7 +31,7 @@ def silent(done: int, note: str = "", of: int | None = None) -> None:
 
 
 class Bars:
-    """The progress bars of one console. A bar inside another's block stands below it on a terminal."""
+    """The progress bars of one console. A bar inside another's block is shown below it on a terminal."""
 
     def __init__(self, console: Console):
         self.console = console

@@ -5,7 +5,7 @@ import signal
 import sys
 from pathlib import Path
 
-# The commands installed beside this Python (accelerate, torchrun), also where its environment is not activated.
+# The commands installed beside this Python (accelerate, torchrun), even if its environment is not activated.
 os.environ["PATH"] = f"{Path(sys.executable).parent}{os.pathsep}{os.environ.get('PATH', '')}"
 os.environ.setdefault("OMP_NUM_THREADS", "1")  # multi-process tests share two cores
 os.environ.setdefault("HF_HUB_OFFLINE", "1")

@@ -1,6 +1,6 @@
 """The first recipe, held after HELD_AFTER steps (3) until it is asked to stop, or killed.
 
-So there is time to interrupt it also where a step takes milliseconds. Rank 0 holds; the others wait for its sums.
+So there is time to interrupt it even if a step takes milliseconds. Rank 0 holds; the others wait for its sums.
 """
 
 import os

@@ -1,4 +1,4 @@
-"""Starting runs in processes of their own, and comparing what they leave."""
+"""Starting runs in separate processes, and comparing what they leave."""
 
 import json
 import os

@@ -158,7 +158,7 @@ def test_a_foreign_launcher_on_the_path_is_caught_when_a_recipe_starts(tmp_path)
     ],
 )
 def test_what_the_user_names_is_never_replaced(arguments, replaced, monkeypatch):
-    """The embedded default may stand in only where neither --model nor --data nor --tiny was given."""
+    """The embedded default may be used only if neither --model nor --data nor --tiny was given."""
     default = Config()
     tiny = replace(default, model=replace(default.model, model="small"))
     ran = []

@@ -1,4 +1,4 @@
-"""Files are replaced whole or not at all, readable as the umask says, and a full disk is one line with a remedy."""
+"""Files are replaced whole or not at all, readable as the umask allows, and a full disk is one line with a remedy."""
 
 import errno
 import hashlib

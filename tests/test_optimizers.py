@@ -21,7 +21,7 @@ BESIDE = [name for name in OPTIMIZERS if name != "adamw"]
 
 @pytest.fixture
 def runs(stories, alpaca_file, tmp_path):
-    """Four steps of LoRA, or of the whole model where the optimizer is for that."""
+    """Four steps of LoRA, or of the whole model if the optimizer is for that."""
     runs = Runs(tmp_path, stories, alpaca_file)
 
     def base(name):

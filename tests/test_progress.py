@@ -25,7 +25,7 @@ def said(bars: Bars) -> str:
 
 @pytest.fixture
 def clock(monkeypatch):
-    """Seconds that pass only where a test says so."""
+    """A clock that advances only when the test sets it."""
     now = [0.0]
     monkeypatch.setattr(progress.time, "monotonic", lambda: now[0])
     return now

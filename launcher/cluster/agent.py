@@ -22,7 +22,7 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any, BinaryIO
 
-PREFIX = "@loldu "  # marks our lines: a login shell may print lines of its own
+PREFIX = "@loldu "  # marks our lines: a login shell may print its own lines
 HEARTBEAT_S = 2.0
 SILENT_S = 12.0  # after this long without a message the other side counts as gone
 GRACE_S = 2.0  # between TERM and KILL
@@ -64,7 +64,7 @@ def main() -> int:
 
 def handle(message: dict[str, Any], started: dict[int, subprocess.Popen[bytes]]) -> None:
     """Act on one request. Ranks are started by this thread, since they die with the thread that started them; every
-    other request runs in a thread of its own."""
+    other request runs in a separate thread."""
     number, request = message.pop("id", None), message.pop("request", "")
     if request == "start":
         send(id=number, ok=start(started, **message))

@@ -155,7 +155,7 @@ class Head:
     async def greet(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
         """Keep a connection that proves to be a rank, close any other."""
         self.pending[writer] = None
-        if len(self.pending) > MOST_PENDING:  # a proof takes milliseconds, so the oldest is no rank
+        if len(self.pending) > MOST_PENDING:  # a proof takes milliseconds, so the oldest is not a rank
             next(iter(self.pending)).transport.abort()
         try:
             rank, challenge = await asyncio.wait_for(self.prove(reader, writer), HANDSHAKE_S)
@@ -165,7 +165,7 @@ class Head:
             return
         finally:
             self.pending.pop(writer, None)
-        if rank in self.ranks:  # it connected anew
+        if rank in self.ranks:  # it connected again
             self.ranks[rank][1].transport.abort()
         self.ranks[rank] = reader, writer, challenge
 
@@ -197,7 +197,7 @@ class Head:
         self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter, challenge: bytes, error: str
     ) -> None:
         """Tell a rank how it ended; it closes the connection first, so that the port is free for torch at once."""
-        with suppress(OSError, TimeoutError):  # a rank that has died meanwhile ends the run by itself
+        with suppress(OSError, TimeoutError):  # a rank that has died in the meantime ends the run anyway
             text = error.encode()
             writer.write(b"%s %s\n" % (mac(self.token, b"verdict", challenge, text), text))
             await asyncio.wait_for(reader.read(1), HANDSHAKE_S)

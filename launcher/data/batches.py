@@ -111,8 +111,8 @@ def collate(
     Packed as positions: no mask; models that build their own see a border where position_ids start again.
     Packed for flash: all rows flattened to (1, tokens), no padding, no mask, and the borders as cu_seq_lens_* (int32),
     max_length_* as transformers' flash attention takes them.
-    Packed for varlen: the same, and a mask (1, 1, 1, 1) instead of one that transformers would make and nobody read.
-    The labels stand unshifted; the model shifts them.
+    Packed for varlen: the same, and a mask (1, 1, 1, 1) instead of one that transformers would make and nothing would read.
+    The labels are unshifted; the model shifts them.
     Call the model with use_cache=False: a cache would count the positions again.
     """
     packed: Any = rows if packing else [[sample] for sample in rows]

@@ -272,7 +272,8 @@ def _one_answer(record: dict[str, Any], i: int, chat: Chat, marks: tuple[str, ..
 
 
 def _closed(text: str, start: int, stop: int, chat: Chat, marks: tuple[str, ...]) -> tuple[int, int]:
-    """The answer's characters up to the mark that ends its turn: a line break or a new header after it is no answer."""
+    """The answer's characters up to the mark that ends its turn: a line break or a new header after it is not part of
+    the answer."""
     tail, closing = _closing(chat.jinja, chat.date, json.dumps(chat.tokens), marks)
     answer = text[start:stop]
     if closing and answer.endswith(tail):

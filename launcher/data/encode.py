@@ -34,7 +34,7 @@ log = logging.getLogger(__name__)
 CHUNK = 1000  # records tokenised at once: enough to keep a fast tokenizer busy, little memory
 IDS_AT_ONCE = 1 << 22
 SHORT_SEGMENT = 256  # characters; the ids of shorter ones (headers of answers, which repeat) are kept
-MOST_SEGMENTS = 4096  # that are kept; without a chat template each is a prompt of its own
+MOST_SEGMENTS = 4096  # that are kept; without a chat template each is a separate prompt
 
 
 @dataclass(frozen=True)

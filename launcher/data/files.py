@@ -65,7 +65,7 @@ def load_rows(source: str, option: str) -> list[Any]:
 def each_row(source: str, option: str) -> Iterator[Any]:
     """The rows of a file, a folder, or a hub dataset NAME[:CONFIGURATION[:SPLIT]], unchecked.
 
-    They are read as they are taken, so that few are in memory (a JSON file whose records are no plain list, and CSV,
+    They are read as they are taken, so that few are in memory (a JSON file whose records are not a plain list, and CSV,
     are read at once). Raises ValueError naming the option, the file and the line of a mistake, perhaps after the rows
     before it.
     """
@@ -225,7 +225,7 @@ def _split_lines(pieces: Iterator[str]) -> Iterator[str]:
 
 
 class _NoList(Exception):
-    """A text that is no list of JSON values; before: how many values of it were taken until that was found."""
+    """A text that is not a list of JSON values; before: how many values of it were taken until that was found."""
 
     def __init__(self, before: int):
         self.before = before

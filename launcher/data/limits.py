@@ -38,7 +38,7 @@ class Limits:
 
 @cache
 def limits() -> Limits:
-    """The limits of this process. Raises ValueError for a variable that is no positive number."""
+    """The limits of this process. Raises ValueError for a variable that is not a positive number."""
     found: dict[str, Any] = {}
     for field in fields(Limits):
         name = PREFIX + field.name.upper()

@@ -3,7 +3,7 @@
 The loss of a step is a sum over the tokens of its batch, so their order inside the batch is free: every plan gives the
 same step up to rounding. The plan is a pure function of the lengths, and every rank computes the same one.
 
-A micro-batch of b rows, the longest of n tokens, computes b n positions; what is no token of these is padding.
+A micro-batch of b rows, the longest of n tokens, computes b n positions; those without a token are padding.
 """
 
 from __future__ import annotations
@@ -58,7 +58,7 @@ class GlobalBatches:
         return mean_positions(row_lengths(self.data, self.rows), self.most_rows)
 
     def at(self, step: int) -> GlobalBatch:
-        """The batch of step 1, 2, ... The last one asked for is kept: a thread asks ahead of the step."""
+        """The batch of step 1, 2, ... The last one requested is kept: a thread requests batches ahead of the step."""
         if self._last and self._last[0][0] == step:
             return self._last[0][1]
         self._last[:] = [(step, batch := self._made(step))]
@@ -102,7 +102,7 @@ def global_batches(config: Config, data: Encoded, world_size: int) -> GlobalBatc
 def plan(lengths: Sequence[int], world: int, most_rows: int = 0, most_tokens: int = 0) -> Plan:
     """Deal out rows of these lengths to world ranks, in micro-batches within both bounds (0: none).
 
-    A row longer than most_tokens is a micro-batch of its own. Each round is one forward pass of every rank, as engines
+    A row longer than most_tokens is a separate micro-batch. Each round is one forward pass of every rank, as engines
     need whose forward pass is a collective. With fewer rows than ranks there is one round, and some ranks get an empty
     micro-batch in it.
     """

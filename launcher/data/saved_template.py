@@ -41,7 +41,7 @@ def read_template(folder: Path) -> Template | None:
 def as_jinja(template: Template, *, has_bos: bool) -> str:
     """The chat template; for one without turns, Jinja that writes bos, the prompt without input, the answer and eos.
 
-    Each question of a conversation is then a prompt of its own. A system prompt is refused: there is no place for it.
+    Each question of a conversation is then a separate prompt. A system prompt is refused: there is no place for it.
     """
     if template.jinja is not None:
         return template.jinja

@@ -23,7 +23,7 @@ TOLD_EVERY = 1000  # records between two calls of `told`
 
 @dataclass(frozen=True, eq=False)
 class Stored(Sequence[Record]):
-    """Some of the records of a file, in some order, each parsed when it is asked for."""
+    """Some of the records of a file, in some order, each parsed when it is requested."""
 
     lines: mmap.mmap | bytes
     ends: np.ndarray  # (records of the file,) int64: where each line ends

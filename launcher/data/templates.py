@@ -130,7 +130,7 @@ def render_prompt(record: Record, template: Template, tokenizer: Any) -> str:
 
 
 def prompt_ids(record: Record, template: Template, tokenizer: Any) -> list[int]:
-    """Token ids to generate from: those that stand before the answer in training."""
+    """Token ids to generate from: those that precede the answer in training."""
     ids = tokenizer(render_prompt(record, template, tokenizer), add_special_tokens=False, verbose=False)["input_ids"]
     return frame(template, tokenizer)[0] + ids
 

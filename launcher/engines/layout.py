@@ -8,7 +8,7 @@ from typing import NamedTuple
 
 from launcher.engines.registry import EngineInfo
 
-CONTROL_NUMBERS = 2  # float32 numbers that travel with the gradients: the loss, and whether a stop was asked for
+CONTROL_NUMBERS = 2  # float32 numbers that travel with the gradients: the loss, and whether a stop was requested
 PROCESS_BYTES = 15_000_000  # that torch.distributed adds to a process on a CPU, measured
 
 

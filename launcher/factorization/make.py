@@ -313,7 +313,7 @@ def remedy(refused: Mapping[str, str]) -> str:
 
 
 def _recipe(request: FactorRequest) -> dict[str, Any]:
-    """All that decides the factors besides the weight. Changing what it returns makes every cache start anew."""
+    """All that decides the factors besides the weight. Changing what it returns invalidates every cache."""
     recipe = {name: getattr(request, name) for name in ("rank", "embedding", "transposed", "dtype")}
     if request.method.from_gradients:  # equal weights at two places have different gradients
         recipe |= {"gradients": request.gradients, "module": request.module}

@@ -1,4 +1,4 @@
-"""The loop of a conversation in the terminal or from a pipe, whoever answers. Imports no torch."""
+"""The loop of a conversation in the terminal or from a pipe, for any source of answers. Imports no torch."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ def converse(
     """Ask for each line that the user types.
 
     without_turns: name of a template that holds one question alone. more: commands by name, each with its help and
-    what it does; if that returns true, the conversation begins anew.
+    what it does; if that returns true, the conversation starts again.
     """
     more = more or {}
     known = ", ".join([*(f"{name} {about}" for name, (about, _) in more.items()), HELP])

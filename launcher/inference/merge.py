@@ -280,7 +280,7 @@ class _Rewritten:
         self.made: dict[str, Tensor] = {}
 
     def take(self, name: str) -> Tensor:
-        """The tensor of that name; all are made together when the first of them is asked for."""
+        """The tensor of that name; all are made together when the first of them is requested."""
         if not self.made:
             parameters = self.conversion.make()
             for parameter, layer in self.layers.items():

@@ -142,7 +142,7 @@ def summed_loss(
 
 
 def loss_places(labels: Tensor) -> Tensor:
-    """Where in the flat labels (B, N) a token stands whose next one carries loss."""
+    """The places in the flat labels (B, N) of tokens whose next token carries loss."""
     return F.pad(labels[:, 1:] != NO_LOSS, (0, 1)).flatten().nonzero()[:, 0]
 
 

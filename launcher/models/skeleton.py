@@ -133,7 +133,7 @@ def bare_skeleton(
     attention: str,
     head: Mapping[str, Any] | None = None,
 ) -> Any:
-    """The base alone on the meta device, with its linear layers quantised if --quantize says so.
+    """The base alone on the meta device, with its linear layers quantised if --quantize is given.
 
     head: settings of a classification head, which is never quantised. Head parameters missing in the checkpoint are
     initialised, not on meta.
@@ -179,7 +179,7 @@ def _own_config(folder: Path) -> Iterator[None]:
     try:
         yield
     except ValueError as error:
-        if "trust_remote_code" in str(error):  # a model with code of its own has its own message
+        if "trust_remote_code" in str(error):  # a model with its own code has its own message
             raise
         raise ValueError(_damaged_config(folder, error)) from error
     except Exception as error:  # these libraries have many kinds of errors with no common parent

@@ -1,7 +1,7 @@
 """Attention over rows of different lengths without padding, by torch alone: `--attention varlen`, for CUDA.
 
 torch.nn.attention.varlen has flash attention's kernels, so the flash-attn package, which takes long to build, is not
-needed. All samples of a micro-batch lie in one row (1, T) with their borders in cu_seq_lens_*; nothing is padded, and
+needed. All samples of a micro-batch are in one row (1, T) with their borders in cu_seq_lens_*; nothing is padded, and
 no sample sees another. A batch without borders (evaluation, generation) is computed by SDPA with its mask.
 
 Shapes: B rows, N tokens, T tokens in all, H heads, G key and value heads, D numbers per head.

@@ -42,7 +42,7 @@ def duration(seconds: float) -> str:
 
 
 def as_json(found: Plan, command: str | None) -> str:
-    """Everything; peak_bytes is the predicted peak of one process of the run as asked for."""
+    """Everything; peak_bytes is the predicted peak of one process of the requested run."""
     asked, way = found.asked, found.recommended()
     assert asked.takes is not None
     return json.dumps(

@@ -22,7 +22,7 @@ def report(runs: tuple[str, ...], *, out: str | None = None, watch: bool = False
     Args:
         runs: Run folders (runs/NAME).
         out: The HTML file. By default report.html in the run folder; for several runs in the folder above the first.
-        watch: Serve the report on localhost, made anew at every load, instead of writing it.
+        watch: Serve the report on localhost, rebuilt at every load, instead of writing it.
         port: Port of --watch.
     """
     if not runs:

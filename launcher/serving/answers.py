@@ -161,7 +161,7 @@ class Answer:
             return None
 
     def _ends(self, token: Token) -> bool:
-        """Whether a token is the one with which the model ended the answer, which is no part of its text."""
+        """Whether a token is the one with which the model ended the answer; it is not part of the text."""
         return token.finish == "stop" and (not token.text or token.id in self.texts.special)
 
     def usage(self) -> dict[str, int]:
@@ -220,5 +220,5 @@ class Answer:
 
 
 def _entry(text: str, logprob: float) -> dict[str, Any]:
-    whole = "\ufffd" not in text  # half a character has no text of its own
+    whole = "\ufffd" not in text  # half a character has no text
     return {"token": text, "logprob": logprob, "bytes": list(text.encode()) if whole else None}

@@ -105,7 +105,7 @@ class Catalogue:
             self._before = {name: adapter.state for name, adapter in found.items()}
 
     def load(self, name: str) -> tuple[Served, bool]:
-        """Load an adapter now, by its name; also whether it was loaded anew. Raises Refused (400, 404)."""
+        """Load an adapter now, by its name; also returns whether it was newly loaded. Raises Refused (400, 404)."""
         with self._lock:
             if name == self.base.name:
                 raise Refused(400, f"{name!r} is the base, which is always served", param="name")

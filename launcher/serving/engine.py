@@ -31,7 +31,7 @@ log = logging.getLogger(__name__)
 PAGE = 32  # tokens
 RUNNING = {"cpu": 64, "cuda": 256}  # requests in a batch; attention's cost grows with their number squared
 BATCH_TOKENS = {"cpu": 256, "cuda": 2048}  # of a forward pass: a longer prompt is read in several
-LONGEST = 2**20  # tokens of prompt and answer, for models without a limit of their own
+LONGEST = 2**20  # tokens of prompt and answer, for models without their own limit
 END_S = 10.0  # for the thread to end
 
 

@@ -109,7 +109,7 @@ def look_up(roots: Sequence[Path], name: str) -> Found:
 
 
 def check_name(name: str) -> None:
-    """Raises ValueError for a name that is no plain name of a folder, or that a model's id cannot be."""
+    """Raises ValueError for a name that is not a plain folder name, or that a model's id cannot be."""
     plain = one_line(name).strip() == name and not set("/\t") & set(name)
     if not plain or name.startswith(".") or len(name) > MOST_NAME_CHARACTERS:
         raise ValueError(

@@ -125,7 +125,7 @@ class Gate:
         try:
             await self.app(scope, receive, counted)
         finally:
-            route = scope.get("route")  # set by the router; an unknown path must not make a metric of its own
+            route = scope.get("route")  # set by the router; an unknown path must not create a metric
             self.answered(getattr(route, "path", "unknown"), status)
 
     def _check(self, scope: MutableMapping[str, Any]) -> None:

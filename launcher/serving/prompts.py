@@ -63,7 +63,7 @@ def token_ids(asked: Asked, template: Template, tokenizer: Any) -> tuple[int, ..
 def chat_ids(messages: Messages, template: Template, tokenizer: Any) -> list[int]:
     """Token ids of a conversation up to where the answer begins.
 
-    A template without turns carries each question as an instruction of its own, as after `loldu merge`.
+    A template without turns writes each question as a separate instruction, as after `loldu merge`.
     """
     if template.jinja is None:
         if len(messages) == 1 and messages[0]["role"] == "user":

@@ -60,7 +60,7 @@ class Engine(Protocol):
         """The base's id, then the adapters' names."""
 
     def add_adapter(self, name: str, folder: Path) -> None:
-        """Raises ValueError, with the reason, for a folder that is no adapter of this base."""
+        """Raises ValueError, with the reason, for a folder that is not an adapter of this base."""
 
     def remove_adapter(self, name: str) -> None:
         """Its running requests end with finish "error". Raises KeyError for an unknown name."""

@@ -1,7 +1,7 @@
 """An answer's text token by token: half characters wait for their other tokens, and a stop text is never shown.
 
-Decoding the whole answer at each token takes time that grows with its square, and tokenizers' own DecodeStream fails
-on bytes that are no text, which a sampled answer may hold ("Invalid prefix encountered"). So the tokens since the last
+Decoding the whole answer at each token takes time that grows with its square, and tokenizers' own DecodeStream fails on
+bytes that are not text, which a sampled answer may hold ("Invalid prefix encountered"). So the tokens since the last
 whole character are decoded behind the ones before them, which decide about blanks.
 """
 

@@ -99,7 +99,7 @@ def remarks(found: Sequence[Row], vary: Mapping[str, Sequence[str]]) -> list[str
 
 
 def as_numbers(texts: Sequence[str]) -> list[float] | None:
-    """The values as numbers; None if one is none."""
+    """The values as numbers; None if one is not a number."""
     try:
         return [float(text) for text in texts]
     except ValueError:

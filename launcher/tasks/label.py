@@ -230,8 +230,8 @@ def _load(source: str, *, option: str = "--data", columns: Sequence[str], label:
 def _numbers_in_text(labels: Sequence[Any], source: str, option: str) -> list[float] | None:
     """The labels of a CSV file as numbers, if all can be read as such; None if labels are used unchanged.
 
-    Raises ValueError if numbers with a fraction stand beside other text, or in quotes in a file that has types: each
-    would become a class of its own.
+    Raises ValueError if numbers with a fraction are mixed with other text, or in quotes in a file that has types: each
+    would become a separate class.
     """
     if not labels or not all(isinstance(label, str) for label in labels):
         return None

@@ -1,6 +1,6 @@
 """Plain text: the model learns to predict every token (continued pretraining). Selected by --task text.
 
-Each text stands between the tokenizer's start and end tokens. A text of more than --max-length tokens becomes several
+Each text is enclosed by the tokenizer's start and end tokens. A text of more than --max-length tokens becomes several
 samples, each beginning with the last token of the one before: every token is predicted exactly once.
 """
 

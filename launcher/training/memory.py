@@ -121,7 +121,7 @@ def check_size(
     """Raises ValueError if the base's weights alone do not fit: a machine that runs out of memory kills the process
     without a message.
 
-    kind: the base's dtype, or how it is quantised. share: the part of the base that lies in this memory. memory: its
+    kind: the base's dtype, or how it is quantised. share: the part of the base that is in this memory. memory: its
     bytes; limited: whether a job or container limits them. A lower bound is used: every weight of a quantised base
     counts as packed, in infinitely long rows. allowed(option): whether the run would be accepted with that option.
     """

@@ -178,7 +178,7 @@ def _living_owner(file: Path, mine: Owner) -> str | None:
 
 
 def _touched(file: Path) -> int | None:
-    """When a file was last touched, asked anew of a network file system by opening it; None if it is gone."""
+    """When a file was last touched, queried again from a network file system by opening it; None if it is gone."""
     try:
         with open(file, "rb") as opened:
             return os.fstat(opened.fileno()).st_mtime_ns

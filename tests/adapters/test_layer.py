@@ -486,7 +486,7 @@ def test_gradient_checkpointing_gives_the_same_gradients(use_reentrant, triangle
 
 @pytest.mark.parametrize("changes", [{}, pytest.param({"r": 32, "target_modules": EVERY}, marks=not_lorasb)], ids=str)
 def test_autocast_stays_near_float32(changes, triangles):
-    """At full rank too, and where a layer's output stays float32: an embedding's."""
+    """At full rank too, and if a layer's output stays float32, as an embedding's does."""
     model = adapted(tiny_llama(), **changes)
     expected = logits(model)
 

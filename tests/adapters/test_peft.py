@@ -759,7 +759,7 @@ def test_a_wrong_number_of_diagonals_is_refused(b):
 
 @pytest.mark.parametrize(("b", "expected"), [(0, 12), (1, 34), (3, 72), (20, 144)])
 def test_svfts_core_has_the_papers_count(b, expected):
-    """k (2 b + 1) - b (b + 1) for k = 12, and all of the matrix where b is beyond it."""
+    """k (2 b + 1) - b (b + 1) for k = 12, and the whole matrix if b exceeds it."""
     model = get_peft_model(nn.Sequential(nn.Linear(12, 16)), SVFTConfig(r=12, off_diagonals=b, target_modules=["0"]))
 
     assert layers(model)[0].maps["default"].core.shape == (expected,)

@@ -93,7 +93,7 @@ def test_the_block_methods_error_bounds_every_direction(shape, alpha):
 
 @pytest.mark.parametrize("r", [1, 5, 16, 60, 64])
 def test_the_block_method_works_at_any_rank(r):
-    """Also where its basis is the whole space."""
+    """Even if its basis is the whole space."""
     W = power_law((64, 90), 1.0)
 
     U, _, bound = leading_block(W, r)

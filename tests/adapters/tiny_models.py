@@ -39,7 +39,7 @@ def config(**options):
 
 
 def gradient(shape):
-    """What stands for a weight's summed gradient where the method's factors come from one."""
+    """A substitute for a weight's summed gradient, if the method's factors come from one."""
     return torch.randn(shape, generator=torch.Generator().manual_seed(sum(shape)), dtype=torch.float64)
 
 

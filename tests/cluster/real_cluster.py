@@ -40,7 +40,7 @@ class Cluster:
         }  # fmt: skip
 
     def __enter__(self):
-        """Also brings nodes back that a test has killed. Installs Slurm where it is missing."""
+        """Also brings nodes back that a test has killed. Installs Slurm if it is missing."""
         sets = [word for line in self.settings for word in ("--set", line)]
         command = [LOCAL_CLUSTER, "up", str(self.nodes), self.folder, *sets]
         subprocess.run(command, check=True, timeout=900, stdout=subprocess.DEVNULL)
@@ -72,7 +72,8 @@ class Cluster:
         return dict(word.partition("=")[::2] for word in text.split() if "=" in word)
 
     def until(self, condition, what, timeout_s=180):
-        """Wait until condition() is true; generous, since the machine may be busy. what says, when asked, for what."""
+        """Wait until condition() is true; generous, since the machine may be busy. what, or what(), names the condition
+        in the error."""
         deadline = time.monotonic() + timeout_s
         while not (value := condition()):
             assert time.monotonic() < deadline, f"waited {timeout_s} s for {what() if callable(what) else what}"

@@ -11,7 +11,7 @@ CACHE = Path.home() / ".cache" / "loldu-tests"
 
 
 def made_by(script: str, *arguments: str) -> Path:
-    """The folder a script makes and prints; skips the test where the script is absent or fails."""
+    """The folder a script makes and prints; skips the test if the script is absent or fails."""
     path = SCRIPTS / script
     if not path.exists():
         pytest.skip(f"needs the script {path}")

@@ -530,7 +530,7 @@ def test_an_answer_that_would_merge_with_its_prompt_is_kept_apart(tmp_path):
 
 
 def test_an_answer_that_merges_with_a_chat_prompt_is_logged(caplog):
-    """A chat template's tokens are those of apply_chat_template, also where generation starts from others."""
+    """A chat template's tokens are those of apply_chat_template, even if generation starts from others."""
     tokenizer = sentencepiece_tokenizer()
     tokenizer.chat_template = (
         "{% for m in messages %}{{ m.content }}{{ ':' if m.role == 'user' else '</s>' }}{% endfor %}"

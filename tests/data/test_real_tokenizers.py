@@ -56,7 +56,7 @@ def sample_of(data, i):
 @pytest.mark.parametrize("messages", [ONE, MULTI], ids=["one answer", "three answers"])
 @pytest.mark.parametrize("name", WITH_TEMPLATE + WITHOUT)
 def test_training_ids_are_those_of_apply_chat_template(name, messages, real_tokenizer):
-    """Of the whole conversation; where the template rewrites earlier turns, of the conversation up to each answer."""
+    """Of the whole conversation; if the template rewrites earlier turns, of the conversation up to each answer."""
     tokenizer = tokenizer_of(name, real_tokenizer)
 
     data = encoded(messages, tokenizer)

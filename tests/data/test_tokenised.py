@@ -22,7 +22,7 @@ def tokenizer(stories):
 
 @pytest.fixture
 def encoded(monkeypatch):
-    """The data sets that were tokenised anew."""
+    """The data sets that were tokenised again."""
     made = []
 
     def counting(records, *rest, **how):

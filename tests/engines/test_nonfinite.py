@@ -96,7 +96,7 @@ def test_update_raises_with_the_names_and_changes_nothing(value):
     assert norm > 0  # the bad gradients are gone
     assert loss == 2.5
     model(torch.ones(1, 2)).sum().backward()
-    with pytest.raises(NonFinite) as raised:  # a loss may be infinite where its gradients are not
+    with pytest.raises(NonFinite) as raised:  # a loss may be infinite although its gradients are not
         engine.update(0.1, [torch.tensor(float("inf"))])
     assert raised.value.numbers == [float("inf")]
 
@@ -118,7 +118,7 @@ def two_steps(name):
 
 @pytest.mark.parametrize("name", ["none", "fsdp2", *(pytest.param(z, marks=pytest.mark.slow) for z in SHARDED[2:])])
 def test_a_parameter_that_no_gradient_reaches_in_the_first_step_is_named(name):
-    """In a process of its own, since DeepSpeed keeps its groups for good."""
+    """In a separate process, since DeepSpeed keeps its groups for good."""
     code, out = finish(start([sys.executable, __file__, name], PYTHONPATH=f"{REPO}{os.pathsep}{REPO / 'tests'}"))
 
     assert code == 0, out

@@ -1,4 +1,4 @@
-"""--cpu-offload is refused where it would do nothing; on a GPU it gives the same losses with shards in main memory."""
+"""--cpu-offload is refused if it would do nothing; on a GPU it gives the same losses with shards in main memory."""
 
 from dataclasses import replace
 

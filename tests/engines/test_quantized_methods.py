@@ -49,7 +49,7 @@ def built(folder, kind, method=None, device="cpu"):
 
 
 def unpacked(folder, kind, method, monkeypatch, device):
-    """The full-precision model with the numbers that the quantised one stands for."""
+    """The full-precision model with the dequantised numbers of the quantised one."""
     packed = {name: layer for name, layer in built(folder, kind, device=device).named_modules() if quantised(layer)}
     plain = AutoModelForCausalLM.from_pretrained
 

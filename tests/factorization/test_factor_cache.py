@@ -427,7 +427,7 @@ HEADERS = [
 
 @pytest.mark.parametrize("header", HEADERS)
 def test_a_wrong_header_is_reported_as_damage_without_a_traceback(tmp_path, header):
-    """Its checksum is right: whoever wrote it computed a new one."""
+    """Its checksum is right: the author of the file computed a new one."""
     from safetensors.numpy import save_file
 
     file = stored(tmp_path)

@@ -1,4 +1,4 @@
-"""Where nodes do not see one cache folder: refused, or, asked for, one cache each with the same numbers in it."""
+"""If nodes do not see one cache folder, the run is refused, or, on request, each has a cache with the same numbers."""
 
 import shutil
 import threading

@@ -99,7 +99,7 @@ def _peak_bytes(process: int) -> int:
 
 
 def _queued_s(process: int) -> float:
-    """How long its main thread was ready to run, and waited for a processor; 0 where the system does not tell."""
+    """How long its main thread was ready to run, and waited for a processor; 0 if the system does not tell."""
     with contextlib.suppress(OSError, ValueError, IndexError):
         return int(Path(f"/proc/{process}/schedstat").read_text().split()[1]) / 1e9
     return 0.0

@@ -207,7 +207,7 @@ def read_head(data: bytes, folder: Path) -> Any:
 
 
 def read_cache_header(data: bytes, folder: Path) -> Any:
-    """With a right checksum: whoever wrote the header computed one."""
+    """With a right checksum: the author of the header computed one."""
     import numpy
     from safetensors.numpy import save_file
 

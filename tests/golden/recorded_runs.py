@@ -1,6 +1,6 @@
 """Short runs on the embedded model and what they leave: `python tests/golden/recorded_runs.py` records it anew.
 
-A change of structure must not change any of this. Losses may be recorded again where a change means to alter them (one
+A change of structure must not change any of this. Losses may be recorded again if a change is meant to alter them (one
 commit for each cause); cache keys, tensors of an adapter and fields of a checkpoint may not.
 """
 

@@ -217,7 +217,7 @@ def records(alpaca_file, tmp_path_factory):
 
 
 def by_transformers(folder, settings):
-    """The folder's weights quantised by transformers as it loads them; bitsandbytes left from packing them anew."""
+    """The folder's weights quantised by transformers as it loads them; bitsandbytes is kept from packing them again."""
     model = AutoModelForCausalLM.from_pretrained(
         folder, quantization_config=BitsAndBytesConfig(**settings), device_map="cpu"
     )

@@ -25,7 +25,7 @@ TIKTOKEN = b"IQ== 0\nIg== 1\n"
     ],
 )
 def test_the_package_that_reads_a_tokenizer_is_named(name, content, missing, remedy, tmp_path, monkeypatch):
-    """transformers takes a SentencePiece file for tiktoken's where sentencepiece is not installed."""
+    """transformers takes a SentencePiece file for tiktoken's if sentencepiece is not installed."""
     (tmp_path / name).write_bytes(content)
     real = importlib.util.find_spec
     here = {"sentencepiece", "google.protobuf", "tiktoken"} - missing

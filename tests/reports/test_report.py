@@ -216,7 +216,7 @@ def test_the_page_fits_a_browser_light_and_dark_wide_and_narrow(tmp_path, size, 
     if browser is None:
         pytest.skip("needs Chromium: apt-get install chromium")
     file = write_report([write_run(tmp_path / "run")])
-    # the page forbids scripts: what is asked about stands in a page around it
+    # the page forbids scripts: this copy allows them, to measure the page
     html = file.read_text().replace("default-src 'none';", "default-src 'none'; script-src 'unsafe-inline';")
     probe = (
         "<script>document.title = JSON.stringify([document.documentElement.scrollWidth, innerWidth,"

@@ -22,7 +22,7 @@ CHAT = {"model": "base", "messages": [{"role": "user", "content": "hi"}]}
 
 
 class Process:
-    """A server in a process of its own; what it prints is collected."""
+    """A server in a separate process; what it prints is collected."""
 
     def __init__(self, folder, **options):
         words = [f"{name}={value}" for name, value in options.items()]

@@ -30,7 +30,7 @@ def test_pieces_are_the_text_and_never_half_a_character(text):
 
 
 def test_any_tokens_give_the_text_that_they_decode_to():
-    """Also bytes that are no text, up to how many U+FFFD stand for them: what was shown is not taken back."""
+    """Even bytes that are not text, except for how many U+FFFD replace them: text that was shown is not changed."""
     ordinary = [i for i in range(3, len(TOKENIZER)) if "\ufffd" not in TOKENIZER.decode([i])]
     for seed in range(50):
         drawn = random.Random(seed)

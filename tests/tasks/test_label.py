@@ -132,7 +132,7 @@ def test_padding_changes_no_logit(tiny_roberta, tokenizer, sst2_rows, tmp_path):
 
 @pytest.mark.parametrize("pad_id", [None, 4])
 def test_a_decoders_head_reads_the_last_token_before_the_tokenizers_padding(pad_id, tmp_path):
-    """Also where the base's config names none, or one that the tokenizer does not pad with."""
+    """Even if the base's config names none, or one that the tokenizer does not pad with."""
     words = Tokenizer(WordLevel({"<pad>": 0, "good": 1, "bad": 2, "film": 3, "other": 4}, unk_token="<pad>"))
     words.pre_tokenizer = Whitespace()
     PreTrainedTokenizerFast(tokenizer_object=words, pad_token="<pad>").save_pretrained(tmp_path)

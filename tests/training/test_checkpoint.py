@@ -147,7 +147,7 @@ def test_where_no_checkpoint_is_whole_the_warning_says_so(tmp_path, caplog):
 
 
 def test_a_folder_that_one_rank_does_not_see_is_named_on_all(tmp_path):
-    """As where the run folder lies on one node's own disk."""
+    """As when the run folder is on one node's own disk."""
 
     def save_rows(comm):
         root = tmp_path / f"node{comm.ranks.rank}"
@@ -176,7 +176,7 @@ def test_retention_keeps_the_last_ones_and_the_best(tmp_path):
 
 
 def at(index, path, value):
-    """The index with another value at that path of keys; without the key where value is None."""
+    """The index with another value at that path of keys; without the key if value is None."""
     *above, last = path
     place = index
     for key in above:
@@ -215,7 +215,7 @@ WRONG = [
 
 @pytest.mark.parametrize(("path", "value"), WRONG, ids=[f"{'.'.join(map(str, p))}={v!r:.20}" for p, v in WRONG])
 def test_a_wrong_index_is_reported_as_damage_and_the_earlier_checkpoint_is_used(tmp_path, caplog, path, value):
-    """Its checksum is right: whoever can write the index can write that too."""
+    """Its checksum is right: anyone who can write the index can write that too."""
     write(tmp_path, 1)
     shutil.copy(write(tmp_path, 2) / "rank-00000.safetensors", tmp_path / "other")
     folder = tmp_path / "step-000002"

@@ -22,7 +22,7 @@ NUMBERS = 260_032  # of stories260K
 
 
 def resolved(config, dtype, sharding, ranks):
-    """A run with this engine and dtype, also where `resolve` would refuse it."""
+    """A run with this engine and dtype, even if `resolve` would refuse it."""
     return Resolved(
         config=config, ranks=ranks, task=task_of(config), adapter=peft_config(config.adapter), sharding=sharding,
         dtype=dtype, attention="sdpa", attention_reason="as asked", cache=Path("cache"),

@@ -1,4 +1,4 @@
-"""`--compile`: the same curve, with checkpointing and under fsdp2, and a warning where layers run uncompiled."""
+"""`--compile`: the same curve, with checkpointing and under fsdp2, and a warning if layers run uncompiled."""
 
 import functools
 import logging

@@ -64,7 +64,7 @@ def test_an_error_that_all_ranks_have_is_printed_once(capsys):
 
 
 def test_without_the_store_rank_0_is_named(capsys, monkeypatch):
-    """It keeps the store where no launcher does."""
+    """It keeps the store if no launcher does."""
 
     def gone(*_):
         raise dist.DistNetworkError("recvValue failed")

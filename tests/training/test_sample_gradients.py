@@ -1,4 +1,5 @@
-"""The gradients behind LoRA-SB in a run: the same in any grouping, cached by base and data, refused where none are."""
+"""The gradients behind LoRA-SB in a run: the same in any grouping, cached by base and data, refused if there are
+none."""
 
 import json
 import shutil
