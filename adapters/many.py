@@ -1,7 +1,7 @@
 """Many adapters of one base in one batch: frozen maps once, a table of cores, an adapter for each row or token.
 
     many = ManyAdapters(model)                     # a loaded model; it is not changed
-    many.add("anna", "adapters/anna")              # an adapter folder, also while others are in use
+    many.add("anna", "adapters/anna")              # an adapter folder, even while others are in use
     with many.rows(["anna", None, "ben"]):         # a name for each row of the batch; None is the base
         model.generate(**batch)
     with many.packed([("anna", 12), ("ben", 1)]):  # one row of tokens: 12 of anna's, then one of ben's

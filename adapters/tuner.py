@@ -125,7 +125,7 @@ class FactorTuner(BaseTuner):
     def _get_adapter_state_dict(
         cls, model: nn.Module, config: Any, adapter_name: str, state_dict: Any, unwanted_adapter_names: list[str]
     ) -> dict[str, Any]:
-        """What an adapter's file holds, also under torch's FSDP1.
+        """What an adapter's file holds, even under torch's FSDP1.
 
         There the state dict has the frozen maps as well, which are dropped here. And if layers are wrapped one by
         one, PEFT finds none of them, because it looks for the wrappers' names in the keys.

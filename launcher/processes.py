@@ -230,7 +230,7 @@ def print_error(error: Exception, is_main: bool, *, shared: bool, ended: Callabl
 def connect(ranks: Ranks, *, cpu_offload: bool = False) -> Communicator:
     """Open the process group (NCCL with GPUs, else gloo) through accelerate, and check its size.
 
-    cpu_offload: open gloo beside NCCL, for tensors in main memory.
+    cpu_offload: open gloo besides NCCL, for tensors in main memory.
     """
     if ranks.world_size == 1:
         return Communicator(ranks)

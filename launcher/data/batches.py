@@ -111,7 +111,7 @@ def collate(
     Packed as positions: no mask; models that build their own see a border where position_ids start again.
     Packed for flash: all rows flattened to (1, tokens), no padding, no mask, and the borders as cu_seq_lens_* (int32),
     max_length_* as transformers' flash attention takes them.
-    Packed for varlen: the same, and a mask (1, 1, 1, 1) instead of one that transformers would make and nothing would read.
+    Packed for varlen: the same, and a mask (1, 1, 1, 1) instead of an unused one that transformers would make.
     The labels are unshifted; the model shifts them.
     Call the model with use_cache=False: a cache would count the positions again.
     """

@@ -32,7 +32,7 @@ class EngineInfo:
     keeps_4bit_class: bool = True  # packed weights stay bitsandbytes' Params4bit, which holds their scales
     maps_files: bool = False  # a frozen base stays mapped from its files: processes of a machine share the pages
     offloads: tuple[str, ...] = ()  # what --cpu-offload moves: "parameters", "optimizer"
-    packages: tuple[str, ...] = ()  # Python packages that it needs beside torch
+    packages: tuple[str, ...] = ()  # Python packages that it needs besides torch
     accelerate: str = "ddp"  # recipes/accelerate/NAME.yaml starts it
 
     @property

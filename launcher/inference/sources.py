@@ -270,7 +270,7 @@ def attach(model: Any, folder: Path, *, low_cpu_mem_usage: bool = False) -> Peft
     with warnings.catch_warnings():
         warnings.filterwarnings("error", message=".*missing adapter keys.*")
         try:
-            # PEFT would load to a GPU wherever there is one, also for a base in main memory or on meta
+            # PEFT would load to a GPU wherever there is one, even for a base in main memory or on meta
             places = {parameter.device.type for parameter in model.parameters()} - {"meta"}
             where: dict[str, Any] = {} if places - {"cpu"} else {"torch_device": "cpu"}
             loaded = PeftModel.from_pretrained(

@@ -206,5 +206,5 @@ def bytes_per_number(kind: str, dtype: torch.dtype, width: float) -> float:
 
 
 def size(parameter: Any) -> int:
-    """How many numbers the whole parameter has, also if it is sharded."""
+    """How many numbers the whole parameter has, even if it is sharded."""
     return getattr(parameter, "ds_numel", None) or parameter.numel()

@@ -17,7 +17,7 @@ NOTHING: Mapping[str, Any] = {}
 
 
 def report(runs: tuple[str, ...], *, out: str | None = None, watch: bool = False, port: int = 8765) -> int:
-    """Write a self-contained HTML report of a run, also while it trains. Several runs are compared.
+    """Write a self-contained HTML report of a run, even while it trains. Several runs are compared.
 
     Args:
         runs: Run folders (runs/NAME).

@@ -1,6 +1,6 @@
 """A run folder as plain data: settings, curves, measurements, answers and trained numbers.
 
-Reads files that a run wrote, also while it writes them: a line that is cut short is left out. Needs no torch.
+Reads files that a run wrote, even while it writes them: a line that is cut short is left out. Needs no torch.
 """
 
 from __future__ import annotations

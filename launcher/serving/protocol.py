@@ -21,7 +21,7 @@ IGNORED = frozenset({
     "user", "metadata", "store", "service_tier", "safety_identifier", "prompt_cache_key", "prompt_cache_retention",
     "prediction", "parallel_tool_calls",
 })  # fmt: skip
-# Fields without support: the values (beside null) that ask for nothing, and what to do instead.
+# Fields without support: the values (besides null) that ask for nothing, and what to do instead.
 NEUTRAL: Mapping[str, tuple[tuple[Any, ...], str]] = {
     "n": ((1,), "send the request once for each answer, with different seeds"),
     "best_of": ((1,), "send several requests and choose"),
@@ -49,7 +49,7 @@ class _Strict(BaseModel):
 
 
 class StreamOptions(_Strict):
-    """What a stream carries beside the answer."""
+    """What a stream carries besides the answer."""
 
     include_usage: bool | None = None
     include_obfuscation: bool | None = None  # padding against eavesdroppers: none is written

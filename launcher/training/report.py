@@ -27,7 +27,7 @@ log = logging.getLogger(__name__)
 
 
 class Events:
-    """events.jsonl: one JSON object per line, each step once, also after a resume.
+    """events.jsonl: one JSON object per line, each step once, even after a resume.
 
     A checkpoint holds the seal of the lines before it; a resume drops the lines after it.
     """

@@ -516,7 +516,7 @@ TINY = Path(__file__).parents[2] / "recipes" / "tiny" / "model"
 
 def quantised(kind):
     """The embedded model in 8 or 4 bits, computing in float32."""
-    # with a threshold, which numbers int8 keeps as outliers depends on all rows of a batch, also without adapters
+    # with a threshold, which numbers int8 keeps as outliers depends on all rows of a batch, even without adapters
     how = (
         {"load_in_8bit": True, "llm_int8_threshold": 0.0}
         if kind == "int8"

@@ -231,7 +231,7 @@ def test_without_the_guard_an_evaluation_changes_the_bytes(babyllama):
 
 @pytest.mark.parametrize("device", DEVICES)
 def test_the_bytes_that_fully_shard_gathers_are_those_that_were_packed(babyllama, device):
-    """In every forward pass, also after a step. Seen as bfloat16, some of these bytes are NaN: a float format's copies
+    """In every forward pass, even after a step. Seen as bfloat16, some of these bytes are NaN: a float format's copies
     may change those (bitsandbytes#1945, on CUDA)."""
     adapter = LoLDUConfig(r=8, target_modules="all-linear", task_type="CAUSAL_LM")
     whole = quantised(babyllama, "nf4", adapter, dtype="bfloat16", device=device)
