@@ -17,7 +17,7 @@ from adapters.many import ManyAdapters
 from adapters.svd import LoRAXSConfig, SVFitConfig, SVFTConfig
 from adapters.tuner import register
 
-PROJECT = "loldu-launcher"  # tells this package from another one named adapters
+PROJECT = "loldu-launcher"  # distinguishes this package from another one named adapters
 
 METHODS: Mapping[str, type[PeftConfig]] = {
     config.method: config

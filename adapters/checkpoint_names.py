@@ -1,6 +1,6 @@
 """Which tensors of a checkpoint make which parameters of a model: transformers' own renamings and conversions.
 
-A checkpoint may name its tensors otherwise than the model names its parameters (LLaVA, GPT-NeoX's `embed_out`), and may
+A checkpoint may name its tensors differently from the model's parameters (LLaVA, GPT-NeoX's `embed_out`), and may
 store separately what the model holds together (the experts of Mixtral). Everything that reads a base goes through
 `model_tensors`, so that factors, sharded and quantised loading, merging and transformers' loader see one model.
 """

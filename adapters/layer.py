@@ -25,8 +25,8 @@ from adapters.checkpoint_names import local_weights
 from adapters.factors import Factors, delta_weight, lora_pair, probe_digest
 from adapters.functions import add_rows, in_blocks, lower_linear, take_rows
 
-# A quantised weight is taken for a checkpoint's tensor below this relative distance. On two small Llamas NF4 and FP4
-# are 0.08 to 0.28 away (weights with outliers most), another model 1.4.
+# Below this relative distance, a quantised weight counts as a checkpoint's tensor. On two small Llamas NF4 and FP4 are
+# 0.08 to 0.28 away (weights with outliers most), another model 1.4.
 SAME_WEIGHT = 0.5
 
 FactorSource = Callable[[str, tuple[int, int]], "Factors | None"]

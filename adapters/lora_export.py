@@ -164,8 +164,8 @@ def lower_rank(
 def low_rank(A: Tensor, B: Tensor, rank: int) -> tuple[tuple[Tensor, Tensor], float]:
     """The pair A' (k, n), B' (m, k), k <= rank, whose product is nearest to B A, and its relative error.
 
-    A (r, n), B (m, r). Exact, up to rounding, if no more than `rank` directions of the update are nonzero: if
-    that many columns of B are, they are taken as they are.
+    A (r, n), B (m, r). Exact, up to rounding, if no more than `rank` directions of the update are nonzero: if that many
+    columns of B are, they are used unchanged.
     """
     if len(A) <= rank:
         return (A, B), 0.0

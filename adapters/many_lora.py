@@ -1,7 +1,7 @@
 """LoRA adapters beside ours in one batch: each has its own A (r, n) and B (m, r), which hold the scaling.
 
-They follow from nothing, so nothing is shared: an adapter's rows are taken out of the batch, multiplied, and added
-back, one adapter after the other. LoRA-SB's maps come from gradients, so it is one of these.
+They do not follow from the base, so nothing is shared: an adapter's rows are taken out of the batch, multiplied, and
+added back, one adapter after the other. LoRA-SB's maps come from gradients, so it is one of these.
 """
 
 from __future__ import annotations

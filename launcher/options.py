@@ -126,7 +126,7 @@ def _build(kind: Any, default: Any, given: Mapping[str, Any], path: str) -> Any:
 
 
 class _Parser(argparse.ArgumentParser):
-    """argparse's documented way to handle errors oneself: error() is told what is wrong."""
+    """argparse's documented way to handle errors oneself: error() gets the message."""
 
     def error(self, message: str) -> NoReturn:
         raise Misread(f"{message.removeprefix('argument ')} ({self.prog} --help)")

@@ -81,7 +81,7 @@ class Patience:
 
 
 def listen(address: str, port: int, backlog: int, several_nodes: bool) -> list[socket.socket]:
-    """Sockets that listen at the address that the other ranks were told.
+    """Sockets that listen at the address that the other ranks were given.
 
     They listen at all addresses, and log this, if that name is not an address of this machine (a translated one) or is
     the loopback address here, as in Debian's /etc/hosts, while other nodes must reach it.

@@ -326,7 +326,7 @@ def submit(
 ) -> int:
     """Write RUN/job.sbatch and submit it; with dry_run only print it. Returns an exit code.
 
-    folder is RUN, absolute, if neither --name nor --output tells it.
+    folder is RUN, absolute, if neither --name nor --output gives it.
     """
     file = find_recipe(recipe)
     folder = folder or runs.run_folder(name, file, recipe_options)

@@ -24,7 +24,7 @@ from launcher.processes import Communicator, Ranks
 from launcher.progress import silent
 
 T = TypeVar("T")
-Tick = Callable[[int], None]  # told how much of this process's work is done; raises if the work must end
+Tick = Callable[[int], None]  # called with how much of this process's work is done; raises if the work must end
 TIMEOUT_S = 6 * 3600.0
 
 

@@ -175,7 +175,7 @@ def _read_file(path: Path, option: str) -> Iterator[Any]:
 
 
 def _json_rows(path: Path, option: str) -> Iterator[Any]:
-    """The records of a JSON file: those of a list one by one, else of the whole text, which also tells the mistakes."""
+    """The records of a JSON file: those of a list one by one, else of the whole text, which also finds the mistakes."""
     try:
         yield from _listed(_pieces(path, option))
     except _NoList as error:

@@ -105,7 +105,7 @@ def _make(
         pieces.write(made, report, tick)
         return [str(made), pieces.digest]
 
-    own = len(records) if mine and crew.leads else 0  # the machine's total is told by its first process
+    own = len(records) if mine and crew.leads else 0  # the machine's total is reported by its first process
     crew.work("tokenising", own, tokenise)
     made: list[list[str]] = []
     crew.work("writing tokens", 0, lambda tick: made.append(join(tick)))

@@ -195,7 +195,8 @@ class HeadLoss:
         return LossOutput(self._through_head(batch, num_items_in_batch))
 
     def prepare(self, batch: dict[str, Any]) -> dict[str, Any]:
-        """The batch, in main memory, with the places of its tokens with loss: a GPU would have to tell their number."""
+        """The batch, in main memory, with the places of its tokens with loss: on a GPU their number would have to be
+        copied to the host."""
         labels = batch.get("labels")
         if self.head is None or labels is None or labels.ndim != 2:
             return batch
@@ -264,7 +265,7 @@ class HeadLoss:
     def _check(self, batch: Mapping[str, Any]) -> bool:
         """Whether head and model agree on the loss of a few tokens; scale is found on the way."""
         training, places, self._loss_at = self.base.training, self._loss_at, None
-        self.base.eval()  # dropout would tell two passes apart
+        self.base.eval()  # dropout would make two passes differ
         try:
             if self.head is None:
                 raise _Unlike("it names no output head")

@@ -181,7 +181,7 @@ class Answer:
         return self._envelope(kind) | {"choices": [choice], "usage": self.usage()}
 
     def chunk(self, piece: Piece, *, first: bool = False) -> dict[str, Any]:
-        """One event of a stream. first: the event that tells a chat's role."""
+        """One event of a stream. first: the event that gives a chat's role."""
         logprobs = self._logprobs(piece.logprobs) if piece.logprobs else None
         choice: dict[str, Any] = {"index": 0, "logprobs": logprobs, "finish_reason": piece.finish}
         if self.asked.chat:

@@ -34,7 +34,7 @@ PAGE_TYPES = {"page.html": "text/html", "page.js": "text/javascript", "page.css"
 
 
 def create_app(service: Service, *, keys: Sequence[str] = (), hosts: Sequence[str] | None = None) -> App:
-    """The application. keys: API keys, one of which a request needs. hosts: the Host headers that are taken."""
+    """The application. keys: API keys, one of which a request needs. hosts: the Host headers that are accepted."""
     app = FastAPI(title="loldu serve", docs_url=None, redoc_url=None)  # their pages load scripts from elsewhere
     _open_routes(app, service)
     _model_routes(app, service)

@@ -25,7 +25,7 @@ App = Callable[[MutableMapping[str, Any], Receive, Send], Awaitable[None]]
 KEY_VARIABLE = "LOLDU_API_KEY"
 FEWEST_KEY_CHARACTERS = 16
 BODY_S = 30.0  # to send a request's body
-OPEN_PATHS = ("/health", "/", "/page.js", "/page.css")  # without a key: they tell nothing about the models
+OPEN_PATHS = ("/health", "/", "/page.js", "/page.css")  # without a key: they reveal nothing about the models
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -92,7 +92,7 @@ def is_local(host: str) -> bool:
 class Gate:
     """Passes requests on that may be read: right key, right host, a body that is JSON and not too large.
 
-    state tells why no request is taken now ("loading", "stopping"), or is empty.
+    state is the reason why no request is accepted now ("loading", "stopping"), or is empty.
     """
 
     def __init__(

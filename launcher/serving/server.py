@@ -26,7 +26,7 @@ from launcher.serving.requests import Engine
 from launcher.serving.service import Models, Service
 
 log = logging.getLogger(__name__)
-LATE_S = 2.0  # for cancelled answers to tell their clients
+LATE_S = 2.0  # for cancelled answers to inform their clients
 MOST_CONNECTIONS = 4096
 LOCAL_NAMES = ("localhost", "127.0.0.1", "::1")
 

@@ -45,14 +45,14 @@ class Service:
     limits: Limits
     models: Models | None = None  # None while the model is loaded
     stopping: bool = False
-    failed: str | None = None  # why the engine answers no more requests: /health tells, so that one restarts the server
+    failed: str | None = None  # why the engine answers no more requests; /health shows it, for a restart
     log_requests: bool = True
     metrics: Metrics = field(default_factory=Metrics)
     active: dict[str, Answer] = field(default_factory=dict)  # by the request's id
     ended: deque[float] = field(default_factory=lambda: deque(maxlen=64))  # when the last answers ended
 
     def state(self) -> str:
-        """Why no request is taken now; empty if they are."""
+        """Why no request is accepted now; empty if requests are."""
         if self.stopping or self.failed:
             return "stopping" if self.stopping else "failed"
         return "loading" if self.models is None else ""

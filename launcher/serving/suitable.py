@@ -1,4 +1,4 @@
-"""Whether a model's requests can share batches: transformers' continuous batching does not tell for each model."""
+"""Whether a model's requests can share batches: transformers' continuous batching does not tell this for each model."""
 
 from __future__ import annotations
 

@@ -151,7 +151,7 @@ class Task(Protocol):
         return []
 
     def next_steps(self, config: Config, output: Path, saved: Path) -> list[str]:
-        """Lines that tell what can be done with the result. output is the run folder, saved the adapter or model."""
+        """Lines that say what can be done with the result. output is the run folder, saved the adapter or model."""
         return []
 
 

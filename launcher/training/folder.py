@@ -258,7 +258,7 @@ def save_final(
 ) -> Path:
     """Write the final PEFT folder, or the whole model for full fine-tuning; an older one is renamed.
 
-    add_files writes what else belongs into the folder. show is told how many bytes are written.
+    add_files writes what else belongs into the folder. show is called with the number of bytes written.
     """
     final = _final_folder(config, output)
     partial = final.with_suffix(".tmp")
