@@ -12,6 +12,7 @@ each step ends, its peak resident set after each step (VmHWM), and the loss of e
 
 from __future__ import annotations
 
+import argparse
 import json
 import os
 import resource
@@ -175,7 +176,10 @@ def trl(settings: dict[str, Any]) -> None:
 
 
 if __name__ == "__main__":
-    side, file = sys.argv[1:]
-    given = json.loads(Path(file).read_text())
+    sides = {"tokens": tokens, "ours": ours, "trl": trl}
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("side", choices=sides)
+    parser.add_argument("settings", type=Path)
+    asked = parser.parse_args()
     sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
-    {"tokens": tokens, "ours": ours, "trl": trl}[side](given)
+    sides[asked.side](json.loads(asked.settings.read_text()))

@@ -6,7 +6,7 @@
 
 SmolLM2-135M, babyllama-361 and the embedded model x four methods (rank 16, all linear layers) x none, ddp and fsdp2
 (two processes) x float32, bfloat16 and nf4 (computed in bfloat16): two steps of 8 samples of Alpaca in micro-batches of
-at most 4 rows (the embedded model: its own instructions). Measured is ru_maxrss of the first process after the last
+at most 4 rows (the embedded model: its own instructions). Measured is VmHWM of the first process after the last
 step, as metrics.jsonl records it: Python, its libraries and loading included, factors from the cache. Runs that are in
 the results file are not repeated. Writes benchmarks/results/plan.json.
 """

@@ -205,10 +205,8 @@ def same_everywhere(comm: Communicator, what: str, make: Callable[[], str | None
     found = comm.together(what, lambda: [make(), socket.gethostname()])
     for rank, (mine, host) in enumerate(found):
         if mine not in (None, found[0][0]):
-            raise ValueError(
-                f"{what} is not the same on {host} (rank {rank}) as on {found[0][1]} (rank 0): bring the same files "
-                "and versions there"
-            )
+            differs = f"{what} is not the same on {host} (rank {rank}) as on {found[0][1]} (rank 0)"
+            raise agreed(ValueError(f"{differs}: bring the same files and versions there"))
     return found[0][0]
 
 

@@ -35,7 +35,7 @@ from launcher.factorization.make import (
     remedy,
 )
 from launcher.factorization.watch import BEAT_S, OnProgress, Watch
-from launcher.processes import Communicator, Stopped, in_time, nodes_without
+from launcher.processes import Communicator, Stopped, agreed, in_time, nodes_without
 
 log = logging.getLogger(__name__)
 # Returns the summed gradient (m, n) of the first of these modules' weights; the others will be requested next.
@@ -99,7 +99,7 @@ def factorize(
     nodes = ranks.local_world_size < world
     must_share = nodes and not per_node and missing
     if must_share and (blind := nodes_without(folder, comm, "the factor cache", "--cache DIR")):
-        raise _not_shared(folder, blind)
+        raise agreed(_not_shared(folder, blind))
 
     watch = Watch(comm, token, len(mine), on_progress)
     parts = comm.gather(  # tuples arrive as lists

@@ -44,7 +44,7 @@ def tell(error: Exception, comm: Communicator, ended: Callable[[], bool] = lambd
     if not lost(error):
         alike = lambda: [other for other, post in _posted(comm, but=rank).items() if mine in post["text"]]  # noqa: E731
         first = not _within(COMMON_S, alike) or rank < min(alike())
-        if first or not _within(PATIENCE_S, ended):
+        if first:  # else a lower rank prints the same
             _print(mine if alike() else f"rank {rank}: {mine}")
         return True, not rank
     everyone = set(range(comm.ranks.world_size)) - {rank}
@@ -53,6 +53,7 @@ def tell(error: Exception, comm: Communicator, ended: Callable[[], bool] = lambd
     missing = sorted(everyone - posted.keys())
     first = rank == min([rank, *posted])
     if causes:
+        _within(2 * COMMON_S, ended)  # that rank prints first
         _print(f"rank {rank} ends, because rank {min(causes)} failed: {causes[min(causes)]}")
     elif missing and (first or not _within(PATIENCE_S, ended)):
         names = ", ".join(map(str, missing[:FEW])) + (" and more" if len(missing) > FEW else "")

@@ -15,7 +15,7 @@ from typing import Any
 
 from launcher.config import Config
 from launcher.files import allow_by_umask, digest, disk_errors, read_json, read_or_empty, sync, write_atomically
-from launcher.processes import Communicator, Ranks, nodes_without
+from launcher.processes import Communicator, Ranks, agreed, nodes_without
 from launcher.progress import growth, silent
 from launcher.training import checkpoint
 from launcher.training.changes import changes
@@ -101,10 +101,8 @@ def prepare(
     output, ranks = output.with_name(Path(made).name), comm.ranks
     several_nodes = ranks.local_world_size < ranks.world_size
     if several_nodes and (blind := nodes_without(output, comm, "the run folder", "--output DIR")):
-        raise ValueError(
-            f"{', '.join(blind)} does not see the run folder {output} of rank 0, where checkpoints are saved: give "
-            "--output DIR on a file system that all nodes share"
-        )
+        error = f"{', '.join(blind)} does not see the run folder {output} of rank 0, where checkpoints are saved"
+        raise agreed(ValueError(f"{error}: give --output DIR on a file system that all nodes share"))
     return output, comm.each("checkpoint", lambda: checkpoint.load(Path(resumed))) if resumed else None
 
 

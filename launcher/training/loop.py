@@ -26,7 +26,7 @@ from launcher.data.microbatches import GlobalBatch, GlobalBatches
 from launcher.engines.engine import Engine, NonFinite
 from launcher.engines.replicated import sum_over_ranks
 from launcher.files import disk_errors
-from launcher.processes import Communicator
+from launcher.processes import Communicator, agreed
 from launcher.tasks.base import Batch, Layout, Question, Samples, Task, on_device
 from launcher.tasks.evaluation import Evaluation, Interrupted
 from launcher.training.ahead import Ahead, pinned
@@ -161,7 +161,7 @@ class _Loop:
         try:
             norm, loss, asked = training.engine.update(learning_rate, [total, stops])
         except NonFinite as error:
-            raise ValueError(self.diverged(number, error.numbers[0], error)) from None
+            raise agreed(ValueError(self.diverged(number, error.numbers[0], error))) from None
         seconds = time.perf_counter() - started
         clock.steps_s += seconds
         clock.waited_s += clock.batches_s - batches_s

@@ -180,14 +180,19 @@ class Throughput:
         return (total - before) / max(now - since, 1e-9)
 
 
+STATUS = Path("/proc/self/status")
+
+
 def memory_gib() -> float:
     """Peak memory of this process: on the GPU if there is one, else resident."""
     if torch.cuda.is_available():
         return torch.cuda.max_memory_allocated() / 2**30
+    if STATUS.exists():  # getrusage's maximum begins at that of the process that started this one
+        line = next(line for line in STATUS.read_text().splitlines() if line.startswith("VmHWM"))
+        return int(line.split()[1]) / 2**20
     import resource
 
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    return peak / (2**30 if sys.platform == "darwin" else 2**20)
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**30  # macOS counts bytes
 
 
 def open_trackers(names: tuple[str, ...], output: Path, config: dict[str, Any]) -> list[Any]:

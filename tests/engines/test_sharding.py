@@ -27,7 +27,7 @@ CURVE = 5e-6  # float32: the same sums in another order (measured 1e-6)
 # bf16: engines add up gradients and their norm in other orders, and after some steps single roundings to bf16 fall the
 # other way (measured up to 1.4e-2 on fsdp2, from step 7 on).
 # Against one process each product has another shape, and losses of about 30 answer tokens round differently (1.4e-2).
-BF16_CURVE = 2e-2
+BF16_CURVE = 3e-2  # measured 2.4e-2 on zero2, whose AdamW is DeepSpeed's, at step 6
 BF16_START = {"fsdp2": CURVE, "zero2": CURVE, "zero3": 2e-3}  # of the first three losses
 BF16_SHAPE = 5e-2
 SHARDED = ["ddp", "fsdp2", "zero2", "zero3"]
