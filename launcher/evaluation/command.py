@@ -46,7 +46,8 @@ def evaluate(
         dtype: auto (the run's, or the one of the model's files), float32, bfloat16 or float16.
         quantize: Precision of the base weights: auto (as in training), none, int8, nf4 or fp4.
         device: auto (a GPU if there is one), cpu, cuda, cuda:1, ...
-        trust_remote_code: Run Python code from the model's folder. Only for models that you trust.
+        trust_remote_code: Run Python code from the model's folder, and what a task's YAML file names. Only for models
+            and files that you trust.
     """
     from launcher.evaluation.run import Asked
     from launcher.evaluation.run import run as act

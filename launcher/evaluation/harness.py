@@ -21,6 +21,18 @@ def check(name: str) -> None:
         )
 
 
+def check_trust(task: str, trusted: bool) -> None:
+    """Raises ValueError for a YAML file unless the user trusts it.
+
+    lm-evaluation-harness runs the functions that a task's file names, and renders its templates without a sandbox.
+    """
+    if Path(task).suffix in (".yaml", ".yml") and not trusted:
+        raise ValueError(
+            f"--tasks {task}: lm-evaluation-harness runs code that such a file names or holds in its templates: give "
+            "--trust-remote-code if you trust the file and its folder"
+        )
+
+
 def task_name(task: str) -> tuple[str, str | None]:
     """The task's name, and the folder of its YAML file if it is one. Raises ValueError for a file without a name."""
     if Path(task).suffix not in (".yaml", ".yml"):

@@ -76,6 +76,7 @@ def run(asked: Asked) -> dict[str, Any]:
         raise ValueError(f"--limit and --max-tokens are at least 0, got {asked.limit} and {asked.max_tokens}")
     for task in asked.tasks:
         if not Path(task).expanduser().is_file() or Path(task).suffix in (".yaml", ".yml"):
+            harness.check_trust(task, asked.trust_remote_code)
             harness.check(task)
             harness.task_name(task)
     source = find(asked.model, adapter=asked.adapter, base=asked.base, trust_remote_code=asked.trust_remote_code)

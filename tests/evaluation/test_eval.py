@@ -176,7 +176,9 @@ def test_a_task_of_the_harness_gives_the_accuracy_that_we_find(capsys, babyllama
     prompt = tmp_path / "bare.txt"
     prompt.write_text("{instruction}\n")
 
-    theirs = evaluated(capsys, str(babyllama), "--tasks", str(tmp_path / "local.yaml"))["local"]["scores"]["model"]
+    theirs = evaluated(capsys, str(babyllama), "--tasks", str(tmp_path / "local.yaml"), "--trust-remote-code")["local"][
+        "scores"
+    ]["model"]
     (tmp_path / "data.json").write_text(json.dumps(rows))
     words = ["--tasks", str(tmp_path / "data.json"), "--prompt-template", str(prompt)]
     ours = evaluated(capsys, str(babyllama), *words)["data"]["scores"]["model"]
@@ -203,3 +205,15 @@ def test_two_processes_find_what_one_finds(babyllama, tmp_path):
     assert one["exact_match"] == two["exact_match"]
     assert one["loss"]["n"] == two["loss"]["n"] == 7
     assert one["loss"]["value"] == pytest.approx(two["loss"]["value"], rel=1e-5)
+
+
+def test_a_yaml_file_of_a_task_runs_no_code_unless_it_is_trusted(babyllama, tmp_path, capsys):
+    task = tmp_path / "local.yaml"
+    task.write_text(f"task: local\nprocess_docs: !function owned.run\ndoc_to_text: '{tmp_path}'\n")
+    (tmp_path / "owned.py").write_text(f"open({str(tmp_path / 'ran')!r}, 'w')\n")
+
+    code = main(["eval", str(babyllama), "--tasks", str(task)])
+
+    assert code == 2
+    assert "give --trust-remote-code if you trust the file" in capsys.readouterr().err
+    assert not (tmp_path / "ran").exists()
