@@ -20,7 +20,6 @@ class OptimizerInfo:
     """What is known about an optimizer without importing it."""
 
     where: str  # "module:Class"
-    about: str
     settings: Mapping[str, Any] = field(default_factory=lambda: NOTHING)
     fields: Mapping[str, str] = field(default_factory=lambda: NOTHING)  # its arguments, and the settings they take
     state: str = "state1"  # a tensor that each parameter's state has after a step
@@ -34,18 +33,16 @@ class OptimizerInfo:
 
 OPTIMIZERS: dict[str, OptimizerInfo] = {
     "adamw": OptimizerInfo(
-        where="torch.optim:AdamW",
-        about="8 bytes of state per trained number",
+        where="torch.optim:AdamW",  # 8 bytes of state per trained number
         settings={"fused": True},
         state="exp_avg",
         sharded=True,
     ),
-    "adamw8bit": OptimizerInfo(where="bitsandbytes.optim:AdamW8bit", about="2 bytes (arXiv 2110.02861)"),
-    "lion": OptimizerInfo(where="bitsandbytes.optim:Lion", about="4 bytes (arXiv 2302.06675)"),
-    "lion8bit": OptimizerInfo(where="bitsandbytes.optim:Lion8bit", about="1 byte"),
+    "adamw8bit": OptimizerInfo(where="bitsandbytes.optim:AdamW8bit"),  # 2 bytes (arXiv 2110.02861)
+    "lion": OptimizerInfo(where="bitsandbytes.optim:Lion"),  # 4 bytes (arXiv 2302.06675)
+    "lion8bit": OptimizerInfo(where="bitsandbytes.optim:Lion8bit"),  # 1 byte
     "gradnormlorp": OptimizerInfo(
-        where="launcher.gradnormlorp:GradNormLoRP",
-        about="AdamW of gradients in a subspace, for --method full (arXiv 2412.19616)",
+        where="launcher.gradnormlorp:GradNormLoRP",  # AdamW of gradients in a subspace (arXiv 2412.19616)
         fields={"rank": "projection_rank", "every": "projection_every"},
         state="step",
         dense_only=True,

@@ -49,9 +49,7 @@ class _SummedLoss(torch.autograd.Function):
         size = chunk_of(len(weight))
         for start in range(0, len(targets), size):
             part, wanted = hidden[start : start + size], targets[start : start + size]
-            logits = _scaled(F.linear(part, weight, bias), scale).float()
-            if cap:
-                logits = cap * torch.tanh(logits / cap)
+            logits = _logits(part, weight, bias, scale, cap)
             total += F.cross_entropy(logits, wanted, reduction="sum")
             if not any(wants):
                 continue
@@ -88,9 +86,7 @@ class _TokenLosses(torch.autograd.Function):
         size = chunk_of(len(weight))
         for start in range(0, len(targets), size):
             part, wanted = hidden[start : start + size], targets[start : start + size]
-            logits = _scaled(F.linear(part, weight, bias), scale).float()
-            if cap:
-                logits = cap * torch.tanh(logits / cap)
+            logits = _logits(part, weight, bias, scale, cap)
             losses.append(F.cross_entropy(logits, wanted, reduction="none"))
             if d_hidden is not None:
                 d_hidden[start : start + size] = (_d_logits(logits, wanted, cap) * scale).to(weight.dtype) @ weight
@@ -111,6 +107,12 @@ def chunk_of(classes: int) -> int:
 def _scaled(logits: Tensor, scale: float) -> Tensor:
     """scale * logits; no copy if that is 1."""
     return logits if scale == 1 else logits * scale
+
+
+def _logits(hidden: Tensor, weight: Tensor, bias: Tensor | None, scale: float, cap: float) -> Tensor:
+    """Logits (T, V) in float32, scaled and bent to +-cap as the model does."""
+    logits = _scaled(F.linear(hidden, weight, bias), scale).float()
+    return cap * torch.tanh(logits / cap) if cap else logits
 
 
 def _d_logits(logits: Tensor, targets: Tensor, cap: float) -> Tensor:
