@@ -5,6 +5,7 @@ import signal
 import socket
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -61,11 +62,12 @@ def test_a_stop_signal_ends_a_rank_that_waits_for_others(tmp_path):
     words = [sys.executable, ENTRY, "--run", tmp_path, "--", "recipe.py"]
     process = subprocess.Popen(words, env=os.environ | place, stderr=subprocess.PIPE, text=True)
     while True:
-        try:
-            socket.create_connection(("127.0.0.1", int(port)), timeout=5).close()
+        try:  # from another address: a port of its own choice could be the one asked, and answer itself
+            socket.create_connection(("127.0.0.1", int(port)), timeout=5, source_address=("127.0.0.2", 0)).close()
             break
-        except ConnectionRefusedError:
+        except ConnectionError:
             assert process.poll() is None
+            time.sleep(0.05)
 
     process.send_signal(signal.SIGTERM)
     with pytest.raises(subprocess.TimeoutExpired):

@@ -207,7 +207,7 @@ def test_an_answer_that_takes_too_long_is_cancelled(start):
 
     assert whole.status_code == 504
     assert events[-1]["error"]["code"] == "timeout"
-    assert len(server.engine.cancelled) == 2
+    until(lambda: len(server.engine.cancelled) == 2)
     until(lambda: not server.engine.requests)
 
 
