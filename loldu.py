@@ -14,17 +14,28 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from adapters import ALLoRAConfig, LoLDUConfig, LoLDUXSConfig, LoRASBConfig, LoRAXSConfig, SVFitConfig, SVFTConfig
+    from adapters import (
+        AdaLoRAConfig,
+        ALLoRAConfig,
+        LoLDUConfig,
+        LoLDUXSConfig,
+        LoRASBConfig,
+        LoRAXSConfig,
+        SVFitConfig,
+        SVFTConfig,
+    )  # fmt: skip
     from launcher.config import AdapterConfig, Config, DataConfig, ModelConfig, OptimizerConfig, RunConfig
 
 HERE = Path(__file__).resolve().parent
 METHODS = (
-    "ALLoRAConfig", "LoLDUConfig", "LoLDUXSConfig", "LoRASBConfig", "LoRAXSConfig", "SVFTConfig", "SVFitConfig",
+    "ALLoRAConfig", "AdaLoRAConfig", "LoLDUConfig", "LoLDUXSConfig", "LoRASBConfig", "LoRAXSConfig", "SVFTConfig",
+    "SVFitConfig",
 )  # fmt: skip
 SETTINGS = ("AdapterConfig", "Config", "DataConfig", "ModelConfig", "OptimizerConfig", "RunConfig")
 
 __all__ = [  # noqa: RUF022 (adapters, settings, functions)
-    "ALLoRAConfig", "LoLDUConfig", "LoLDUXSConfig", "LoRASBConfig", "LoRAXSConfig", "SVFTConfig", "SVFitConfig",
+    "ALLoRAConfig", "AdaLoRAConfig", "LoLDUConfig", "LoLDUXSConfig", "LoRASBConfig", "LoRAXSConfig", "SVFTConfig",
+    "SVFitConfig",
     "AdapterConfig", "Config", "DataConfig", "ModelConfig", "OptimizerConfig", "RunConfig",
     "main", "recipe",
 ]  # fmt: skip

@@ -7,6 +7,7 @@ from collections.abc import Mapping
 
 from peft import PeftConfig
 
+from adapters.adalora import AdaLoRAConfig
 from adapters.allora import ALLoRAConfig
 from adapters.base import FactorConfig
 from adapters.factors import Factors
@@ -29,10 +30,11 @@ METHODS: Mapping[str, type[PeftConfig]] = {
         LoRAXSConfig,
         LoRASBConfig,
         ALLoRAConfig,
+        AdaLoRAConfig,
     )
 }
 for _config in METHODS.values():
-    if issubclass(_config, FactorConfig):  # ALLoRA is a variant of PEFT's own LoRA
+    if issubclass(_config, FactorConfig):  # the others are variants of PEFT's own methods
         register(_config)
 
 __all__ = [

@@ -25,9 +25,8 @@ VARIANTS: Mapping[str, tuple[str, dict[str, Any]]] = {
 TRAINED_PROMPTS = ("prompt_tuning", "p_tuning", "prefix_tuning")
 PROMPTS = f"among methods that train a prompt, give {', '.join(TRAINED_PROMPTS)}"
 DATA_START = "its initialisation needs a pass over data that PEFT leaves to a script of your own"
-# Not supported, by method or by LoRA's init_lora_weights, and why.
+# Not supported, by method, by LoRA's init_lora_weights or by an option, and why.
 REFUSED: Mapping[str, str] = {
-    "adalora": "it moves ranks between weights on a schedule that checkpoints do not hold",
     "adaption_prompt": PROMPTS,
     "poly": "it needs a task number with each sample",
     "xlora": "it mixes LoRA adapters that are trained already",
@@ -35,6 +34,7 @@ REFUSED: Mapping[str, str] = {
     "corda": DATA_START,
     "lora_ga": DATA_START,
     "loftq": "it changes the quantised base, and a loaded adapter would meet an unchanged one",
+    "use_asa": "it masks subspaces on a schedule that checkpoints do not hold: leave this option of adamss out",
     "pissa_niter": "it changes the base by a random decomposition, a different one at each loading: give pissa",
 }
 # Methods that are not for linear layers, and what to give them.
@@ -44,6 +44,13 @@ OWN_TARGETS: Mapping[str, str] = {
     "shadow": "decoder layers: --options target_modules='.*layers[.][0-9]+$'",
 }
 NOT_A_RANK = ("oft",)  # methods whose r is something else, here the number of blocks
+
+
+def refusals() -> dict[str, str]:
+    """Why a method of PEFT, a value of init_lora_weights or an option is not supported; docs/methods.md lists all."""
+    kinds = {str(kind.value).lower(): cls for kind, cls in PEFT_TYPE_TO_CONFIG_MAPPING.items()}
+    prompts = {kind for kind, cls in kinds.items() if issubclass(cls, PromptLearningConfig)}
+    return dict.fromkeys(prompts - {*TRAINED_PROMPTS}, PROMPTS) | dict(REFUSED)
 
 
 def peft_config(config: AdapterConfig, task_type: str = "CAUSAL_LM") -> PeftConfig | None:
@@ -59,8 +66,7 @@ def peft_config(config: AdapterConfig, task_type: str = "CAUSAL_LM") -> PeftConf
     name, values = VARIANTS.get(config.method, (config.method, {}))
     if name not in kinds and name.replace("_", "") in kinds:  # ours are written without underscores
         name = name.replace("_", "")
-    prompts = {kind for kind, cls in kinds.items() if issubclass(cls, PromptLearningConfig)}
-    refused = dict.fromkeys(prompts - {*TRAINED_PROMPTS}, PROMPTS) | dict(REFUSED)
+    refused = refusals()
     if name in refused:
         raise ValueError(f"--method {config.method} cannot be trained here: {refused[name]}")
     if name not in kinds:
@@ -91,7 +97,7 @@ def peft_config(config: AdapterConfig, task_type: str = "CAUSAL_LM") -> PeftConf
     if why := REFUSED.get("pissa_niter" if start.startswith("pissa_niter") else start):
         raise ValueError(f"init_lora_weights={start} cannot be trained here: {why}")
     if values.get("use_asa"):
-        raise ValueError(f"use_asa=true cannot be trained here: {REFUSED['adalora']}")
+        raise ValueError(f"use_asa=true cannot be trained here: {REFUSED['use_asa']}")
     try:
         return cls(**values)
     except (TypeError, ImportError) as error:

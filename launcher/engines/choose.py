@@ -69,6 +69,7 @@ class Demands:
     from_gradients: bool = False  # the method's factors come from gradients of the whole base
     reads_4bit_class: bool = False  # the method reads the scales of a packed weight from its Params4bit
     optimizer: str = "adamw"
+    has_schedule: bool = False  # the method works on all trained parameters between steps
     trains_prompt: bool = False  # the method calls the embedding, or hands keys and values to the layers, itself
 
 
@@ -97,6 +98,12 @@ def refusal(info: EngineInfo, demands: Demands) -> tuple[str, str] | None:
             f"--optimizer {demands.optimizer} is not supported under --sharding {name}: it steps whole "
             "parameters, which this engine cuts",
             "--optimizer adamw",
+        )
+    if demands.has_schedule and not info.any_optimizer:
+        return (
+            f"--method {method} cannot be trained under --sharding {name}: between steps it works on whole parameters "
+            "and their gradients, which this engine cuts",
+            "a method without a schedule, such as lora",
         )
     if demands.trains_prompt and not info.holds_base:
         return (

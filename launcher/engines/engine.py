@@ -85,6 +85,13 @@ class Engine(Protocol):
         """
         ...
 
+    def after_step(self, call: Callable[[], None]) -> None:
+        """Call this after each update, while the parameters still have its clipped gradients.
+
+        Only engines that step whole parameters are asked (`any_optimizer`).
+        """
+        ...
+
     def nonfinite(self) -> list[str]:
         """The trained parameters whose gradient is NaN or infinite on any rank; clears the gradients."""
         ...

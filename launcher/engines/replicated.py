@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import logging
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -103,6 +103,10 @@ class Replicated:
         self.optimizer.step()
         self.optimizer.zero_grad()
         return found
+
+    def after_step(self, call: Callable[[], None]) -> None:
+        """Call this after each update, while the parameters still have its clipped gradients."""
+        self.optimizer.register_step_post_hook(lambda *_: call())
 
     def nonfinite(self) -> list[str]:
         """The trained parameters whose gradient is NaN or infinite on any rank; clears the gradients."""

@@ -66,6 +66,12 @@ def check_method(adapter: Any, kind: str) -> None:
     """Check that the adapter of this PEFT config can be trained on such a base. Raises ValueError with the remedy."""
     if kind == "none" or adapter is None or isinstance(adapter, FactorConfig):
         return
+    if (reason := getattr(adapter, "not_on_quantised", None)) is not None:  # a method of ours beside FactorConfig's
+        if reason:
+            raise ValueError(
+                f"--method {adapter.method} cannot be trained with --quantize {kind}: {reason}. Give --quantize none"
+            )
+        return
     method, start = PeftType(adapter.peft_type).value.lower(), getattr(adapter, "init_lora_weights", True)
     able = (*ON_PACKED, *(ON_INT8 if kind == "int8" else ()))
     if method not in able:

@@ -6,7 +6,9 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
+from adapters.schedule import has_schedule
 from launcher.config import Config, OptimizerConfig, as_dict
+from launcher.methods import peft_config
 from launcher.training.loop import learning_rate_at
 
 # The learning rate of each step follows from these, and from the number of steps.
@@ -39,8 +41,9 @@ def changes(recorded: Mapping[str, Any], config: Config, steps: int) -> Changes:
         for name, value in now[part].items()
         if name in before.get(part, {}) and before[part][name] != value and name not in NOT_COMPARED
     }
+    scheduled = has_schedule(peft_config(config.adapter)) and steps != recorded["resolved"]["steps"]
     curve = {key: text for key, text in differ.items() if key[0] == "optimizer" and key[1] in UPDATE}
-    if _other_learning_rates(before["optimizer"], recorded["resolved"]["steps"], config.optimizer, steps):
+    if scheduled or _other_learning_rates(before["optimizer"], recorded["resolved"]["steps"], config.optimizer, steps):
         curve |= {key: text for key, text in differ.items() if key[0] == "optimizer" and key[1] in SCHEDULE}
     other = [text for key, text in differ.items() if key not in curve]
     return Changes(tuple(curve.values()), tuple(other))

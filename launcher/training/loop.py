@@ -20,6 +20,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from adapters.schedule import Schedule
 from launcher.config import Config, OptimizerConfig
 from launcher.data.batches import FLAT
 from launcher.data.microbatches import GlobalBatch, GlobalBatches
@@ -30,7 +31,7 @@ from launcher.processes import Communicator, agreed
 from launcher.tasks.base import Batch, Layout, Question, Samples, Task, on_device
 from launcher.tasks.evaluation import Evaluation, Interrupted
 from launcher.training.ahead import Ahead, pinned
-from launcher.training.checkpoint import Checkpoint, Saver, prune
+from launcher.training.checkpoint import Checkpoint, Piece, Saver, prune
 from launcher.training.checkpoint_index import TrainingState
 from launcher.training.ownership import Ownership
 from launcher.training.packing import Way
@@ -38,6 +39,7 @@ from launcher.training.report import Events, Log, Screen, Throughput, memory_gib
 from launcher.training.stop import StopRequest
 
 Event = dict[str, Any]  # a line of events.jsonl
+SCHEDULE = "schedule/"  # before the names of the schedule's tensors in a checkpoint
 
 log = logging.getLogger(__name__)
 
@@ -76,6 +78,7 @@ class Training:
     screen: Screen
     trackers: list[Any] = field(default_factory=list)
     callbacks: Callbacks = field(default_factory=Callbacks)
+    schedule: Schedule | None = None  # what the method does between steps
     ownership: Ownership = field(default_factory=Ownership)
     check_base: Callable[[], None] = lambda: None  # raises ValueError if the base's files have changed
     clock: Clock = field(default_factory=lambda: Clock())
@@ -113,7 +116,7 @@ class _Loop:
         self.training, self.config = training, training.config
         self.state = TrainingState(**resume.meta["progress"]) if resume else TrainingState()
         if resume:
-            training.comm.together("restoring", lambda: training.engine.restore(resume))
+            training.comm.together("restoring", lambda: restore(training, resume))
         seal = resume.meta["events"] if resume else None
         file, is_main = training.output / "events.jsonl", training.comm.ranks.is_main
         with disk_errors("events", training.output, "give --output elsewhere"):
@@ -124,6 +127,8 @@ class _Loop:
         self.saved = self.state.step
         self.throughput = Throughput()
         self.bar: Callable[[int, str], None] = lambda step, note: None
+        if (schedule := training.schedule) is not None:
+            training.engine.after_step(lambda: schedule.after_update(self.state.step + 1))
 
     def run(self) -> str:
         training, state, options = self.training, self.state, self.config.run
@@ -158,6 +163,8 @@ class _Loop:
         number, started, batches_s = state.step + 1, time.perf_counter(), clock.batches_s
         learning_rate = learning_rate_at(number, training.steps, self.config.optimizer)
         total, stops, batch = gradients(training, number)
+        if training.schedule is not None:
+            training.schedule.add_penalty()  # on every rank alike, to gradients that are summed already
         try:
             norm, loss, asked = training.engine.update(learning_rate, [total, stops])
         except NonFinite as error:
@@ -225,7 +232,7 @@ class _Loop:
 
     def save(self) -> None:
         training, state, saver = self.training, self.state, self.saver
-        pieces, keep_last, best = training.engine.pieces(), self.config.run.keep_last, state.best_step
+        pieces, keep_last, best = pieces_of(training), self.config.run.keep_last, state.best_step
         world_size = training.comm.ranks.world_size
         meta = {"identity": training.identity, "progress": dict(vars(state)), "world_size": world_size}
         with saver.bar(training.screen, state.step, pieces):
@@ -243,6 +250,23 @@ class _Loop:
         self.training.check_base()
         if self.events is not None:
             self.events.sync()
+
+
+def pieces_of(training: Training) -> dict[str, Piece]:
+    """What this rank writes into a checkpoint: its rows of the engine's state; rank 0 also that of the schedule."""
+    pieces = training.engine.pieces()
+    if training.schedule is not None and training.comm.ranks.is_main:
+        pieces |= {f"{SCHEDULE}{name}": Piece.whole(tensor) for name, tensor in training.schedule.state().items()}
+    return pieces
+
+
+def restore(training: Training, found: Checkpoint) -> None:
+    """Put a checkpoint's state back into the engine and the schedule."""
+    training.engine.restore(found)
+    if training.schedule is not None:
+        names = [name for name in found.tensors if name.startswith(SCHEDULE)]
+        state = {name.removeprefix(SCHEDULE): found.read(name, found.tensors[name].shape) for name in names}
+        training.schedule.restore(found.step, state)
 
 
 def evaluation_due(training: Training, state: TrainingState) -> bool:

@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from peft import PeftConfig, PeftType
 
+from adapters.schedule import has_schedule
 from launcher.config import Config
 from launcher.data import batches
 from launcher.devices import own_device
@@ -101,6 +102,7 @@ def check_carried(config: Config, adapter: PeftConfig | None, sharding: str) -> 
         from_gradients=getattr(adapter, "factors_from_gradients", False),
         reads_4bit_class=getattr(adapter, "peft_type", "").lower() in READ_4BIT_CLASS,
         optimizer=config.optimizer.optimizer,
+        has_schedule=has_schedule(adapter),
         trains_prompt=prompt_tokens(adapter) > 0,
     )
     check_carries(sharding, demands)

@@ -22,6 +22,7 @@ import transformers
 from torch import Tensor
 
 from adapters.checkpoint_files import list_tensors
+from adapters.schedule import for_steps, schedule_of
 from launcher.availability import unavailable
 from launcher.config import Config, as_dict, data_name
 from launcher.data import batches
@@ -167,7 +168,7 @@ def _run(
     comm.together("the factors", stop.before_training)
 
     # 2. What is trained; and whether this folder holds a part of the run already, or all of it.
-    plan = _plan(start, samples.train, tokenizer)
+    plan = _plan(start, samples.train, tokenizer, steps)
     output, resume = prepare(config, start.output, plan.identity, steps, comm, state.ownership)
     start, state.folder = replace(start, output=output), output
     if resume is not None and comm.from_main("state", lambda: finished(config, start.output, resume, steps)):
@@ -201,7 +202,7 @@ def _run(
         config=config, task=resolved.task, engine=engine, forward=HeadLoss(model, engine.forward), tokenizer=tokenizer,
         samples=samples, batches=batches_of_run, steps=steps, packed_as=packed_as, device=resolved.device,
         output=start.output, identity=identity, comm=comm, stop=stop, screen=screen, trackers=trackers,
-        callbacks=callbacks, ownership=state.ownership, check_base=check_base,
+        callbacks=callbacks, ownership=state.ownership, check_base=check_base, schedule=schedule_of(model),
     )  # fmt: skip
     model.train()
     if resume is not None:
@@ -209,6 +210,8 @@ def _run(
     status = train(training, resume)
     for tracker in trackers:
         tracker.finish()
+    if training.schedule is not None:
+        screen.say(training.schedule.summary())
 
     # 5. Report.
     if status == "stopped":
@@ -247,11 +250,12 @@ class _Plan(NamedTuple):
     identity: dict[str, Any]  # a run with another identity is another run
 
 
-def _plan(start: Start, train_data: Encoded, tokenizer: Any) -> _Plan:
+def _plan(start: Start, train_data: Encoded, tokenizer: Any, steps: int) -> _Plan:
     resolved, comm, base = start.resolved, start.comm, start.base
     config, how, cache = resolved.config, resolved.how, resolved.cache
     head = resolved.task.head(train_data, tokenizer)
-    adapter = copy.deepcopy(resolved.adapter)  # PEFT completes it in place
+    # a copy, since PEFT completes it in place
+    adapter: Any = comm.each("schedule", lambda: for_steps(copy.deepcopy(resolved.adapter), steps))
     labels_model: Any = None
     if head is not None:
         plain = replace(config.model, quantize="none")
