@@ -17,6 +17,7 @@ ends the others. Writes benchmarks/results/faults.json.
 from __future__ import annotations
 
 import argparse
+import itertools
 import json
 import os
 import platform
@@ -30,6 +31,7 @@ import tempfile
 import time
 from collections import Counter
 from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import replace
 from datetime import date
 from pathlib import Path
@@ -55,6 +57,8 @@ from launcher.training.run import run
 RESULTS = Path(__file__).parent / "results" / "faults.json"
 KINDS = (("none", 1), ("ddp", 2), ("fsdp2", 2))  # sharding and number of processes
 LIMIT_S = 180.0
+KILLS_OF_A_RUN = 6  # before it may finish
+PORTS = itertools.cycle(range(20000, 32000))
 # How the start of a phase shows from outside, and within how many seconds after it the kill comes.
 PHASES = {"factor": 0.05, "load": 0.5, "train": 0.05, "evaluate": 0.1, "save": 0.02}
 
@@ -124,8 +128,9 @@ class Bench:
             whole, lives = self.reference(sharding, processes), lives + 1
             output = self.folder / f"life-{lives}"
             config, log, done = self.run_config(output, sharding), self.folder / f"life-{lives}.log", False
+            last = min(count, struck.total() + KILLS_OF_A_RUN)
             while not done:
-                phase = self.draw.choice(list(PHASES)) if struck.total() < count else None
+                phase = self.draw.choice(list(PHASES)) if struck.total() < last else None
                 everyone = self.draw.random() < 0.5
                 if phase == "factor":
                     shutil.rmtree(str(output) + "-cache", ignore_errors=True)
@@ -300,8 +305,7 @@ class Attempt:
     def __init__(self, config: Config, processes: int, log: Path):
         self.log, self.struck = log, False
         self.start = log.stat().st_size if log.exists() else 0
-        with socket.create_server(("127.0.0.1", 0)) as server:
-            port = server.getsockname()[1]
+        port = free_port()
         self.pids = [fork(lambda rank=rank: self._rank(config, rank, processes, port)) for rank in range(processes)]
 
     def _rank(self, config: Config, rank: int, processes: int, port: int) -> int:
@@ -346,6 +350,17 @@ class Attempt:
             assert now < deadline + 10, f"still running after {LIMIT_S} s: {self.said()}"
             time.sleep(0.002)
         return [codes[rank] for rank in range(len(self.pids))]
+
+
+def free_port() -> int:
+    """A port that no other attempt was given, and that no outgoing connection gets: those are above 32767.
+
+    With a port from the system, a connection of another attempt could take it before rank 0 listened.
+    """
+    for port in PORTS:
+        with suppress(OSError), socket.create_server(("127.0.0.1", port)):
+            return port
+    raise AssertionError("not reached")
 
 
 def fork(work: Callable[[], int]) -> int:
@@ -407,7 +422,7 @@ def about(seed: int) -> dict[str, Any]:
     root = Path(__file__).resolve().parents[1]
     commit = subprocess.run(["git", "-C", str(root), "rev-parse", "--short", "HEAD"], capture_output=True, text=True)
     return {
-        "benchmark": "faults: kills, damage, full disk, shared cache",
+        "benchmark": "faults: kills, damage, full disk, shared cache, simultaneous starts",
         "date": date.today().isoformat(),
         "commit": commit.stdout.strip(),
         "machine": f"{platform.processor() or platform.machine()}, {os.cpu_count()} cores, gloo on CPU",

@@ -228,7 +228,8 @@ def print_error(error: Exception, is_main: bool, *, shared: bool, ended: Callabl
 def connect(ranks: Ranks, *, cpu_offload: bool = False) -> Communicator:
     """Open the process group (NCCL with GPUs, else gloo) through accelerate, and check its size.
 
-    cpu_offload: open gloo besides NCCL, for tensors in main memory.
+    cpu_offload: open gloo besides NCCL, for tensors in main memory. Raises ValueError if the port of rank 0 is taken,
+    or cannot be reached.
     """
     if ranks.world_size == 1:
         return Communicator(ranks)
@@ -240,7 +241,10 @@ def connect(ranks: Ranks, *, cpu_offload: bool = False) -> Communicator:
     if cpu_offload and device.type == "cuda":
         torch.cuda.set_device(device)
         torch.distributed.init_process_group("cpu:gloo,cuda:nccl")  # accelerate uses an open group
-    state = PartialState(cpu=not torch.cuda.is_available())
+    try:
+        state = PartialState(cpu=not torch.cuda.is_available())
+    except torch.distributed.DistNetworkError as error:
+        raise ValueError(_not_met(ranks, os.environ, str(error))) from error
     if state.num_processes != ranks.world_size:
         raise RuntimeError(
             f"WORLD_SIZE is {ranks.world_size} but accelerate sees {state.num_processes}: each process would train "
@@ -250,6 +254,17 @@ def connect(ranks: Ranks, *, cpu_offload: bool = False) -> Communicator:
     if device.type == "cuda":  # NCCL would fail at the first collective, with its own message
         check_distinct(comm.gather("GPUs", identity_of(device)))
     return comm
+
+
+def _not_met(ranks: Ranks, environ: Mapping[str, str], said: str) -> str:
+    """Why rank 0 cannot listen, or this rank cannot reach it, from what torch's store said."""
+    host, port = environ.get("MASTER_ADDR", "localhost"), environ.get("MASTER_PORT", "29500")
+    if "EADDRINUSE" in said:
+        return (
+            f"rank {ranks.rank} cannot listen on port {port}: another job or program uses it. Give another one: "
+            "--port of loldu launch, --master-port of torchrun, --main_process_port of accelerate launch"
+        )
+    return f"rank {ranks.rank} cannot reach rank 0 at {host} port {port}: {said.splitlines()[0][:300]}"
 
 
 def open_alone(device: Any) -> None:

@@ -1,11 +1,15 @@
 """Messages between ranks outside collectives: a stop reaches all ranks, and old messages are deleted."""
 
+import multiprocessing
+import os
+import socket
+
 import pytest
 import torch.distributed as dist
 from communicators import together
 
 from launcher import processes
-from launcher.processes import Ranks, Stopped, print_error
+from launcher.processes import Ranks, Stopped, connect, print_error
 
 
 def test_a_stop_of_one_rank_stops_all_ranks():
@@ -76,3 +80,27 @@ def test_an_accelerate_launch_that_started_fewer_processes_than_asked_is_refused
         Ranks.from_environment(environ)
 
     assert Ranks.from_environment({"ACCELERATE_USE_CPU": "True", "MASTER_ADDR": "here"}) == Ranks()
+
+
+def _connect(port, answers):
+    numbers = {"RANK": "0", "WORLD_SIZE": "2", "LOCAL_RANK": "0", "LOCAL_WORLD_SIZE": "2"}
+    os.environ.update(numbers | {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "ACCELERATE_USE_CPU": "true"})
+    try:
+        connect(Ranks(0, 2, 0, 2))
+    except Exception as error:
+        answers.send((type(error).__name__, str(error)))
+    os._exit(0)
+
+
+def test_a_port_that_another_program_uses_is_named_with_the_options_that_choose_another():
+    reading, writing = multiprocessing.Pipe(duplex=False)
+    with socket.create_server(("", 0)) as taken:
+        port = taken.getsockname()[1]
+        child = multiprocessing.get_context("fork").Process(target=_connect, args=(port, writing))
+        child.start()
+        kind, said = reading.recv()
+        child.join()
+
+    assert kind == "ValueError"
+    assert f"rank 0 cannot listen on port {port}: another job or program uses it" in said
+    assert "--port of loldu launch" in said
