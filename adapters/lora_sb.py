@@ -59,7 +59,7 @@ class FirstStepSVD(Factorization):
         return svd_residual(panel.sign(), factors)
 
     def misfit(self, W: Tensor, factors: Factors, *, embedding: bool = False) -> str | None:
-        """The gradient is gone, so only what holds for every gradient is checked."""
+        """The gradient is gone, so only what holds for every gradient is checked (and who made them: make.py)."""
         g = signs(len(factors.values))
         if any(not_orthonormal(U.float(), g.to(U.device)) for U in (factors.write, factors.read.T)):
             return "its directions are not orthonormal"

@@ -2,7 +2,8 @@
 
     factors/<key>.safetensors    key = sha256 over the recipe and the bytes that determine the factors (`content_key`)
     tokenised/<key>.safetensors  the tokenised data sets of launcher/data/tokenised.py; prune counts them too
-    index/<sha256>.json          (checkpoint file, its size and time, tensor, options) -> key, one small file per entry
+    index/<sha256>.json          (checkpoint file, its size and time, tensor, options) -> key, one small file per entry;
+                                 (key, user) -> seal of the factors that this user has made, or compared with the weight
 
 There are no locks, because flock silently does nothing on many shared file systems. A file is written under a temporary
 name in the same folder, synced and renamed: a reader sees the whole file or none, and when two jobs write the same key
@@ -34,7 +35,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple, TypeVar
 import safetensors
 from safetensors import SafetensorError, safe_open
 
-from launcher.files import disk_errors, parse_json, read_json, replacing
+from launcher.files import MOST_BYTES, disk_errors, open_regular, parse_json, read_json, replacing
 
 if TYPE_CHECKING:  # `loldu cache ls` reads headers alone, and torch takes seconds to import
     from torch import Tensor
@@ -164,11 +165,18 @@ def store(folder: Path, key: str, factors: Factors, about: Mapping[str, Any]) ->
     return Entry(key, file, about)
 
 
-def recall(folder: Path, identity: Mapping[str, Any]) -> Any | None:
-    """The value that the index holds for an identity; None if it has none, or if its file is damaged (logged)."""
+def recall(folder: Path, identity: Mapping[str, Any], *, own: bool = False) -> Any | None:
+    """The value that the index holds for an identity; None if it has none, or if its file is damaged (logged).
+
+    own: only from a file that this user has written, and no other may write to.
+    """
     file, wanted = _index_file(folder, identity)
     try:
-        text, checksum = read_json(file)
+        with open_regular(file) as opened:
+            status = os.fstat(opened.fileno())
+            if own and (status.st_uid != os.getuid() or status.st_mode & 0o022):
+                return None
+            text, checksum = parse_json(opened.read(MOST_BYTES).decode())
         found, value = parse_json(text)
         if checksum != _checksum(text) or found != wanted:
             raise ValueError("its checksum or its identity does not match")
@@ -182,11 +190,11 @@ def recall(folder: Path, identity: Mapping[str, Any]) -> Any | None:
     return value
 
 
-def remember(folder: Path, identity: Mapping[str, Any], value: Any) -> None:
+def remember(folder: Path, identity: Mapping[str, Any], value: Any, *, durable: bool = True) -> None:
     """Store a value (JSON data) for an identity in the index. Raises ValueError as `store` does."""
     file, wanted = _index_file(folder, identity)
     text = json.dumps([wanted, value])
-    put(folder, file, lambda temporary: temporary.write_text(json.dumps([text, _checksum(text)])))
+    put(folder, file, lambda temporary: temporary.write_text(json.dumps([text, _checksum(text)])), durable=durable)
 
 
 def entries(folder: Path) -> list[Entry]:
@@ -253,7 +261,8 @@ def prune(folder: Path, max_bytes: float | None = None, older_than_s: float | No
         with suppress(OSError, ValueError, TypeError, KeyError, IndexError):
             _, value = parse_json(read_json(file)[0])
             stale = older_than_s is not None and now - _used(file) > older_than_s
-            if stale or (isinstance(value, str) and value not in kept):
+            key = value.get("key") if isinstance(value, dict) else value
+            if stale or (isinstance(key, str) and key not in kept):
                 _remove(file)
     return Pruned(removed, freed, left)
 
@@ -362,11 +371,11 @@ def _rows(opened: Any, entry: Entry, name: str, rows: slice) -> Tensor:
     return tensor[start - first : stop - first]
 
 
-def put(folder: Path, file: Path, write: Callable[[Path], Any]) -> None:
+def put(folder: Path, file: Path, write: Callable[[Path], Any], *, durable: bool = True) -> None:
     """Write a file of this cache through write(temporary name), then rename it. Raises ValueError as `store` does."""
     with _writing(folder):
         file.parent.mkdir(parents=True, exist_ok=True)
-        with replacing(file) as temporary:
+        with replacing(file, durable=durable) as temporary:
             write(temporary)
 
 

@@ -139,6 +139,7 @@ def make(
             seal = cache.store(folder, key, factors, about).seal
         except ValueError as error:
             raise ValueError(f"{where}: {error}") from error
+        _note_compared(folder, key, seal)
     cache.remember(folder, _identity(request), key)
     return found or Factored(key, True, len(factors.values), seal)
 
@@ -192,26 +193,50 @@ def factors_of(request: FactorRequest, folder: Path, rows: slice = slice(None), 
 def check(request: FactorRequest, folder: Path, key: str, device: torch.device | None = None) -> Factored | None:
     """Compare cached factors with their weight; None if they are gone, or damaged or not its factors (set aside).
 
-    In a cache that users share, a well-formed file may come from anybody, who can also compute its checksums. Also None
-    if the weight has changed although its file's size and time have not: it has another key.
+    In a cache that users share, a well-formed file may come from anybody, who can also compute its checksums. So this
+    user compares every file once, and notes its seal where no other user can. Also None if the weight has changed
+    although its file's size and time have not: it has another key.
     """
     found: list[Factored] = []
+    compared = cache.recall(folder, _comparison(key), own=True)
 
     def misfit(factors: Factors, entry: cache.Entry) -> str | None:
-        why = shape_misfit(request, factors) or _not_of(request, factors, device)
+        known = compared == {"key": key, "seal": entry.seal}
+        why = shape_misfit(request, factors) or _not_of(request, factors, device, known=known)
         if why is None:
             found.append(Factored(key, False, len(factors.values), entry.seal))
+            if not known:
+                _note_compared(folder, key, entry.seal)
         return why if why and content(request)[0] == key else None
 
     cache.load(folder, key, misfit=misfit)
     return found[-1] if found else None
 
 
-def _not_of(request: FactorRequest, factors: Factors, device: torch.device | None = None) -> str | None:
-    """Why these factors, of the right shapes, are not those of the request's weight; None if they are."""
+def _comparison(key: str) -> dict[str, Any]:
+    return {"compared": key, "user": os.getuid()}
+
+
+def _note_compared(folder: Path, key: str, seal: str) -> None:
+    """Note that this user has made the factors with this seal, or compared them with their weight."""
+    with suppress(ValueError):  # a cache that this user may only read: compared again at the next start
+        cache.remember(folder, _comparison(key), {"key": key, "seal": seal}, durable=False)
+
+
+def _not_of(
+    request: FactorRequest, factors: Factors, device: torch.device | None = None, *, known: bool = False
+) -> str | None:
+    """Why these factors, of the right shapes, are not those of the request's weight; None if they are.
+
+    known: this user has compared them before, so only whether the weight is still the same is checked.
+    """
     opened = _open_matrix(request.tensor)
     if not torch.equal(probe_digest(_Turned(opened) if request.transposed else opened, request.shape), factors.probe):
         return "it was made from another weight"
+    if known:
+        return None
+    if request.method.from_gradients:
+        return "factors that come from gradients cannot be compared with the weight, and another user may have made it"
     W = opened[:]  # a map of the file: only what is compared is read
     if request.needs_all and device is not None and device.type != "cpu":
         factors = Factors(*(part.to(device) for part in factors))
@@ -220,7 +245,8 @@ def _not_of(request: FactorRequest, factors: Factors, device: torch.device | Non
 
 def compare(request: FactorRequest, W: Tensor, factors: Factors) -> str | None:
     """Why these factors of the right shapes are not those of W (m, n); None if no check fails."""
-    if not all(bool(torch.isfinite(part).all()) for part in (factors.write, factors.read, factors.values)):
+    extremes = [torch.stack(part.aminmax()) for part in (factors.write, factors.read, factors.values)]
+    if not all(bool(torch.isfinite(pair).all()) for pair in extremes):
         return "it has NaN or infinite numbers"
     return request.method.misfit(W, factors, embedding=request.embedding)
 

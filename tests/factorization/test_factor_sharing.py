@@ -554,6 +554,62 @@ def test_factors_that_are_not_the_weights_are_set_aside_and_made_again(model, fo
     assert re.search(rf"{entry.file} is damaged .*it belongs to user .* \(uid {os.getuid()}\)", caplog.text)
 
 
+def notes_of(folder: Path) -> list[Path]:
+    """The index files that say which factors this user has compared."""
+    return [file for file in (folder / "index").iterdir() if '\\"compared\\"' in file.read_text()]
+
+
+@pytest.mark.parametrize("method", ["loldu", "svfit"])
+def test_factors_are_compared_with_their_weight_once_and_again_if_others_can_write_the_note(
+    model, folder, monkeypatch, method
+):
+    request = requests_for(model, method=factorization(method))[0]
+    factors_of(request, folder)
+    compared = []
+    monkeypatch.setattr(make, "compare", lambda *_args: compared.append(1))
+
+    factorize([request], folder, ALONE)
+    made_here = len(compared)
+    (note,) = notes_of(folder)
+    note.chmod(0o666)
+    factorize([request], folder, ALONE)  # which also writes the note again
+    by_others = len(compared)
+    factorize([request], folder, ALONE)
+
+    assert (made_here, by_others, len(compared)) == (0, 1, 1)
+
+
+def test_factors_from_gradients_are_used_only_if_this_user_has_made_them(model, folder, caplog):
+    """They cannot be compared with the weight."""
+    (request,) = requests_for(model, method=factorization("lorasb"), gradients="of some samples")[:1]
+    make.make(request, folder, gradient=lambda: torch.randn(request.shape, generator=torch.Generator().manual_seed(0)))
+    (entry,) = cache.entries(folder)
+
+    mine = make.check(request, folder, entry.key)
+    notes_of(folder)[0].unlink()
+    another_users = make.check(request, folder, entry.key)
+
+    assert mine
+    assert mine.seal == entry.seal
+    assert another_users is None
+    assert "another user may have made it; it belongs to user" in caplog.text
+    assert not entry.file.exists()
+
+
+def test_a_weight_that_changed_under_its_old_time_is_noticed_although_its_factors_were_compared(model, folder):
+    request = requests_for(model)[0]
+    first, before = factors_of(request, folder), request.tensor.file.stat()
+    weights = load_file(request.tensor.file)
+    weights[request.tensor.name] += 1
+    save_file(weights, request.tensor.file)
+    os.utime(request.tensor.file, ns=(before.st_atime_ns, before.st_mtime_ns))
+
+    again = factorize([request], folder, ALONE)
+
+    assert again[request.module].made
+    assert not torch.equal(factors_of(request, folder).values, first.values)
+
+
 def test_all_weights_without_factors_are_listed_at_once_and_the_others_are_kept(model, folder):
     weights = load_file(model / "model.safetensors")
     weights["layers.0.q.weight"].zero_()
