@@ -231,7 +231,7 @@ def svd_misfit(W: Tensor, factors: Factors, *, divide: bool = True) -> str | Non
     if not_orthonormal(U, g):
         return "its directions are not orthonormal"
     u, blocks = U @ g, range(0, len(W), 512)  # no float32 copy of W; one vector, because two take ten times as long
-    h = sum(W[at : at + 512].to(U).T @ u[at : at + 512] for at in blocks)
+    h = torch.stack([W[at : at + 512].to(U).T @ u[at : at + 512] for at in blocks]).sum(0)
     some = torch.randperm(len(W), generator=fresh_draws())[:SAMPLE].sort().values
     z, expected = W[some].to(U) @ h, U[some.to(U.device)] @ (s.square() * g)
     size = max(expected.norm(), s.square().norm() * (len(some) / len(W)) ** 0.5)
