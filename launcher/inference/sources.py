@@ -16,6 +16,7 @@ from typing import Any
 
 import torch
 from peft import PeftConfig, PeftModel, get_peft_model_state_dict
+from peft.mapping import PEFT_TYPE_TO_PREFIX_MAPPING
 from peft.utils.transformers_weight_conversion import convert_peft_adapter_state_dict_for_transformers
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
@@ -230,7 +231,7 @@ def load_quantised(source: Source, kind: Kind, *, dtype: str = "auto", device: s
     dtype = choose_dtype(dtype)
     settings = ModelConfig(model=str(source.base), quantize=kind, trust_remote_code=source.trust_remote_code)
     adapter = None if source.adapter is None else adapter_config(source.adapter)
-    base = bare_skeleton(settings, source.base, adapter, dtype=dtype, attention="sdpa")
+    base = bare_skeleton(settings, source.base, adapter, dtype=dtype, attention=None)
     fill(base, source.base, lambda *_: None, Whole(), place)  # type: ignore[arg-type]
     return (base if source.adapter is None else attach(base, source.adapter)).eval()
 
@@ -265,7 +266,10 @@ def attach(model: Any, folder: Path, *, low_cpu_mem_usage: bool = False) -> Peft
     config = adapter_config(folder)
     with safe_open(folder / ADAPTER_WEIGHTS, framework="pt") as opened:
         stored = {name for name in opened.keys() if not _copies_base(model, name, opened.get_tensor(name))}  # noqa: SIM118
-    if hidden := sorted(name for name in stored if ".base_layer." in name):
+    # PEFT nests the adapters of one module's experts: those names too have `base_layer`, before the method's own.
+    own_names = PEFT_TYPE_TO_PREFIX_MAPPING.get(config.peft_type, "none of it")
+    inner = {name: name.rpartition(".base_layer.")[2] for name in stored if ".base_layer." in name}
+    if hidden := sorted(name for name, rest in inner.items() if not rest.startswith(own_names)):
         raise ValueError(foreign(folder, hidden))
     with warnings.catch_warnings():
         warnings.filterwarnings("error", message=".*missing adapter keys.*")

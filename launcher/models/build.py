@@ -107,7 +107,7 @@ def settle_base(
         except (ValueError, ImportError) as error:
             if "attention" not in str(error).lower():
                 raise
-            lacking.append(f"{name}: {first_line(error)}")
+            lacking.append(f"{name}: {first_line(error.__cause__ or error).partition('. ')[0]}")
             continue
         if name == varlen.NAME and (reason_against := varlen.unsupported(base.config)):
             lacking.append(f"{name}: {reason_against}")

@@ -22,6 +22,7 @@ from adapters.checkpoint_names import ignored_when_missing, language_model_class
 from launcher.config import ModelConfig
 from launcher.engines.registry import give_first
 from launcher.models.quantize import Quantised, linear_layers, quantize_skeleton
+from launcher.text import needs_code
 
 log = logging.getLogger(__name__)
 
@@ -130,13 +131,13 @@ def bare_skeleton(
     adapter: Any,
     *,
     dtype: str,
-    attention: str,
+    attention: str | None,
     head: Mapping[str, Any] | None = None,
 ) -> Any:
     """The base alone on the meta device, with its linear layers quantised if --quantize is given.
 
-    head: settings of a classification head, which is never quantised. Head parameters missing in the checkpoint are
-    initialised, not on meta.
+    attention: None takes the model's own choice. head: settings of a classification head, which is never quantised.
+    Head parameters missing in the checkpoint are initialised, not on meta.
     """
     base = empty_model(config, folder, dtype=dtype, attention=attention, head=head)
     base.stored = model_tensors(base, list_tensors(folder))  # names are those of the bare model, before adapters
@@ -156,7 +157,7 @@ def bare_skeleton(
 
 
 def empty_model(
-    config: ModelConfig, folder: Path, *, dtype: str, attention: str, head: Mapping[str, Any] | None = None
+    config: ModelConfig, folder: Path, *, dtype: str, attention: str | None, head: Mapping[str, Any] | None = None
 ) -> Any:
     """The model that config.json describes, on the meta device. No weight file is looked at."""
     settings = settings_of(config, folder, head)
@@ -179,8 +180,8 @@ def _own_config(folder: Path) -> Iterator[None]:
     try:
         yield
     except ValueError as error:
-        if "trust_remote_code" in str(error):  # a model with its own code has its own message
-            raise
+        if reason := needs_code(error):
+            raise ValueError(f"{folder}: {reason}") from None
         raise ValueError(_damaged_config(folder, error)) from error
     except Exception as error:  # these libraries have many kinds of errors with no common parent
         raise ValueError(_damaged_config(folder, error)) from error

@@ -7,7 +7,7 @@ import shutil
 import pytest
 import torch
 from peft import LoraConfig, get_peft_model
-from transformers import AutoModelForCausalLM
+from transformers import AutoConfig, AutoModelForCausalLM
 
 from launcher.inference.sources import find, load
 from launcher.models.quantize import Quantised
@@ -246,3 +246,42 @@ def test_a_base_that_is_quantised_already_is_not_quantised_again(babyllama, tmp_
 
     with pytest.raises(ValueError, match=r"is quantised already \(gptq, by its config\.json\)"):
         load(find(str(tmp_path / "model")), quantize="nf4")
+
+
+def small(kind, folder, babyllama, **settings):
+    """A random model of this type with babyllama's tokenizer, in a folder."""
+    config = AutoConfig.for_model(kind, vocab_size=361, **settings)
+    torch.manual_seed(0)
+    AutoModelForCausalLM.from_config(config).save_pretrained(folder)
+    for name in ("tokenizer.json", "tokenizer_config.json"):
+        shutil.copyfile(babyllama / name, folder / name)
+    return folder
+
+
+@torch.no_grad()
+def test_a_model_without_sdpa_loads_quantised(babyllama, tmp_path):
+    folder = small("gptj", tmp_path / "model", babyllama, n_embd=64, n_layer=1, n_head=4, rotary_dim=8)
+    ids = torch.arange(3, 35)[None]
+
+    quantised, full = load(find(str(folder)), quantize="nf4")[0], load(find(str(folder)))[0]
+
+    assert any(isinstance(layer, Quantised) for layer in quantised.modules())
+    assert 1e-4 < float((quantised(ids).logits - full(ids).logits).norm() / full(ids).logits.norm()) < 0.5
+
+
+@torch.no_grad()
+def test_a_lora_on_all_experts_of_a_module_loads_as_it_was_saved(babyllama, tmp_path):
+    """PEFT nests the two adapters of a module's experts, so one has base_layer in its name, as a base's weight has."""
+    sizes = {"hidden_size": 64, "intermediate_size": 32, "num_hidden_layers": 1, "num_local_experts": 4}
+    folder = small("mixtral", tmp_path / "model", babyllama, num_attention_heads=4, num_key_value_heads=2, **sizes)
+    experts = ["mlp.experts.gate_up_proj", "mlp.experts.down_proj"]
+    lora = LoraConfig(r=2, target_modules=["q_proj"], target_parameters=experts, task_type="CAUSAL_LM")
+    lora.init_lora_weights = False  # random instead of zero
+    trained, ids = get_peft_model(AutoModelForCausalLM.from_pretrained(folder), lora).eval(), torch.arange(3, 35)[None]
+    trained.save_pretrained(tmp_path / "adapter")
+
+    loaded = load(find(str(tmp_path / "adapter")))[0]
+
+    assert torch.equal(loaded(ids).logits, trained(ids).logits)
+    with loaded.disable_adapter():
+        assert not torch.allclose(loaded(ids).logits, trained(ids).logits, atol=1e-3)

@@ -53,7 +53,7 @@ def change(folder, to, **tensors):
     return to
 
 
-@pytest.mark.parametrize("command", ["generate", "chat", "merge", "export-lora", "generate on an adapter"])
+@pytest.mark.parametrize("command", ["generate", "chat", "merge", "export-lora", "generate on an adapter", "train"])
 def test_code_in_a_model_folder_never_runs_unasked_even_if_standard_input_says_yes(
     command, with_code, adapter, tmp_path
 ):
@@ -64,6 +64,8 @@ def test_code_in_a_model_folder_never_runs_unasked_even_if_standard_input_says_y
         words = [command, str(adapter), "--base", str(folder)]
     words += ["--out", str(tmp_path / "out")] if command in ("merge", "export-lora") else []
     words += ["--prompt", "hello"] if command == "generate" else []
+    if command == "train":
+        words = ["train", "llama2_alpaca_loldu", "--model", str(folder), "--output", str(tmp_path / "run")]
 
     done = subprocess.run(
         [sys.executable, "-m", "launcher", *words], input="y\n" * 5, capture_output=True, text=True, cwd=tmp_path,
@@ -75,6 +77,7 @@ def test_code_in_a_model_folder_never_runs_unasked_even_if_standard_input_says_y
     assert "[y/N]" not in done.stdout + done.stderr
     assert "--trust-remote-code" in done.stderr
     assert done.stderr.count("error: ") == 1
+    assert len(done.stderr.rpartition("error: ")[2].splitlines()) == 1
 
 
 def test_trusted_code_runs_for_answers_merging_and_exporting_and_is_copied_beside_merged_weights(
