@@ -125,6 +125,7 @@ def load_splits(config: DataConfig) -> tuple[list[records.Record], list[records.
         config.data, config.eval_data, config.eval_records, load, fewer=config.fewer_eval_records
     )
     labels = _classes(train)
+    _check_labelled(held_out, numbers=not labels)
     for row in held_out:
         if (_name(row["label"]) not in labels) if labels else not isinstance(row["label"], (int, float)):
             known = ", ".join(labels) or "numbers"
@@ -221,8 +222,6 @@ def _load(source: str, *, option: str = "--data", columns: Sequence[str], label:
             raise ValueError(f"{where}: {label!r} is a class (whole number or name) or a number, got {there}")
         if isinstance(value, str) and not value.strip():
             raise ValueError(f"{where} has an empty {label!r}: give it a label, or leave the record out")
-        if isinstance(value, int) and value < 0:
-            raise ValueError(f"{where} has the label {value}: it is unlabelled, as test splits are; give another split")
         found.append({"texts": texts, "label": value, "where": where})
     return found
 
@@ -265,7 +264,9 @@ def _number(text: str) -> int | float | None:
 
 def _classes(rows: Sequence[records.Record]) -> Labels:
     kinds = {type(row["label"]) for row in rows}
-    if kinds in ({float}, {float, int}):
+    numbers = kinds in ({float}, {float, int})
+    _check_labelled(rows, numbers=numbers)
+    if numbers:
         return ()
     if len(kinds) > 1:
         first = type(rows[0]["label"])
@@ -280,6 +281,17 @@ def _classes(rows: Sequence[records.Record]) -> Labels:
             "them names"
         )
     return tuple(map(_name, values))
+
+
+def _check_labelled(rows: Sequence[records.Record], *, numbers: bool) -> None:
+    """Raises ValueError for negative classes, and for numbers that are all -1, which marks test splits."""
+    negative = [row for row in rows if isinstance(row["label"], (int, float)) and row["label"] < 0]
+    if negative and (not numbers or all(row["label"] == -1 for row in rows)):
+        row = negative[0]
+        raise ValueError(
+            f"{row['where']} has the label {row['label']}: it is unlabelled, as test splits are; give another split "
+            f"(classes are whole numbers from 0; numbers to predict have a fraction, as {float(row['label'])} has)"
+        )
 
 
 def _name(label: Any) -> str:

@@ -121,6 +121,25 @@ def check_causal(model: Any, forward: Callable[..., Any], ids: Tensor) -> None:
 
 
 @torch.no_grad()
+def check_labels(model: Any, forward: Callable[..., Any], batch: dict[str, Any]) -> None:
+    """Raises ValueError, with the model's own words, if a classifier cannot compute this batch of texts."""
+    training = model.training
+    model.eval()
+    try:
+        forward(**batch)
+    except torch.OutOfMemoryError:
+        raise
+    except Exception as error:  # code of a model may raise any error
+        words = next(iter(str(error).splitlines()), "")
+        raise ValueError(
+            f"a {type(model).__name__} does not compute these texts ({type(error).__name__}: {words}): complete its "
+            "config.json or its tokenizer by these words, or give another --model"
+        ) from error
+    finally:
+        model.train(training)
+
+
+@torch.no_grad()
 def needs_padding_mask(model: Any, forward: Callable[..., Any], ids: Tensor) -> bool:
     """Whether a token's output changes without the mask that hides the padding behind it. Called by all ranks.
 

@@ -46,7 +46,7 @@ from launcher.models.skeleton import bare_skeleton
 from launcher.models.suitable import leave_out, reach, unmatched
 from launcher.packages import versions
 from launcher.processes import Communicator, Ranks, Stopped, connect, print_error, same_everywhere
-from launcher.tasks.base import Samples, on_device
+from launcher.tasks.base import Layout, Samples, on_device
 from launcher.training import factoring
 from launcher.training.ending import post, tell
 from launcher.training.factoring import Factoring
@@ -54,7 +54,7 @@ from launcher.training.folder import State, finished, prepare, save_final
 from launcher.training.loop import Callbacks, Event, Training, evaluation_of, train
 from launcher.training.memory import check_run
 from launcher.training.ownership import Ownership
-from launcher.training.packing import Way, candidates, check_causal, check_packing, needs_padding_mask
+from launcher.training.packing import Way, candidates, check_causal, check_labels, check_packing, needs_padding_mask
 from launcher.training.report import Screen, open_trackers, read_events
 from launcher.training.resolve import Resolved, check_context, resolve
 from launcher.training.start import Start, begin, watch
@@ -188,6 +188,9 @@ def _run(
     if not resolved.task.labels:
         ids = samples.train.distinct_ids().to(resolved.device)
         comm.each("attention", lambda: check_causal(base, engine.forward, ids))
+    else:
+        two = resolved.task.collate(samples.train, [0, len(samples.train) - 1], Layout(pad_id=tokenizer.pad_token_id))
+        comm.each("texts", lambda: check_labels(base, engine.forward, on_device(two, resolved.device)))
     packed_as = _layout(start, engine, samples)
     if config.model.compile:
         from launcher.training.compiled import compile_layers  # torch's compiler takes a second to import

@@ -22,6 +22,8 @@ from transformers import (
     LlamaConfig,
     LlamaForCausalLM,
     PreTrainedTokenizerFast,
+    T5Config,
+    T5Model,
 )
 
 from adapters import LoLDUConfig
@@ -236,6 +238,27 @@ def test_labels_train_on_two_processes_to_the_curve_of_one(runs, kind, engine):
     torch.testing.assert_close(saved, once, atol=1e-4, rtol=0)  # Adam divides small sums
 
 
+def test_a_classifier_that_cannot_compute_the_texts_is_refused_with_its_own_words(tmp_path, tiny_roberta, capfd):
+    """T5's reads the state at the token that ends a text; this tokenizer writes another one."""
+    sizes = {"d_model": 32, "d_ff": 32, "d_kv": 8, "num_heads": 4, "num_layers": 1, "vocab_size": 384}
+    T5Model(T5Config(**sizes, decoder_start_token_id=0, eos_token_id=383)).save_pretrained(tmp_path / "t5")
+    AutoTokenizer.from_pretrained(tiny_roberta).save_pretrained(tmp_path / "t5")
+    rows = [{"sentence": "good", "label": 1}, {"sentence": "bad", "label": 0}]
+    asked = Config(
+        model=ModelConfig(model=str(tmp_path / "t5")),
+        data=config(write(tmp_path, rows)),
+        adapter=AdapterConfig(rank=2, targets=("q",)),
+        optimizer=OptimizerConfig(batch_size=2, max_steps=1),
+        run=RunConfig(output=str(tmp_path / "run"), cache=str(tmp_path / "cache"), report=False),
+    )
+
+    assert run(asked, "test") == 2
+
+    said = capfd.readouterr().err
+    assert "error: a T5ForSequenceClassification does not compute these texts (ValueError: Each example must" in said
+    assert "Traceback" not in said
+
+
 def test_a_head_for_another_number_of_classes_is_named(tiny_roberta, tmp_path):
     AutoModelForSequenceClassification.from_pretrained(tiny_roberta, num_labels=3).save_pretrained(tmp_path)
     AutoTokenizer.from_pretrained(tiny_roberta).save_pretrained(tmp_path)
@@ -395,6 +418,29 @@ def test_numbers_with_a_fraction_in_a_csv_file_are_predicted_as_numbers(tmp_path
     assert classes == ()
     assert label.encode(rows, classes, tokenizer, settings).labels.tolist() == [0.5, -2.0, 30.0]
     assert label.encode(held_out, classes, tokenizer, settings).labels.tolist() == [1.0, 2.0]
+
+
+@pytest.mark.parametrize("labels", [[0.5, -2, 3], [-2, 0.5, 3], [-1.0, 1, 2]])
+def test_whole_and_negative_numbers_beside_fractions_are_numbers(labels, tmp_path):
+    rows = [{"sentence": "a", "label": value} for value in labels]
+
+    train, held_out, classes = label.load_splits(
+        config(write(tmp_path, rows), eval_data=write(tmp_path, [{"sentence": "a", "label": -3}], "held.json"))
+    )
+
+    assert classes == ()
+    assert [row["label"] for row in train] == labels
+    assert [row["label"] for row in held_out] == [-3]
+
+
+@pytest.mark.parametrize("train", [[0, 1], [0.5, 1.5]])
+@pytest.mark.parametrize("unlabelled", [-1, -1.0])
+def test_held_out_rows_without_labels_are_refused(train, unlabelled, tmp_path):
+    data = write(tmp_path, [{"sentence": "a", "label": value} for value in train])
+    held = write(tmp_path, [{"sentence": "a", "label": unlabelled}] * 2, "held.json")
+
+    with pytest.raises(ValueError, match=r"held\.json has the label -1.* unlabelled"):
+        label.load_splits(config(data, eval_data=held))
 
 
 def test_names_in_a_csv_file_stay_names(tmp_path):
