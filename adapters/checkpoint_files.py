@@ -10,6 +10,9 @@ from typing import Any, NamedTuple
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
+INDEX = "model_index.json"  # of a diffusers pipeline
+STEMS = ("model", "diffusion_pytorch_model")  # file names of weights in transformers and in diffusers
+
 
 class TensorInfo(NamedTuple):
     """Where one tensor lies."""
@@ -30,17 +33,32 @@ def local_folder(model: str) -> Path | None:
 
     try:
         found = try_to_load_from_cache(model, "config.json")
+        if not isinstance(found, str):
+            found = try_to_load_from_cache(model, INDEX)
     except HFValidationError:
         return None
     return Path(found).parent if isinstance(found, str) else None
 
 
+def is_pipeline(folder: Path) -> bool:
+    """Whether a folder holds a diffusers pipeline, each part in a folder of its own."""
+    return (folder / INDEX).is_file()
+
+
+def config_file(folder: Path) -> Path:
+    """The config.json of a base: a model's, or that of the UNet in a pipeline."""
+    return folder / "unet" / "config.json" if is_pipeline(folder) else folder / "config.json"
+
+
 def list_tensors(folder: Path) -> dict[str, TensorInfo]:
-    """Every tensor of the checkpoint by name, from headers alone.
+    """Every tensor of the checkpoint by name, from headers alone; of a diffusers pipeline those of its UNet.
 
     Raises ValueError naming the folder or file: no weights, only pickled ones, a missing or a damaged shard.
     """
-    index, single = folder / "model.safetensors.index.json", folder / "model.safetensors"
+    if is_pipeline(folder):
+        return list_tensors(folder / "unet")
+    stem = next((stem for stem in STEMS if any(folder.glob(f"{stem}.safetensors*"))), STEMS[0])
+    index, single = folder / f"{stem}.safetensors.index.json", folder / f"{stem}.safetensors"
     if index.exists():
         try:
             names = set(json.loads(index.read_text())["weight_map"].values())

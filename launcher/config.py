@@ -102,8 +102,9 @@ class DataConfig(Checked):
     conversations. Several can be given, each with a weight: a.jsonl b.parquet:0.3 (below 1 the share of its records
     that is used, above 1 how often they are used)."""
     task: TaskName = "auto"
-    """What is learned: instruct (instructions and conversations), label (classes of --text-columns), text (plain text)
-    or prefer (pairs of a chosen and a rejected answer). auto is label with --text-columns, else instruct."""
+    """What is learned: instruct (instructions and conversations), label (classes of --text-columns), text (plain text),
+    prefer (pairs of a chosen and a rejected answer) or subject (what a folder of pictures shows). auto is label with
+    --text-columns, subject with --instance-prompt, else instruct."""
     columns: tuple[str, ...] = ()
     """Columns of other names, as prompt=question answer=solution; also input, system, history, messages, tools. With
     --task text: text=COLUMN; with --task prefer: prompt, chosen and rejected."""
@@ -143,6 +144,26 @@ class DataConfig(Checked):
     of the chosen answer and needs no reference."""
     preference_beta: Annotated[float, Range(0, 1e3, above=True)] = 0.1
     """With --task prefer: how strongly the preference weighs (beta of DPO, lambda of ORPO)."""
+    instance_prompt: str = ""
+    """With --task subject: the words for the pictures of --data, with a rare one that names the subject: a photo of sks
+    dog."""
+    class_prompt: str = ""
+    """With --task subject: the words for the subject's class (a photo of a dog), whose pictures are trained beside, so
+    that the model does not forget it."""
+    class_data: str | None = None
+    """Folder with pictures of the class. Without it the base makes class_pictures of them before training."""
+    class_pictures: Count = 100
+    """Number of pictures of the class to make; they are kept in the cache."""
+    prior_weight: Annotated[float, Range(0, 1e3)] = 0.0
+    """With class_prompt: weight of the loss on pictures of the class (1 in DreamBooth); 0 trains without them."""
+    resolution: CountOrZero = 0
+    """With --task subject: side of the square pictures in pixels; 0 is the side that the pipeline was made for."""
+    crop: Literal["center", "random"] = "center"
+    """With --task subject: which square of a picture is seen, after its shorter side was scaled to resolution. Latents
+    of centers are computed once; with random the VAE runs in each step."""
+    flip: bool = False
+    """With --task subject: mirror half of the pictures, drawn in each step; not for subjects with a left and a
+    right."""
 
     def __post_init__(self) -> None:
         super().__post_init__()

@@ -53,7 +53,7 @@ def refusals() -> dict[str, str]:
     return dict.fromkeys(prompts - {*TRAINED_PROMPTS}, PROMPTS) | dict(REFUSED)
 
 
-def peft_config(config: AdapterConfig, task_type: str = "CAUSAL_LM") -> PeftConfig | None:
+def peft_config(config: AdapterConfig, task_type: str | None = "CAUSAL_LM") -> PeftConfig | None:
     """The PEFT config of the adapter, ours or PEFT's own; None for full fine-tuning. task_type as PEFT names it.
 
     Raises ValueError for an unknown method (all names, the nearest first), one that is not supported (the reason), an

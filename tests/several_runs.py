@@ -73,8 +73,8 @@ class NaNBackward(torch.autograd.Function):
 def poisoned(sample: int):
     """The loop's batch_loss, with a NaN in the backward pass of one sample: its loss stays finite."""
 
-    def loss_of(training, rows, targets):
-        loss = batch_loss(training, rows, targets)
+    def loss_of(training, rows, targets, step=0):
+        loss = batch_loss(training, rows, targets, step)
         return NaNBackward.apply(loss) if sample in rows else loss
 
     return loss_of

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Annotated
 
-from launcher.inference.options import Answering, Kind
+from launcher.inference.options import Answering, Drawing, Kind
 from launcher.options import Option
 
 
@@ -18,8 +18,9 @@ def generate(
     limit: int = 0,
     json: bool = False,
     how: Answering = Answering(max_tokens=256),  # noqa: B008 (frozen)
+    drawing: Drawing = Drawing(),  # noqa: B008 (frozen)
 ) -> None:
-    """Answer one prompt, or every record of a file.
+    """Answer one prompt, or every record of a file; or draw pictures.
 
     Args:
         model: A model (folder, or hub name in the local cache), an adapter folder, or a run folder (runs/NAME).
@@ -28,12 +29,17 @@ def generate(
         input: Input that belongs to the instruction, for templates with {input}.
         data: JSON, JSONL or parquet file of records. Each answer is shown next to the expected one.
         limit: Answer only the first N records; 0 means all.
-        json: Write one JSON object per line: prompt, answer, tokens, complete; with --data also index, expected, match.
+        json: Write one JSON object per line: prompt, answer, tokens, complete; with --data also index, expected, match;
+            with --prompts prompt, seed, file.
         how: The model and its sampling.
+        drawing: The pictures.
     """
     from launcher.inference.generate import generate as run
 
-    run(model, how, prompt=prompt, prompt_file=prompt_file, input=input, data=data, limit=limit, json=json)
+    run(
+        model, how, prompt=prompt, prompt_file=prompt_file, input=input, data=data, limit=limit, json=json,
+        drawing=drawing,
+    )  # fmt: skip
 
 
 def chat(

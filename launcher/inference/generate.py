@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, TextIO
 
@@ -12,7 +13,8 @@ import torch
 from launcher.data.records import Record, load_records, question
 from launcher.data.records import answer as expected_answer
 from launcher.data.templates import Template, check_template, load_template, prompt_ids, render_prompt
-from launcher.inference.options import Answering
+from launcher.inference.options import Answering, Drawing
+from launcher.inference.pictures import Drawn, draw, find_drawn
 from launcher.inference.sources import Source, find, load
 from launcher.models.files import context_length
 from launcher.models.generation import Answer, Sampling, answer, stream
@@ -31,6 +33,7 @@ def generate(
     data: str | None = None,
     limit: int = 0,
     json: bool = False,
+    drawing: Drawing = Drawing(),  # noqa: B008 (frozen)
     out: TextIO | None = None,
 ) -> list[Answer]:
     """Answer a prompt, or every record of a file; `loldu generate` (commands.py) describes the arguments.
@@ -38,6 +41,11 @@ def generate(
     Answers go to out (standard output by default), everything else to standard error.
     """
     out = out or sys.stdout
+    if (drawn := find_drawn(model, how.base)) is not None:
+        _draw(drawn, how, drawing, prompt=prompt, prompt_file=prompt_file, data=data, json=json)
+        return []
+    if drawing.prompts:
+        raise ValueError(f"--prompts is for models that draw pictures, and {model} writes text: give --prompt TEXT")
     sampling = Sampling(max_tokens=how.max_tokens, temperature=how.temperature, top_p=how.top_p)
     if limit < 0:
         raise ValueError(f"--limit must be at least 0 (all records), got {limit}")
@@ -69,6 +77,21 @@ def generate(
     elif not answers[0].complete:
         _note(f"(stopped after {len(answers[0].ids)} tokens: --max-tokens {how.max_tokens}, or the context is full)")
     return answers
+
+
+def _draw(
+    drawn: Drawn, how: Answering, drawing: Drawing, *, prompt: str | None, prompt_file: str | None, data: str | None,
+    json: bool,
+) -> None:  # fmt: skip
+    """Pictures instead of answers. Raises ValueError for options that only answers have."""
+    for option, value in {"prompt-file": prompt_file, "data": data, "adapter": how.adapter}.items():
+        if value is not None:
+            raise ValueError(f"--{option} is for models that write text: give --prompts TEXT ... to draw pictures")
+    if prompt is not None:
+        drawing = replace(drawing, prompts=(prompt, *drawing.prompts))
+    if not drawing.prompts:
+        raise ValueError("this model draws pictures: give --prompts TEXT ...")
+    draw(drawn, drawing, seed=how.seed, dtype=how.dtype, device=how.device, as_json=json)
 
 
 def choose_template(setting: str | None, source: Source, tokenizer: Any, *, conversations: bool) -> Template:

@@ -36,3 +36,24 @@ class Answering:
     """auto (a GPU if there is one), cpu, cuda, cuda:1, ..."""
     trust_remote_code: bool = False
     """Run Python code from the model's folder. Only for models that you trust."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Drawing:
+    """Pictures of a pipeline of Stable Diffusion."""
+
+    prompts: tuple[str, ...] = ()
+    """For a run that learned from pictures, or a pipeline: the words to draw, a text each. --seed belongs to the first
+    picture of each text."""
+    count: int = 1
+    """With --prompts: pictures of each text."""
+    steps: int = 50
+    """With --prompts: denoising steps of a picture."""
+    guidance: float = 7.5
+    """With --prompts: how strongly a picture follows its words (classifier-free guidance); 1 turns that off."""
+    negative_prompt: str | None = None
+    """With --prompts: what the pictures should not show."""
+    resolution: int = 0
+    """With --prompts: side of the pictures in pixels; 0 is the one that the pipeline was made for."""
+    out: str | None = None
+    """With --prompts: folder of the PNG files. Default: pictures in the run's folder, or in this one."""

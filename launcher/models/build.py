@@ -18,9 +18,10 @@ from transformers import AutoModelForSequenceClassification
 from transformers.utils.logging import set_tqdm_hook
 
 import adapters
+from adapters.checkpoint_files import is_pipeline
 from adapters.checkpoint_names import language_model_class
 from launcher.config import ModelConfig
-from launcher.models import varlen
+from launcher.models import pipelines, varlen
 from launcher.models.files import first_line
 from launcher.models.fill import OnFill, Whole, fill
 from launcher.models.quantize import check_share
@@ -163,6 +164,9 @@ def build(
     if config.quantize != "none":
         base = bare_skeleton(config, folder, adapter, dtype=dtype, attention=attention, head=head)
         fill(base, folder, factors, Whole(), device, progress)
+    elif is_pipeline(folder):
+        base = pipelines.load_unet(folder, dtype=dtype, device=device)
+        prepare_base(base, config, folder)
     else:
         loading: dict[str, Any] = {
             "dtype": getattr(torch, dtype),

@@ -11,7 +11,7 @@ from typing import Any
 
 from transformers import AutoTokenizer
 
-from adapters.checkpoint_files import list_tensors, local_folder
+from adapters.checkpoint_files import is_pipeline, list_tensors, local_folder
 from launcher.text import needs_code
 
 TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "tekken.json", "vocab.json", "vocab.txt", "spiece.model")
@@ -36,6 +36,11 @@ def base_folder(model: str, option: str = "") -> Path:
         )
     if (folder / "adapter_config.json").is_file() and not (folder / "config.json").is_file():
         raise ValueError(f"{option}{model} is an adapter, not a base model: give the model that it was trained on")
+    if is_pipeline(folder):
+        raise ValueError(
+            f"{option}{model} is a diffusers pipeline, which makes pictures: loldu train with --task subject trains "
+            "it, and loldu generate RUN --prompts TEXT uses what it learned"
+        )
     if not (folder / "config.json").is_file():
         raise ValueError(
             f"{option}{folder} holds no model (config.json), no adapter (adapter_config.json) and no run: "

@@ -22,7 +22,7 @@ from peft import PeftType
 from torch import Tensor, nn
 
 from adapters.base import FactorConfig
-from adapters.checkpoint_files import list_tensors
+from adapters.checkpoint_files import config_file, list_tensors
 from launcher.models.suitable import is_plain, read_by_parents
 
 OLDEST = (0, 50)  # bitsandbytes: the first version whose 4-bit product supports 8-bit scales on every backend
@@ -92,7 +92,7 @@ def check_base(folder: Path, kind: str) -> None:
     Checked without --quantize too: transformers would load packed weights, which this project can neither check nor
     shard.
     """
-    settings = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+    settings = json.loads(config_file(folder).read_text(encoding="utf-8"))
     if (stored := settings.get("quantization_config")) is not None:
         method = stored.get("quant_method") or "some way" if isinstance(stored, dict) else "some way"
         raise ValueError(

@@ -17,10 +17,11 @@ from transformers import AutoConfig, AutoModelForSequenceClassification, Generat
 from transformers.core_model_loading import build_glob_alternation
 
 from adapters.base import FactorConfig
-from adapters.checkpoint_files import TensorInfo, list_tensors, open_tensor
+from adapters.checkpoint_files import TensorInfo, is_pipeline, list_tensors, open_tensor
 from adapters.checkpoint_names import ignored_when_missing, language_model_class, model_tensors
 from launcher.config import ModelConfig
 from launcher.engines.registry import give_first
+from launcher.models import pipelines
 from launcher.models.quantize import Quantised, linear_layers, quantize_skeleton
 from launcher.text import needs_code
 
@@ -160,6 +161,8 @@ def empty_model(
     config: ModelConfig, folder: Path, *, dtype: str, attention: str | None, head: Mapping[str, Any] | None = None
 ) -> Any:
     """The model that config.json describes, on the meta device. No weight file is looked at."""
+    if is_pipeline(folder):
+        return pipelines.empty_unet(folder, dtype=dtype, attention=attention)
     settings = settings_of(config, folder, head)
     architecture = language_model_class(settings) if head is None else AutoModelForSequenceClassification
     with _own_config(folder), init_empty_weights(include_buffers=False):
@@ -250,9 +253,9 @@ def _lacking(base: Any, folder: Path, missing: Sequence[str], total: int) -> str
             f"{text}, because its tensors are named {unused[0]}, ...: a training framework's wrapper added "
             f"'{wrapped}'. Load it where it was trained, unwrap the model and call save_pretrained again"
         )
-    head = base.get_output_embeddings()
+    head = base.get_output_embeddings() if hasattr(base, "get_output_embeddings") else None
     ends = {id(parameter) for parameter in head.parameters()} if head is not None else set()
-    if all(id(base.get_parameter_or_buffer(name)) in ends for name in missing):
+    if head is not None and all(id(base.get_parameter_or_buffer(name)) in ends for name in missing):
         return f"{text}: this model has no language modelling head. Give the checkpoint of the language model"
     hint = f" (the checkpoint has {', '.join(unused[:2])}, ..., which this model does not use)" if unused else ""
     return (

@@ -40,7 +40,7 @@ def raw_reads(parent: Any) -> dict[str, Literal["numbers", "dtype"]]:
             break
         for name, method in vars(cls).items():
             function = getattr(method, "__wrapped__", method)
-            if not inspect.isfunction(function) or "init" in name or name.startswith("reset"):
+            if not inspect.isfunction(function) or "init" in name or name.startswith(("reset", "fuse")):
                 continue
             try:
                 source = inspect.getsource(function)
@@ -99,7 +99,7 @@ def unsuitable(model: Any, *, labels: bool = False) -> dict[str, str]:
     """Linear layers that cannot have an adapter, by name, and why. labels: the model has a classification head."""
     read = read_by_parents(model)
     owners = Counter(id(m._parameters["weight"]) for m in model.modules() if m._parameters.get("weight") is not None)
-    text, prefix = language_part(model), f"{model.base_model_prefix}."
+    text, prefix = language_part(model), f"{getattr(model, 'base_model_prefix', '')}."
     found = {}
     for name, module in model.named_modules():
         if not isinstance(module, LINEAR):
@@ -151,7 +151,7 @@ def reach(model: Any, bare: Any) -> str:
     tuner = model.base_model
     names = [*getattr(tuner, "targeted_module_names", ()), *getattr(tuner, "targeted_parameter_names", ())]
     sizes = {name: parameter.numel() for name, parameter in bare.named_parameters(remove_duplicate=False)}
-    counts = Counter(name.removesuffix(".weight").rpartition(".")[2] for name in names)
+    counts = Counter(re.search(r"[^.]*(\.\d+)?$", name.removesuffix(".weight"))[0] for name in names)  # type: ignore[index]
     reached = sum(sizes.get(name, sizes.get(f"{name}.weight", 0)) for name in names)
     total = sum(parameter.numel() for parameter in bare.parameters())
     text = f"adapters on {len(names)} weights ({', '.join(f'{name} {count}' for name, count in counts.items())})"

@@ -22,6 +22,7 @@ from launcher.data.encode import Encoded
 from launcher.data.forms import Record
 from launcher.data.templates import Template
 from launcher.methods import peft_config, prompt_tokens
+from launcher.models.files import base_folder, load_tokenizer
 
 if TYPE_CHECKING:
     from launcher.tasks.evaluation import Evaluation
@@ -65,6 +66,7 @@ class Layout:
     attention: PackedAs = "sdpa"
     windows: Mapping[str, int | None] | None = None  # of packed rows, by type of layer
     padding_mask: bool = True  # rows that are not packed have one
+    step: int = 0  # the optimizer step, for what a task draws at random in each; 0 outside training
 
 
 class Table(NamedTuple):
@@ -78,7 +80,9 @@ class Table(NamedTuple):
 class Task(Protocol):
     """One kind of training. The methods with a body are defaults."""
 
-    peft_type: str = "CAUSAL_LM"  # PEFT's task_type of the adapter
+    peft_type: str | None = "CAUSAL_LM"  # PEFT's task_type of the adapter
+    text: bool = True  # samples are tokens of a language model
+    counts: str = "tokens"  # what the lengths of samples are
     labels: bool = False  # the model has a classification head instead of its head for words
     flattens: bool = False  # a batch may be one row of all its samples, as with packing
 
@@ -89,6 +93,14 @@ class Task(Protocol):
     def check(self, config: Config, adapter: PeftConfig | None) -> None:
         """Raises ValueError for settings that the task does not support. Touches no file and no device."""
         return None
+
+    def base_folder(self, model: str) -> Path:
+        """The local folder of the base model, its files checked from their headers."""
+        return base_folder(model, "--model ")
+
+    def tokenizer(self, base: Path, *, trust_remote_code: bool = False) -> Any:
+        """The tokenizer of a base's folder."""
+        return load_tokenizer(base, trust_remote_code=trust_remote_code)
 
     def read(self, config: Config, tokenizer: Any, cache: Path) -> Samples:
         """Read, check and tokenise the data. cache is a folder for tokenised data.

@@ -3,6 +3,7 @@
 # Files of this folder, each with its `TASK`. If a config names none, the first of these that wants it trains it.
 REGISTERED = (
     "label",
+    "subject",
     "instruct",
     "text",
     "prefer",

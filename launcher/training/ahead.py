@@ -20,22 +20,25 @@ class Ahead:
 
     def __init__(self) -> None:
         self._pool = ThreadPoolExecutor(1, thread_name_prefix="collate")  # its thread starts with the first batch
-        self._begun: deque[Future[tuple[Rows, Batch]]] = deque()
+        self._begun: deque[Future[tuple[int, Rows, Batch]]] = deque()
 
-    def begin(self, rows: Callable[[], Rows], make: Callable[[Rows], Batch]) -> None:
-        """Start to collate the batch of these rows; rows() is also called in the thread."""
+    def begin(self, rows: Callable[[], Rows], make: Callable[[Rows], Batch], step: int = 0) -> None:
+        """Start to collate the batch of these rows of a step; rows() is also called in the thread."""
 
-        def work() -> tuple[Rows, Batch]:
+        def work() -> tuple[int, Rows, Batch]:
             chosen = rows()
-            return chosen, make(chosen)
+            return step, chosen, make(chosen)
 
         self._begun.append(self._pool.submit(work))
 
-    def take(self, rows: Rows, make: Callable[[Rows], Batch]) -> Batch:
-        """The batch of these rows: the first in preparation if it is theirs, else made now. Raises make's error."""
+    def take(self, rows: Rows, make: Callable[[Rows], Batch], step: int = 0) -> Batch:
+        """The batch of these rows of a step: the first in preparation if it is theirs, else made now.
+
+        Raises make's error.
+        """
         if self._begun:
-            begun, batch = self._begun[0].result()
-            if list(begun) == list(rows):
+            of, begun, batch = self._begun[0].result()
+            if of == step and list(begun) == list(rows):
                 self._begun.popleft()
                 return batch
         return make(rows)

@@ -8,6 +8,7 @@ import logging
 import os
 import shutil
 import time
+import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
@@ -262,7 +263,8 @@ def save_final(
     partial = final.with_suffix(".tmp")
     with disk_errors("the trained parameters", output, "run the same command again with more space"):
         shutil.rmtree(partial, ignore_errors=True)
-        with growth(show, partial, sum(tensor.nbytes for tensor in whole.values())):
+        with growth(show, partial, sum(tensor.nbytes for tensor in whole.values())), warnings.catch_warnings():
+            warnings.filterwarnings("ignore", "Could not find a config file")  # of a pipeline, where PEFT looks for one
             model.save_pretrained(str(partial), state_dict=whole)
         add_files(partial)
         lines = (f"{checksum}  {name}\n" for name, checksum in _checksums(partial).items())

@@ -180,7 +180,8 @@ class _Loop:
             "step": number, "seconds": round(seconds, 6), "tokens_per_s": round(batch.tokens / seconds, 3),
             "memory_gib": round(memory_gib(), 4), "padding": round(1 - batch.token_share, 4),
         })  # fmt: skip
-        self.bar(number, f"loss {loss:.4f}, {speed:,.{0 if speed >= 10 else 1}f} tokens/s, {memory_gib():.1f} GiB")
+        per_s = f"{speed:,.{0 if speed >= 10 else 1}f} {training.task.counts}/s"
+        self.bar(number, f"loss {loss:.4f}, {per_s}, {memory_gib():.1f} GiB")
         training.callbacks.on_step(training, event)
         return asked > 0
 
@@ -286,7 +287,7 @@ def gradients(training: Training, step: int) -> tuple[Tensor, Tensor, GlobalBatc
     for number, rows in enumerate(parts):
         begin_next(training, step, parts[number + 1 :])
         torch.manual_seed(_seed(seed, step, rank, number))  # dropout; so there is no state to save
-        loss = batch_loss(training, rows, batch.targets)
+        loss = batch_loss(training, rows, batch.targets, step)
         training.engine.backward(loss)
         total += loss.detach()
     if step == 1 and training.comm.ranks.is_main:
@@ -296,12 +297,12 @@ def gradients(training: Training, step: int) -> tuple[Tensor, Tensor, GlobalBatc
     return total, stops, batch
 
 
-def collated(training: Training, rows: Sequence[Any]) -> Batch:
-    """These training rows as one batch in main memory, ready to be copied."""
+def collated(training: Training, rows: Sequence[Any], step: int = 0) -> Batch:
+    """These training rows as one batch of this step in main memory, ready to be copied."""
     packing, way = training.config.data.packing, training.packed_as
     if way.attention in FLAT and not packing:
         packing, rows = True, [[row] for row in rows]
-    layout = Layout(pad_id=training.tokenizer.pad_token_id or 0, packing=packing, **way._asdict())
+    layout = Layout(pad_id=training.tokenizer.pad_token_id or 0, packing=packing, step=step, **way._asdict())
     batch = training.task.collate(training.samples.train, rows, layout)
     prepare = getattr(training.forward, "prepare", None)  # of HeadLoss
     return pinned(prepare(batch) if prepare else batch)
@@ -309,11 +310,12 @@ def collated(training: Training, rows: Sequence[Any]) -> Batch:
 
 def begin_next(training: Training, step: int, parts: Sequence[Sequence[Any]]) -> None:
     """Have the next micro-batch collated: the first of parts, the rest of this step, or that of the next step."""
-    rank, make = training.comm.ranks.rank, partial(collated, training)
+    rank = training.comm.ranks.rank
     if parts:
-        training.ahead.begin(lambda: parts[0], make)
+        training.ahead.begin(lambda: parts[0], partial(collated, training, step=step), step)
     elif step < training.steps:
-        training.ahead.begin(lambda: training.batches.at(step + 1).of_rank(rank)[0], make)
+        make = partial(collated, training, step=step + 1)
+        training.ahead.begin(lambda: training.batches.at(step + 1).of_rank(rank)[0], make, step + 1)
 
 
 def warn_of_idle(parameters: Mapping[str, torch.nn.Parameter]) -> None:
@@ -337,16 +339,16 @@ def suspects(training: Training, step: int) -> list[int]:
     ranks, batch, found = training.comm.ranks, training.batches.at(step), []
     for start in range(0, len(batch.rows), ranks.world_size):
         together = batch.rows[start : start + ranks.world_size]
-        training.engine.backward(batch_loss(training, [together[ranks.rank]], batch.targets))
+        training.engine.backward(batch_loss(training, [together[ranks.rank]], batch.targets, step))
         if training.engine.nonfinite():
             found += [sample for row in together for sample in (row if isinstance(row, list) else [row])]
     return sorted(found)
 
 
-def batch_loss(training: Training, rows: Sequence[Any], targets: int) -> Tensor:
-    """The task's loss of these training rows as one batch, divided by targets; a scalar on the device."""
+def batch_loss(training: Training, rows: Sequence[Any], targets: int, step: int = 0) -> Tensor:
+    """The task's loss of these training rows as one batch of this step, divided by targets; a scalar on the device."""
     started = time.perf_counter()
-    batch = on_device(training.ahead.take(rows, partial(collated, training)), training.device)
+    batch = on_device(training.ahead.take(rows, partial(collated, training, step=step), step), training.device)
     training.clock.batches_s += time.perf_counter() - started
     return training.task.loss(training.forward, batch, targets)
 

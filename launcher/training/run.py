@@ -39,7 +39,7 @@ from launcher.files import disk_errors, write_atomically
 from launcher.methods import prompt_tokens, unusual_learning_rate
 from launcher.models import varlen
 from launcher.models.build import FLASH, build
-from launcher.models.files import check_ids, context_length, load_tokenizer
+from launcher.models.files import check_ids, context_length
 from launcher.models.head_loss import HeadLoss
 from launcher.models.quantize import base_size, quantised_share, size
 from launcher.models.skeleton import bare_skeleton
@@ -157,11 +157,13 @@ def _run(
     start = begin(resolved, name, comm, stop, screen)
     resolved, config, ranks = start.resolved, resolved.config, comm.ranks
     trusted = config.model.trust_remote_code
-    tokenizer = comm.each("tokenizer", lambda: load_tokenizer(start.base, trust_remote_code=trusted))
+    task = resolved.task
+    tokenizer = comm.each("tokenizer", lambda: task.tokenizer(start.base, trust_remote_code=trusted))
     crew = Crew(comm, screen.bar, stop.before_training)
-    samples = resolved.task.read_together(config, tokenizer, resolved.cache, crew)
-    embedding, largest = start.bare.get_input_embeddings().weight.shape[0], int(samples.train.ids.max())
-    comm.together("data", lambda: check_ids(tokenizer, largest, embedding, labels=resolved.task.labels))
+    samples = task.read_together(config, tokenizer, resolved.cache, crew)
+    if task.text:
+        embedding, largest = start.bare.get_input_embeddings().weight.shape[0], int(samples.train.ids.max())
+        comm.together("data", lambda: check_ids(tokenizer, largest, embedding, labels=task.labels))
     batches_of_run = global_batches(config, samples.train, ranks.world_size)
     comm.from_main("memory", lambda: check_run(resolved, start.base, start.bare, batches_of_run))
     steps = resolved.steps(len(batches_of_run.rows))
@@ -183,12 +185,13 @@ def _run(
     model = comm.each("model", lambda: _load(start, plan))
     engine = comm.each("engine", lambda: _engine(start, model))
     identity = comm.each("the factors", lambda: factoring.identify_factors(model, plan.identity, resume))
-    check_context(config, model.config, context_length(model))
+    if task.text:
+        check_context(config, model.config, context_length(model))
     base: Any = getattr(model, "get_base_model", lambda: model)()
-    if not resolved.task.labels:
+    if task.text and not task.labels:
         ids = samples.train.distinct_ids().to(resolved.device)
         comm.each("attention", lambda: check_causal(base, engine.forward, ids))
-    else:
+    elif task.text:
         two = resolved.task.collate(samples.train, [0, len(samples.train) - 1], Layout(pad_id=tokenizer.pad_token_id))
         comm.each("texts", lambda: check_labels(base, engine.forward, on_device(two, resolved.device)))
     packed_as = _layout(start, engine, samples)
@@ -202,7 +205,8 @@ def _run(
     # 4. Train.
     trackers = open_trackers(config.run.trackers, start.output, as_dict(config)) if ranks.is_main else []
     training = Training(
-        config=config, task=resolved.task, engine=engine, forward=HeadLoss(model, engine.forward), tokenizer=tokenizer,
+        config=config, task=task, engine=engine, tokenizer=tokenizer,
+        forward=HeadLoss(model, engine.forward) if task.text else engine.forward,
         samples=samples, batches=batches_of_run, steps=steps, packed_as=packed_as, device=resolved.device,
         output=start.output, identity=identity, comm=comm, stop=stop, screen=screen, trackers=trackers,
         callbacks=callbacks, ownership=state.ownership, check_base=check_base, schedule=schedule_of(model),
@@ -338,7 +342,7 @@ def _engine(start: Start, model: Any) -> Engine:
 def _layout(start: Start, engine: Engine, samples: Samples) -> Way:
     """How the rows of a batch are laid out for this model. Called by all ranks."""
     resolved = start.resolved
-    if resolved.task.labels:
+    if resolved.task.labels or not resolved.task.text:
         return Way()
     if resolved.config.data.packing:
         return _packed_as(start, engine, samples)
@@ -411,8 +415,8 @@ def _introduce(
     if chosen.device.type == "cpu" and ranks.is_main and (reason := unusable_gpus()):
         log.warning("%s", reason)
     rows = " packed rows" if config.data.packing else ""
-    padding = f"{1 - token_share:.0%} of computed positions are padding"
-    say(f"training: {steps} steps, batch size {size_of_batch}{rows}, {padding}")
+    padding = f", {1 - token_share:.0%} of computed positions are padding" if chosen.task.text else ""
+    say(f"training: {steps} steps, batch size {size_of_batch}{rows}{padding}")
     learning_rate = config.optimizer.learning_rate
     if ranks.is_main and (unusual := unusual_learning_rate(adapter.method, chosen.adapter, learning_rate)):
         log.warning(unusual)

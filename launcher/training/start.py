@@ -14,7 +14,6 @@ from transformers import AutoConfig
 from adapters.checkpoint_files import list_tensors
 from launcher.engines.engine import engine_class
 from launcher.models.build import settle_base
-from launcher.models.files import base_folder
 from launcher.models.quantize import check_base
 from launcher.processes import Communicator
 from launcher.training.memory import check_memory
@@ -45,7 +44,7 @@ def begin(resolved: Resolved, name: str, comm: Communicator, stop: StopRequest, 
     config = resolved.config
     named = config.run.output or f"runs/{name}-{time.strftime('%Y%m%d-%H%M%S')}"
     output = Path(comm.from_main("run folder", lambda: named))
-    base = Path(comm.together("base model", lambda: str(base_folder(config.model.model, "--model ")))[0])
+    base = Path(comm.together("base model", lambda: str(resolved.task.base_folder(config.model.model)))[0])
     trusted = config.model.trust_remote_code
 
     def check() -> tuple[Any, str, str]:
@@ -53,7 +52,8 @@ def begin(resolved: Resolved, name: str, comm: Communicator, stop: StopRequest, 
         settled = settle_base(
             config.model, base, **resolved.how, reason=resolved.attention_reason, labels=resolved.task.labels
         )
-        check_context(config, AutoConfig.from_pretrained(base, trust_remote_code=trusted))
+        if resolved.task.text:
+            check_context(config, AutoConfig.from_pretrained(base, trust_remote_code=trusted))
         check_memory(resolved, base)
         engine_class(resolved.sharding).check_base(settled[0])
         return settled

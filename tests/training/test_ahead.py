@@ -40,6 +40,16 @@ def test_other_rows_are_made_now_and_what_was_begun_is_kept():
     ahead.close()
 
 
+def test_the_same_rows_of_another_step_are_made_now():
+    """Few samples: each step has the same rows, and other random numbers."""
+    ahead = Ahead()
+    ahead.begin(lambda: [0], lambda rows: {"made": "ahead"}, 2)
+
+    assert ahead.take([0], lambda rows: {"made": "now"}, 1)["made"] == "now"
+    assert ahead.take([0], lambda rows: {"made": "now"}, 2)["made"] == "ahead"
+    ahead.close()
+
+
 def test_an_error_in_the_thread_is_raised_where_the_batch_is_taken():
     ahead = Ahead()
 

@@ -1,0 +1,132 @@
+"""`loldu generate RUN --prompts ...`: pictures of a Stable Diffusion pipeline with a trained adapter, as PNG files."""
+
+from __future__ import annotations
+
+import json
+import re
+from contextlib import suppress
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from rich.console import Console
+
+from adapters.checkpoint_files import is_pipeline, local_folder
+from launcher.data.pictures import save_picture
+from launcher.inference.options import Drawing
+from launcher.inference.sources import DTYPES, attach, choose_device
+from launcher.models import pipelines
+from launcher.models.build import choose_dtype
+from launcher.models.files import recorded_run
+from launcher.text import json_line
+
+SLUG = 48  # most characters of a prompt in a file's name
+
+
+@dataclass(frozen=True, kw_only=True)
+class Drawn:
+    """What draws, and where its pictures go by default."""
+
+    pipeline: Path
+    adapter: Path | None
+    out: Path
+    dtype: str
+
+
+def find_drawn(model: str, base: str | None = None) -> Drawn | None:
+    """The pipeline of a run, an adapter folder or a pipeline itself; None if the base is no pipeline.
+
+    Raises ValueError for a run without an adapter, and a pipeline that is not here.
+    """
+    place = Path(model).expanduser()
+    adapter, run = _adapter(place), recorded_run(place)
+    if adapter is not None:
+        run = run or (recorded_run(place.parent) if place.name == "adapter" else None)
+    names = [base] if base else _bases(adapter, run) if adapter is not None or run is not None else [model]
+    folder = next((found for name in names if (found := _pipeline(name))), None)
+    if folder is None:
+        if run is not None and run["config"].get("data", {}).get("instance_prompt"):
+            raise ValueError(f"the pipeline of {model}, {' or '.join(names)}, is not here: give --base PIPELINE")
+        return None
+    if run is not None and adapter is None:
+        raise ValueError(f"run {model} has not saved an adapter yet: start it again to finish training")
+    if base is not None and adapter is None:
+        raise ValueError(f"--base {base} needs an adapter, and {model} is not one: leave --base out")
+    trained = (run or {}).get("resolved", {}).get("dtype", "auto")
+    out = (adapter.parent if adapter is not None and run is not None else Path()) / "pictures"
+    return Drawn(pipeline=pipelines.pipeline_folder(str(folder)), adapter=adapter, out=out, dtype=trained)
+
+
+def draw(found: Drawn, drawing: Drawing, *, seed: int, dtype: str, device: str, as_json: bool) -> list[Path]:
+    """Draw every prompt `count` times, picture i of a prompt from the noise of seed + i; returns the files.
+
+    A file's name has its prompt and seed; a number follows if that name is taken.
+    """
+    if drawing.count < 1 or drawing.steps < 1 or drawing.guidance < 0 or drawing.resolution < 0:
+        raise ValueError("--count and --steps are at least 1, --guidance and --resolution at least 0")
+    if empty := [prompt for prompt in drawing.prompts if not prompt.strip()]:
+        raise ValueError(f"--prompts has an empty text ({empty[0]!r}): give words")
+    own, factor = pipelines.resolution_of(found.pipeline)
+    side = drawing.resolution or own
+    if side % max(8, factor):
+        raise ValueError(f"--resolution {side} must be a multiple of {max(8, factor)}, such as {own}")
+    if dtype not in (*DTYPES, "auto"):
+        raise ValueError(f"--dtype {dtype} is unknown: give auto, {', '.join(DTYPES)}")
+    place = choose_device(device)
+    kind = choose_dtype(found.dtype if dtype == "auto" else dtype, narrow=None if place != "cpu" else False)
+    pipeline = pipelines.load_pipeline(found.pipeline, dtype=DTYPES[kind], device=torch.device(place))
+    if found.adapter is not None:
+        pipeline.unet = attach(pipeline.unet, found.adapter).eval()
+    out = Path(drawing.out).expanduser() if drawing.out else found.out
+    out.mkdir(parents=True, exist_ok=True)
+    console = Console(stderr=True, highlight=False, markup=False, soft_wrap=True)
+    files = []
+    for prompt in drawing.prompts:
+        for number in range(drawing.count):
+            [picture] = pipelines.draw(
+                pipeline, [prompt], seeds=[seed + number], side=side, steps=drawing.steps, guidance=drawing.guidance,
+                negative=drawing.negative_prompt,
+            )  # fmt: skip
+            file = _free(out / f"{_slug(prompt)}-{seed + number}.png")
+            save_picture(picture, file)
+            files.append(file)
+            print(
+                json_line({"prompt": prompt, "seed": seed + number, "file": str(file)}) if as_json else file, flush=True
+            )
+    what = f"adapter {found.adapter}" if found.adapter is not None else "no adapter"
+    console.print(f"{len(files)} pictures of {side} x {side} pixels, {drawing.steps} steps, {what}")
+    return files
+
+
+def _adapter(place: Path) -> Path | None:
+    return next((each for each in (place, place / "adapter") if (each / "adapter_config.json").is_file()), None)
+
+
+def _bases(adapter: Path | None, run: dict[str, Any] | None) -> list[str]:
+    """The names that the run and the adapter have for their base."""
+    names: list[Any] = []
+    if run is not None:
+        names += [run["config"]["model"]["model"], run.get("resolved", {}).get("base_folder")]
+    if adapter is not None:
+        with suppress(OSError, ValueError, KeyError, TypeError):  # whoever loads the adapter finds what is wrong
+            names.append(json.loads((adapter / "adapter_config.json").read_text())["base_model_name_or_path"])
+    return [name for name in dict.fromkeys(names) if isinstance(name, str) and name]
+
+
+def _pipeline(name: str) -> Path | None:
+    path = Path(name).expanduser()
+    folder = path if path.is_dir() else local_folder(name)
+    return folder if folder is not None and is_pipeline(folder) else None
+
+
+def _slug(prompt: str) -> str:
+    return re.sub(r"[^a-z0-9]+", "-", prompt.lower()).strip("-")[:SLUG] or "picture"
+
+
+def _free(file: Path) -> Path:
+    number, free = 1, file
+    while free.exists():
+        number += 1
+        free = file.with_name(f"{file.stem}-{number}.png")
+    return free
