@@ -2,12 +2,18 @@
 
     python benchmarks/serving.py [--requests 200 --used 64 --loaded 1000 --many 10000]   # ten minutes on two cores
 
-The base is the embedded model, or --model DIR; adapters are LoLDU with random cores. Measured, each part printed when
-it is done (--parts chooses): that every answer is the one PEFT gives with that adapter alone (greedy); tokens per
-second over many adapters and over one, in turn, and their ratio (by the clock, and by the server's CPU time); tokens
-per forward pass; PEFT's own mixed batch of LoRA adapters; an adapter that is deleted while it answers; kill -9 and a
-restart; and with --many adapters their load rate, memory, and the time of a new one's first answer. Server and client
-share the machine's cores.
+The base is the embedded model, or --model DIR; adapters are LoLDU with random cores. Each part is printed and written
+when it is done; --parts chooses:
+
+throughput   every answer is the one PEFT gives with that adapter alone (greedy); tokens per second over many adapters
+             and over one, in turn, by the clock and by the server's CPU time; tokens per forward pass
+deleted      an adapter is deleted while it answers
+lora_served  the same requests to as many LoRA adapters served by the same process, and to one
+peft_lora    PEFT's own mixed batch of LoRA adapters, without a server
+many         memory, load rate and first answer of a new one with --many adapters, on a base of SmolLM2-135M's shape
+
+A ratio is the median over rounds, in which both loads run one after the other. Server and client share the machine's
+cores, and the machine is shared: compare CPU seconds. benchmarks/serving_kills.py kills the server.
 
 An answer that differs from PEFT's counts as a tie if PEFT's own two likeliest tokens at that place are closer than
 TIE: random cores make flat distributions, and a packed batch rounds sums in another order.
@@ -38,7 +44,9 @@ REPO = Path(__file__).resolve().parents[1]
 RESULT = REPO / "benchmarks" / "results" / "serving.json"
 TINY = REPO / "recipes" / "tiny" / "model"
 TIE = 1e-3  # in logits of about 10
-PARTS = ("throughput", "peft_lora", "deleted", "killed", "many")
+PARTS = ("throughput", "deleted", "lora_served", "peft_lora", "many")
+LORA_RANK = 16
+DISTINCT = 1000  # adapters with numbers of their own; of more than that, the others are links to their files
 QUESTIONS = (
     "Turn small letters into capitals. {}",
     "Reverse the word {}.",
@@ -62,7 +70,7 @@ class Server:
             if self.process.poll() is not None:
                 raise SystemExit("the server ended:\n" + "".join(self.said))
             time.sleep(0.01)
-        self.ready_s = time.perf_counter() - self.began
+        self.ready_s, self.cpu_started_s = time.perf_counter() - self.began, self.cpu_s()
         self.loaded_s = next(
             float(found[1]) for line in self.said if (found := re.search(r"adapters \(loaded in ([\d.]+) s\)", line))
         )
@@ -106,10 +114,15 @@ def make_adapters(model: Path, folder: Path, count: int, rank: int, scale: float
     tensors = load_file(first / "adapter_model.safetensors")
     cores = [name for name in tensors if name.endswith("core")]
     for i in range(count):
+        place = folder / f"u{i:05}"
+        if i >= DISTINCT:
+            place.mkdir()
+            for file in ("adapter_model.safetensors", "adapter_config.json"):
+                os.link(folder / f"u{i % DISTINCT:05}" / file, place / file)
+            continue
         generator = torch.Generator().manual_seed(i)
         for name in cores:
             tensors[name] = scale * torch.randn(tensors[name].shape, generator=generator)
-        place = folder / f"u{i:05}"
         place.mkdir(exist_ok=True)
         save_file(tensors, place / "adapter_model.safetensors", metadata={"format": "pt"})
         if i:
@@ -189,75 +202,130 @@ async def load(
         return list(answers), time.perf_counter() - began
 
 
+def in_turn(server: Server, loads: dict[str, list[tuple[str, str]]], options: argparse.Namespace) -> dict[str, Any]:
+    """Two loads in turn, the other one first in every second round: their rates, and the ratios of the rounds."""
+    rounds: dict[str, list[dict[str, float]]] = {name: [] for name in loads}
+    texts = {}
+    for number in range(options.repeats):
+        for name in [*loads][:: -1 if number % 2 else 1]:
+            before, cpu_s = server.metrics(), server.cpu_s()
+            answers, seconds = asyncio.run(load(server.url, loads[name], options.max_tokens))
+            cpu_s, after = server.cpu_s() - cpu_s, server.metrics()
+            lost = [each for each in answers if not isinstance(each, tuple)]
+            assert not lost, f"{len(lost)} of {len(answers)} requests have no answer: {lost[0]}"
+            tokens = sum(tokens for _, tokens in answers)
+            passes = after["loldu_engine_forward_passes"] - before["loldu_engine_forward_passes"]
+            rounds[name].append(
+                {"tokens": tokens, "forward_passes": passes, "tokens_per_s": tokens / seconds,
+                 "tokens_per_cpu_s": tokens / cpu_s, "load_average": os.getloadavg()[0]}
+            )  # fmt: skip
+            texts[name] = [text for text, _ in answers]
+    return {"rounds": rounds, "texts": texts}
+
+
+def ratio(rounds: dict[str, list[dict[str, float]]], above: str, below: str, rate: str) -> dict[str, float]:
+    """Of two loads' rates, over the rounds."""
+    found = sorted(a[rate] / b[rate] for a, b in zip(rounds[above], rounds[below], strict=True))
+    return {"median": statistics.median(found), "least": found[0], "largest": found[-1]}
+
+
+def ratios(rounds: dict[str, list[dict[str, float]]], above: str, below: str) -> dict[str, Any]:
+    rates = {"by_cpu_time": "tokens_per_cpu_s", "by_the_clock": "tokens_per_s"}
+    return {name: ratio(rounds, above, below, rate) for name, rate in rates.items()}
+
+
 def throughput(server: Server, options: argparse.Namespace, folder: Path) -> dict[str, Any]:
     """The same questions to many adapters and to one, in turn."""
     texts = questions(options.requests)
     mixed = [(f"u{i % options.used * (options.loaded // options.used):05}", text) for i, text in enumerate(texts)]
     single = [("u00000", text) for text in texts]
     asyncio.run(load(server.url, mixed[:50], options.max_tokens))  # warm
-    rates: dict[str, list[float]] = {"mixed": [], "single": []}
-    by_cpu: dict[str, list[float]] = {"mixed": [], "single": []}
-    found: dict[str, list[Any]] = {}
-    passes: dict[str, Any] = {}
-    for _ in range(options.repeats):
-        for kind, asked in (("mixed", mixed), ("single", single)):
-            before, cpu_s = server.metrics(), server.cpu_s()
-            answers, seconds = asyncio.run(load(server.url, asked, options.max_tokens))
-            cpu_s, after = server.cpu_s() - cpu_s, server.metrics()
-            lost = [each for each in answers if not isinstance(each, tuple)]
-            assert not lost, f"{len(lost)} of {len(asked)} requests have no answer: {lost[0]}"
-            rates[kind].append(sum(tokens for _, tokens in answers) / seconds)
-            by_cpu[kind].append(sum(tokens for _, tokens in answers) / cpu_s)
-            found[kind] = [text for text, _ in answers]
-            passes[kind] = after["loldu_engine_forward_passes"] - before["loldu_engine_forward_passes"]
-            passes[kind + "_tokens"] = sum(tokens for _, tokens in answers)
+    found = in_turn(server, {"mixed": mixed, "single": single}, options)
     told, _ = asyncio.run(load(server.url, mixed, options.max_tokens, tokens=True))
-    compared = compare(options.model, folder, mixed, [tokens for tokens, _ in told], options.max_tokens)
-    median = {kind: statistics.median(values) for kind, values in rates.items()}
-    cpu = {kind: statistics.median(values) for kind, values in by_cpu.items()}
+    last = found["rounds"]["mixed"][-1]
     return {
-        "requests": len(mixed), "adapters": options.used, "loaded": options.loaded, "as_alone": compared,
-        "different_answers": len(set(found["mixed"])), "tokens_per_s": rates, "median_tokens_per_s": median,
-        "mixed_over_single": median["mixed"] / median["single"], "tokens_per_cpu_s": by_cpu,
-        "mixed_over_single_by_cpu": cpu["mixed"] / cpu["single"], "forward_passes": passes["mixed"],
-        "tokens_of_answers": passes["mixed_tokens"],
-        "tokens_per_pass": passes["mixed_tokens"] / passes["mixed"],
+        "requests": len(mixed), "adapters": options.used, "loaded": options.loaded,
+        "as_alone": compare(options.model, folder, mixed, [tokens for tokens, _ in told], options.max_tokens),
+        "different_answers": len(set(found["texts"]["mixed"])),
+        "mixed_over_single": ratios(found["rounds"], "mixed", "single"),
+        "tokens_per_pass": last["tokens"] / last["forward_passes"], "rounds": found["rounds"],
     }  # fmt: skip
 
 
-def peft_lora(model: Path, options: argparse.Namespace) -> dict[str, float]:
-    """Tokens per second of PEFT's generate in batches of 50: `used` LoRA adapters by adapter_names, and one."""
+def lora_config(**settings: Any) -> Any:
+    from peft import LoraConfig
+
+    return LoraConfig(r=LORA_RANK, target_modules="all-linear", task_type="CAUSAL_LM", **settings)
+
+
+def lora_served(options: argparse.Namespace, work: Path) -> dict[str, Any]:
+    """The server with ordinary LoRA adapters beside ours: the same requests to many and to one of each kind."""
+    from peft import get_peft_model
+    from transformers import AutoModelForCausalLM
+
+    folder = work / "both"
+    folder.mkdir()
+    make_adapters(options.model, folder, options.used, options.rank, options.scale)
+    for i in range(options.used):
+        made = get_peft_model(AutoModelForCausalLM.from_pretrained(options.model), lora_config(init_lora_weights=False))
+        made.save_pretrained(folder / f"l{i:05}")
+    server = Server(options.model, folder)
+    texts = questions(options.requests)
+    loads = {
+        "loldu_mixed": [(f"u{i % options.used:05}", text) for i, text in enumerate(texts)],
+        "loldu_single": [("u00000", text) for text in texts],
+        "lora_mixed": [(f"l{i % options.used:05}", text) for i, text in enumerate(texts)],
+        "lora_single": [("l00000", text) for text in texts],
+    }
+    asyncio.run(load(server.url, loads["lora_mixed"][:50] + loads["loldu_mixed"][:50], options.max_tokens))  # warm
+    rounds = in_turn(server, loads, options)["rounds"]
+    server.stop()
+    pairs = (("loldu_mixed", "loldu_single"), ("lora_mixed", "lora_single"), ("lora_mixed", "loldu_mixed"))
+    return {
+        "adapters_of_each_kind": options.used, "lora_rank": LORA_RANK, "requests": len(texts),
+        **{f"{above}_over_{below}": ratios(rounds, above, below) for above, below in pairs}, "rounds": rounds,
+    }  # fmt: skip
+
+
+def peft_lora(options: argparse.Namespace) -> dict[str, Any]:
+    """PEFT's generate in batches of 50: `used` LoRA adapters by adapter_names, and one, in turn."""
     import torch
-    from peft import LoraConfig, get_peft_model
+    from peft import get_peft_model
     from transformers import AutoModelForCausalLM
 
     from launcher.models.files import load_tokenizer
 
     torch.set_num_threads(1)
-    config = LoraConfig(r=16, target_modules="all-linear", task_type="CAUSAL_LM", init_lora_weights=False)
-    loaded = get_peft_model(AutoModelForCausalLM.from_pretrained(model), config, "u0")
+    config = lora_config(init_lora_weights=False)
+    loaded = get_peft_model(AutoModelForCausalLM.from_pretrained(options.model), config, "u0")
     for i in range(1, options.used):
         loaded.add_adapter(f"u{i}", config)
     loaded.eval()
-    tokenizer = load_tokenizer(model)
+    tokenizer = load_tokenizer(options.model)
     tokenizer.padding_side = "left"
     texts = [f"### Instruction:\n{text}\n### Response:\n" for text in questions(options.requests)]
+    mixed = [f"u{i % options.used}" for i in range(len(texts))]
+    loaded.set_adapter("u0")
 
-    def generate(names: list[str] | None) -> float:
-        began, made = time.perf_counter(), 0
+    def generate(names: list[str] | None) -> dict[str, float]:
+        began, began_cpu, made = time.perf_counter(), time.process_time(), 0
         for start in range(0, len(texts), 50):
             batch = tokenizer(texts[start : start + 50], return_tensors="pt", padding=True)
             chosen = {} if names is None else {"adapter_names": names[start : start + 50]}
             with torch.no_grad():
                 ids = loaded.generate(**batch, max_new_tokens=options.max_tokens, do_sample=False, **chosen)
-            new = ids[:, batch["input_ids"].shape[1] :]
-            made += int((new != tokenizer.pad_token_id).sum())
-        return made / (time.perf_counter() - began)
+            made += int((ids[:, batch["input_ids"].shape[1] :] != tokenizer.pad_token_id).sum())
+        cpu_s, seconds = time.process_time() - began_cpu, time.perf_counter() - began
+        return {"tokens": made, "tokens_per_s": made / seconds, "tokens_per_cpu_s": made / cpu_s}
 
-    mixed = generate([f"u{i % options.used}" for i in range(len(texts))])
-    loaded.set_adapter("u0")
-    single = generate(None)
-    return {"mixed_tokens_per_s": mixed, "single_tokens_per_s": single, "mixed_over_single": mixed / single}
+    rounds: dict[str, list[dict[str, float]]] = {"mixed": [], "single": []}
+    for _ in range(min(options.repeats, 2)):
+        rounds["mixed"].append(generate(mixed))
+        rounds["single"].append(generate(None))
+    return {
+        "adapters": options.used, "lora_rank": LORA_RANK, "requests": len(texts),
+        "mixed_over_single": ratios(rounds, "mixed", "single"), "rounds": rounds,
+    }  # fmt: skip
 
 
 def deleted_while_answering(server: Server, options: argparse.Namespace, folder: Path) -> dict[str, Any]:
@@ -289,52 +357,58 @@ def deleted_while_answering(server: Server, options: argparse.Namespace, folder:
     }
 
 
-def killed(server: Server, options: argparse.Namespace, adapters: Path) -> tuple[dict[str, Any], Server]:
-    """kill -9 under load, then the same command again."""
-    asked = [("u00001", text) for text in questions(20)]
-    before, _ = asyncio.run(load(server.url, asked, options.max_tokens))
+def smollm_shape(folder: Path) -> Path:
+    """A Llama of SmolLM2-135M's shape with random weights, written as a checkpoint."""
+    import torch
+    from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM
 
-    async def run() -> list[Any]:
-        work = asyncio.create_task(load(server.url, asked * 5, 200))
-        await asyncio.sleep(0.5)
-        server.stop(signal.SIGKILL)
-        return (await work)[0]
-
-    failed = sum(not isinstance(each, tuple) for each in asyncio.run(run()))
-    again = Server(options.model, adapters, port=int(server.url.rpartition(":")[2]))
-    after, _ = asyncio.run(load(again.url, asked, options.max_tokens))
-    return {"requests_cut": failed, "ready_again_s": again.ready_s, "same_answers": before == after}, again
+    torch.manual_seed(0)
+    sizes = {"hidden_size": 576, "intermediate_size": 1536, "num_hidden_layers": 30, "vocab_size": 49152}
+    heads = {"num_attention_heads": 9, "num_key_value_heads": 3, "tie_word_embeddings": True}
+    config = LlamaConfig(**sizes, **heads, max_position_embeddings=512, bos_token_id=0, eos_token_id=1)
+    LlamaForCausalLM(config).save_pretrained(folder)
+    AutoTokenizer.from_pretrained(TINY).save_pretrained(folder)
+    return folder
 
 
 def many(options: argparse.Namespace, work: Path) -> dict[str, Any]:
     """Load --many adapters: rate, memory of each, and the first answer of one that is new."""
-    folder = work / "many"
+    model, folder = smollm_shape(work / "base"), work / "many"
     folder.mkdir()
-    none = Server(options.model, folder)
-    empty_s, empty_bytes = none.ready_s, none.rss_bytes()
-    none.stop()
-    numbers = make_adapters(options.model, folder, options.many, options.rank, options.scale)
-    server = Server(options.model, folder)
+    numbers = make_adapters(model, folder, 1, options.rank, options.scale)
+    one = Server(model, folder)  # with one, since the frozen maps are in memory once
+    one_bytes, maps_bytes = one.rss_bytes(), one.metrics()["loldu_engine_adapter_bytes"]
+    one.stop()
+    shutil.rmtree(folder / "u00000")
+    make_adapters(model, folder, options.many, options.rank, options.scale)
+    server = Server(model, folder)
     metrics = server.metrics()
-    (work / "late").mkdir()
-    make_adapters(options.model, work / "late", 1, options.rank, 10 * options.scale)
-    shutil.copytree(work / "late" / "u00000", folder / ".late")
-    began = time.perf_counter()
-    (folder / ".late").rename(folder / "late")
-    body = json.dumps({"name": "late"}).encode()
-    request = urllib.request.Request(f"{server.url}/v1/adapters", body, {"Content-Type": "application/json"})
-    urllib.request.urlopen(request).read()
-    loaded_s = time.perf_counter() - began
-    asyncio.run(load(server.url, [("late", "Reverse the word abc.")], 1))
-    first_s = time.perf_counter() - began
-    bytes_each = metrics["loldu_engine_adapter_bytes"] / options.many
     found = {
-        "adapters": metrics["loldu_adapters"], "numbers_each": numbers, "bytes_each": bytes_each,
-        "over_its_numbers": bytes_each / (4 * numbers), "ready_s": server.ready_s, "ready_without_s": empty_s,
-        "loads_per_s": options.many / server.loaded_s,
-        "process_bytes_each": (server.rss_bytes() - empty_bytes) / options.many,
-        "new_adapter_loaded_s": loaded_s, "new_adapter_first_token_s": first_s,
+        "model": "Llama of SmolLM2-135M's shape, random weights", "adapters": metrics["loldu_adapters"],
+        "numbers_each": numbers, "numbers_bytes_each": 4 * numbers,
+        "table_over_its_numbers": (metrics["loldu_engine_adapter_bytes"] - maps_bytes) / (options.many * 4 * numbers),
+        "process_over_its_numbers": (server.rss_bytes() - one_bytes) / (options.many * 4 * numbers),
+        "loaded_s": server.loaded_s, "loads_per_s": options.many / server.loaded_s,
+        "start_cpu_s": server.cpu_s(), "start_cpu_s_with_one": one.cpu_started_s,
+        "loads_per_cpu_s": options.many / (server.cpu_started_s - one.cpu_started_s),
     }  # fmt: skip
+    make_adapters(model, work / "late", 2, options.rank, 2 * options.scale)
+    began = time.perf_counter()
+    (work / "late" / "u00000").rename(folder / "late")
+    request = urllib.request.Request(
+        f"{server.url}/v1/adapters", json.dumps({"name": "late"}).encode(), {"Content-Type": "application/json"}
+    )
+    urllib.request.urlopen(request).read()
+    found["new_adapter_loaded_by_post_s"] = time.perf_counter() - began
+    answers, _ = asyncio.run(load(server.url, [("late", "Reverse the word abc.")], 1))
+    found["new_adapter_first_token_s"] = time.perf_counter() - began
+    assert isinstance(answers[0], tuple), answers
+    began = time.perf_counter()
+    (work / "late" / "u00001").rename(folder / "watched")
+    while server.metrics()["loldu_adapters"] < options.many + 2:
+        time.sleep(0.05)
+    found["new_adapter_found_by_watching_s"] = time.perf_counter() - began
+    found["load_average"] = os.getloadavg()[0]
     server.stop()
     return found
 
@@ -355,34 +429,34 @@ def main() -> None:
     options = parser.parse_args()
     os.environ |= {"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
     found: dict[str, Any] = json.loads(options.results.read_text()) if options.results.is_file() else {}
-    found |= {"model": str(options.model), "date": datetime.now(UTC).isoformat(timespec="seconds")}
+    commit = subprocess.run(["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True, cwd=REPO)
 
-    def report(name: str, value: Any) -> None:
-        found[name] = value
-        print(f"{name}: {json.dumps(value, indent=2)}", flush=True)
+    def report(name: str, value: dict[str, Any]) -> None:
+        model = options.model.relative_to(REPO) if options.model.is_relative_to(REPO) else options.model
+        about = {"model": str(model), "date": datetime.now(UTC).isoformat(timespec="seconds"),
+                 "commit": commit.stdout.strip(), "cores": os.cpu_count()}  # fmt: skip
+        found[name] = about | value
+        print(f"{name}: {json.dumps(found[name], indent=2)}", flush=True)
+        options.results.write_text(json.dumps(found, indent=2) + "\n")
 
     with tempfile.TemporaryDirectory() as name:
         work = Path(name)
         folder = work / "adapters"
         folder.mkdir()
-        if {"throughput", "deleted", "killed"} & set(options.parts):
+        if {"throughput", "deleted"} & set(options.parts):
             make_adapters(options.model, folder, options.loaded, options.rank, options.scale)
             server = Server(options.model, folder)
             if "throughput" in options.parts:
                 report("throughput", throughput(server, options, folder))
             if "deleted" in options.parts:
                 report("deleted", deleted_while_answering(server, options, folder))
-            if "killed" in options.parts:
-                result, server = killed(server, options, folder)
-                report("killed", result)
-            report("exit_code", server.stop())
+            assert server.stop() == 0
+        if "lora_served" in options.parts:
+            report("lora_served", lora_served(options, work))
         if "peft_lora" in options.parts:
-            report("peft_lora", peft_lora(options.model, options))
+            report("peft_lora", peft_lora(options))
         if "many" in options.parts:
             report("many", many(options, work))
-    commit = subprocess.run(["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True, cwd=REPO)
-    found["commit"] = commit.stdout.strip()
-    options.results.write_text(json.dumps(found, indent=2) + "\n")
 
 
 if __name__ == "__main__":
