@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import json
 import logging
+import time
 from collections.abc import AsyncGenerator, Callable, Sequence
 from contextlib import aclosing
 from importlib.resources import files
@@ -23,6 +24,7 @@ from launcher.serving.protocol import Asked, read_adapter, read_chat, read_compl
 from launcher.serving.service import Service, as_model
 
 log = logging.getLogger(__name__)
+UNREAD_S = 5.0  # for a client to read the end of its stream, after the time for the request
 PAGE_HEADERS = {
     "content-security-policy": "default-src 'none'; script-src 'self'; style-src 'self'; connect-src 'self'; "
     "img-src data:; base-uri 'none'; form-action 'none'; frame-ancestors 'none'",
@@ -46,9 +48,10 @@ def create_app(service: Service, *, keys: Sequence[str] = (), hosts: Sequence[st
 
     @app.exception_handler(HTTPException)
     async def unknown_path(request: Request, error: HTTPException) -> Response:
-        about = {404: "there is no path", 405: "this method is not allowed for"}.get(error.status_code, "refused")
-        path = request.url.path[:100]
-        return await refused(request, Refused(error.status_code, f"{about} {request.method} {path!r}"))
+        path, allowed = request.url.path[:100], (error.headers or {}).get("Allow", "")
+        said = {404: f"there is no path {path!r}", 405: f"{request.method} is not allowed on {path!r}: use {allowed}"}
+        message = said.get(error.status_code, f"{request.method} {path!r} is refused")
+        return await refused(request, Refused(error.status_code, message, headers=error.headers))
 
     @app.exception_handler(Exception)
     async def failed(request: Request, error: Exception) -> Response:
@@ -61,7 +64,7 @@ def create_app(service: Service, *, keys: Sequence[str] = (), hosts: Sequence[st
 
 
 def _open_routes(app: FastAPI, service: Service) -> None:
-    @app.get("/health")
+    @app.api_route("/health", methods=["GET", "HEAD"])  # load balancers ask by HEAD
     async def health() -> Response:
         state = service.state()
         return JSONResponse({"status": state or "ok"}, 503 if state else 200)
@@ -72,7 +75,7 @@ def _open_routes(app: FastAPI, service: Service) -> None:
         return PlainTextResponse(text, media_type="text/plain; version=0.0.4")
 
     for path, name in (("/", "page.html"), ("/page.js", "page.js"), ("/page.css", "page.css")):
-        app.add_api_route(path, _page(name), include_in_schema=False)
+        app.add_api_route(path, _page(name), methods=["GET", "HEAD"], include_in_schema=False)
 
 
 def _page(name: str) -> Callable[[], Response]:
@@ -162,7 +165,7 @@ async def _unless_gone(request: Request, service: Service, answer: Answer, serve
 
 
 class EventStream(Response):
-    """The answer as server-sent events. If the client leaves, the answer is cancelled."""
+    """The answer as server-sent events. If the client leaves, or does not read in time, the answer is cancelled."""
 
     def __init__(self, service: Service, answer: Answer, served: Served):
         self.service, self.answer, self.served = service, answer, served
@@ -177,7 +180,8 @@ class EventStream(Response):
         self.status = 499
         work, gone = asyncio.create_task(self._send(send)), asyncio.create_task(_disconnected(receive))
         try:
-            await asyncio.wait({work, gone}, return_when=asyncio.FIRST_COMPLETED)
+            left_s = self.service.limits.request_timeout_s + UNREAD_S - (time.monotonic() - self.answer.began)
+            await asyncio.wait({work, gone}, timeout=max(left_s, 0), return_when=asyncio.FIRST_COMPLETED)
             if work.done():
                 work.result()
         except OSError:  # the connection broke while it was written to

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import importlib.metadata
 import importlib.util
+import re
 from pathlib import Path
 from typing import Annotated
 
@@ -11,7 +13,7 @@ from launcher.options import Option
 from launcher.serving.limits import Limits, read_keys
 from launcher.serving.requests import Engine
 
-NEEDED = ("fastapi", "uvicorn")
+NEEDED = {"fastapi": "0.115", "uvicorn": "0.30", "psutil": "5.9", "transformers": "5.23"}  # the extra `serve`
 
 
 def serve(
@@ -55,11 +57,7 @@ def serve(
         log_requests: Print a line for each answer: model, tokens and times, no texts.
         limits: What clients may ask.
     """
-    if missing := [name for name in NEEDED if importlib.util.find_spec(name) is None]:
-        raise ValueError(
-            f"loldu serve needs {' and '.join(missing)}, missing here: pip install {' '.join(missing)} "
-            "(with -c constraints.txt: the versions that were tested)"
-        )
+    check_packages()
     if not 0 <= watch_s < 1e6:
         raise ValueError(f"--watch-s is at least 0 (do not watch), got {watch_s:g}")
     keys = read_keys(api_key, api_key_file)
@@ -69,8 +67,13 @@ def serve(
     from launcher.serving.server import logging_to_stderr, run
 
     def make_engine() -> tuple[Engine, Path]:
-        from launcher.serving.engine import load_engine
-
+        try:
+            from launcher.serving.engine import load_engine
+        except ImportError as error:  # a newer version may have moved what batching.py uses
+            raise ValueError(
+                f"loldu serve does not work with transformers {importlib.metadata.version('transformers')} ({error}): "
+                f"pip install transformers=={NEEDED['transformers']}.*"
+            ) from error
         return load_engine(model, dtype=dtype, quantize=quantize, device=device, trust_remote_code=trust_remote_code)
 
     with logging_to_stderr():
@@ -78,3 +81,26 @@ def serve(
             make_engine, folders=folders, host=host, port=port, keys=keys, limits=limits, template=prompt_template,
             watch_s=watch_s, log_requests=log_requests,
         )  # fmt: skip
+
+
+def check_packages() -> None:
+    """Raises ValueError, with the command that installs them, for packages that are missing or too old."""
+    wrong = {}
+    for name, least in NEEDED.items():
+        if importlib.util.find_spec(name) is None:
+            wrong[name] = "missing here"
+            continue
+        found = importlib.metadata.version(name)
+        if _numbers(found) < _numbers(least):
+            wrong[name] = f"{found} here"
+    if wrong:
+        told = " and ".join(f"{name}>={NEEDED[name]} ({why})" for name, why in wrong.items())
+        asked = " ".join(f"'{name}>={NEEDED[name]}'" for name in wrong)
+        raise ValueError(
+            f"loldu serve needs {told}: pip install {asked} (with -c constraints.txt: the versions that were tested)"
+        )
+
+
+def _numbers(version: str) -> tuple[int, ...]:
+    """The numbers with which a version begins: (5, 23) of 5.23.0rc1 and of 5.23."""
+    return tuple(map(int, re.findall(r"\d+", version)[:2]))

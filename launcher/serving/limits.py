@@ -6,9 +6,11 @@ import asyncio
 import hmac
 import ipaddress
 import json
+import logging
 import math
 import os
 import socket
+import stat
 from collections.abc import Awaitable, Callable, MutableMapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,6 +19,7 @@ from typing import Any
 from launcher.files import read_text
 from launcher.serving.errors import Refused
 
+log = logging.getLogger(__name__)
 Message = MutableMapping[str, Any]
 Receive = Callable[[], Awaitable[Message]]
 Send = Callable[[Message], Awaitable[None]]
@@ -65,6 +68,7 @@ def read_keys(key: str | None, file: str | None) -> tuple[str, ...]:
             raise ValueError(
                 f"--api-key-file {file} cannot be read ({error}): give a text file, a key a line"
             ) from None
+        _warn_if_others_can_read(Path(file).expanduser())
         keys = tuple(line.strip() for line in lines if line.strip() and not line.startswith("#"))
         if not keys:
             raise ValueError(f"--api-key-file {file} holds no key: write one a line")
@@ -78,6 +82,12 @@ def read_keys(key: str | None, file: str | None) -> tuple[str, ...]:
                 f"{len(each)} long: make one with  openssl rand -hex 24"
             )
     return keys
+
+
+def _warn_if_others_can_read(file: Path) -> None:
+    mode = stat.S_IMODE(file.stat().st_mode)
+    if mode & 0o077:
+        log.warning("other users of this machine can access %s (mode %03o): chmod 600 %s", file, mode, file)
 
 
 def is_local(host: str) -> bool:
@@ -107,7 +117,7 @@ class Gate:
             return
         try:
             self._check(scope)
-            if scope["method"] not in ("GET", "HEAD", "DELETE"):
+            if scope["method"] in ("POST", "PUT", "PATCH"):
                 body = await self._body(scope, receive)
                 receive = _replay(body, receive)
         except Refused as refused:

@@ -7,6 +7,7 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 
 SECONDS = (0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 30.0, 60.0, 300.0)
+COUNTERS = {"tokens", "forward_passes", "tokens_read"}  # of the engine: they only grow
 Labels = tuple[tuple[str, str], ...]
 
 
@@ -53,7 +54,8 @@ class Metrics:
             ("loldu_engine", "As the engine counts.", engine),
         ):
             for name, number in numbers.items():
-                lines += [*_head(f"{begin}_{name}", "gauge", about), f"{begin}_{name} {float(number):.15g}"]
+                kind = "counter" if begin == "loldu_engine" and name in COUNTERS else "gauge"
+                lines += [*_head(f"{begin}_{name}", kind, about), f"{begin}_{name} {float(number):.15g}"]
         return "\n".join(lines) + "\n"
 
 

@@ -132,6 +132,7 @@ def read_chat(body: bytes) -> Asked:
     messages = value.get("messages")
     if isinstance(messages, list):  # clients send back an answer's message with all its empty fields
         value["messages"] = [_without_empty(each) if isinstance(each, dict) else each for each in messages]
+        _refuse_other_than_text(value["messages"])
     asked = _validated(ChatRequest, value)
     if asked.messages[-1].role == "assistant":
         raise Refused(400, "messages: the last one is the assistant's, which leaves nothing to answer: end with a "
@@ -186,6 +187,18 @@ def _object(body: bytes) -> dict[str, Any]:
 
 def _without_empty(message: dict[str, Any]) -> dict[str, Any]:
     return {name: value for name, value in message.items() if name not in OF_A_MESSAGE or value not in (None, [])}
+
+
+def _refuse_other_than_text(messages: list[Any]) -> None:
+    """Raises Refused for a part of a message that is an image, audio or a file."""
+    for number, message in enumerate(messages):
+        content = message.get("content") if isinstance(message, dict) else None
+        for place, part in enumerate(content if isinstance(content, list) else []):
+            kind = part.get("type") if isinstance(part, dict) else None
+            if isinstance(kind, str) and kind != "text":
+                where = f"messages.{number}.content.{place}"
+                raise Refused(400, f"{where}: a part of type {kind!r:.60} is not supported: this server reads text "
+                              "alone", param=where)  # fmt: skip
 
 
 Read = TypeVar("Read", bound=BaseModel)

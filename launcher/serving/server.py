@@ -6,6 +6,7 @@ import asyncio
 import contextlib
 import errno
 import logging
+import resource
 import signal
 import socket
 import threading
@@ -28,6 +29,7 @@ from launcher.serving.service import Models, Service
 log = logging.getLogger(__name__)
 LATE_S = 2.0  # for cancelled answers to inform their clients
 MOST_CONNECTIONS = 4096
+OTHER_FILES = 128  # open files that are not connections
 LOCAL_NAMES = ("localhost", "127.0.0.1", "::1")
 
 
@@ -49,6 +51,16 @@ def listen(host: str, port: int) -> socket.socket:
         remedy = "give another --port" if error.errno in (errno.EADDRINUSE, errno.EACCES) else "give another --host"
         raise ValueError(f"cannot listen at {host} port {port}: {error.strerror}; {remedy}") from None
     return listening
+
+
+def most_connections() -> int:
+    """Raise this process's limit of open files as far as it may; the connections that fit beside files and threads."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    wanted = MOST_CONNECTIONS + OTHER_FILES
+    allowed = wanted if hard == resource.RLIM_INFINITY else min(wanted, hard)
+    if soft != resource.RLIM_INFINITY and soft < allowed:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (soft := allowed, hard))
+    return MOST_CONNECTIONS if soft == resource.RLIM_INFINITY else max(1, min(MOST_CONNECTIONS, soft - OTHER_FILES))
 
 
 def run(
@@ -76,8 +88,8 @@ def run(
     service = Service(limits, log_requests=log_requests)
     hosts = None if keys else tuple(dict.fromkeys((host.lower(), *LOCAL_NAMES)))
     config = uvicorn.Config(
-        create_app(service, keys=keys, hosts=hosts), log_config=None, log_level="warning", access_log=False,
-        server_header=False, ws="none", lifespan="off", limit_concurrency=MOST_CONNECTIONS,
+        create_app(service, keys=keys, hosts=hosts), log_config=None, log_level="error", access_log=False,
+        server_header=False, ws="none", lifespan="off", limit_concurrency=most_connections(),
         timeout_graceful_shutdown=int(limits.drain_s + LATE_S) + 1,
     )  # fmt: skip
     shown = f"[{host}]" if ":" in host else host

@@ -1,6 +1,8 @@
 """A server in its own process with an engine that needs no model: python serve_scripted.py DIR [option=value ...]."""
 
 import sys
+import threading
+import time
 from pathlib import Path
 
 from scripted_engine import TINY, ScriptedEngine
@@ -15,8 +17,15 @@ folder, options = sys.argv[1], dict(word.split("=") for word in sys.argv[2:])
 def make_engine():
     engine = ScriptedEngine()
     engine.hold_at = int(options["hold_at"]) if "hold_at" in options else None
-    engine.pace_s = float(options.get("pace_s", 0))
+    if "release" in options:  # a file that releases held answers once it exists
+        threading.Thread(target=release, args=(engine, Path(options["release"])), daemon=True).start()
     return engine, TINY
+
+
+def release(engine, file):
+    while not file.exists():
+        time.sleep(0.01)
+    engine.hold_at = None
 
 
 def serve():

@@ -2,11 +2,10 @@
 
 import asyncio
 import json
-import threading
 
 import openai
 import pytest
-from conftest import until
+from running_server import until
 
 
 def test_a_chat_is_answered_by_the_model_that_it_names_with_its_own_template(start):
@@ -171,6 +170,7 @@ def test_metrics_are_prometheus_text(start):
     server.chat("pirate")
     server.chat("parrot")
     server.client.get("/nowhere/at/all")
+    until(lambda: 'path="unknown"' in server.client.get("/metrics").text)  # counted after the answer is sent
 
     lines = server.client.get("/metrics").text.splitlines()
 
@@ -182,6 +182,7 @@ def test_metrics_are_prometheus_text(start):
     assert values["loldu_answer_seconds_count"] == "1"
     assert int(values["loldu_completion_tokens_total"]) > 10
     assert values["loldu_engine_running"] == "0"
+    assert "# TYPE loldu_engine_tokens counter" in lines
     names = [line.split()[2] for line in lines if line.startswith("# TYPE")]
     assert len(names) == len(set(names))
 
@@ -228,4 +229,3 @@ def test_the_events_of_a_stream_come_one_by_one(start):
                 server.engine.hold_at = None
 
     assert "".join(found) == "base: hi"
-    assert threading.active_count() < 50

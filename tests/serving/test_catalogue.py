@@ -7,7 +7,7 @@ import time
 from pathlib import Path
 
 import pytest
-from conftest import until, write_adapter
+from running_server import until, write_adapter
 from scripted_engine import ScriptedEngine
 
 from launcher.data.templates import Template

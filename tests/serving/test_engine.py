@@ -10,6 +10,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model, set_peft_model_state_dict
+from running_server import until
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, MambaConfig
 
@@ -30,11 +31,13 @@ def base():
 
 
 class Asked:
-    """A request in progress: its tokens as they arrive."""
+    """A request in progress: its tokens as they arrive. held: its first token holds the engine until `release`."""
 
-    def __init__(self, engine, model, prompt, sampling, id=None):
+    def __init__(self, engine, model, prompt, sampling, id=None, held=False):
         self.tokens: list[Token] = []
-        self.ended, self.begun = threading.Event(), threading.Event()
+        self.ended, self.begun, self.released = threading.Event(), threading.Event(), threading.Event()
+        if not held:
+            self.release()
         self.id = id or f"{model}-{time.perf_counter_ns()}"
         ids = engine.tokenizer.encode(prompt) if isinstance(prompt, str) else prompt
         engine.submit(Request(self.id, model, tuple(ids), sampling), self.emit)
@@ -42,8 +45,12 @@ class Asked:
     def emit(self, token):
         self.tokens.append(token)
         self.begun.set()
+        assert self.released.wait(60), "not released in a minute"
         if token.finish:
             self.ended.set()
+
+    def release(self):
+        self.released.set()
 
     def wait(self):
         assert self.ended.wait(60), "no answer in a minute"
@@ -133,8 +140,9 @@ def test_answers_of_64_adapters_in_shared_batches_are_those_of_each_alone(served
     before = dict(served.stats())
     prompts = {n: served.tokenizer.encode(QUESTIONS[n % len(QUESTIONS)] * (1 + n % 3)) for n in range(MANY)}
 
-    asked = {n: Asked(served, f"a{n}", prompts[n], Sampling(16)) for n in range(MANY)}
-    asked[None] = Asked(served, served.base_id, prompts[0], Sampling(16))
+    asked = {None: Asked(served, served.base_id, prompts[0], Sampling(16), held=True)}  # until all have come
+    asked |= {n: Asked(served, f"a{n}", prompts[n], Sampling(16)) for n in range(MANY)}
+    asked[None].release()
     for each in asked.values():
         each.wait()
 
@@ -145,12 +153,11 @@ def test_answers_of_64_adapters_in_shared_batches_are_those_of_each_alone(served
         assert each.text == served.tokenizer.decode(each.ids, skip_special_tokens=True)
     alike = [n for n in range(MANY) if prompts[n] == prompts[0]]
     assert len({tuple(asked[n].ids) for n in alike}) > len(alike) // 2  # to one question they answer differently
+    until_idle(served)
     after = served.stats()
     passes = after["forward_passes"] - before["forward_passes"]
     assert after["tokens"] - before["tokens"] == sum(len(each.ids) for each in asked.values())
     assert passes < 60  # one at a time would be up to 65 * 16
-    assert after["running"] == after["waiting"] == 0
-    assert after["cache_blocks_used"] == 0
 
 
 def test_a_seed_gives_the_same_answer_whatever_else_is_in_the_batch(served):
@@ -192,34 +199,38 @@ def test_a_stop_text_ends_the_answer_before_it(served):
     assert asked.finish == "stop"
 
 
-def long_request(engine, model, **sampling):
-    """One that does not end by itself for a while: sampled at a temperature where the end is unlikely."""
+def until_idle(engine):
+    """An answer's last token is sent before its request and its blocks are given back."""
+    until(lambda: engine.stats()["running"] == engine.stats()["waiting"] == engine.stats()["cache_blocks_used"] == 0)
+
+
+def long_request(engine, model, held=False, **sampling):
+    """One that has begun and has not ended: held, or sampled at a temperature where the end is unlikely."""
     how = Sampling(**{"max_tokens": 400, "temperature": 50.0, "seed": 3, **sampling})
-    asked = Asked(engine, model, QUESTIONS[0], how)
+    asked = Asked(engine, model, QUESTIONS[0], how, held=held)
     assert asked.begun.wait(60)
     return asked
 
 
 def test_a_cancelled_request_ends_and_frees_its_blocks_while_others_go_on(served):
-    other, asked = long_request(served, "a2", max_tokens=40), long_request(served, "a0")
+    other, asked = long_request(served, "a2", max_tokens=40), long_request(served, "a0", held=True)
 
     served.cancel(asked.id)
+    asked.release()
 
     assert asked.wait().finish == "cancelled"
     assert other.wait().finish in ("length", "stop")
     assert len(asked.tokens) < 400
     served.cancel(asked.id)  # nothing happens
-    until = time.monotonic() + 10
-    while served.stats()["cache_blocks_used"] and time.monotonic() < until:
-        time.sleep(0.02)
-    assert served.stats()["cache_blocks_used"] == 0
+    until_idle(served)
 
 
 def test_an_adapter_that_is_removed_ends_its_answers_with_an_error_and_no_others(served, folder):
     served.add_adapter("short-lived", folder / "a5")
-    gone, other = long_request(served, "short-lived"), long_request(served, "a6", max_tokens=60)
+    other, gone = long_request(served, "a6", max_tokens=60), long_request(served, "short-lived", held=True)
 
     served.remove_adapter("short-lived")
+    gone.release()
 
     assert gone.wait().finish == "error"
     assert gone.tokens[-1].error == "adapter short-lived was removed"
@@ -372,36 +383,40 @@ def test_a_containers_limit_bounds_the_cache(monkeypatch):
         load_engine(str(TINY))
 
 
-def test_stop_waits_for_what_runs_and_cancels_the_rest(folder):
+@pytest.mark.parametrize(("drain_s", "finishes"), [(600, ("length", "stop")), (0, ("cancelled",))])
+def test_stop_waits_for_what_runs_and_then_cancels_it(folder, drain_s, finishes):
     engine = small_engine(folder)
     with pytest.raises(RuntimeError, match="has not been started"):
         Asked(engine, "a0", QUESTIONS[0], Sampling(4))
     engine.start()
-    short, long = long_request(engine, "a0", max_tokens=3), long_request(engine, "a0", seed=5)
+    running = long_request(engine, "a0", max_tokens=3, held=True)
 
-    stopping = threading.Thread(target=engine.stop, args=(0.3,))
+    stopping = threading.Thread(target=engine.stop, args=(drain_s,))
     stopping.start()
-    while engine._refusing is None:
-        time.sleep(0.001)
+    until(lambda: engine._refusing is not None)
     with pytest.raises(RuntimeError, match="the engine is stopping"):
         Asked(engine, "a0", QUESTIONS[0], Sampling(4))
-    stopping.join(30)
+    until(lambda: drain_s or engine._answers[running.id].ending)
+    running.release()
+    stopping.join(60)
 
     assert not engine._manager.is_running()
-    assert short.wait().finish in ("length", "stop")
-    assert long.wait().finish in ("cancelled", "length", "stop")
+    assert running.wait().finish in finishes
     engine.stop(0)  # twice is fine
 
 
 def test_a_failure_of_the_engines_thread_ends_every_request_and_refuses_more(folder, monkeypatch, caplog):
     engine = small_engine(folder)
     engine.start()
-    asked = [long_request(engine, "a0", seed=n) for n in range(3)]
+    asked = [Asked(engine, "a0", QUESTIONS[0], Sampling(400, 50.0), held=True) for _ in range(3)]
+    assert asked[0].begun.wait(60)
 
     def fail(*args, **kwargs):
         raise RuntimeError("out of memory, say")
 
     monkeypatch.setattr(engine.many, "packed", fail)
+    for each in asked:
+        each.release()
 
     for each in asked:
         assert each.wait().finish == "error"
@@ -419,10 +434,7 @@ def test_a_receiver_that_fails_stops_no_other(served):
     served.submit(Request("gone", "a0", (5, 6), Sampling(50)), fail)
 
     assert Asked(served, "a1", QUESTIONS[0], Sampling(4)).wait().finish in ("length", "stop")
-    until = time.monotonic() + 10
-    while served.stats()["running"] and time.monotonic() < until:
-        time.sleep(0.02)
-    assert served.stats()["running"] == 0
+    until_idle(served)
 
 
 def test_a_model_whose_packed_answers_differ_is_refused(monkeypatch):

@@ -7,7 +7,8 @@ import threading
 from urllib.parse import urlsplit
 
 import pytest
-from conftest import until
+from running_server import until
+from scripted_engine import ScriptedEngine
 
 from launcher.serving.limits import Limits, is_local, read_keys
 
@@ -30,7 +31,10 @@ MALFORMED = [  # (body, what the error says)
     ({**CHAT, "messages": [{"role": "pirate", "content": "hi"}]}, "messages.0.role: Input should be 'system'"),
     ({**CHAT, "messages": [{"role": "user"}]}, "messages.0.content: Field required"),
     ({**CHAT, "messages": [{"role": "user", "content": None}]}, "messages.0.content"),
-    ({**CHAT, "messages": [{"role": "user", "content": [{"type": "image_url"}]}]}, "messages.0.content"),
+    ({**CHAT, "messages": [{"role": "user", "content": [{"type": "text"}]}]}, "messages.0.content"),
+    ({**CHAT, "messages": [{"role": "user", "content": [{"type": "text", "text": "hi"}, {"type": "image_url"}]}]},
+     "messages.0.content.1: a part of type 'image_url' is not supported: this server reads text alone"),
+    ({**CHAT, "messages": [{"role": "tool", "content": "5"}]}, "messages.0.role: Input should be 'system'"),
     ({**CHAT, "messages": [*HI, {"role": "assistant", "content": "yes"}]}, "leaves nothing to answer"),
     ({**CHAT, "messages": [{"role": "system", "content": "x"}, *HI]}, "not on system"),  # without turns
     ({**CHAT, "temperature": -1}, "temperature: Input should be greater than or equal to 0, got -1"),
@@ -110,13 +114,44 @@ def test_neutral_values_and_fields_without_effect_are_accepted(start):
 @pytest.mark.parametrize(
     ("method", "path", "status"),
     [("GET", "/v1/nothing", 404), ("GET", "/v1/chat/completions", 405), ("GET", "/../../etc/passwd", 404),
-     ("GET", "/v1/models/parrot", 404), ("DELETE", "/v1/adapters/parrot", 404), ("GET", "/docs", 404)],
+     ("GET", "/v1/models/parrot", 404), ("DELETE", "/v1/adapters/parrot", 404), ("GET", "/docs", 404),
+     ("OPTIONS", "/v1/models", 405), ("DELETE", "/v1/chat/completions", 405)],
 )  # fmt: skip
 def test_unknown_paths_and_methods_are_errors_in_the_same_shape(start, method, path, status):
     response = start().client.request(method, path)
 
+    error = response.json()["error"]
     assert response.status_code == status
-    assert response.json()["error"].keys() == {"message", "type", "param", "code"}
+    assert error.keys() == {"message", "type", "param", "code"}
+    if status == 405:
+        assert error["message"].endswith(f"use {response.headers['allow']}")
+
+
+def test_a_load_balancer_asks_for_the_health_by_head(start):
+    response = start().client.head("/health")
+
+    assert (response.status_code, response.content) == (200, b"")
+
+
+def test_a_stream_that_nobody_reads_frees_its_slot(start, monkeypatch):
+    """Its answer is larger than what the connection holds."""
+    monkeypatch.setattr("launcher.serving.app.UNREAD_S", 0.0)
+    server = start(limits=Limits(request_timeout_s=0.5), engine=ScriptedEngine("x" * 3_000))
+    server.engine.context_length = 100_000
+    server.socket.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, 4096)
+    body = json.dumps({**CHAT, "max_tokens": 2000, "logprobs": True, "top_logprobs": 20, "stream": True}).encode()
+
+    with socket.socket() as connection:
+        connection.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 2048)
+        connection.connect((urlsplit(server.url).hostname, urlsplit(server.url).port))
+        connection.sendall(
+            b"POST /v1/chat/completions HTTP/1.1\r\nHost: localhost\r\nContent-Type: application/json\r\n"
+            b"Content-Length: %d\r\n\r\n%b" % (len(body), body)
+        )
+        until(lambda: server.service.metrics.duration.counts != [0] * len(server.service.metrics.duration.counts))
+
+    assert not server.service.active
+    assert not server.engine.requests
 
 
 def test_a_key_is_needed_for_everything_that_tells_about_models(start):
@@ -212,6 +247,20 @@ def test_a_client_that_leaves_frees_its_slot(start, stream):
     until(lambda: not server.service.active)
     until(lambda: len(server.engine.cancelled) == 1)
     until(lambda: not server.engine.requests)
+
+
+def test_a_file_of_keys_that_others_can_read_is_warned_of(tmp_path, caplog):
+    file = tmp_path / "keys"
+    file.write_text(KEY)
+    file.chmod(0o600)
+    read_keys(None, str(file))
+    assert not caplog.text
+
+    file.chmod(0o640)
+    read_keys(None, str(file))
+
+    assert f"can access {file} (mode 640): chmod 600 {file}" in caplog.text
+    assert KEY not in caplog.text
 
 
 def test_keys_come_from_an_option_a_file_or_the_environment(tmp_path, monkeypatch):

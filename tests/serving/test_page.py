@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 from browser import CHROMIUM, Browser
-from conftest import until, write_adapter
+from running_server import until, write_adapter
 
 PAGE = Path(__file__).resolve().parents[2] / "launcher" / "serving" / "page"
 KEY = "a-key-of-24-characters-x"

@@ -1,5 +1,8 @@
 """The server's process: its start, its signals, its end, and its start again."""
 
+import importlib.metadata
+import importlib.util
+import json
 import os
 import re
 import signal
@@ -7,13 +10,15 @@ import socket
 import subprocess
 import sys
 import threading
+import tomllib
 from pathlib import Path
 
 import httpx
 import pytest
-from conftest import until, write_adapter
+from running_server import until, write_adapter
 
 from launcher.cli import main
+from launcher.serving.commands import NEEDED
 from launcher.serving.limits import Limits
 from launcher.serving.server import run
 
@@ -72,21 +77,30 @@ def ask_in_thread(url, found, **fields):
     return thread
 
 
+def text_of(streamed):
+    """The text of a streamed chat."""
+    events = [json.loads(line[6:]) for line in streamed.text.splitlines() if line.startswith("data: {")]
+    return "".join(event["choices"][0]["delta"].get("content", "") for event in events)
+
+
 def active(url, count=1):
     return f"loldu_requests_active {count}" in httpx.get(f"{url}/metrics").text
 
 
 @pytest.mark.slow
-def test_sigterm_lets_a_running_answer_end(serve):
-    server, found = serve(pace_s=0.3, drain_s=600), []
+def test_sigterm_lets_a_running_answer_end(serve, tmp_path):
+    server, found = serve(hold_at=3, release=tmp_path / "release", drain_s=600), []
     thread = ask_in_thread(server.url(), found, stream=True)
     until(lambda: active(server.url()))
 
     server.process.send_signal(signal.SIGTERM)
+    until(lambda: "stopping: 1 answers" in server.said)
+    (tmp_path / "release").touch()
 
     assert server.wait(120) == 0
     thread.join()
     assert "stopping: 1 answers have 600 s to end" in server.said
+    assert re.fullmatch(r"base: Below .*hi\n\n### Response:\n?", text_of(found[0]), re.DOTALL)
     assert found[0].text.endswith("data: [DONE]\n\n")
 
 
@@ -193,11 +207,20 @@ def test_a_port_that_is_taken_is_told(capsys):
     assert "Address already in use; give another --port" in capsys.readouterr().err
 
 
-def test_a_missing_package_is_named_with_the_command_that_installs_it(capsys, monkeypatch):
-    find = __import__("importlib.util").util.find_spec
+def test_a_package_that_is_missing_or_too_old_is_named_with_the_command_that_installs_it(capsys, monkeypatch):
+    find, version = importlib.util.find_spec, importlib.metadata.version
     monkeypatch.setattr("importlib.util.find_spec", lambda name: None if name == "uvicorn" else find(name))
+    monkeypatch.setattr("importlib.metadata.version", lambda name: "5.9.2" if name == "transformers" else version(name))
 
     code = main(["serve", "recipes/tiny/model"])
 
     assert code == 2
-    assert "loldu serve needs uvicorn, missing here: pip install uvicorn" in capsys.readouterr().err
+    said = capsys.readouterr().err
+    assert "needs uvicorn>=0.30 (missing here) and transformers>=5.23 (5.9.2 here)" in said
+    assert "pip install 'uvicorn>=0.30' 'transformers>=5.23'" in said
+
+
+def test_the_extra_names_the_packages_that_the_server_checks():
+    extra = tomllib.loads((HERE.parents[1] / "pyproject.toml").read_text())["project"]["optional-dependencies"]["serve"]
+
+    assert sorted(extra) == sorted(f"{name}>={least}" for name, least in NEEDED.items())
