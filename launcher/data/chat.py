@@ -27,6 +27,7 @@ TEMPLATE_DATE = "2024-07-26"  # for templates that write today's date; the defau
 GENERATION_BLOCK = re.compile(r"\{%-?\s*generation\b")
 OPEN_THINKING = re.compile(r"<think>\s*$")
 THINKING = re.compile(r"\s*<think>(.*?)</think>\s*", re.DOTALL)
+PROBE = "w8Zq"  # a text that no conversation holds
 _clock: ContextVar[Clock | None] = ContextVar("clock", default=None)
 
 
@@ -119,10 +120,19 @@ class Chat(NamedTuple):
     def _call(
         self, record: dict[str, Any], end: int | None, prompt: bool, *, spans: bool
     ) -> tuple[str, list[tuple[int, int]]]:
+        messages = self.messages(record, end)
+        if any(message.get("tool_calls") and not message.get("content") for message in messages) and _wants_none(self):
+            messages = [_without_empty_content(message) for message in messages]
+        return self.write(record, messages, prompt, spans=spans)
+
+    def write(
+        self, record: dict[str, Any], messages: list[dict[str, Any]], prompt: bool = False, *, spans: bool = False
+    ) -> tuple[str, list[tuple[int, int]]]:
+        """What the template makes of these messages with the record's tools and settings, without any limit."""
         from transformers.utils.chat_template_utils import render_jinja_template
 
         settings = self.tokens | {"date_string": self._date_string()} | record.get("chat_template_kwargs", {})
-        template, messages = compiled(self.jinja, self.date), self.messages(record, end)
+        template = compiled(self.jinja, self.date)
 
         def write(messages: list[dict[str, Any]]) -> Any:
             return render_jinja_template(
@@ -178,13 +188,12 @@ class Chat(NamedTuple):
 @lru_cache(maxsize=16)
 def _closing(jinja: str, date: str, tokens: str, marks: tuple[str, ...]) -> tuple[str, str]:
     """(what the template writes after the last answer, its part up to the mark that ends the turn)."""
-    probe = "w8Zq"
-    record = {"messages": [{"role": "user", "content": "Hi"}, {"role": "assistant", "content": probe}]}
+    record = {"messages": [{"role": "user", "content": "Hi"}, {"role": "assistant", "content": PROBE}]}
     try:
         text = Chat(jinja, date, json.loads(tokens)).render(record)
     except BadRecord:
         return "", ""
-    tail = text.rpartition(probe)[2] if probe in text else ""
+    tail = text.rpartition(PROBE)[2] if PROBE in text else ""
     ends = [tail.index(mark) + len(mark) for mark in marks if mark in tail]
     return tail, tail[: min(ends)] if ends else tail
 
@@ -293,15 +302,56 @@ def _arguments_as_text(message: dict[str, Any]) -> dict[str, Any]:
     return message | {"tool_calls": calls}
 
 
+def _without_empty_content(message: dict[str, Any]) -> dict[str, Any]:
+    return message | {"content": None} if message.get("tool_calls") and not message.get("content") else message
+
+
+def _wants_none(chat: Chat) -> bool:
+    """Whether the template writes the tool calls of an answer without text only if its content is none."""
+    return _writes_calls_without_content(chat.jinja, chat.date, json.dumps(chat.tokens))
+
+
+@lru_cache(maxsize=16)
+def _writes_calls_without_content(jinja: str, date: str, tokens: str) -> bool:
+    chat = Chat(jinja, date, json.loads(tokens))
+    call = {"id": "000000000", "type": "function", "function": {"name": PROBE, "arguments": {}}}
+    calling = {"role": "assistant", "content": "", "tool_calls": [call]}
+
+    def writes(message: dict[str, Any]) -> bool:
+        try:
+            return PROBE in chat.write({}, [{"role": "user", "content": "Hi"}, message])[0]
+        except BadRecord:
+            return False
+
+    return not writes(calling) and writes(_without_empty_content(calling))
+
+
 def _check_tools(record: dict[str, Any], chat: Chat) -> None:
-    """Raises BadRecord if an answer calls a tool and the template would not write the call."""
-    calls = any(message.get("tool_calls") for message in record["messages"])
-    if calls and "tool_calls" not in chat.jinja:
-        raise BadRecord(
-            "tool calls that the chat template does not write",
-            f"the conversation that begins {_begin(record)} calls tools, and the chat template does not write "
-            "tool_calls: the model would learn to stop instead. Give a --prompt-template FILE.jinja that writes them",
-        )
+    """Raises BadRecord if an answer calls a tool and the template does not write the call.
+
+    Each call gets a name that occurs nowhere else, since some templates leave out calls beside text (DeepSeek V3).
+    """
+    messages: list[dict[str, Any]] = []
+    found: list[tuple[int, str, str]] = []  # place, name for the probe, name of each call
+    for i, message in enumerate(record["messages"]):
+        calls = []
+        for call in message.get("tool_calls") or ():
+            probe = f"{PROBE}{len(found)}z"
+            found.append((i, probe, call["function"]["name"]))
+            calls.append(call | {"function": call["function"] | {"name": probe}})
+        messages.append(message | ({"tool_calls": calls} if calls else {}))
+    probed = record | {"messages": messages}
+    text = chat.render(probed) if found else ""
+    for i, probe, name in found:
+        if probe not in text and probe not in chat.render(probed, i + 1):
+            beside = messages[i].get("content") and "tool_calls" in chat.jinja
+            where = " beside an answer's text" if beside else ""
+            raise BadRecord(
+                "tool calls that the chat template does not write",
+                f"the conversation that begins {_begin(record)} calls the tool {name!r}, and the chat template does "
+                f"not write tool_calls{where}: the model would learn to stop instead. Give a --prompt-template "
+                "FILE.jinja that writes them",
+            )
 
 
 def _dropped(record: dict[str, Any], texts: Sequence[str], chat: Chat) -> Counter[str]:

@@ -37,10 +37,13 @@ MAPPED = {  # what --columns may name, and the columns that stand for it
 }  # fmt: skip
 REASONING = ("reasoning_content", "reasoning", "thinking")
 MEDIA = ("image", "images", "image_url", "audio", "audios", "input_audio", "video", "videos")
+SYSTEM = ("system", "system_prompt", "system_message")
 NOT_HONOURED = {  # fields that carry meaning in some public format
     "parallel_tool_calls", "response_format", "documents", "rejected", "margin", "mask", "loss_weight", "prefix",
-    "kto_tag",
+    "sample_weight", "training_detail", "train_detail",
 }  # fmt: skip
+NOT_MAPPED = {*SYSTEM, "history", "tools", "functions", "input", "context", "chat_template_kwargs"}  # by --columns
+DESIRABLE = ("label", "kto_tag")  # false: an answer to avoid
 
 
 def mapping_of(columns: tuple[str, ...]) -> dict[str, str]:
@@ -81,9 +84,12 @@ def kind_of(row: Any, mapping: Mapping[str, str], where: str) -> str:
     for asked in ("question", "prompt", "query", "problem"):
         for answered in ("answer", "response", "solution", "output", "completion"):
             if {asked, answered} <= there:
+                more = {"system": SYSTEM, "input": ("input", "context"), "history": ("history",), "tools": ("tools",)}
+                named = [f"{ours}={name}" for ours, names in more.items() for name in names if name in there][:4]
                 raise BadRecord(
                     "columns of other names",
-                    f"{where} has the columns {_columns(row)}: give --columns prompt={asked} answer={answered}",
+                    f"{where} has the columns {_columns(row)}: give --columns "
+                    + " ".join([f"prompt={asked}", f"answer={answered}", *named]),
                 )
     if "text" in there:
         raise BadRecord(
@@ -109,7 +115,20 @@ def records_of(
         raise BadRecord(
             "images, audio or video", f"{where} has {media!r}: only text is supported, leave the record out"
         )
-    ignored.update(name for name in NOT_HONOURED & row.keys() if row[name] not in (None, "", [], {}))
+    if unwanted := next((name for name in DESIRABLE if row.get(name) is False), None):
+        raise BadRecord(
+            "an answer to avoid",
+            f"{where} has {unwanted!r} false, so its answer is one to avoid, and training would teach it: leave the "
+            "record out, or make pairs of chosen and rejected answers for --task prefer",
+        )
+    unused = NOT_HONOURED | (NOT_MAPPED if mapping else set())
+    if mapping or kind in ("instruction", "prompt"):
+        unused = unused | set(REASONING)
+    if row.get("weight") not in (1, "1"):
+        unused = unused | {"weight"}
+    ignored.update(
+        name for name in (unused & row.keys()) - set(mapping.values()) if row[name] not in (None, "", [], {})
+    )
     if mapping:
         row = {name: row[column] for name, column in mapping.items()}
     read: Callable[..., list[Record]] = _question if kind in ("instruction", "prompt") else _conversation
@@ -179,7 +198,7 @@ def _question(row: Record, kind: str, where: str, ignored: Counter[str]) -> list
         "input": text_of(row, "input" if row.get("input") is not None else "context", where, ""),
         "output": text_of(row, given, where),
     }
-    system, history, tools = text_of(row, "system", where, ""), row.get("history") or [], _tools(row, where)
+    system, history, tools = _system(row, where), row.get("history") or [], _tools(row, where)
     if not (system or history or tools):
         return [record]
     if not isinstance(history, list) or not all(
@@ -221,7 +240,7 @@ def _conversation(row: Record, kind: str, where: str, ignored: Counter[str]) -> 
             f"{where}: {kind!r} is a list of {{{speaker}, {said}}}, got {turns!r:.60}",
         )
     messages = [_message(turn, kind, f"{where}, turn {i}", ignored) for i, turn in enumerate(turns)]
-    system = text_of(row, "system", where, "")
+    system = _system(row, where)
     if system and messages[0]["role"] in ("system", "developer"):
         if system != messages[0]["content"]:
             messages[0]["content"] = f"{system}\n\n{messages[0]['content']}"
@@ -311,14 +330,19 @@ def _content(turn: Record, said: str, role: str, where: str) -> str:
     return "".join(texts)
 
 
+def _system(row: Record, where: str) -> str:
+    """The system prompt beside a question or a conversation; empty if there is none."""
+    return next((text for name in SYSTEM if (text := text_of(row, name, where, ""))), "")
+
+
 def _weight(turn: Record, where: str) -> int:
-    """Whether a message carries loss: OpenAI's weight 0 or 1, and true or false as `train` or `loss`."""
-    for name in ("weight", "train", "loss"):
+    """Whether a message carries loss: OpenAI's weight 0 or 1, and true or false under the names of other tools."""
+    for name in ("weight", "train", "loss", "training", "train_on_turn", "masked"):
         value = turn.get(name)
         if value is not None:
             if value not in (0, 1):
                 raise BadRecord(f"a {name} that is not 0 or 1", f"{where}: {name!r} is 0 or 1, got {value!r:.40}")
-            return int(value)
+            return int(value) if name != "masked" else 1 - int(value)
     return 1
 
 

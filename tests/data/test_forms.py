@@ -191,6 +191,59 @@ def test_fields_with_a_meaning_that_is_not_used_are_named_once_with_their_count(
     ]
 
 
+@pytest.mark.parametrize(
+    ("row", "columns", "named"),
+    [
+        ({"q": "Hi?", "a": "Ho.", "context": "Here.", "system_prompt": "S"}, ("prompt=q", "answer=a"),
+         ["context", "system_prompt"]),
+        ({"q": "Hi?", "a": "Ho.", "context": "Here.", "system_prompt": "S"},
+         ("prompt=q", "answer=a", "input=context", "system=system_prompt"), []),
+        ({"instruction": "Hi?", "output": "Ho.", "reasoning": "Hm."}, (), ["reasoning"]),
+        ({"prompt": "Hi?", "completion": "Ho.", "weight": 0.5}, (), ["weight"]),
+        ({"prompt": "Hi?", "completion": "Ho.", "weight": 1, "label": True}, (), []),
+    ],
+)  # fmt: skip
+def test_columns_with_a_meaning_beside_a_question_are_named(row, columns, named, tmp_path, caplog):
+    load(tmp_path, row, columns=columns)
+
+    assert [record.getMessage().split("'")[1] for record in caplog.records] == named
+
+
+@pytest.mark.parametrize("column", ["system", "system_prompt", "system_message"])
+@pytest.mark.parametrize("row", [{"instruction": "Hi?", "output": "Ho."}, {"messages": TALK}])
+def test_a_system_prompt_beside_the_record_is_used_under_each_of_its_names(row, column, tmp_path):
+    assert load(tmp_path, {**row, column: "S"}) == [{"messages": [{"role": "system", "content": "S"}, *TALK]}]
+
+
+def test_the_columns_that_an_error_offers_keep_the_system_prompt(tmp_path):
+    row = {"system_prompt": "S", "question": "Hi?", "response": "Ho."}
+
+    with pytest.raises(ValueError, match="--columns prompt=question answer=response system=system_prompt") as caught:
+        load(tmp_path, row)
+
+    offered = tuple(str(caught.value).rpartition("--columns ")[2].split())
+    assert load(tmp_path, row, columns=offered)[0]["messages"][0] == {"role": "system", "content": "S"}
+
+
+@pytest.mark.parametrize(
+    "row", [{"prompt": "Hi?", "completion": "Ho.", "label": False}, {"messages": TALK, "kto_tag": False}]
+)
+def test_an_answer_that_is_marked_as_one_to_avoid_is_not_trained_on(row, tmp_path):
+    """KTO's form has answers of both kinds in one file."""
+    with pytest.raises(ValueError, match="false, so its answer is one to avoid"):
+        load(tmp_path, row)
+
+    good = {name: True if value is False else value for name, value in row.items()}
+    assert len(load(tmp_path, row, good, on_bad_record="skip")) == 1
+
+
+@pytest.mark.parametrize("mark", [{"train": False}, {"training": False}, {"train_on_turn": False}, {"masked": True}])
+def test_a_turn_without_loss_is_known_under_the_names_of_other_tools(mark, tmp_path):
+    found = load(tmp_path, {"messages": [USER, ANSWER | mark, *TALK]})
+
+    assert found[0]["messages"][1] == {**ANSWER, "weight": 0}
+
+
 # --- what reaches the tokens ---
 
 
@@ -236,7 +289,8 @@ def test_tools_and_calls_reach_a_template_that_writes_them():
 def test_a_template_that_joins_arguments_as_text_is_given_text():
     """DeepSeek V3's way."""
     template = CHATML.replace(
-        "{{ m.content }}", "{{ m.content }}{% for c in m.tool_calls %}{{ '!' + c.function.arguments }}{% endfor %}"
+        "{{ m.content }}",
+        "{{ m.content }}{% for c in m.tool_calls %}{{ c.function.name + '!' + c.function.arguments }}{% endfor %}",
     )
     tokenizer = byte_tokenizer(template)
 
@@ -246,15 +300,42 @@ def test_a_template_that_joins_arguments_as_text_is_given_text():
         prompt_template="chat",
     )
 
-    assert shown(encoded, tokenizer)[1] == '!{"a": 1}</s>'
+    assert shown(encoded, tokenizer)[1] == 'add!{"a": 1}</s>'
 
 
 def test_calls_that_the_template_does_not_write_are_refused():
     """The model would learn to stop instead of calling."""
     record = {"messages": [USER, {"role": "assistant", "content": "Let me look.", "tool_calls": [ADD]}]}
 
-    with pytest.raises(ValueError, match=r"calls tools, and the chat template does not write tool_calls"):
+    with pytest.raises(ValueError, match=r"calls the tool 'add', and the chat template does not write tool_calls: "):
         encode([record], byte_tokenizer(CHATML), prompt_template="chat")
+
+
+EITHER = CHATML.replace(
+    "{{ m.content }}",
+    "{% if m.content is none %}{% for c in m.tool_calls %}({{ c.function.name }}){% endfor %}"
+    "{% else %}{{ m.content }}{% endif %}",
+)  # DeepSeek V3's way: a call, or a text
+
+
+@pytest.mark.parametrize("content", [None, ""])
+def test_calls_without_text_reach_a_template_that_wants_no_content_beside_them(content, tmp_path):
+    tokenizer = byte_tokenizer(EITHER)
+    called = {"role": "assistant", "content": content, "tool_calls": [ADD]}
+
+    encoded = encode(
+        load(tmp_path, {"messages": [USER, called, {"role": "tool", "content": "2"}, ANSWER]}), tokenizer,
+        prompt_template="chat",
+    )  # fmt: skip
+
+    assert shown(encoded, tokenizer)[1].startswith("(add)</s>")
+
+
+def test_calls_that_the_template_leaves_out_beside_a_text_are_refused():
+    record = {"messages": [USER, {"role": "assistant", "content": "Let me add.", "tool_calls": [ADD]}], "tools": [ADD]}
+
+    with pytest.raises(ValueError, match=r"'add', and .* does not write tool_calls beside an answer's text: the model"):
+        encode([record], byte_tokenizer(EITHER), prompt_template="chat")
 
 
 def test_what_the_template_leaves_out_is_counted(caplog):
