@@ -1,12 +1,15 @@
 """The recipe of a real instruction model, from training to a merged model that answers."""
 
 import json
+import shutil
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
+import torch
 from launching import REPO, finish, start
+from safetensors.torch import load_file
 
 from launcher.inference.export import export_lora
 from launcher.inference.generate import generate
@@ -31,7 +34,7 @@ def smollm2() -> str:
 
 @pytest.fixture(scope="module")
 def trained(smollm2, alpaca_file, tmp_path_factory):
-    """Three short runs of the recipe: bfloat16 on one process, float32 on one, and float32 under fsdp2 on two."""
+    """Short runs of the recipe: bfloat16, float32 and nf4 on one process, float32 under fsdp2 on two."""
     folder = tmp_path_factory.mktemp("smollm2")
     records = folder / "records.json"
     records.write_text(json.dumps([r for r in json.loads(alpaca_file.read_text())[:200] if r["output"]]))
@@ -45,11 +48,13 @@ def trained(smollm2, alpaca_file, tmp_path_factory):
     for name, words, more in (
         ("bf16", [], []),
         ("one", [], ["--dtype", "float32"]),
+        ("nf4", [], ["--dtype", "float32", "--quantize", "nf4", "--save-every", "1"]),
         ("fsdp2", torchrun, ["--dtype", "float32", "--sharding", "fsdp2"]),
     ):
         command = [sys.executable, *words, recipe, *options, *more, "--output", str(folder / name)]
         code, out = finish(start(command), 900)
         assert code == 0, out[-4000:]
+        (folder / f"{name}.json").write_text(json.dumps(command))
     return folder
 
 
@@ -62,6 +67,24 @@ def losses(folder):
 def test_two_processes_under_fsdp2_train_as_one_does(trained):
     assert losses(trained / "fsdp2") == pytest.approx(losses(trained / "one"), abs=2e-5)
     assert losses(trained / "bf16") == pytest.approx(losses(trained / "one"), abs=5e-2)
+
+
+@pytest.mark.slow
+def test_a_base_in_4_bits_trains_and_resumes_to_the_same_loss_and_adapter(trained):
+    whole = losses(trained / "nf4")
+    adapter = load_file(trained / "nf4" / "adapter" / "adapter_model.safetensors")
+    shutil.rmtree(trained / "nf4" / "adapter")
+    shutil.rmtree(max((trained / "nf4" / "checkpoints").iterdir()))
+    (trained / "nf4" / "state").write_text("stopped\n")
+
+    code, out = finish(start(json.loads((trained / "nf4.json").read_text())), 900)
+
+    assert code == 0, out[-4000:]
+    assert "resuming from" in out
+    assert losses(trained / "nf4") == whole
+    again = load_file(trained / "nf4" / "adapter" / "adapter_model.safetensors")
+    assert all(torch.equal(again[name], value) for name, value in adapter.items())
+    assert 0 < whole[0] - losses(trained / "one")[0] < 0.5  # what rounding the base to 4 bits costs
 
 
 @pytest.mark.slow
