@@ -177,6 +177,7 @@ class FactorTuner(BaseTuner):
         classifies = config.task_type in (
             TaskType.SEQ_CLS,
             TaskType.TOKEN_CLS,
+            None,  # images
         )  # the base's checkpoint has no such head
         heads = [f"{name}." for name in config.modules_to_save or ()] if classifies else []
         ours = (self.prefix, "modules_to_save.", *heads)

@@ -98,13 +98,13 @@ class DataConfig(Checked):
     """The training samples, and which of their tokens carry loss."""
 
     data: str | tuple[str, ...] = "tatsu-lab/alpaca"
-    """JSON, JSONL, CSV or parquet file, folder, or hub dataset name: instructions, prompts with completions, or
-    conversations. Several can be given, each with a weight: a.jsonl b.parquet:0.3 (below 1 the share of its records
-    that is used, above 1 how often they are used)."""
+    """JSON, JSONL, CSV or parquet file, folder, or hub dataset name: instructions, prompts with completions,
+    conversations, or labelled texts or images. Several can be given, each with a weight: a.jsonl b.parquet:0.3 (below 1
+    the share of its records that is used, above 1 how often they are used)."""
     task: TaskName = "auto"
-    """What is learned: instruct (instructions and conversations), label (classes of --text-columns), text (plain text),
-    prefer (pairs of a chosen and a rejected answer) or subject (what a folder of pictures shows). auto is label with
-    --text-columns, subject with --instance-prompt, else instruct."""
+    """What is learned: instruct (instructions and conversations), label (classes of --text-columns or --image-column),
+    text (plain text), prefer (pairs of a chosen and a rejected answer) or subject (what a folder of pictures shows).
+    auto is label with one of these columns, subject with --instance-prompt, else instruct."""
     columns: tuple[str, ...] = ()
     """Columns of other names, as prompt=question answer=solution; also input, system, history, messages, tools. With
     --task text: text=COLUMN; with --task prefer: prompt, chosen and rejected."""
@@ -133,8 +133,16 @@ class DataConfig(Checked):
     skip leaves them out and logs the same list."""
     text_columns: tuple[str, ...] = ()
     """With --task label: the one or two columns with the text to classify."""
+    image_column: str | None = None
+    """With --task label: the column with the image to classify; of a folder with one subfolder per class, or a .zip of
+    it, any name (image)."""
     label_column: str = "label"
-    """With text_columns: the column with a class (whole number from 0, or name), or a fraction to predict."""
+    """With text_columns or image_column: the column with a class (whole number from 0, or name), or a fraction to
+    predict. A folder's subfolders are its classes."""
+    random_crop: Annotated[float, Range(0, 1, above=True)] = 0.08
+    """With image_column: train on a random part of each image, with at least this share of its area; 1 turns it off."""
+    random_flip: bool = True
+    """With image_column: mirror half of the training images, drawn anew each time."""
     exact_match: bool = False
     """At each evaluation, also generate every held-out answer greedily and count exact matches."""
     answer_tokens: Count = 64

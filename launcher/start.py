@@ -25,7 +25,7 @@ from launcher.text import printable
 log = logging.getLogger(__name__)
 OF_A_TASK = {  # what recipes set for their own data
     "run": ("show_samples", "eval_every"),
-    "data": ("exact_match", "prompt_template", "text_columns", "columns", "eval_data"),
+    "data": ("exact_match", "prompt_template", "text_columns", "image_column", "columns", "eval_data"),
 }
 
 TRAIN = """usage: loldu train RECIPE|FILE [options]
@@ -85,7 +85,7 @@ def run_recipe(
     @dataclass(frozen=True, kw_only=True)
     class Options(Config):
         tiny: bool = False
-        """Train the small Llama that comes with the project on its instructions: minutes on a CPU, no network."""
+        """Train the small model that comes with the project on the data beside it: minutes on a CPU, no network."""
 
     def read(config: Config) -> Options:
         return _parse(Options(**vars(config)), arguments, prog or f"recipes/{name}.py")

@@ -90,6 +90,39 @@ def tiny_roberta(sst2_rows, tmp_path_factory) -> Path:
     return folder
 
 
+@pytest.fixture(scope="session")
+def tiny_vit(tmp_path_factory) -> Path:
+    """A random ViT of 23,000 parameters for images of 16 x 16, without a head, with dropout."""
+    from transformers import ViTConfig, ViTImageProcessorPil, ViTModel
+
+    folder = tmp_path_factory.mktemp("vit")
+    sizes: dict = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4}
+    torch.manual_seed(0)
+    ViTModel(
+        ViTConfig(**sizes, image_size=16, patch_size=4, initializer_range=0.2, hidden_dropout_prob=0.1),
+        add_pooling_layer=False,
+    ).save_pretrained(folder)
+    ViTImageProcessorPil(size={"height": 16, "width": 16}).save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture(scope="session")
+def image_folder(tmp_path_factory) -> Path:
+    """Thirty images in three folders of classes: noise of one colour each, of several sizes, as JPEG and PNG."""
+    import numpy as np
+    from PIL import Image
+
+    root, drawn = tmp_path_factory.mktemp("images"), np.random.default_rng(0)
+    for number, name in enumerate(("blue", "green", "red")):
+        (root / name).mkdir()
+        for i in range(10):
+            height, width = drawn.integers(12, 40, 2)
+            pixels = drawn.integers(0, 120, (height, width, 3))
+            pixels[..., 2 - number] += 130
+            Image.fromarray(pixels.astype("uint8")).save(root / name / (f"{i}.png" if i % 2 else f"{i}.jpg"))
+    return root
+
+
 def pytest_configure(config: pytest.Config) -> None:
     """Hide the GPUs, from subprocesses too, unless -m asks for tests that need one: the others start several
     processes, which would ask for a GPU each, and compare with numbers of a CPU."""

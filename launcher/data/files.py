@@ -28,6 +28,7 @@ CSV = (".csv", ".tsv")
 TEXT = (".json", ".jsonl", ".ndjson", ".txt", *CSV)
 SUFFIXES = (*TEXT, ".parquet")
 PACKED = (".gz", ".zst")  # after one of TEXT
+IMAGES = (".jpg", ".jpeg", ".png", ".bmp", ".gif", ".tif", ".tiff", ".webp", ".ppm", ".pgm")  # `image_files` reads them
 FORMS = (
     "{instruction, input, output}, {prompt, completion}, {messages: [{role, content}]} or "
     "{conversations: [{from, value}]}"
@@ -135,6 +136,8 @@ def _read_folder(path: Path, option: str) -> Iterator[Any]:
         return _in_parts(found[_split(list(found), f"{option} {path}", option)])
     files = [file for file in sorted(path.rglob("*")) if _unpacked_name(file.name).endswith(SUFFIXES)]
     files = [file for file in files if not any(part.startswith(".") for part in file.relative_to(path).parts)]
+    if not files and any(file.suffix.lower() in IMAGES for file in path.rglob("*")):
+        raise ValueError(f"{option} {path} holds images: give --image-column image and an image model")
     if not files:
         raise ValueError(f"{option} {path} is a folder without a file that can be read: {', '.join(SUFFIXES)}")
     splits = {file: _split_in_name(str(file.relative_to(path))) for file in files}
@@ -323,7 +326,7 @@ def _check_file(path: Path, suffix: str, option: str) -> None:
     if suffix not in SUFFIXES:
         raise ValueError(
             f"{option} {path}: data is read from {', '.join(SUFFIXES)} (text also with {' or '.join(PACKED)}), "
-            f"not from {suffix or path}"
+            f"not from {suffix or path}" + (" (images: --image-column image)" if suffix in (".zip", *IMAGES) else "")
         )
     if status.st_size > limits().read_bytes:
         raise LimitExceeded(f"{option} {path} has {status.st_size:,} bytes: {limits().raised('read_bytes')}")

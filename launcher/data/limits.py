@@ -30,6 +30,8 @@ class Limits:
     template_characters: int = 2**24  # of one rendered conversation
     read_bytes: int = 2**34  # of one data file
     read_ratio: int = 100  # times its own size, that a compressed data file may unpack to
+    image_bytes: int = 2**28  # of the file of one image
+    image_pixels: int = 2**26  # of one image, decoded
 
     def raised(self, name: str) -> str:
         """What to type to raise a limit, for error messages."""

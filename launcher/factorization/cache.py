@@ -47,7 +47,7 @@ T = TypeVar("T")
 
 FORMAT = 1  # part of every key, so that two versions of this file never read each other's entries
 BLOCK_BYTES = 1 << 20  # about the bytes under one checksum: 90 of them for 11008 x 4096 in bfloat16
-KINDS = ("factors", "tokenised")
+KINDS = ("factors", "tokenised", "images")
 FOLDERS = (*KINDS, "index")
 MARK = ".loldu-cache"
 MARK_TEXT = "A cache of loldu: factors and tokenised data. Remove files with `loldu cache prune`.\n"

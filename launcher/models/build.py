@@ -14,7 +14,6 @@ from typing import Any
 import torch
 from peft import PeftConfig, get_peft_model
 from torch import nn
-from transformers import AutoModelForSequenceClassification
 from transformers.utils.logging import set_tqdm_hook
 
 import adapters
@@ -28,6 +27,7 @@ from launcher.models.quantize import check_share
 from launcher.models.skeleton import (
     bare_skeleton,
     check_weights,
+    classifier_class,
     draw,
     in_head,
     misfit,
@@ -178,7 +178,7 @@ def build(
             loading["device_map"] = {"": device}  # else main memory would hold a copy in another dtype, of each process
         settings = settings_of(config, folder, head)
         loading |= {"ignore_mismatched_sizes": True, "output_loading_info": True, "config": settings}
-        architecture: Any = language_model_class(settings) if head is None else AutoModelForSequenceClassification
+        architecture: Any = language_model_class(settings) if head is None else classifier_class(settings)
         with _heard(progress):
             base, found = architecture.from_pretrained(folder, **loading)
         for name, there, here in sorted(found["mismatched_keys"]):

@@ -11,9 +11,14 @@ from typing import Any
 
 import torch
 from accelerate import init_empty_weights
-from peft import PeftConfig, PeftType, get_peft_model
+from peft import PeftConfig, PeftType, TaskType, get_peft_model
 from torch import Tensor, nn
-from transformers import AutoConfig, AutoModelForSequenceClassification, GenerationConfig
+from transformers import (
+    AutoConfig,
+    AutoModelForImageClassification,
+    AutoModelForSequenceClassification,
+    GenerationConfig,
+)
 from transformers.core_model_loading import build_glob_alternation
 
 from adapters.base import FactorConfig
@@ -22,6 +27,7 @@ from adapters.checkpoint_names import ignored_when_missing, language_model_class
 from launcher.config import ModelConfig
 from launcher.engines.registry import give_first
 from launcher.models import pipelines
+from launcher.models.image_processor import is_image_model
 from launcher.models.quantize import Quantised, linear_layers, quantize_skeleton
 from launcher.text import needs_code
 
@@ -164,7 +170,7 @@ def empty_model(
     if is_pipeline(folder):
         return pipelines.empty_unet(folder, dtype=dtype, attention=attention)
     settings = settings_of(config, folder, head)
-    architecture = language_model_class(settings) if head is None else AutoModelForSequenceClassification
+    architecture = language_model_class(settings) if head is None else classifier_class(settings)
     with _own_config(folder), init_empty_weights(include_buffers=False):
         base: Any = architecture.from_config(
             settings,
@@ -175,6 +181,13 @@ def empty_model(
     base.tie_weights()
     _keep_wide(base, getattr(torch, dtype))
     return base
+
+
+def classifier_class(settings: Any) -> Any:
+    """The auto class that builds a model with a classification head: for texts, or for images."""
+    return (
+        AutoModelForImageClassification if is_image_model(settings.model_type) else AutoModelForSequenceClassification
+    )
 
 
 @contextmanager
@@ -322,7 +335,8 @@ def save_drawn(drawn: Iterable[str], adapter: PeftConfig | None) -> None:
     if adapter is None:  # full fine-tuning trains and saves everything
         return
     named = list(getattr(adapter, "modules_to_save", None) or ())
-    saved = {"classifier", "score", *named}  # the first two by PEFT itself
+    by_peft = {"classifier", "score"} if adapter.task_type == TaskType.SEQ_CLS else set()
+    saved = {*by_peft, *named}
 
     def is_saved(module: str) -> bool:
         return bool(saved & set(module.split("."))) or any(module.endswith(name) for name in named)

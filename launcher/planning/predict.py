@@ -14,13 +14,12 @@ from adapters import FactorConfig
 from adapters.checkpoint_files import list_tensors
 from adapters.layer import FactorLayer
 from launcher.config import Config
-from launcher.data.encode import DataReport, Encoded
 from launcher.data.microbatches import global_batches
 from launcher.engines.choose import check_sharding
 from launcher.engines.layout import PROCESS_BYTES
 from launcher.engines.registry import ENGINES, EngineInfo
 from launcher.main_memory import resident_bytes
-from launcher.models.files import first_line, has_tokenizer, load_tokenizer
+from launcher.models.files import first_line
 from launcher.models.skeleton import prepare_base
 from launcher.planning.machines import DISK, Machines
 from launcher.processes import Ranks
@@ -272,13 +271,16 @@ def _samples(resolved: Resolved, folder: Path, notes: list[str]) -> tuple[Sample
     config, data = resolved.config, resolved.config.data
     sources = [data.data] if isinstance(data.data, str) else list(data.data)
     missing = [source for source in sources if not _is_here(source)]
-    if has_tokenizer(folder) and not missing:
-        tokenizer = load_tokenizer(folder, trust_remote_code=config.model.trust_remote_code)
-        return resolved.task.sample(config, tokenizer, resolved.cache, RECORDS), tokenizer
+    task, trusted = resolved.task, config.model.trust_remote_code
+    task.check_folder(folder)
+    if task.has_tokenizer(folder) and not missing:
+        tokenizer = task.tokenizer(folder, trust_remote_code=trusted)
+        return task.sample(config, tokenizer, resolved.cache, RECORDS), tokenizer
     count = max(RECORDS, config.optimizer.batch_size)
-    why = f"{' and '.join(missing)} is not here" if missing else f"{folder} has no tokenizer"
-    notes.append(f"{why}: samples of --max-length {data.max_length} tokens are assumed, half of them with loss")
-    return Sampled(_assumed(count, data.max_length), count, ASSUMED), None
+    assumed = task.assumed(config, folder, count)
+    why = f"{' and '.join(missing)} is not here" if missing else f"{folder} has no tokenizer or image processor"
+    notes.append(f"{why}: {count:,} samples of {assumed.lengths[0]} tokens are assumed")
+    return Sampled(assumed, count, ASSUMED), None
 
 
 def _is_here(source: str) -> bool:
@@ -287,11 +289,3 @@ def _is_here(source: str) -> bool:
     name = re.sub(r":[\d.]+$", "", source)
     cached = Path(constants.HF_HUB_CACHE) / f"datasets--{name.partition(':')[0].replace('/', '--')}"
     return Path(name).expanduser().exists() or cached.is_dir()
-
-
-def _assumed(count: int, length: int) -> Encoded:
-    loss = (torch.arange(length) >= length // 2).repeat(count)
-    offsets = torch.arange(count + 1) * length
-    targets = torch.full((count,), length - length // 2)
-    report = DataReport(count, count, 0, 0, count * length, int(targets.sum()), length)
-    return Encoded(torch.zeros(count * length, dtype=torch.int32), loss, offsets, targets, report)

@@ -18,11 +18,12 @@ from torch import Tensor
 from launcher.config import Config, DataConfig
 from launcher.data.batches import PackedAs, collate, target_tokens
 from launcher.data.crew import TIMEOUT_S, Crew
-from launcher.data.encode import Encoded
+from launcher.data.encode import DataReport, Encoded
 from launcher.data.forms import Record
 from launcher.data.templates import Template
 from launcher.methods import peft_config, prompt_tokens
-from launcher.models.files import base_folder, load_tokenizer
+from launcher.models.files import base_folder, has_tokenizer, load_tokenizer
+from launcher.models.image_processor import is_image_model, model_type
 
 if TYPE_CHECKING:
     from launcher.tasks.evaluation import Evaluation
@@ -90,17 +91,44 @@ class Task(Protocol):
         """Whether a config that names no task (--task auto) asks for this one."""
         return False
 
+    def variant(self, config: Config) -> Task:
+        """The task for this config's kind of data."""
+        return self
+
     def check(self, config: Config, adapter: PeftConfig | None) -> None:
         """Raises ValueError for settings that the task does not support. Touches no file and no device."""
         return None
 
     def base_folder(self, model: str) -> Path:
         """The local folder of the base model, its files checked from their headers."""
-        return base_folder(model, "--model ")
+        folder = base_folder(model, "--model ")
+        self.check_folder(folder)
+        return folder
+
+    def check_folder(self, folder: Path) -> None:
+        """Raises ValueError if the model that a folder's config.json describes cannot learn the task."""
+        if is_image_model(model_type(folder)):
+            raise ValueError(
+                f"{folder} is a {model_type(folder)}, an image model, which reads no text: for classes of images give "
+                "--image-column image, otherwise a language model"
+            )
+
+    def has_tokenizer(self, base: Path) -> bool:
+        """Whether a base's folder has the files of what `tokenizer` loads."""
+        return has_tokenizer(base)
 
     def tokenizer(self, base: Path, *, trust_remote_code: bool = False) -> Any:
-        """The tokenizer of a base's folder."""
+        """The tokenizer of a base's folder, or the image processor of a model for images."""
         return load_tokenizer(base, trust_remote_code=trust_remote_code)
+
+    def assumed(self, config: Config, base: Path, count: int) -> Encoded:
+        """Samples for a plan without data: each of the maximum length, half of it with loss."""
+        length = config.data.max_length
+        loss = (torch.arange(length) >= length // 2).repeat(count)
+        targets = torch.full((count,), length - length // 2)
+        report = DataReport(count, count, 0, 0, count * length, int(targets.sum()), length)
+        ids = torch.zeros(count * length, dtype=torch.int32)
+        return Encoded(ids, loss, torch.arange(count + 1) * length, targets, report)
 
     def read(self, config: Config, tokenizer: Any, cache: Path) -> Samples:
         """Read, check and tokenise the data. cache is a folder for tokenised data.
@@ -211,6 +239,11 @@ class NextToken(Task, Protocol):
             f"  loldu merge {adapter} --out {merged}",
             f"  loldu export-lora {adapter} --out {lora}",
         ]
+
+
+def padding_id(tokenizer: Any) -> int:
+    """The token that fills a row; 0 without one, and for images."""
+    return getattr(tokenizer, "pad_token_id", None) or 0
 
 
 def by_length(data: Encoded) -> list[int]:

@@ -14,7 +14,7 @@ from launcher.config import Config
 from launcher.data.encode import Encoded
 from launcher.data.microbatches import mean_positions, plan
 from launcher.progress import silent
-from launcher.tasks.base import Batch, Layout, Samples, Task, on_device
+from launcher.tasks.base import Batch, Layout, Samples, Task, on_device, padding_id
 
 T = TypeVar("T")
 
@@ -61,7 +61,7 @@ class Evaluation:
 
     def batch(self, task: Task, rows: Sequence[int]) -> Batch:
         """These held-out samples, unpacked, on the device."""
-        layout = Layout(pad_id=self.tokenizer.pad_token_id or 0)
+        layout = Layout(pad_id=padding_id(self.tokenizer))
         return on_device(task.collate(self.held_out, rows, layout), self.device)
 
     def total(

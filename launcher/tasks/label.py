@@ -25,11 +25,10 @@ from launcher.config import Config, DataConfig
 from launcher.data import records
 from launcher.data.encode import DataReport, Encoded
 from launcher.data.files import holds_csv
+from launcher.tasks import label_images
 from launcher.tasks.base import Batch, Layout, Samples, Task, by_length
 from launcher.tasks.evaluation import Evaluation
-
-SUMS = 7  # numbers that `moments` counts
-Labels = tuple[str, ...]  # the classes, in the order of the head's outputs; empty for regression
+from launcher.tasks.labels import Labels, head_settings, metrics, moments
 
 
 @dataclass(frozen=True)
@@ -63,11 +62,17 @@ class Label(Task):
     labels = True
 
     def wants(self, config: Config) -> bool:
-        return bool(config.data.text_columns)
+        return bool(config.data.text_columns) or config.data.image_column is not None
+
+    def variant(self, config: Config) -> Task:
+        return self if config.data.image_column is None else label_images.TASK
 
     def check(self, config: Config, adapter: PeftConfig | None) -> None:
         if not config.data.text_columns:
-            raise ValueError("--task label needs the columns to classify: give --text-columns COLUMN")
+            raise ValueError(
+                "--task label needs what to classify: give --text-columns COLUMN for texts, --image-column COLUMN for "
+                "images (of a folder, --image-column image)"
+            )
         if config.data.packing or config.data.exact_match:
             raise ValueError("--text-columns asks for labels: leave --packing and --exact-match out")
         if config.run.show_samples:
@@ -173,34 +178,6 @@ def collate(data: Labelled, rows: Sequence[int], pad_id: int) -> dict[str, Tenso
     if data.segments is not None:
         batch["token_type_ids"] = pad([data.segments[span].long() for span in spans])
     return batch
-
-
-def moments(logits: Tensor, labels: Tensor) -> Tensor:
-    """Sums (SUMS,) over samples from which `metrics` follow, so that ranks can add theirs up. float64."""
-    predicted = logits.float().argmax(-1) if logits.shape[-1] > 1 else logits[:, 0]
-    p, t = predicted.double(), labels.double()
-    right = (predicted == labels).double().sum()
-    return torch.stack([right, p.sum(), t.sum(), p @ p, t @ t, p @ t, torch.ones_like(p).sum()])
-
-
-def metrics(sums: Tensor, labels: Labels) -> dict[str, float]:
-    """accuracy, for classes; correlation, for two classes (then Matthews' coefficient) and numbers (Pearson's)."""
-    right, p, t, pp, tt, pt, n = sums.tolist()
-    result = {"accuracy": right / n} if labels else {}
-    if len(labels) in (0, 2):
-        spread = max((n * pp - p * p) * (n * tt - t * t), 0.0) ** 0.5
-        result["correlation"] = (n * pt - p * t) / spread if spread else 0.0  # all predictions are equal
-    return result
-
-
-def head_settings(labels: Labels, pad_id: int) -> dict[str, Any]:
-    """The head's settings in the model's config. A decoder's head reads the last token before the padding (pad_id)."""
-    if not labels:
-        return {"num_labels": 1, "problem_type": "regression", "pad_token_id": pad_id}
-    names = dict(enumerate(labels))
-    ids = {name: number for number, name in names.items()}
-    kind = "single_label_classification"
-    return {"id2label": names, "label2id": ids, "problem_type": kind, "pad_token_id": pad_id}
 
 
 def _load(source: str, *, option: str = "--data", columns: Sequence[str], label: str) -> list[records.Record]:

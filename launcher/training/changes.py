@@ -17,6 +17,7 @@ SCHEDULE = ("learning_rate", "schedule", "warmup_ratio", "max_steps", "epochs")
 UPDATE = (
     "optimizer", "weight_decay", "adam_beta1", "adam_beta2", "clip_norm", "projection_rank", "projection_every",
 )  # fmt: skip
+EACH_SAMPLE = ("random_crop", "random_flip")  # these act on each sample
 # Paths, and settings of this start only.
 NOT_COMPARED = {"output", "resume", "accept_changes", "cache", "cache_per_node", "verify_base", "max_seconds"}
 
@@ -42,7 +43,7 @@ def changes(recorded: Mapping[str, Any], config: Config, steps: int) -> Changes:
         if name in before.get(part, {}) and before[part][name] != value and name not in NOT_COMPARED
     }
     scheduled = has_schedule(peft_config(config.adapter)) and steps != recorded["resolved"]["steps"]
-    curve = {key: text for key, text in differ.items() if key[0] == "optimizer" and key[1] in UPDATE}
+    curve = {key: text for key, text in differ.items() if key[1] in (UPDATE if key[0] == "optimizer" else EACH_SAMPLE)}
     if scheduled or _other_learning_rates(before["optimizer"], recorded["resolved"]["steps"], config.optimizer, steps):
         curve |= {key: text for key, text in differ.items() if key[0] == "optimizer" and key[1] in SCHEDULE}
     other = [text for key, text in differ.items() if key not in curve]

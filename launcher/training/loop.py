@@ -28,7 +28,7 @@ from launcher.engines.engine import Engine, NonFinite
 from launcher.engines.replicated import sum_over_ranks
 from launcher.files import disk_errors
 from launcher.processes import Communicator, agreed
-from launcher.tasks.base import Batch, Layout, Question, Samples, Task, on_device
+from launcher.tasks.base import Batch, Layout, Question, Samples, Task, on_device, padding_id
 from launcher.tasks.evaluation import Evaluation, Interrupted
 from launcher.training.ahead import Ahead, pinned
 from launcher.training.checkpoint import Checkpoint, Piece, Saver, prune
@@ -302,7 +302,7 @@ def collated(training: Training, rows: Sequence[Any], step: int = 0) -> Batch:
     packing, way = training.config.data.packing, training.packed_as
     if way.attention in FLAT and not packing:
         packing, rows = True, [[row] for row in rows]
-    layout = Layout(pad_id=training.tokenizer.pad_token_id or 0, packing=packing, step=step, **way._asdict())
+    layout = Layout(pad_id=padding_id(training.tokenizer), packing=packing, step=step, **way._asdict())
     batch = training.task.collate(training.samples.train, rows, layout)
     prepare = getattr(training.forward, "prepare", None)  # of HeadLoss
     return pinned(prepare(batch) if prepare else batch)

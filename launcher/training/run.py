@@ -46,7 +46,7 @@ from launcher.models.skeleton import bare_skeleton
 from launcher.models.suitable import leave_out, reach, unmatched
 from launcher.packages import versions
 from launcher.processes import Communicator, Ranks, Stopped, connect, print_error, same_everywhere
-from launcher.tasks.base import Layout, Samples, on_device
+from launcher.tasks.base import Layout, Samples, on_device, padding_id
 from launcher.training import factoring
 from launcher.training.ending import post, tell
 from launcher.training.factoring import Factoring
@@ -101,7 +101,7 @@ def run(
                     )
                 ):
                     screen.banner(
-                        f"{reason}: running the embedded model and instructions instead, as --tiny does.\n"
+                        f"{reason}: running the embedded model and data instead, as --tiny does.\n"
                         "To run your own: --model DIR --data FILE"
                     )
                     resolved = resolve(instead(), ranks)
@@ -289,7 +289,7 @@ def _plan(start: Start, train_data: Encoded, tokenizer: Any, steps: int) -> _Pla
     completed = factoring.complete(
         requested, resolved, train_data, identity, comm,
         load=lambda: build(config.model, base, None, factors=lambda name: None, device=resolved.device, **how),
-        pad_id=tokenizer.pad_token_id or 0, labels_model=labels_model,
+        pad_id=padding_id(tokenizer), labels_model=labels_model,
         converted=any(info.conversion is not None for info in known.stored.values()),
     )  # fmt: skip
     return _Plan(completed, head, identity)
