@@ -259,15 +259,18 @@ def lora_config(**settings: Any) -> Any:
 
 
 def lora_served(options: argparse.Namespace, work: Path) -> dict[str, Any]:
-    """The server with ordinary LoRA adapters beside ours: the same requests to many and to one of each kind."""
+    """The server with ordinary LoRA adapters beside ours: the same requests to many and to one of each kind.
+
+    All adapters are zero, so that every load has the same answers and its cost alone differs.
+    """
     from peft import get_peft_model
     from transformers import AutoModelForCausalLM
 
     folder = work / "both"
     folder.mkdir()
-    make_adapters(options.model, folder, options.used, options.rank, options.scale)
+    make_adapters(options.model, folder, options.used, options.rank, 0.0)
+    made = get_peft_model(AutoModelForCausalLM.from_pretrained(options.model), lora_config())
     for i in range(options.used):
-        made = get_peft_model(AutoModelForCausalLM.from_pretrained(options.model), lora_config(init_lora_weights=False))
         made.save_pretrained(folder / f"l{i:05}")
     server = Server(options.model, folder)
     texts = questions(options.requests)
@@ -288,7 +291,7 @@ def lora_served(options: argparse.Namespace, work: Path) -> dict[str, Any]:
 
 
 def peft_lora(options: argparse.Namespace) -> dict[str, Any]:
-    """PEFT's generate in batches of 50: `used` LoRA adapters by adapter_names, and one, in turn."""
+    """PEFT's generate in batches of 50: `used` LoRA adapters (zero) by adapter_names, and one, in turn."""
     import torch
     from peft import get_peft_model
     from transformers import AutoModelForCausalLM
@@ -296,7 +299,7 @@ def peft_lora(options: argparse.Namespace) -> dict[str, Any]:
     from launcher.models.files import load_tokenizer
 
     torch.set_num_threads(1)
-    config = lora_config(init_lora_weights=False)
+    config = lora_config()
     loaded = get_peft_model(AutoModelForCausalLM.from_pretrained(options.model), config, "u0")
     for i in range(1, options.used):
         loaded.add_adapter(f"u{i}", config)

@@ -15,6 +15,7 @@ from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, MambaConfig
 
 from adapters import LoLDUConfig, LoRAXSConfig, SVFitConfig
+from launcher.inference.sources import find, load
 from launcher.serving import engine as engine_module
 from launcher.serving.cache_size import bytes_per_token, cache_size
 from launcher.serving.engine import base_id, load_engine
@@ -71,7 +72,7 @@ class Asked:
 
 def kind_of(number: int) -> int:
     """Most adapters are of the first kind."""
-    return number % 16 if number % 16 < 4 else 0
+    return number % 16 if number % 16 < 5 else 0
 
 
 def random_cores(model, seed, size):
@@ -91,8 +92,9 @@ def folder(tmp_path_factory) -> Path:
         SVFitConfig(r=8, target_modules="all-linear"),
         LoRAXSConfig(r=4, target_modules="all-linear", normalize_directions=True),
         LoraConfig(r=2, target_modules=["q_proj", "up_proj"]),
+        LoLDUConfig(r=4, target_modules=["q_proj", "down_proj"]),  # another rank and other layers
     ]
-    sizes = [4.0, 4.0, 1.0, 0.3]
+    sizes = [4.0, 4.0, 1.0, 0.3, 4.0]
     for kind, (config, size) in enumerate(zip(kinds, sizes, strict=True)):
         model = get_peft_model(base(), config)
         for number in [n for n in range(MANY) if kind_of(n) == kind]:
@@ -158,6 +160,30 @@ def test_answers_of_64_adapters_in_shared_batches_are_those_of_each_alone(served
     passes = after["forward_passes"] - before["forward_passes"]
     assert after["tokens"] - before["tokens"] == sum(len(each.ids) for each in asked.values())
     assert passes < 60  # one at a time would be up to 65 * 16
+
+
+def test_adapters_of_two_ranks_share_the_batches_of_an_nf4_base(folder):
+    engine, _ = load_engine(str(TINY), quantize="nf4", cache_bytes=8_000_000, running=8, batch_tokens=64)
+    prompt = engine.tokenizer.encode(QUESTIONS[0])
+    names = ["a0", "a4", "a5"]
+    for name in names:
+        engine.add_adapter(name, folder / name)
+    engine.start()
+
+    first = Asked(engine, engine.base_id, prompt, Sampling(12), held=True)  # until all have come
+    asked = [Asked(engine, name, prompt, Sampling(12)) for name in names]
+    first.release()
+    answers = [each.wait().ids for each in (first, *asked)]
+    engine.stop(0)
+
+    alone = [load(find(str(place)), quantize="nf4")[0] for place in (TINY, *(folder / name for name in names))]
+    ids = torch.tensor([prompt])
+    for model, answer in zip(alone, answers, strict=True):
+        made = model.generate(
+            input_ids=ids, attention_mask=torch.ones_like(ids), max_new_tokens=12, do_sample=False, eos_token_id=1
+        )
+        assert answer == made[0, len(prompt) :].tolist()
+    assert len({tuple(answer) for answer in answers}) > 2  # they differ
 
 
 def test_a_seed_gives_the_same_answer_whatever_else_is_in_the_batch(served):
