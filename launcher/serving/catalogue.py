@@ -59,7 +59,7 @@ class Catalogue:
     failures: dict[str, Failure] = field(default_factory=dict)
     _states: dict[str, State] = field(default_factory=dict)  # of the files that were loaded
     _dismissed: dict[str, State] = field(default_factory=dict)  # unloaded by a client: not loaded again automatically
-    _before: dict[str, State] = field(default_factory=dict)  # of the scan before
+    _before: dict[str, Found] = field(default_factory=dict)  # of the scan before
     _running: Counter[str] = field(default_factory=Counter)  # requests by name in the engine
     _retired: set[str] = field(default_factory=set)  # in the engine until their last request ends
     _lock: threading.RLock = field(default_factory=threading.RLock)
@@ -71,11 +71,15 @@ class Catalogue:
     def find(self, name: str) -> Served | None:
         return self.base if name == self.base.name else self.adapters.get(name)
 
-    def refresh(self, *, first: bool = False) -> None:
-        """Look at the folders: load what is new or changed, retire what is gone. first: at the server's start."""
+    def refresh(self, *, first: bool = False, quick: bool = False) -> None:
+        """Look at the folders: load what is new or changed, retire what is gone. first: at the server's start.
+
+        quick: not at the files of loaded adapters, which are most of them.
+        """
         with self._lock:
+            loaded = {name: each for name, each in self._before.items() if each.state == self._states.get(name)}
             try:
-                found, problems = scan(self.roots)
+                found, problems = scan(self.roots, loaded if quick else None)
             except OSError as error:
                 if not self._unreadable:
                     log.warning("the adapters' folder cannot be read (%s): what is loaded stays served", error)
@@ -94,7 +98,9 @@ class Catalogue:
                 if failure and failure.state == adapter.state and now_s < failure.tried_s + RETRY_S:
                     continue
                 old = first and now_ns - adapter.newest_ns > SETTLED_NS
-                if (old or self._before.get(name) == adapter.state) and self._try(adapter) is None and not first:
+                before = self._before.get(name)
+                settled = old or (before is not None and before.state == adapter.state)
+                if settled and self._try(adapter) is None and not first:
                     log.info("adapter %s is served", one_line(name))
             for name in [*self.adapters]:
                 if name not in found and name not in self._before:  # twice: a rename can look like a removal
@@ -102,7 +108,7 @@ class Catalogue:
             for known in (self.failures, self._dismissed):
                 for name in known.keys() - found.keys() - problems.keys():
                     known.pop(name)
-            self._before = {name: adapter.state for name, adapter in found.items()}
+            self._before = found
 
     def load(self, name: str) -> tuple[Served, bool]:
         """Load an adapter now, by its name; also returns whether it was newly loaded. Raises Refused (400, 404)."""
@@ -195,12 +201,19 @@ class Catalogue:
 
 
 def watch(catalogue: Catalogue, stopped: Callable[[float], bool], every_s: float) -> None:
-    """Refresh the catalogue until stopped(seconds to wait) is true; less often if one look takes long."""
-    wait_s = every_s
+    """Refresh the catalogue until stopped(seconds to wait) is true. If looking at all files takes long, it is done less
+    often; in between only new folders are looked at."""
+    wait_s, whole_at = every_s, 0.0
     while not stopped(wait_s):
         began = time.monotonic()
+        quick = began < whole_at
         try:
-            catalogue.refresh()
+            catalogue.refresh(quick=quick)
         except Exception:  # a fault of ours must not end the watching
             log.exception("looking at the adapters' folders failed")
-        wait_s = max(every_s, (time.monotonic() - began) * (1 / MOST_BUSY - 1))
+        ended = time.monotonic()
+        rest_s = (ended - began) * (1 / MOST_BUSY - 1)
+        if quick:
+            wait_s = max(every_s, rest_s)
+        else:
+            wait_s, whole_at = every_s, ended + rest_s

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import stat
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -28,8 +28,11 @@ class Found:
     newest_ns: int  # when the last of its files changed
 
 
-def scan(roots: Sequence[Path]) -> tuple[dict[str, Found], dict[str, str]]:
-    """Adapters by name, and the reasons why others cannot be served, by name. Raises OSError for an unreadable root."""
+def scan(roots: Sequence[Path], known: Mapping[str, Found] | None = None) -> tuple[dict[str, Found], dict[str, str]]:
+    """Adapters by name, and the reasons why others cannot be served, by name. Raises OSError for an unreadable root.
+
+    known: adapters whose files are not looked at again, only whether their folders are there.
+    """
     found: dict[str, Found] = {}
     problems: dict[str, str] = {}
     for root in roots:
@@ -37,7 +40,9 @@ def scan(roots: Sequence[Path]) -> tuple[dict[str, Found], dict[str, str]]:
             names = sorted(entry.name for entry in entries if not entry.name.startswith("."))
         for name in names:
             try:
-                adapter = look(root, name)
+                seen = (known or {}).get(name)
+                here = seen is not None and seen.folder in (root / name, root / name / "adapter")
+                adapter = seen if here else look(root, name)
             except ValueError as error:
                 problems.setdefault(name, str(error))
                 continue

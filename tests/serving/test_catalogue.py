@@ -11,6 +11,7 @@ from running_server import until, write_adapter
 from scripted_engine import ScriptedEngine
 
 from launcher.data.templates import Template
+from launcher.serving import folders
 from launcher.serving.catalogue import Catalogue, Served, watch
 from launcher.serving.errors import Refused
 from launcher.serving.folders import scan
@@ -90,6 +91,27 @@ def test_a_file_that_still_grows_is_not_loaded(catalogue, tmp_path):
     catalogue.refresh()
 
     assert (growing, list(catalogue.adapters)) == ([], ["slow"])
+
+
+def test_a_quick_look_finds_what_is_new_or_gone_and_reads_no_loaded_folder(catalogue, tmp_path, monkeypatch):
+    root, looked = tmp_path / "adapters", []
+    write_adapter(root / "a")
+    write_adapter(root / "gone")
+    look_twice(catalogue)
+    monkeypatch.setattr(folders, "look", lambda root, name, look=folders.look: looked.append(name) or look(root, name))
+
+    write_adapter(root / "new")
+    write_adapter(root / "a", b"other numbers")
+    shutil.rmtree(root / "gone")
+    for _ in range(2):
+        catalogue.refresh(quick=True)
+    quick, version = sorted(catalogue.adapters), catalogue.find("a").engine_name
+    seen, looked[:] = list(looked), []
+    look_twice(catalogue)
+
+    assert (quick, seen) == (["a", "new"], ["new", "new"])
+    assert looked == ["a", "new"] * 2
+    assert catalogue.find("a").engine_name != version
 
 
 def test_a_replaced_adapter_is_reloaded_and_a_running_answer_ends_with_the_old_one(catalogue, tmp_path):
