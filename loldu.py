@@ -17,10 +17,14 @@ if TYPE_CHECKING:
     from adapters import (
         AdaLoRAConfig,
         ALLoRAConfig,
+        DSEEConfig,
+        FLoRAConfig,
+        IncreLoRAConfig,
         LoLDUConfig,
         LoLDUXSConfig,
         LoRASBConfig,
         LoRAXSConfig,
+        SaRAConfig,
         SVFitConfig,
         SVFTConfig,
     )  # fmt: skip
@@ -28,14 +32,14 @@ if TYPE_CHECKING:
 
 HERE = Path(__file__).resolve().parent
 METHODS = (
-    "ALLoRAConfig", "AdaLoRAConfig", "LoLDUConfig", "LoLDUXSConfig", "LoRASBConfig", "LoRAXSConfig", "SVFTConfig",
-    "SVFitConfig",
+    "ALLoRAConfig", "AdaLoRAConfig", "DSEEConfig", "FLoRAConfig", "IncreLoRAConfig", "LoLDUConfig", "LoLDUXSConfig",
+    "LoRASBConfig", "LoRAXSConfig", "SVFTConfig", "SVFitConfig", "SaRAConfig",
 )  # fmt: skip
 SETTINGS = ("AdapterConfig", "Config", "DataConfig", "ModelConfig", "OptimizerConfig", "RunConfig")
 
 __all__ = [  # noqa: RUF022 (adapters, settings, functions)
-    "ALLoRAConfig", "AdaLoRAConfig", "LoLDUConfig", "LoLDUXSConfig", "LoRASBConfig", "LoRAXSConfig", "SVFTConfig",
-    "SVFitConfig",
+    "ALLoRAConfig", "AdaLoRAConfig", "DSEEConfig", "FLoRAConfig", "IncreLoRAConfig", "LoLDUConfig", "LoLDUXSConfig",
+    "LoRASBConfig", "LoRAXSConfig", "SVFTConfig", "SVFitConfig", "SaRAConfig",
     "AdapterConfig", "Config", "DataConfig", "ModelConfig", "OptimizerConfig", "RunConfig",
     "main", "recipe",
 ]  # fmt: skip

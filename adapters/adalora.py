@@ -110,14 +110,14 @@ class RankAllocation(Schedule):
     def __init__(self, model: Any, adapter_name: str):
         self.tuner, self.adapter_name = model.base_model, adapter_name
         self.config, self.allocator = self.tuner.peft_config[adapter_name], self.tuner.rankallocator
-        self.tuner.forward = self.tuner.model.forward  # without PEFT's penalty, which `add_penalty` adds once a step
+        self.tuner.forward = self.tuner.model.forward  # without PEFT's penalty, which `before_update` adds once a step
         self.trained = {
             name: parameter
             for name, parameter in self.tuner.model.named_parameters()
             if "lora_" in name and adapter_name in name and parameter.requires_grad
         }
 
-    def add_penalty(self) -> None:
+    def before_update(self) -> None:
         """gamma times the mean distance of P^T P and Q Q^T from the identity (equation 4)."""
         if not self.config.orth_reg_weight:
             return

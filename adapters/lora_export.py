@@ -27,6 +27,7 @@ from transformers.pytorch_utils import Conv1D
 
 from adapters.experts import FORMER_NAMES
 from adapters.layer import FactorLayer
+from adapters.trained import UpdateLayer
 
 FILE = "adapter_model.safetensors"
 PARTS = {"lora_A.weight": "lora_B.weight", "lora_embedding_A": "lora_embedding_B"}  # the two tensors of a layer
@@ -39,7 +40,7 @@ def as_lora(model: PeftModel, adapter_name: str = "default") -> tuple[LoraConfig
     ranks: dict[str, int] = {}
     transposed = False
     for name, layer in model.named_modules():
-        if isinstance(layer, FactorLayer) and adapter_name in layer.maps:
+        if isinstance(layer, (FactorLayer, UpdateLayer)) and adapter_name in layer.maps:
             A, B = layer.lora(adapter_name)
             ranks[layer.name] = len(A)
             transposed |= isinstance(layer.base, Conv1D)

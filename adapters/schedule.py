@@ -18,8 +18,8 @@ Config = TypeVar("Config")
 class Schedule(ABC):
     """The work of one adapter. Every rank does all of it on the same numbers, so that nothing is communicated."""
 
-    def add_penalty(self) -> None:  # noqa: B027 (by default there is none)
-        """Add the gradients of what the method adds to the loss of a step; called once a step, before the update."""
+    def before_update(self) -> None:  # noqa: B027 (by default there is none)
+        """Change the gradients, which are those of all ranks' samples: add a penalty's, for example."""
 
     @abstractmethod
     def after_update(self, step: int) -> None:

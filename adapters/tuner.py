@@ -62,13 +62,7 @@ class FactorTuner(BaseTuner):
         self._check_fingerprint(model, config)
 
     def _prepare_model(self, peft_config: Any, model: Any) -> None:
-        """Find weights that two modules share (a tied head): an adapter on one would not change the other."""
-        own = (m._parameters.get("weight") for m in model.modules())  # m.weight would count PEFT's wrappers too
-        owners = Counter(id(weight) for weight in own if weight is not None)
-        self._shared = {weight for weight, count in owners.items() if count > 1}
-        if getattr(getattr(model, "config", None), "tie_word_embeddings", False):
-            ends = (model.get_input_embeddings(), model.get_output_embeddings())
-            self._shared |= {id(end.weight) for end in ends if hasattr(end, "weight")}
+        self._shared = shared_weights(model)
 
     def _create_and_replace(  # type: ignore[override]
         self,
@@ -200,6 +194,17 @@ def _with_names(module: nn.Module, args: Any, kwargs: dict[str, Any], names: Seq
     return args, {**kwargs, "adapter_names": names}
 
 
+def shared_weights(model: Any) -> set[int]:
+    """The ids of weights that two modules share (a tied head): an adapter on one would not change the other."""
+    own = (m._parameters.get("weight") for m in model.modules())  # m.weight would count PEFT's wrappers too
+    owners = Counter(id(weight) for weight in own if weight is not None)
+    shared = {weight for weight, count in owners.items() if count > 1}
+    if getattr(getattr(model, "config", None), "tie_word_embeddings", False):
+        ends = (model.get_input_embeddings(), model.get_output_embeddings())
+        shared |= {id(end.weight) for end in ends if hasattr(end, "weight")}
+    return shared
+
+
 def adaptable_modules(model: nn.Module) -> list[str]:
     """Last parts of the names of all modules that can be adapted, for error messages."""
     kinds = (nn.Linear, Conv1D, nn.Conv2d, nn.Embedding)
@@ -207,13 +212,13 @@ def adaptable_modules(model: nn.Module) -> list[str]:
     return sorted(names - {"base_layer"})
 
 
-def register(config: type[FactorConfig]) -> None:
-    """Make a method known to PEFT under its name: `PeftType`, the config and its own tuner class."""
+def register(config: Any, tuner: type[BaseTuner] = FactorTuner) -> None:
+    """Make a method known to PEFT under its name: `PeftType`, the config and a tuner class of its own."""
     name = config.method.upper()
     member = str.__new__(PeftType, name)  # a closed enum, and PEFT offers no other way in for a method from outside
     member._name_, member._value_ = name, name
     PeftType._member_map_[name] = PeftType._value2member_map_[name] = member
     PeftType._member_names_.append(name)
     type.__setattr__(PeftType, name, member)
-    tuner = type(f"{config.__name__.removesuffix('Config')}Tuner", (FactorTuner,), {"prefix": f"{config.method}_"})
-    register_peft_method(name=config.method, config_cls=config, model_cls=tuner)
+    own = type(f"{config.__name__.removesuffix('Config')}Tuner", (tuner,), {"prefix": f"{config.method}_"})
+    register_peft_method(name=config.method, config_cls=config, model_cls=own)

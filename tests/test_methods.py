@@ -14,6 +14,7 @@ from peft import PeftModel, get_peft_model
 from safetensors.torch import load_file
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
+from adapters.schedule import for_steps, schedule_of
 from launcher.config import AdapterConfig, Config, DataConfig, ModelConfig, OptimizerConfig, RunConfig, as_dict
 from launcher.engines.replicated import Replicated
 from launcher.factorization import cache
@@ -24,6 +25,7 @@ from launcher.models.head_loss import HeadLoss
 from launcher.processes import Ranks
 from launcher.training import checkpoint
 from launcher.training.changes import changes
+from launcher.training.loop import SCHEDULE
 from launcher.training.resolve import check_context, resolve
 from launcher.training.run import run
 
@@ -31,7 +33,8 @@ PROJECTIONS = ("q_proj", "v_proj", "down_proj")
 NORMS = ("input_layernorm", "norm")
 ALWAYS = [
     ("full",), ("lora", "lora_dropout=0.1"), ("dora",), ("vera",), ("randlora",), ("fourierft",), ("ia3",), ("svfit",),
-    ("lorasb",), ("prompt_tuning",), ("adalora",),
+    ("lorasb",), ("prompt_tuning",), ("adalora",), ("dsee", "entries=8"), ("sara",), ("increlora",),
+    ("flora",),
 ]  # fmt: skip
 # The rest of PEFT's methods, and of ours; those with sizes of their own get ones that fit.
 ALSO = [
@@ -118,14 +121,23 @@ def trained(config, base):
     """The model of the last checkpoint, as a resume builds it."""
     torch.manual_seed(config.optimizer.seed)
     cpu = torch.device("cpu")
-    adapter = peft_config(config.adapter)
+    adapter = for_steps(peft_config(config.adapter), config.optimizer.max_steps)
     if config.adapter.method == "lorasb":
         adapter.step = config.optimizer.learning_rate
     folder = Path(config.run.cache)
     made = {entry.about["name"]: cache.load(folder, entry.key) for entry in cache.entries(folder)}
     model = build(config.model, base, adapter, dtype="float32", attention="sdpa", factors=made.get, device=cpu)
-    Replicated(model, config.optimizer, Ranks()).restore(checkpoint.load(last_checkpoint(config)))
+    found = checkpoint.load(last_checkpoint(config))
+    Replicated(model, config.optimizer, Ranks()).restore(found)
+    if (schedule := schedule_of(model)) is not None:
+        schedule.restore(found.step, {name: found.read(f"{SCHEDULE}{name}", shape) for name, shape in shapes(found)})
     return model
+
+
+def shapes(found):
+    """The names of the schedule's tensors in a checkpoint, and their shapes."""
+    names = [name for name in found.tensors if name.startswith(SCHEDULE)]
+    return [(name.removeprefix(SCHEDULE), found.tensors[name].shape) for name in names]
 
 
 def loaded(config, base):
@@ -156,7 +168,7 @@ def test_two_processes_train_like_one(stories, alpaca_file, tmp_path):
         optimizer = replace(runs.base.optimizer, max_steps=4)
         return lambda config: replace(config, adapter=adapter, optimizer=optimizer)
 
-    methods = ("lora", "vera", "unilora", "lorasb", "full", "adalora")
+    methods = ("lora", "vera", "unilora", "lorasb", "full", "adalora", "sara", "increlora")
     runs.start(2, *(runs.entry(f"{method}-2", "ddp", change=changed(method)) for method in methods))
     for method in methods:
         runs.alone(method, change=changed(method))

@@ -69,6 +69,7 @@ class Demands:
     from_gradients: bool = False  # the method's factors come from gradients of the whole base
     reads_4bit_class: bool = False  # the method reads the scales of a packed weight from its Params4bit
     optimizer: str = "adamw"
+    reads_weights: bool = False  # the method starts from the values of whole weights
     has_schedule: bool = False  # the method works on all trained parameters between steps
     trains_prompt: bool = False  # the method calls the embedding, or hands keys and values to the layers, itself
 
@@ -98,6 +99,12 @@ def refusal(info: EngineInfo, demands: Demands) -> tuple[str, str] | None:
             f"--optimizer {demands.optimizer} is not supported under --sharding {name}: it steps whole "
             "parameters, which this engine cuts",
             "--optimizer adamw",
+        )
+    if demands.reads_weights and not info.holds_base:
+        return (
+            f"--method {method} cannot be trained under --sharding {name}: it chooses entries by the values of whole "
+            "weights, which no process holds",
+            "a method that does not look at the weights, such as lora",
         )
     if demands.has_schedule and not info.any_optimizer:
         return (

@@ -20,6 +20,7 @@ from torch import Tensor
 from adapters.base import FactorConfig
 from adapters.lora_export import FILE, lower_rank
 from adapters.lora_export import export_lora as write_lora
+from adapters.trained import TrainedConfig
 from launcher.exit_codes import Failed
 from launcher.inference.checks import probe_logits, quantised_gap
 from launcher.inference.merge import new_folder
@@ -51,7 +52,7 @@ def export_lora(
     if source.adapter is None:
         raise ValueError(f"{adapter} holds a whole model and no adapter: there is nothing to export")
     config = adapter_config(source.adapter)
-    if not isinstance(config, FactorConfig):
+    if not isinstance(config, (FactorConfig, TrainedConfig)):
         raise ValueError(f"{adapter} is a {config.peft_type.value} adapter: PEFT loads it already, nothing to export")
     console = Console(stderr=True, highlight=False, markup=False, soft_wrap=True)
     with new_folder(Path(out), "--out") as partial:

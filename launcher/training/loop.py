@@ -164,7 +164,7 @@ class _Loop:
         learning_rate = learning_rate_at(number, training.steps, self.config.optimizer)
         total, stops, batch = gradients(training, number)
         if training.schedule is not None:
-            training.schedule.add_penalty()  # on every rank alike, to gradients that are summed already
+            training.schedule.before_update()  # on every rank alike, to gradients that are summed already
         try:
             norm, loss, asked = training.engine.update(learning_rate, [total, stops])
         except NonFinite as error:

@@ -102,6 +102,7 @@ def check_carried(config: Config, adapter: PeftConfig | None, sharding: str) -> 
         from_gradients=getattr(adapter, "factors_from_gradients", False),
         reads_4bit_class=getattr(adapter, "peft_type", "").lower() in READ_4BIT_CLASS,
         optimizer=config.optimizer.optimizer,
+        reads_weights=getattr(adapter, "reads_weights", False),
         has_schedule=has_schedule(adapter),
         trains_prompt=prompt_tokens(adapter) > 0,
     )

@@ -35,7 +35,7 @@ def train(model, optimizer, schedule, steps):
         ids = batch(step)["input_ids"]
         logits = model(input_ids=ids).logits[:, :-1]
         torch.nn.functional.cross_entropy(logits.flatten(0, 1), ids[:, 1:].flatten()).backward()
-        schedule.add_penalty()
+        schedule.before_update()
         optimizer.step()
         schedule.after_update(step)
         optimizer.zero_grad()
