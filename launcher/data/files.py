@@ -392,6 +392,10 @@ def _csv_rows(text: str, delimiter: str, where: str) -> Iterator[dict[str, str]]
         names = rows.fieldnames or []
         if len(set(names)) < len(names) or not all(names):
             raise ValueError(f"{where}: the first line names the columns, each once; it has {', '.join(names)}")
+        if len(names) == 1 and ";" in names[0]:
+            raise ValueError(
+                f"{where} separates its columns by ';' ({names[0]:.60}): save it with ',' (.csv) or with tabs (.tsv)"
+            )
         for row in rows:
             if None in row or None in row.values():
                 count = len(names) + len(row.get(None, [])) - list(row.values()).count(None)

@@ -159,6 +159,11 @@ def test_empty_answers_are_left_out_and_named(tmp_path, caplog):
         ("a.parquet", "PAR0", r"a\.parquet is not a parquet file"),
         ("a.xlsx", "instruction,output", r"data is read from \.json, .* not from \.xlsx"),
         ("a.csv", "instruction,output", r"a\.csv holds no records"),
+        (
+            "a.csv",
+            "instruction;output\nAdd.;3",
+            r"a\.csv separates its columns by .;. \(instruction;output\): save it with",
+        ),
         ("a.csv", "instruction,output\nAdd.,3\nAdd,5,8", r"a\.csv, line 3, has 3 columns, and the first line names 2"),
         ("a.csv", "instruction,output\nAdd.", r"a\.csv, line 2, has 1 columns, and the first line names 2"),
         ("a.csv", 'instruction,output\nAdd.,"3', r"a\.csv is not CSV"),
