@@ -45,6 +45,11 @@ def is_pipeline(folder: Path) -> bool:
     return (folder / INDEX).is_file()
 
 
+def text_encoders(folder: Path) -> list[Path]:
+    """The folders of a pipeline's text encoders, which may be adapted too."""
+    return sorted(folder.glob("text_encoder*")) if is_pipeline(folder) else []
+
+
 def config_file(folder: Path) -> Path:
     """The config.json of a base: a model's, or that of the UNet in a pipeline."""
     return folder / "unet" / "config.json" if is_pipeline(folder) else folder / "config.json"

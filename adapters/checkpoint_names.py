@@ -31,7 +31,7 @@ from transformers.core_model_loading import (
     rename_source_key,
 )
 
-from adapters.checkpoint_files import TensorInfo, list_tensors, local_folder, read_tensor
+from adapters.checkpoint_files import TensorInfo, list_tensors, local_folder, read_tensor, text_encoders
 
 log = logging.getLogger(__name__)
 
@@ -144,6 +144,12 @@ def model_tensors(model: nn.Module, tensors: Mapping[str, TensorInfo]) -> dict[s
 
     model may be on the meta device, and carries no adapter. As transformers' loader decides it.
     """
+    if folders := getattr(model, "part_folders", None):  # a model of several parts, each with its own checkpoint
+        return {
+            f"{part}.{name}": info
+            for part, folder in folders.items()
+            for name, info in model_tensors(model.get_submodule(part), list_tensors(folder)).items()
+        }
     state = model.state_dict()
     if not isinstance(model, transformers.PreTrainedModel):
         return {name: info for name, info in tensors.items() if name in state}
@@ -185,17 +191,15 @@ def model_tensors(model: nn.Module, tensors: Mapping[str, TensorInfo]) -> dict[s
 
 def local_weights(models: Iterable[str], module: str) -> Iterator[Tensor]:
     """A module's full-precision weight from each checkpoint (folder or hub name) that is on this machine."""
-    for name in models:
-        folder = local_folder(name)
-        if folder is None:
-            continue
+    places = [place for name in models if (place := local_folder(name)) is not None]
+    for folder in [each for place in places for each in (place, *text_encoders(place))]:
         try:
             tensors = list_tensors(folder)
             config = folder / "config.json"
             stamp = config.stat().st_mtime_ns if config.is_file() else 0
             tensors = {**tensors, **_by_model(folder, stamp, frozenset(info.file for info in tensors.values()))}
         except ValueError as error:
-            log.warning("cannot read %s from the checkpoint %s: %s", module, name, error)
+            log.warning("cannot read %s from the checkpoint %s: %s", module, folder, error)
             continue
         info = tensors.get(f"{module}.weight")
         if info is not None and info.dtype.startswith(("F", "BF")):

@@ -89,6 +89,9 @@ class ModelConfig(Checked):
     """Recompute each decoder layer in the backward pass: less memory, about a third more time."""
     compile: bool = False
     """Compile each decoder layer with torch.compile: faster steps on a GPU after a minute or more of compiling."""
+    train_text_encoder: bool = False
+    """With --task subject: adapt the text encoder too, where --targets names its layers (q_proj k_proj v_proj
+    out_proj)."""
     trust_remote_code: bool = False
     """Run Python code from the model's folder. Only for models that you trust."""
 

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from peft import PeftConfig, get_peft_model
+from peft import PeftConfig
 from torch import nn
 from transformers.utils.logging import set_tqdm_hook
 
@@ -25,6 +25,7 @@ from launcher.models.files import first_line
 from launcher.models.fill import OnFill, Whole, fill
 from launcher.models.quantize import check_share
 from launcher.models.skeleton import (
+    adapted,
     bare_skeleton,
     check_weights,
     classifier_class,
@@ -165,7 +166,7 @@ def build(
         base = bare_skeleton(config, folder, adapter, dtype=dtype, attention=attention, head=head)
         fill(base, folder, factors, Whole(), device, progress)
     elif is_pipeline(folder):
-        base = pipelines.load_unet(folder, dtype=dtype, device=device)
+        base = pipelines.load_base(folder, dtype=dtype, device=device, text_encoder=config.train_text_encoder)
         prepare_base(base, config, folder)
     else:
         loading: dict[str, Any] = {
@@ -198,4 +199,4 @@ def build(
         # The adapter records the fingerprint of the base's files, which does not depend on the precision of the base.
         warnings.filterwarnings("ignore", "this base has fingerprint", adapters.BasePrecisionWarning)
         torch.manual_seed(torch.initial_seed())  # so that initial values do not depend on how the base was loaded
-        return get_peft_model(base, adapter, autocast_adapter_dtype=True).to(device)
+        return adapted(base, adapter, autocast_adapter_dtype=True).to(device)

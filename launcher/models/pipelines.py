@@ -18,6 +18,7 @@ import torch
 from torch import nn
 
 from adapters.checkpoint_files import INDEX, is_pipeline, list_tensors, local_folder
+from launcher.models.denoiser import Denoiser
 
 SUPPORTED = "StableDiffusionPipeline"
 PARTS = {  # class of each part, and the file that describes it
@@ -104,8 +105,11 @@ def _check_scheduler(folder: Path) -> None:
         )
 
 
-def empty_unet(folder: Path, *, dtype: str, attention: str | None) -> Any:
-    """The UNet on the meta device. Raises ValueError for an attention that diffusers does not choose by this name."""
+def empty_base(folder: Path, *, dtype: str, attention: str | None, text_encoder: bool = False) -> Any:
+    """What is trained of a pipeline, on the meta device: the UNet, or with text_encoder a `Denoiser`.
+
+    Raises ValueError for an attention that diffusers does not choose by this name.
+    """
     if attention not in (None, "sdpa"):
         raise ValueError(f"a UNet has torch's own attention (sdpa) alone, not {attention}")
     from accelerate import init_empty_weights
@@ -116,10 +120,24 @@ def empty_unet(folder: Path, *, dtype: str, attention: str | None) -> Any:
             unet: Any = _class("unet").from_config(settings)
         except (TypeError, ValueError, KeyError) as error:
             raise ValueError(f"{folder / 'unet' / 'config.json'} does not describe a valid UNet ({error})") from error
+        if text_encoder:
+            from transformers import CLIPTextConfig
+
+            words = _class("text_encoder")(CLIPTextConfig.from_pretrained(folder / "text_encoder"))
+            unet = Denoiser(unet, words, folder)
     return unet.to(getattr(torch, dtype))
 
 
-def load_unet(folder: Path, *, dtype: str, device: torch.device) -> Any:
+def load_base(folder: Path, *, dtype: str, device: torch.device, text_encoder: bool = False) -> Any:
+    """What is trained of a pipeline, with its weights: the UNet, or with text_encoder a `Denoiser`."""
+    unet = _load_unet(folder, dtype=dtype).to(device)
+    if not text_encoder:
+        return unet
+    words = load_part(folder, "text_encoder", device, getattr(torch, dtype)).requires_grad_(True)
+    return Denoiser(unet, words, folder)
+
+
+def _load_unet(folder: Path, *, dtype: str) -> Any:
     """The UNet with its weights. Raises ValueError if a weight is missing or of another shape."""
     try:
         unet, found = _class("unet").from_pretrained(
@@ -130,11 +148,11 @@ def load_unet(folder: Path, *, dtype: str, device: torch.device) -> Any:
         raise ValueError(f"{folder / 'unet'} does not load: {str(error).strip().splitlines()[0]}") from None
     if missing := found["missing_keys"]:
         raise ValueError(f"{folder / 'unet'} lacks {', '.join(sorted(missing)[:3])}: fetch the pipeline again")
-    return unet.to(device)
+    return unet
 
 
-def load_part(folder: Path, part: str, device: torch.device) -> Any:
-    """A frozen part (vae, text_encoder) in float32 and evaluation mode, or the tokenizer or scheduler."""
+def load_part(folder: Path, part: str, device: torch.device, dtype: torch.dtype = torch.float32) -> Any:
+    """A frozen part (vae, text_encoder) in evaluation mode, or the tokenizer or scheduler."""
     if part == "tokenizer":
         from transformers import AutoTokenizer
 
@@ -145,7 +163,7 @@ def load_part(folder: Path, part: str, device: torch.device) -> Any:
         made: nn.Module = _class(part).from_pretrained(folder / part, local_files_only=True, use_safetensors=True)
     except (OSError, ValueError, RuntimeError) as error:
         raise ValueError(f"{folder / part} does not load: {str(error).strip().splitlines()[0]}") from None
-    return made.to(device, torch.float32).eval().requires_grad_(False)
+    return made.to(device, dtype).eval().requires_grad_(False)
 
 
 def load_pipeline(folder: Path, *, dtype: torch.dtype, device: torch.device) -> Any:

@@ -47,7 +47,21 @@ def skeleton(
     base = bare_skeleton(config, folder, adapter, dtype=dtype, attention=attention, head=head)
     if adapter is None:
         return base
-    return get_peft_model(base, adapter) if isinstance(adapter, FactorConfig) else _draw_adapter(base, adapter)
+    return adapted(base, adapter) if isinstance(adapter, FactorConfig) else _draw_adapter(base, adapter)
+
+
+def adapted(base: Any, adapter: PeftConfig, **how: Any) -> nn.Module:
+    """PEFT's model of this base. Raises ValueError for a kind of layer that the method does not support."""
+    try:
+        return get_peft_model(base, adapter, **how)
+    except TypeError as error:
+        if "not supported" not in str(error):
+            raise
+        method = PeftType(adapter.peft_type).value.lower()
+        raise ValueError(
+            f"--method {method} does not support a layer that --targets names: {str(error).splitlines()[0]} Leave it "
+            "out with --exclude, or give lora"
+        ) from error
 
 
 def _draw_adapter(base: Any, adapter: PeftConfig) -> nn.Module:
@@ -70,7 +84,7 @@ def _draw_adapter(base: Any, adapter: PeftConfig) -> nn.Module:
     )
     torch.manual_seed(torch.initial_seed())
     try:
-        model = get_peft_model(base, adapter, autocast_adapter_dtype=True)
+        model: Any = adapted(base, adapter, autocast_adapter_dtype=True)
     except RuntimeError as error:  # linear algebra on NaN
         raise ValueError(f"{refusal} ({error})") from error
 
@@ -168,7 +182,7 @@ def empty_model(
 ) -> Any:
     """The model that config.json describes, on the meta device. No weight file is looked at."""
     if is_pipeline(folder):
-        return pipelines.empty_unet(folder, dtype=dtype, attention=attention)
+        return pipelines.empty_base(folder, dtype=dtype, attention=attention, text_encoder=config.train_text_encoder)
     settings = settings_of(config, folder, head)
     architecture = language_model_class(settings) if head is None else classifier_class(settings)
     with _own_config(folder), init_empty_weights(include_buffers=False):
@@ -386,7 +400,9 @@ def restore_padding_rows(base: Any, folder: Path) -> None:
 
 def prepare_base(base: Any, config: ModelConfig, folder: Path) -> None:
     base.name_or_path = str(folder.resolve()) if Path(config.model).is_dir() else config.model
-    if config.gradient_checkpointing:
+    if config.gradient_checkpointing and hasattr(base, "enable_gradient_checkpointing"):  # of diffusers
+        base.enable_gradient_checkpointing()
+    elif config.gradient_checkpointing:
         try:
             base.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
         except ValueError:

@@ -72,9 +72,14 @@ def _act(config: Config, instead: Any, words: Sequence[str], asked: dict[str, An
     from launcher.planning.machines import parse
     from launcher.planning.predict import predict
     from launcher.planning.show import as_json, show
+    from launcher.tasks.choose import task_of
     from launcher.training.run import quiet_libraries
 
     quiet_libraries()
+    if not task_of(config).text:
+        raise ValueError(
+            "loldu plan predicts runs of language models, and --task subject is none: leave it out, or start it"
+        )
     extra: list[str] = []
     folder = _folder(config)
     if folder is None and instead is not None:

@@ -32,6 +32,7 @@ from launcher.data.encode import DataReport, Encoded
 from launcher.data.pictures import crop, find_pictures, read_picture
 from launcher.models import pipelines
 from launcher.models.build import choose_dtype
+from launcher.models.denoiser import TEXT_TARGETS
 from launcher.tasks.base import Batch, Layout, Samples, Task
 from launcher.tasks.class_pictures import class_pictures
 from launcher.tasks.evaluation import Evaluation
@@ -44,7 +45,7 @@ class Shown:
     """Pictures of one prompt, as the frozen parts of the pipeline see them."""
 
     prompt: str
-    embedding: Tensor  # (n, e)
+    words: Tensor  # embeddings (n, e); token ids (n,) where the text encoder is trained too
     pixels: list[Tensor]  # uint8 (3, H, W)
     moments: Tensor | None = None  # (pictures, 1 or 2 if flipped, 2 c, h, w): means and logarithms of variances
 
@@ -143,6 +144,12 @@ class Subject(Task):
         for option, value in {"quantize": model.quantize != "none", "compile": model.compile}.items():
             if value:
                 raise ValueError(f"--{option} is not supported by --task subject: leave it out")
+        names = {target.rpartition(".")[2] for target in config.adapter.targets}
+        if model.train_text_encoder and not names & {"all-linear", *TEXT_TARGETS}:
+            raise ValueError(
+                "--train-text-encoder adapts those of its layers that --targets names, and there are none: add some of "
+                f"{' '.join(TEXT_TARGETS)} to --targets"
+            )
         if config.adapter.modules_to_save:
             raise ValueError("--task subject saves an adapter alone: leave --modules-to-save out")
 
@@ -158,7 +165,8 @@ class Subject(Task):
         subject, tested, others = (
             [read_picture(file, side) for file in files] for files in _files(config, folder, cache)
         )
-        embed = _Embedder(folder, tokenizer)
+        dtype = getattr(torch, choose_dtype(config.model.dtype))
+        embed = _Words(folder, tokenizer, None if config.model.train_text_encoder else dtype)
         words = embed(data.instance_prompt, "--instance-prompt")
         prior: Shown | None = None
         if data.prior_weight:
@@ -175,7 +183,6 @@ class Subject(Task):
             shift=float(getattr(vae.config, "shift_factor", None) or 0.0), scaling=float(vae.config.scaling_factor),
             parts=pipelines.digest_of_parts(folder),
         )  # fmt: skip
-        dtype = getattr(torch, choose_dtype(config.model.dtype))
 
         def made(own: Shown, beside: Shown | None) -> Pictures:
             shown = [each and _encoded(each, how, vae) for each in (own, beside)]
@@ -219,7 +226,8 @@ class Subject(Task):
         if data.prior is not None:
             items += [_item(data, data.prior, data.how.prior_weight, row, layout.step, "class") for row in rows]
         batch: Batch = {name: torch.stack([item[name] for item in items]) for name in items[0]}
-        return {**batch, "prediction": data.how.prediction, "latents": None if data.vae is None else _Latents(data)}
+        latents = None if data.vae is None else _Latents(data)
+        return {**batch, "prediction": data.how.prediction, "dtype": data.dtype, "latents": latents}
 
     def loss(self, forward: Callable[..., Any], batch: Batch, targets: int) -> Tensor:
         x0 = batch["x0"] if batch["latents"] is None else batch["latents"](batch["x0"], batch["drawn"])
@@ -227,7 +235,7 @@ class Subject(Task):
         noise, words = batch["noise"], batch["words"]
         noisy = signal * x0 + level * noise
         wanted = noise if batch["prediction"] == "epsilon" else signal * noise - level * x0
-        found = forward(noisy.to(words.dtype), batch["timestep"], words, return_dict=False)[0]
+        found = forward(noisy.to(batch["dtype"]), batch["timestep"], words, return_dict=False)[0]
         errors = (found.float() - wanted).square().mean((1, 2, 3))
         return (errors * batch["weight"]).sum() / targets
 
@@ -294,22 +302,25 @@ def _told(subject: Shown, prior: Shown | None, how: How) -> str:
     return told + ("; latents are computed once" if how.crop == "center" else "; latents are computed in each step")
 
 
-class _Embedder:
-    """Turns prompts into the embeddings that the UNet sees."""
+class _Words:
+    """Turns prompts into what the model sees: their embeddings in dtype, or with None their token ids."""
 
-    def __init__(self, folder: Path, tokenizer: Any):
-        self.tokenizer, self.encoder = tokenizer, pipelines.load_part(folder, "text_encoder", _device())
+    def __init__(self, folder: Path, tokenizer: Any, dtype: torch.dtype | None):
+        self.tokenizer, self.dtype = tokenizer, dtype
+        self.encoder = None if dtype is None else pipelines.load_part(folder, "text_encoder", _device())
 
     @torch.no_grad()
     def __call__(self, prompt: str, option: str) -> Tensor:
-        """(n, e) on the CPU. Raises ValueError for a prompt that is longer than the text encoder's context."""
+        """(n, e) or (n,) on the CPU. Raises ValueError for a prompt longer than the text encoder's context."""
         room = self.tokenizer.model_max_length
         if (needed := len(self.tokenizer(prompt, verbose=False)["input_ids"])) > room:
             raise ValueError(f"{option} takes {needed} tokens, and this pipeline reads {room}: shorten it")
         found = self.tokenizer(prompt, padding="max_length", max_length=room, return_tensors="pt")
+        if self.encoder is None:
+            return found["input_ids"][0]
         used = getattr(self.encoder.config, "use_attention_mask", False)
         mask = found["attention_mask"].to(_device()) if used else None
-        return self.encoder(found["input_ids"].to(_device()), attention_mask=mask)[0][0].float().cpu()
+        return self.encoder(found["input_ids"].to(_device()), attention_mask=mask)[0][0].to("cpu", self.dtype)
 
 
 @torch.no_grad()
@@ -322,7 +333,7 @@ def _encoded(shown: Shown, how: How, vae: Any) -> Shown:
         square = _scaled(crop(pixels, how.side))
         views = torch.stack([square, square.flip(-1)] if how.flip else [square])
         moments.append(torch.stack([_moments(vae, view.to(device)) for view in views]).cpu())
-    return Shown(shown.prompt, shown.embedding, shown.pixels, torch.stack(moments))
+    return replace(shown, moments=torch.stack(moments))
 
 
 def _scaled(pixels: Tensor) -> Tensor:
@@ -351,7 +362,7 @@ def _item(data: Pictures, shown: Shown, weight: float, row: int, step: int, kind
         x0 = _sampled(shown.moments[number, int(flipped)], deviation, how)
     alpha = data.alphas[timestep]
     return {
-        "x0": x0, "drawn": deviation, "noise": noise, "timestep": timestep, "words": shown.embedding.to(data.dtype),
+        "x0": x0, "drawn": deviation, "noise": noise, "timestep": timestep, "words": shown.words,
         "signal": alpha.sqrt(), "level": (1 - alpha).sqrt(), "weight": torch.tensor(weight),
     }  # fmt: skip
 

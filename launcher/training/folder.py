@@ -16,6 +16,7 @@ from typing import Any
 
 from launcher.config import Config
 from launcher.files import allow_by_umask, digest, disk_errors, read_json, read_or_empty, sync, write_atomically
+from launcher.models.denoiser import save_adapter
 from launcher.processes import Communicator, Ranks, agreed, nodes_without
 from launcher.progress import growth, silent
 from launcher.training import checkpoint
@@ -232,8 +233,8 @@ def _final_folder(config: Config, output: Path) -> Path:
 
 
 def _checksums(folder: Path) -> dict[str, str]:
-    files = sorted(file for file in folder.iterdir() if file.is_file() and file.name != CHECKSUMS)
-    return {file.name: digest(file) for file in files}
+    files = sorted(file for file in folder.rglob("*") if file.is_file() and file != folder / CHECKSUMS)
+    return {file.relative_to(folder).as_posix(): digest(file) for file in files}
 
 
 def _damaged(folder: Path) -> list[str]:
@@ -265,12 +266,12 @@ def save_final(
         shutil.rmtree(partial, ignore_errors=True)
         with growth(show, partial, sum(tensor.nbytes for tensor in whole.values())), warnings.catch_warnings():
             warnings.filterwarnings("ignore", "Could not find a config file")  # of a pipeline, where PEFT looks for one
-            model.save_pretrained(str(partial), state_dict=whole)
+            save_adapter(model, partial, whole)
         add_files(partial)
         lines = (f"{checksum}  {name}\n" for name, checksum in _checksums(partial).items())
         (partial / CHECKSUMS).write_text("".join(lines))
         allow_by_umask(partial)
-        for written in (*partial.iterdir(), partial):
+        for written in (*partial.rglob("*"), partial):
             sync(written)
         if final.exists():
             os.replace(final, final.with_suffix(f".before-{time.time_ns()}"))

@@ -5,6 +5,7 @@ It has every part of a real one in the same files, but draws noise: it shows tha
 
 from __future__ import annotations
 
+import importlib.util
 import json
 import os
 import shutil
@@ -20,6 +21,10 @@ def tiny_pipeline(folder: Path = MADE) -> Path:
     """The folder with pipeline/, pictures/ (two) and held_out/ (one), made if it is not there."""
     if folder.is_dir():
         return folder
+    if importlib.util.find_spec("diffusers") is None:
+        raise ValueError(
+            "--tiny makes a pipeline with diffusers, which is not installed: pip install -e '.[diffusion]'"
+        )
     partial = folder.with_name(f"{folder.name}-{os.getpid()}.tmp")
     save_pipeline(partial / "pipeline")
     save_pictures(partial / "pictures", (0.35, 0.6))
