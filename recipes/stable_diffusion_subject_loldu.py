@@ -5,6 +5,7 @@
     loldu train stable_diffusion_subject_loldu --data DIR --instance-prompt "a photo of sks dog" \\
         --class-prompt "a photo of a dog" --prior-weight 1    # with prior preservation
     loldu generate runs/NAME --prompts "a photo of sks dog on a beach"
+    ... --train-text-encoder --targets to_q to_k to_v to_out.0 q_proj v_proj    # the text encoder too
 
 Settings and their sources (the paper's table, as transcribed; its body text was not available):
     rank 32 on to_q, to_k, to_v and to_out of the UNet, learning rate 5e-4, constant after 15 steps of warm-up, weight

@@ -24,6 +24,8 @@ from adapters.trained import TrainedConfig
 from launcher.exit_codes import Failed
 from launcher.inference.checks import probe_logits, quantised_gap
 from launcher.inference.merge import new_folder
+from launcher.inference.pictures import export_lora as export_pictures
+from launcher.inference.pictures import find_drawn
 from launcher.inference.sources import Source, adapter_config, choose_device, find, load_model
 
 VLLM_RANKS = (1, 8, 16, 32, 64, 128, 256, 320, 512)  # the values of its --max-lora-rank (vLLM 0.11 to 0.27)
@@ -48,6 +50,10 @@ def export_lora(
         raise ValueError(f"--tolerance must be above 0, got {tolerance}")
     if rank is not None and rank < 1:
         raise ValueError(f"--rank is at least 1, got {rank}")
+    if (drawn := find_drawn(adapter, base)) is not None:
+        if rank is not None:
+            raise ValueError(f"--rank {rank} is for language models: leave it out")
+        return export_pictures(drawn, out, tolerance=tolerance, device=device)
     source = replace(find(adapter, base=base, trust_remote_code=trust_remote_code), dtype="float32")
     if source.adapter is None:
         raise ValueError(f"{adapter} holds a whole model and no adapter: there is nothing to export")

@@ -11,9 +11,15 @@ from typing import Any
 
 import torch
 from rich.console import Console
+from safetensors.torch import save_file
+from torch import Tensor
 
+from adapters.base import FactorConfig
 from adapters.checkpoint_files import is_pipeline, local_folder
+from adapters.lora_export import as_lora
 from launcher.data.pictures import save_picture
+from launcher.exit_codes import Failed
+from launcher.inference.merge import new_folder
 from launcher.inference.options import Drawing
 from launcher.inference.sources import DTYPES, attach, choose_device
 from launcher.models import pipelines
@@ -21,6 +27,7 @@ from launcher.models.build import choose_dtype
 from launcher.models.files import recorded_run
 from launcher.text import json_line
 
+LORA = "pytorch_lora_weights.safetensors"  # diffusers' name
 SLUG = 48  # most characters of a prompt in a file's name
 
 
@@ -78,6 +85,8 @@ def draw(found: Drawn, drawing: Drawing, *, seed: int, dtype: str, device: str, 
     pipeline = pipelines.load_pipeline(found.pipeline, dtype=DTYPES[kind], device=torch.device(place))
     if found.adapter is not None:
         pipeline.unet = attach(pipeline.unet, found.adapter).eval()
+        if (words := found.adapter / "text_encoder").is_dir():
+            pipeline.text_encoder = attach(pipeline.text_encoder, words).eval()
     out = Path(drawing.out).expanduser() if drawing.out else found.out
     out.mkdir(parents=True, exist_ok=True)
     console = Console(stderr=True, highlight=False, markup=False, soft_wrap=True)
@@ -97,6 +106,57 @@ def draw(found: Drawn, drawing: Drawing, *, seed: int, dtype: str, device: str, 
     what = f"adapter {found.adapter}" if found.adapter is not None else "no adapter"
     console.print(f"{len(files)} pictures of {side} x {side} pixels, {drawing.steps} steps, {what}")
     return files
+
+
+def export_lora(found: Drawn, out: str, *, tolerance: float, device: str) -> Path:
+    """Write the run's adapter as diffusers' `load_lora_weights` reads it, in one file; returns the folder.
+
+    Raises Failed, and leaves nothing in out, if a pipeline that loaded it predicts another noise than the adapter.
+    """
+    if found.adapter is None:
+        raise ValueError(f"{found.pipeline} is a pipeline and no adapter: there is nothing to export")
+    folders = {"unet": found.adapter, "text_encoder": found.adapter / "text_encoder"}
+    place = torch.device(choose_device(device))
+    pipeline = pipelines.load_pipeline(found.pipeline, dtype=torch.float32, device=place)
+    tensors: dict[str, Tensor] = {}
+    with new_folder(Path(out), "--out") as partial:
+        for part in [part for part, folder in folders.items() if folder.is_dir()]:
+            model = attach(getattr(pipeline, part), folders[part])
+            config: Any = model.peft_config["default"]
+            if not isinstance(config, FactorConfig):
+                raise ValueError(
+                    f"{found.adapter} is a {config.peft_type.value} adapter: load it with PeftModel.from_pretrained("
+                    "pipe.unet, ...), nothing to export"
+                )
+            for name, value in as_lora(model)[1].items():
+                tensors[f"{part}.{name.removeprefix('base_model.model.')}"] = value
+            setattr(pipeline, part, model.eval())
+        wanted = _prediction(pipeline)
+        save_file(tensors, partial / LORA, metadata={"format": "pt"})
+        del pipeline, model
+        plain = pipelines.load_pipeline(found.pipeline, dtype=torch.float32, device=place)
+        plain.load_lora_weights(str(partial), weight_name=LORA)
+        gap = float((_prediction(plain) - wanted).abs().max())
+        if not gap <= tolerance:
+            raise Failed(
+                f"the LoRA was deleted again: the noise that diffusers predicts with it differs by {gap:.2g}, allowed "
+                f"{tolerance:g}: if that is rounding, raise --tolerance"
+            )
+    console = Console(stderr=True, highlight=False, markup=False, soft_wrap=True)
+    console.print(f"checked: diffusers reads it back, largest difference of the predicted noise {gap:.2g}")
+    console.print(f"LoRA for pipe.load_lora_weights in {Path(out) / LORA}")
+    return Path(out)
+
+
+@torch.no_grad()
+def _prediction(pipeline: Any) -> Tensor:
+    """The noise that the pipeline predicts for fixed latents and words, on the CPU."""
+    drawn = torch.Generator().manual_seed(0)
+    side = pipeline.unet.config.sample_size
+    latents = torch.randn(2, pipeline.unet.config.in_channels, side, side, generator=drawn).to(pipeline.device)
+    ids = torch.randint(pipeline.text_encoder.config.vocab_size, (2, 8), generator=drawn).to(pipeline.device)
+    steps = torch.tensor([100, 500], device=pipeline.device)
+    return pipeline.unet(latents, steps, pipeline.text_encoder(ids)[0], return_dict=False)[0].float().cpu()
 
 
 def _adapter(place: Path) -> Path | None:

@@ -15,9 +15,11 @@ from safetensors.torch import load_file, save_file
 
 from adapters import METHODS
 from launcher.config import AdapterConfig, Config, DataConfig, ModelConfig, OptimizerConfig, RunConfig, as_dict
+from launcher.inference.export import export_lora
 from launcher.inference.generate import generate
 from launcher.inference.options import Answering, Drawing
 from launcher.models import pipelines
+from launcher.models.denoiser import Denoiser
 from launcher.processes import Ranks
 from launcher.tasks import subject
 from launcher.tasks.base import Layout
@@ -361,6 +363,7 @@ def assert_one_line(capfd, message):
         ("adapter", {"method": "prompt_tuning", "options": ()}, "trains a prompt"),
         ("adapter", {"modules_to_save": ("conv_in",)}, "leave --modules-to-save out"),
         ("model", {"compile": True}, "--compile is not supported"),
+        ("model", {"train_text_encoder": True}, "add some of q_proj k_proj"),
     ],
 )
 def test_settings_that_do_not_fit_are_refused_before_a_file_is_read(part, values, message, config):
@@ -412,3 +415,106 @@ def test_commands_for_text_refuse_pictures_by_name(config, made, tmp_path):
         resolved.task.base_folder(config.model.model)
     with pytest.raises(ValueError, match="this model draws pictures: give --prompts"):
         generate(str(made / "epsilon"))
+
+
+def with_text_encoder(config, **adapter):
+    targets = (*TARGETS, "q_proj", "v_proj")
+    return changed(config, model={"train_text_encoder": True}, adapter={"targets": targets, **adapter})
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("method", ["loldu", "lora"])
+def test_a_trained_text_encoder_starts_as_the_base_and_loads_in_diffusers(method, config, made, tmp_path, capsys):
+    frozen = changed(config, adapter={"method": method, "options": ()}, run={"output": str(tmp_path / "frozen")})
+    config = with_text_encoder(config, method=method, options=())
+
+    assert run(config, "test") == 0
+    assert run(frozen, "test") == 0
+
+    assert events(config)[0] == events(frozen)[0]  # the first loss is that of the base, whoever reads the prompt
+    assert events(config)[-1] != events(frozen)[-1]
+    pipe = StableDiffusionPipeline.from_pretrained(made / "epsilon")
+    folder = f"{config.run.output}/adapter"
+    pipe.unet = PeftModel.from_pretrained(pipe.unet, folder)
+    pipe.text_encoder = PeftModel.from_pretrained(pipe.text_encoder, f"{folder}/text_encoder")
+    held_out = changed(config, data={"data": config.data.eval_data, "eval_data": None})
+    batch = subject.TASK.collate(read(held_out, tmp_path), range(8), Layout(step=0))
+    with torch.no_grad():
+        loss = subject.TASK.loss(Denoiser(pipe.unet, pipe.text_encoder, made), batch, 8)
+    assert float(loss) == pytest.approx(events(config, "eval_loss")[-1], abs=1e-6)
+    assert sorted(path.name for path in Path(folder, "text_encoder").iterdir()) == [
+        "adapter_config.json",
+        "adapter_model.safetensors",
+    ]
+    capsys.readouterr()
+    generate(config.run.output, drawing=Drawing(prompts=("a photo of sks disc",), steps=2))
+    assert Path(capsys.readouterr().out.strip()).is_file()
+
+
+@pytest.mark.slow
+def test_a_sharded_text_encoder_gives_the_curve_of_one_process(config, tmp_path):
+    config = with_text_encoder(config)
+    sharded = changed(config, run={"output": str(tmp_path / "fsdp2"), "sharding": "fsdp2"})
+
+    assert run(config, "test") == 0
+    start_several(tmp_path, 2, [{"config": as_dict(sharded)}])
+
+    assert events(sharded) == pytest.approx(events(config), abs=2e-5)
+    for part in ("", "text_encoder/"):
+        wanted, found = (
+            load_file(f"{c.run.output}/adapter/{part}adapter_model.safetensors") for c in (config, sharded)
+        )
+        assert wanted.keys() == found.keys()
+        for name, tensor in wanted.items():
+            torch.testing.assert_close(found[name], tensor, atol=1e-4, rtol=1e-3)
+
+
+@pytest.mark.slow
+def test_gradient_checkpointing_changes_no_number(config, tmp_path):
+    config = with_text_encoder(changed(config, optimizer={"max_steps": 2}))
+    checkpointed = changed(config, model={"gradient_checkpointing": True}, run={"output": str(tmp_path / "other")})
+
+    assert run(config, "test") == 0
+    assert run(checkpointed, "test") == 0
+
+    assert events(checkpointed) == pytest.approx(events(config), abs=1e-6)
+
+
+def test_a_layer_that_the_method_does_not_support_is_refused_by_name(config, capfd):
+    assert run(changed(config, adapter={"method": "vera", "options": (), "targets": ("conv1", "to_q")}), "test") == 2
+
+    assert_one_line(capfd, "--method vera does not support a layer that --targets names: Target module Conv2d")
+
+
+def test_an_adapter_made_in_float32_loads_on_a_bfloat16_pipeline(config, capsys):
+    assert run(with_text_encoder(config), "test") == 0
+    capsys.readouterr()
+
+    generate(config.run.output, Answering(dtype="bfloat16"), drawing=Drawing(prompts=("a disc",), steps=2))
+
+    assert Path(capsys.readouterr().out.strip()).is_file()
+
+
+@pytest.mark.slow
+def test_an_exported_lora_loads_with_load_lora_weights(config, made, tmp_path, capsys):
+    config = with_text_encoder(config)
+    assert run(config, "test") == 0
+
+    export_lora(config.run.output, out=str(tmp_path / "lora"))
+
+    plain, adapted = (StableDiffusionPipeline.from_pretrained(made / "epsilon", safety_checker=None) for _ in range(2))
+    plain.load_lora_weights(str(tmp_path / "lora"))
+    adapted.unet = PeftModel.from_pretrained(adapted.unet, f"{config.run.output}/adapter")
+    adapted.text_encoder = PeftModel.from_pretrained(adapted.text_encoder, f"{config.run.output}/adapter/text_encoder")
+    words, steps = torch.arange(16).view(2, 8), torch.tensor([3, 700])
+    latents = torch.randn(2, 4, SIDE // 2, SIDE // 2, generator=torch.Generator().manual_seed(0))
+    with torch.no_grad():
+        one, other = (
+            pipe.unet(latents, steps, pipe.text_encoder(words)[0], return_dict=False)[0] for pipe in (plain, adapted)
+        )
+        base = UNet2DConditionModel.from_pretrained(made / "epsilon" / "unet")
+        untrained = base(latents, steps, adapted.text_encoder(words)[0], return_dict=False)[0]
+    torch.testing.assert_close(one, other, atol=1e-5, rtol=1e-4)
+    assert (one - untrained).abs().max() > 1e-3
+    with pytest.raises(ValueError, match="leave it out"):
+        export_lora(config.run.output, out=str(tmp_path / "more"), rank=2)
