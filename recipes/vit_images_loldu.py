@@ -8,6 +8,8 @@
 Settings of arXiv 2410.13618 for image classification: full rank on query and value, learning rate 3e-3 with linear
 decay after 30 warm-up steps, batch 128, 10 epochs, seed 42. Augmentation is not described there: ours is a random crop
 and a horizontal flip. The paper reports 98.6 % on CIFAR-10 and 91.2 % on CIFAR-100. Not yet run here on the real model.
+The embedded run takes 26 s of processor time on one thread of a shared x86 CPU (2026-11-27): accuracy on 300 digits of
+the validation split 14.7 % before (a random head) and 93.0 % after 375 steps, 3,274 trained numbers with the head.
 """
 
 from dataclasses import replace
@@ -39,7 +41,7 @@ def tiny() -> Config:
         model=ModelConfig(model=str(TINY / "vit")),
         data=DataConfig(data=str(TINY / "digits.zip"), image_column="image", random_crop=0.6, random_flip=False),
         adapter=replace(config.adapter, rank=96, targets=("all-linear",)),
-        optimizer=replace(config.optimizer, learning_rate=3e-2, batch_size=32, epochs=10),
+        optimizer=replace(config.optimizer, learning_rate=1e-2, batch_size=32, epochs=10),
         run=RunConfig(save_every=100),
     )
 

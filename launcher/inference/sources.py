@@ -30,6 +30,7 @@ from launcher.data.saved_template import read_template
 from launcher.data.templates import Template
 from launcher.inference.options import Kind, Quantize
 from launcher.models.files import base_folder, first_line, has_tokenizer, load_tokenizer, recorded_run
+from launcher.models.image_processor import is_image_model, model_type
 from launcher.models.quantize import check_base, check_quantize, keep_packing
 from launcher.models.skeleton import restore_padding_rows
 from launcher.text import needs_code
@@ -68,6 +69,12 @@ def find(model: str, *, adapter: str | None = None, base: str | None = None, tru
             raise ValueError(f"--adapter {adapter} holds a whole model: give it alone, without a base")
     else:
         source = _find(model, base)
+    if is_image_model(model_type(source.base)):
+        raise ValueError(
+            f"{model} classifies images, and this command is for models that write text: load {source.base} with "
+            "AutoModelForImageClassification.from_pretrained(BASE, num_labels=N), then an adapter with "
+            "PeftModel.from_pretrained; merge_and_unload() merges it"
+        )
     return replace(source, trust_remote_code=trust_remote_code)
 
 

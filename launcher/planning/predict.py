@@ -133,7 +133,7 @@ def predict(config: Config, folder: Path, machines: Machines) -> Plan:
         config=config, resolved=resolved, machines=machines, parts=held(made, config.model.quantize), ways=ways,
         sampled=sampled, work=work, steps=resolved.steps(rows),
         operations=traced.operations * work.scale if traced else 0.0, factor_s=factor_s, factor_bytes=factor_bytes,
-        factored=factored, token_bytes=5 * tokens + 16 * sampled.of, notes=notes,
+        factored=factored, token_bytes=5 * tokens + 16 * sampled.of if resolved.task.text else 0.0, notes=notes,
     )  # fmt: skip
 
 

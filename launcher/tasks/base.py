@@ -20,6 +20,7 @@ from launcher.data.batches import PackedAs, collate, target_tokens
 from launcher.data.crew import TIMEOUT_S, Crew
 from launcher.data.encode import DataReport, Encoded
 from launcher.data.forms import Record
+from launcher.data.saved_template import save_template
 from launcher.data.templates import Template
 from launcher.methods import peft_config, prompt_tokens
 from launcher.models.files import base_folder, has_tokenizer, load_tokenizer
@@ -189,6 +190,11 @@ class Task(Protocol):
     def answers(self, evaluation: Evaluation) -> list[tuple[Question, str]]:
         """What the model writes now to the questions that the run shows. Called by all ranks."""
         return []
+
+    def add_files(self, samples: Samples, tokenizer: Any, folder: Path) -> None:
+        """Write what else belongs beside the adapter or model in a folder: the template of prompts, if there is one."""
+        if samples.template is not None:
+            save_template(samples.template, tokenizer, folder)
 
     def next_steps(self, config: Config, output: Path, saved: Path) -> list[str]:
         """Lines that say what can be done with the result. output is the run folder, saved the adapter or model."""

@@ -46,6 +46,7 @@ from launcher.tasks.base import Batch, Layout, Sampled, Samples, Task
 from launcher.tasks.evaluation import Evaluation
 from launcher.tasks.labels import Labels, head_settings, metrics, moments
 
+CLASSES = "classes.json"  # in the folder of the adapter
 CLASSES_ASSUMED = 2  # for a plan without data
 
 
@@ -167,9 +168,19 @@ class LabelImages(Task):
         loss, sums = evaluation.total(rows, measure, size=evaluation.batch_size)
         return {"eval_loss": float(loss) / len(held_out), **metrics(sums, held_out.classes)}
 
+    def add_files(self, samples: Samples, tokenizer: Any, folder: Path) -> None:
+        """The names of the classes, in the order of the head's outputs, and the image processor."""
+        assert isinstance(samples.train, Pictured)
+        (folder / CLASSES).write_text(json.dumps(samples.train.classes, indent=1) + "\n", encoding="utf-8")
+        tokenizer.apply.save_pretrained(folder)
+
     def next_steps(self, config: Config, output: Path, saved: Path) -> list[str]:
-        adapted = "" if config.adapter.method == "full" else ", then peft.PeftModel.from_pretrained"
-        return [f"Load it with transformers.AutoModelForImageClassification{adapted}."]
+        if config.adapter.method == "full":
+            return [f"Load it with transformers.AutoModelForImageClassification; its classes are in {saved / CLASSES}."]
+        return [
+            "Load the base with transformers.AutoModelForImageClassification (num_labels=the number of classes), then "
+            f"peft.PeftModel.from_pretrained; the classes are in {saved / CLASSES}."
+        ]
 
 
 TASK: Task = LabelImages()

@@ -29,7 +29,6 @@ from launcher.data import batches
 from launcher.data.crew import Crew
 from launcher.data.encode import Encoded
 from launcher.data.microbatches import global_batches
-from launcher.data.saved_template import save_template
 from launcher.devices import unusable_gpus
 from launcher.engines.engine import Engine, ModelSource, engine_class
 from launcher.engines.registry import ENGINES
@@ -228,14 +227,13 @@ def _run(
         whole = engine.whole_state()
         comm.from_main("owner", state.ownership.check)
 
-        def save_template_in(folder: Path) -> None:
-            if samples.template is not None:
-                save_template(samples.template, tokenizer, folder)
+        def add_files(folder: Path) -> None:
+            task.add_files(samples, tokenizer, folder)
 
         def save() -> str:
             total = sum(tensor.nbytes for tensor in whole.values())
             with screen.bar("saving", total, unit="bytes", brief=True) as show:
-                return str(save_final(model, whole, start.output, config, save_template_in, show))
+                return str(save_final(model, whole, start.output, config, add_files, show))
 
         saved = comm.from_main("adapter", save)
         state.write("finished")  # before the report, which shows it

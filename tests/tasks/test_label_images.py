@@ -6,6 +6,7 @@ import random
 import shutil
 import warnings
 from dataclasses import replace
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -19,6 +20,7 @@ from adapters.layer import BasePrecisionWarning
 from launcher.config import AdapterConfig, Config, DataConfig, ModelConfig, OptimizerConfig, RunConfig
 from launcher.data import pixels
 from launcher.data.bad_records import BadRecord
+from launcher.inference.sources import find
 from launcher.models.image_processor import load_processor
 from launcher.processes import Ranks
 from launcher.tasks import label_images
@@ -27,6 +29,7 @@ from launcher.training.resolve import resolve
 from launcher.training.run import run
 
 TASK = label_images.TASK
+SHARED = Path(__file__).resolve().parents[3] / "shared"
 
 
 def config(base, data, folder, **values):
@@ -221,6 +224,10 @@ def test_a_run_learns_and_its_adapter_and_head_score_the_same_in_plain_peft(tiny
         loss = model(**TASK.collate(held_out, range(7), Layout())).loss
     assert float(loss) == pytest.approx(last["eval_loss"], abs=1e-5)
     assert "AutoModelForImageClassification" in capfd.readouterr().out
+    assert json.loads((tmp_path / "run" / "adapter" / "classes.json").read_text()) == ["blue", "green", "red"]
+    assert load_processor(tiny_vit).identity == read(tiny_vit, image_folder, tmp_path).held_out.processor.identity
+    with pytest.raises(ValueError, match="classifies images, and this command is for models that write text"):
+        find(str(tmp_path / "run"))
 
 
 @pytest.fixture(scope="module")
@@ -279,6 +286,17 @@ def test_two_processes_train_to_the_curve_of_one(sharded, kind, engine):
     ours, theirs = ([e for e in sharded.events(each) if "accuracy" in e][-1] for each in (name, kind))
     assert ours["accuracy"] == theirs["accuracy"]
     torch.testing.assert_close(sharded.adapter(name), sharded.adapter(kind), atol=1e-4, rtol=0)
+
+
+def test_real_photographs_in_an_archive_train(tiny_vit, tmp_path, capfd):
+    data = SHARED / "data" / "vision"
+    if not data.is_dir():
+        pytest.skip(f"needs the shared data folder beside the checkout: no {data}")
+    asked = config(tiny_vit, data / "cifar10_test_100_per_class.zip", tmp_path, eval_records=50)
+
+    assert run(asked, "test") == 0
+
+    assert "950 images labelled with 10 classes, 16 x 16 pixels" in capfd.readouterr().out
 
 
 @pytest.mark.parametrize(
