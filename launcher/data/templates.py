@@ -135,6 +135,22 @@ def prompt_ids(record: Record, template: Template, tokenizer: Any) -> list[int]:
     return frame(template, tokenizer)[0] + ids
 
 
+def expected_text(record: Record, template: Template, tokenizer: Any) -> str:
+    """The record's last answer as `answer_text` has it; tool calls as the chat template writes them."""
+    last = record["messages"][-1] if "messages" in record else {"content": record["output"]}
+    if template.jinja is None or not last.get("tool_calls") or not last.get("weight", 1):
+        return answer_text(last["content"])
+    sample = render(record, template, tokenizer).samples[-1]
+    start, stop = sample.answers[-1]
+    ids = tokenizer(sample.text[start:stop], add_special_tokens=False, verbose=False)["input_ids"]
+    return answer_text(tokenizer.decode(ids, skip_special_tokens=True))
+
+
+def answer_text(written: str) -> str:
+    """What a model wrote as its answer: without its thinking, which ends in </think>, and surrounding blanks."""
+    return written.rpartition("</think>")[2].strip()
+
+
 def frame(template: Template, tokenizer: Any) -> tuple[list[int], list[int]]:
     """Token ids before the prompt and after the answer: bos and eos, which a chat template writes itself."""
     if template.jinja is not None:

@@ -16,9 +16,8 @@ from rich.table import Table
 from rich.text import Text
 
 from launcher.data.bad_records import BadRecord
-from launcher.data.records import answer as expected_answer
 from launcher.data.records import load_records, load_rows
-from launcher.data.templates import prompt_ids
+from launcher.data.templates import answer_text, expected_text, prompt_ids
 from launcher.evaluation import harness
 from launcher.evaluation.choices import Choice, read_choices
 from launcher.evaluation.likelihood import choice_scores, encoded, sample_losses
@@ -210,7 +209,8 @@ def _records(asked: Asked, loaded: Loaded, file: Path) -> Measure:
     asked_for: list[tuple[list[int], str]] = []
     for record in records:
         with suppress(BadRecord):
-            asked_for.append((prompt_ids(record, template, loaded.tokenizer), expected_answer(record).strip()))
+            expected = expected_text(record, template, loaded.tokenizer)
+            asked_for.append((prompt_ids(record, template, loaded.tokenizer), expected))
 
     def measure(bar: Callable[..., None]) -> Scores:
         mine = _shared(loaded, len(data))
@@ -224,7 +224,7 @@ def _records(asked: Asked, loaded: Loaded, file: Path) -> Measure:
             for start in range(0, len(mine), ANSWERS):
                 part = [asked_for[place] for place in mine[start : start + ANSWERS]]
                 made = answer(loaded.model, loaded.tokenizer, [ids for ids, _ in part], max_tokens=asked.max_tokens)
-                texts = [loaded.tokenizer.decode(ids, skip_special_tokens=True).strip() for ids in made]
+                texts = [answer_text(loaded.tokenizer.decode(ids, skip_special_tokens=True)) for ids in made]
                 right += [float(text == wanted) for text, (_, wanted) in zip(texts, part, strict=True)]
                 bar(len(right), "answers", of=len(mine))
             scores["exact_match"] = mean(_gathered(loaded, right))

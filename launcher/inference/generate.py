@@ -11,8 +11,15 @@ from typing import Any, TextIO
 import torch
 
 from launcher.data.records import Record, load_records, question
-from launcher.data.records import answer as expected_answer
-from launcher.data.templates import Template, check_template, load_template, prompt_ids, render_prompt
+from launcher.data.templates import (
+    Template,
+    answer_text,
+    check_template,
+    expected_text,
+    load_template,
+    prompt_ids,
+    render_prompt,
+)
 from launcher.inference.options import Answering, Drawing
 from launcher.inference.pictures import Drawn, draw, find_drawn
 from launcher.inference.sources import Source, find, load
@@ -64,15 +71,18 @@ def generate(
             line: dict[str, Any] = {"prompt": render_prompt(record, template, tokenizer), "answer": answered.text}
             line |= {"tokens": len(answered.ids), "complete": answered.complete}
             if data is not None:
-                line |= {"index": len(answers) - 1, "expected": expected_answer(record)}
-                line["match"] = _matches(answered, record)
+                line |= {"index": len(answers) - 1, "expected": expected_text(record, template, tokenizer)}
+                line["match"] = answer_text(answered.text) == line["expected"]
             print(json_line(line), file=out, flush=True)
         elif data is not None:
-            print(f"expected: {printable(expected_answer(record))}\n", file=out, flush=True)
+            print(f"expected: {printable(expected_text(record, template, tokenizer))}\n", file=out, flush=True)
         if answered.interrupted:
             raise KeyboardInterrupt
     if data is not None:
-        right = sum(_matches(answered, record) for answered, record in zip(answers, records, strict=True))
+        right = sum(
+            answer_text(answered.text) == expected_text(record, template, tokenizer)
+            for answered, record in zip(answers, records, strict=True)
+        )
         _note(f"{right} of {len(records)} answers match exactly")
     elif not answers[0].complete:
         _note(f"(stopped after {len(answers[0].ids)} tokens: --max-tokens {how.max_tokens}, or the context is full)")
@@ -114,10 +124,6 @@ def choose_template(setting: str | None, source: Source, tokenizer: Any, *, conv
 def _note(text: str) -> None:
     """Print to standard error: standard output carries only answers, for pipes."""
     print(printable(text), file=sys.stderr, flush=True)
-
-
-def _matches(answered: Answer, record: Record) -> bool:
-    return answered.text.strip() == expected_answer(record).strip()
 
 
 def _asked(prompt: str | None, prompt_file: str | None, input: str, data: str | None, limit: int) -> list[Record]:

@@ -84,7 +84,7 @@ class Instruct(NextToken):
 
             def matches(some: Sequence[Question]) -> tuple[Tensor]:
                 pairs = zip(write_answers(evaluation, some), some, strict=True)
-                right = sum(text == question.expected.strip() for text, question in pairs)
+                right = sum(templates.answer_text(text) == question.expected for text, question in pairs)
                 return (torch.tensor(float(right), device=evaluation.device),)
 
             (right,) = evaluation.total(questions, matches, size=ANSWERS, one_pass=False)
@@ -115,7 +115,8 @@ def questions_of(asked: Sequence[records.Record], template: templates.Template, 
     for record in asked:
         with suppress(BadRecord):
             ids = templates.prompt_ids(record, template, tokenizer)
-            yield Question(prompt=records.question(record), prompt_ids=ids, expected=records.answer(record))
+            expected = templates.expected_text(record, template, tokenizer)
+            yield Question(prompt=records.question(record), prompt_ids=ids, expected=expected)
 
 
 def write_answers(evaluation: Evaluation, questions: Sequence[Question]) -> list[str]:

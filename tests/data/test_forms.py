@@ -12,7 +12,7 @@ import pytest
 from test_encode import CHAT, CHATML, CHATML_WITH_BLOCKS, byte_tokenizer, encode, jsonl, shown, write
 
 from launcher.config import DataConfig
-from launcher.data import records
+from launcher.data import records, templates
 from launcher.data.limits import Limits
 
 USER, ANSWER = {"role": "user", "content": "Hi?"}, {"role": "assistant", "content": "Ho."}
@@ -587,3 +587,31 @@ def test_a_file_over_the_limit_names_the_limit(tmp_path, monkeypatch):
 
     with pytest.raises(ValueError, match=r"has 52 bytes: the limit is 10; raise it with LOLDU_READ_BYTES"):
         load(tmp_path, RECORD)
+
+
+CALLS = CHATML.replace(
+    "{{ m.content }}", "{{ m.content }}{% for c in m.tool_calls %}({{ c.function.name }}){% endfor %}"
+)
+
+
+@pytest.mark.parametrize(
+    ("last", "expected"),
+    [
+        ({"role": "assistant", "content": "", "tool_calls": [ADD]}, "(add)"),
+        ({"role": "assistant", "content": "Let me add. ", "tool_calls": [ADD]}, "Let me add. (add)"),
+        ({"role": "assistant", "content": " Ho. "}, "Ho."),
+        ({"role": "assistant", "content": "<think>\nHm.\n</think>\n\nHo."}, "Ho."),
+    ],
+)
+def test_the_expected_answer_has_the_calls_as_the_template_writes_them_and_no_thinking(last, expected):
+    tokenizer = byte_tokenizer(CALLS)
+    template = templates.load_template("chat", tokenizer, conversations=True)
+
+    assert templates.expected_text({"messages": [USER, last]}, template, tokenizer) == expected
+
+
+def test_an_answer_is_compared_without_the_thinking_before_it():
+    """Qwen 3's template begins every answer with an empty block of it."""
+    assert templates.answer_text("<think>\n\n</think>\n\n6\n") == "6"
+    assert templates.answer_text("Hm.\n</think>\n\n6") == "6"  # a template that opens the thinking in the prompt
+    assert templates.answer_text(" 6 ") == "6"

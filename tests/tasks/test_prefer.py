@@ -260,7 +260,7 @@ def test_a_run_prefers_the_chosen_answers_and_resumes_exactly(loss, config, tmp_
         ("adapter", {"method": "full"}, "give --preference-loss orpo, or another method"),
         ("adapter", {"method": "lorasb"}, "needs no gradients before training"),
         ("data", {"text_columns": ("a",), "task": "instruct"}, "--text-columns is for --task label"),
-        ("data", {"task": "label"}, "--task label needs the columns to classify"),
+        ("data", {"task": "label"}, "--task label needs what to classify"),
     ],
 )
 def test_settings_that_do_not_fit_are_refused(config, part, values, message):
