@@ -95,7 +95,7 @@ class Server:
 
     def stop(self, how: int = signal.SIGTERM) -> int:
         self.process.send_signal(how)
-        return self.process.wait(60)
+        return self.process.wait(600)  # the machine may be busy
 
 
 def make_adapters(model: Path, folder: Path, count: int, rank: int, scale: float) -> int:
