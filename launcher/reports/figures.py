@@ -14,11 +14,16 @@ from typing import Any
 import matplotlib
 import numpy as np
 from matplotlib.figure import Figure
+from matplotlib.ticker import MaxNLocator
 
 from launcher.reports.read import Change, Line, Run
 
 INK = "#010203"  # a colour that nothing else has
 COLOURS = ("#3b82d6", "#e0693e", "#2f9e62", "#a463c9", "#c79a1b", "#d64f84", "#4aa3a2", "#8a7a6a")
+DASHES = {"solid": "-", "dashed": "--", "dotted": ":"}  # CSS's names, and matplotlib's
+HEIGHT, LEGEND_ROW = 3.0, 0.19  # inches of a curve's figure, and of a line below it in a PNG
+POINTS = 1000  # of a curve at most: a page stays small however long a run is
+FEW = 3  # points that are marked, since a line of one is not seen
 STYLE: dict[Any, Any] = {
     "svg.fonttype": "none",  # text stays text: it can be selected, and takes the page's font
     "svg.hashsalt": "loldu",  # the same run gives the same bytes
@@ -35,6 +40,7 @@ STYLE: dict[Any, Any] = {
     "legend.frameon": False,
 }
 MAP_COLUMNS = 96  # cells of a module in the map; more numbers share cells, each cell shows the largest
+GAP = 0.006  # between two modules, of the map's width
 
 
 def curves(runs: Sequence[Run]) -> dict[str, Figure]:
@@ -60,17 +66,22 @@ def curves(runs: Sequence[Run]) -> dict[str, Figure]:
 def change_map(changes: Sequence[Change]) -> Figure:
     """Every trained number: a row for each layer, a block of columns for each module, colour for its change."""
     layers = sorted({change.layer for change in changes})
-    parts = list(dict.fromkeys(change.part for change in sorted(changes, key=lambda change: change.layer)))
+    parts = list(
+        dict.fromkeys(change.part for change in sorted(changes, key=lambda c: (c.layer, "attn" not in c.part)))
+    )
     cells = {part: min(MAP_COLUMNS, max(len(c.change) for c in changes if c.part == part)) for part in parts}
-    width = sum(cells.values()) + len(parts) - 1
+    wide = max(1, round(1 / GAP / sum(cells.values())))  # columns of a cell; a gap has one
+    width = wide * sum(cells.values()) + len(parts) - 1
     image = np.full((len(layers), width), np.nan)
     at, centres = 0, []
     for part in parts:
+        here = wide * cells[part]
         for change in changes:
             if change.part == part:
-                image[layers.index(change.layer), at : at + cells[part]] = binned(change.change, cells[part])
-        centres.append(at + (cells[part] - 1) / 2)
-        at += cells[part] + 1
+                shades = np.repeat(binned(change.change, cells[part]), wide)
+                image[layers.index(change.layer), at : at + here] = shades
+        centres.append(at + (here - 1) / 2)
+        at += here + 1
     bound = float(np.nanquantile(np.abs(image), 0.995)) or 1.0
     with matplotlib.rc_context(STYLE):
         figure = Figure(figsize=(10, 1.6 + 0.22 * max(len(layers), 4)), layout="constrained")
@@ -95,7 +106,10 @@ def binned(values: np.ndarray, cells: int) -> np.ndarray:
 
 
 def svg(figure: Figure) -> str:
-    """The figure as an SVG element that takes the page's text colour and width."""
+    """The figure as an SVG element that takes the page's text colour and width; its legend is in the page."""
+    for legend in list(figure.legends):
+        legend.remove()
+        figure.set_figheight(HEIGHT)
     with matplotlib.rc_context(STYLE):
         file = io.StringIO()
         figure.savefig(file, format="svg", metadata={"Date": None})
@@ -104,11 +118,16 @@ def svg(figure: Figure) -> str:
 
 
 def png(figure: Figure) -> bytes:
-    """The figure on white, for a document or a message."""
+    """The figure on white, with its legend, for a document or a message. Call it before `svg`, which removes that."""
     with matplotlib.rc_context(STYLE):
         file = io.BytesIO()
         figure.savefig(file, format="png", dpi=144, facecolor="white", metadata={"Software": None})
     return file.getvalue()
+
+
+def mark(number: int) -> tuple[str, str]:
+    """Colour and CSS line style of a run by its place."""
+    return COLOURS[number % len(COLOURS)], list(DASHES)[number // len(COLOURS) % len(DASHES)]
 
 
 def _add(
@@ -120,26 +139,44 @@ def _add(
     marker: str = "",
     smooth: bool = False,
 ) -> None:
-    drawn = [(run, points) for run, lines in sources if (points := _points(lines, name))]
+    drawn = [(number, run, points) for number, (run, lines) in enumerate(sources) if (points := _points(lines, name))]
     if not drawn:
         return
     with matplotlib.rc_context(STYLE):
-        figure = Figure(figsize=(6, 3), layout="constrained")
+        figure = Figure(figsize=(6, HEIGHT), layout="constrained")
         axes = figure.subplots()
-        for number, (run, points) in enumerate(drawn):
-            colour = COLOURS[number % len(COLOURS)]
-            steps, values = zip(*points, strict=True)
-            line: dict[str, Any] = {"color": colour, "label": run.name, "marker": marker, "markersize": 4}
+        for number, run, points in drawn:
+            colour, style = mark(number)
+            values = [value for _, value in points]
+            line: dict[str, Any] = {"color": colour, "label": run.name, "linestyle": DASHES[style], "markersize": 4}
+            line["marker"] = marker or ("o" if len(points) <= FEW else "")
             if smooth and len(values) > 20:
-                axes.plot(steps, values, color=colour, alpha=0.3, linewidth=0.8)
-                axes.plot(steps, moving_mean(values, max(2, len(values) // 40)), linewidth=1.6, **line)
-            else:
-                axes.plot(steps, values, linewidth=1.4, **line)
+                axes.plot(*zip(*thinned(points), strict=True), color=colour, alpha=0.3, linewidth=0.8)
+                means = moving_mean(values, max(2, len(values) // 40))
+                points = [(step, mean) for (step, _), mean in zip(points, means.tolist(), strict=True)]
+            axes.plot(*zip(*thinned(points), strict=True), linewidth=1.6 if smooth else 1.4, **line)
         axes.set_xlabel("step")
+        axes.xaxis.set_major_locator(MaxNLocator(integer=True, steps=[1, 2, 5, 10]))
+        steps = [step for _, _, points in drawn for step, _ in points]
+        if min(steps) == max(steps):
+            axes.set_xlim(steps[0] - 1, steps[0] + 1)
         axes.grid(alpha=0.15, color=INK)
-        if len(drawn) > 1:
-            axes.legend(fontsize=8)
+        if len(sources) > 1:
+            figure.set_figheight(HEIGHT + LEGEND_ROW * len(drawn))
+            figure.legend(fontsize=8, loc="outside lower left")
     found[title] = figure
+
+
+def thinned(points: Sequence[tuple[float, float]], most: int = POINTS) -> Sequence[tuple[float, float]]:
+    """At most so many points: of each stretch the lowest and the highest, so that peaks stay."""
+    if len(points) <= most:
+        return points
+    kept: list[tuple[float, float]] = []
+    for places in np.array_split(np.arange(len(points)), most // 2):
+        stretch = [points[place] for place in places]
+        ends = {min(stretch, key=lambda point: point[1]), max(stretch, key=lambda point: point[1])}
+        kept += sorted(ends)
+    return kept
 
 
 def _points(lines: Sequence[Line], name: str) -> list[tuple[float, float]]:

@@ -11,7 +11,7 @@ import numpy as np
 from markupsafe import Markup
 from matplotlib.figure import Figure
 
-from launcher.reports.figures import MAP_COLUMNS, change_map, curves, png, svg
+from launcher.reports.figures import MAP_COLUMNS, change_map, curves, mark, png, svg
 from launcher.reports.read import Run, differing_settings, flat, shown
 
 MOVERS = 10
@@ -53,7 +53,10 @@ def report(runs: Sequence[Run], *, refresh_s: int = 0, first: Mapping[str, Figur
     html = _template().render(
         title=runs[0].name if len(runs) == 1 else f"{len(runs)} runs",
         refresh_s=refresh_s,
-        runs=[{"name": run.name, "summary": summary(run)} for run in runs],
+        runs=[{"name": run.name, "mark": mark(number), "row": overview(run)} for number, run in enumerate(runs)],
+        columns=COLUMNS,
+        summary=summary(runs[0]) if len(runs) == 1 else "",
+        unmapped=[run.name for run in runs if run.state == "finished" and not run.changes],
         curves=[(title, Markup(svg(figure))) for title, figure in drawn.items()],
         maps=maps,
         scores=score_table(runs),
@@ -81,6 +84,22 @@ def score_table(runs: Sequence[Run]) -> dict[str, Any] | None:
         return None
     names = [model if len(runs) == 1 else f"{run}: {model}" for run, model in columns]
     return {"names": names, "rows": [(*key, *(cells.get(c, "") for c in columns)) for key, cells in rows.items()]}
+
+
+COLUMNS = ("state", "method", "trained", "step", "loss", "held-out loss")
+
+
+def overview(run: Run) -> list[str]:
+    """A run's cells under COLUMNS, for a table of several runs."""
+    trained, last = run.resolved.get("trained"), run.steps[-1] if run.steps else None
+    losses = (
+        [f"{line['eval_loss']:.4f}" for line in (run.evaluations[0], run.evaluations[-1])] if run.evaluations else []
+    )
+    return [
+        run.state, str(run.config["adapter"].get("method", "?")), f"{trained:,}" if isinstance(trained, int) else "",
+        f"{last['step']} of {run.resolved.get('steps', '?')}" if last else "", f"{last['loss']:.4f}" if last else "",
+        " → ".join(losses[: len(run.evaluations)]),
+    ]  # fmt: skip
 
 
 def summary(run: Run) -> str:

@@ -49,7 +49,7 @@ def picture(found: Sequence[Row], vary: Mapping[str, Sequence[str]], kind: str) 
         axes.set_ylabel(kind)
         axes.grid(alpha=0.15, color=INK)
         if len(lines) > 1:
-            axes.legend(fontsize=8)
+            axes.legend(fontsize=8, loc="lower left", bbox_to_anchor=(0, 1), ncols=1 + (len(lines) > 4))
     return figure
 
 

@@ -15,7 +15,7 @@ from safetensors.numpy import save_file
 
 from launcher import cli
 from launcher.reports.commands import _Page, write_report
-from launcher.reports.figures import binned, moving_mean
+from launcher.reports.figures import binned, curves, moving_mean, png, svg, thinned
 from launcher.reports.page import largest_movers, report
 from launcher.reports.read import module_of, read_run
 
@@ -105,6 +105,54 @@ def test_several_runs_are_compared_and_only_settings_that_differ_are_listed(tmp_
     assert "adapter.rank" in table
     assert "data.data" not in table
     assert "run.output" not in table
+
+
+def test_several_runs_share_one_legend_outside_the_curves(tmp_path):
+    """The page's table of runs has their colours, and each PNG has the names below its axes."""
+    runs = [read_run(write_run(tmp_path / f"run-{number}")) for number in range(9)]
+
+    figure = curves(runs)["Loss"]
+    named = [text.get_text() for text in figure.legends[0].get_texts()]
+    high = figure.get_figheight()
+    assert figure.axes[0].get_legend() is None
+    assert len(png(figure)) > 10_000
+    picture = svg(figure)
+
+    assert named == [f"run-{number}" for number in range(9)]
+    assert "run-3" not in picture
+    assert figure.get_figheight() < high
+    html = report(runs).html
+    assert html.count('class="swatch"') == 9
+    assert html.count("border-top-style: dashed") == 1  # the ninth, which has the colour of the first
+
+
+def test_a_run_of_one_step_has_points_that_are_seen(tmp_path):
+    figure = curves([read_run(write_run(tmp_path / "run", steps=1))])["Loss"]
+
+    [line] = figure.axes[0].lines
+    assert line.get_marker() == "o"
+    assert figure.axes[0].get_xlim() == (0.0, 2.0)
+
+
+def test_a_long_run_is_drawn_with_few_points_and_its_peaks():
+    points = [(step, 1.0) for step in range(50_000)]
+    points[31_111] = (31_111, 9.0)
+    points[31_112] = (31_112, -9.0)
+
+    few = thinned(points)
+
+    assert len(few) <= 1000
+    assert points[31_111] in few
+    assert points[31_112] in few
+    assert few == sorted(few)
+    assert thinned(points[:1000]) == points[:1000]
+
+
+def test_a_method_whose_start_is_not_stored_has_no_map_and_the_page_tells_why(tmp_path):
+    folder = write_run(tmp_path / "run")
+    shutil.rmtree(folder / "adapter")
+
+    assert "does not start at known values" in report([read_run(folder)]).html
 
 
 def test_text_of_a_run_is_never_markup(tmp_path):
