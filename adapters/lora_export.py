@@ -29,18 +29,25 @@ from adapters.experts import FORMER_NAMES
 from adapters.layer import FactorLayer
 from adapters.trained import UpdateLayer
 
+Progress = Callable[[int, int], None]  # layers done, and of how many
+
 FILE = "adapter_model.safetensors"
 PARTS = {"lora_A.weight": "lora_B.weight", "lora_embedding_A": "lora_embedding_B"}  # the two tensors of a layer
 ROWS = 4096  # of a weight at once, where two updates are compared
 
 
-def as_lora(model: PeftModel, adapter_name: str = "default") -> tuple[LoraConfig, dict[str, Tensor]]:
+def as_lora(
+    model: PeftModel, adapter_name: str = "default", progress: Progress = lambda done, total: None
+) -> tuple[LoraConfig, dict[str, Tensor]]:
     """The LoRA config and its tensors, named as PEFT saves them. Raises ValueError for an adapter that is not ours."""
     tensors: dict[str, Tensor] = {}
     ranks: dict[str, int] = {}
     transposed = False
-    for name, layer in model.named_modules():
+    modules = list(model.named_modules())
+    count = sum(isinstance(layer, (FactorLayer, UpdateLayer)) and adapter_name in layer.maps for _, layer in modules)
+    for name, layer in modules:
         if isinstance(layer, (FactorLayer, UpdateLayer)) and adapter_name in layer.maps:
+            progress(len(ranks) + 1, count)
             A, B = layer.lora(adapter_name)
             ranks[layer.name] = len(A)
             transposed |= isinstance(layer.base, Conv1D)
@@ -115,9 +122,11 @@ def _keep_from_experts(config: Any, base: Any, names: set[str]) -> None:
         pattern |= {f"{name}.weight": pattern[name] for name in taken if name in pattern}
 
 
-def export_lora(model: PeftModel, out: Path, adapter_name: str = "default") -> None:
-    """Write the adapter as a LoRA adapter into the folder out."""
-    config, tensors = as_lora(model, adapter_name)
+def export_lora(
+    model: PeftModel, out: Path, adapter_name: str = "default", progress: Progress = lambda done, total: None
+) -> None:
+    """Write the adapter as a LoRA adapter into the folder out. progress: as `as_lora` has it."""
+    config, tensors = as_lora(model, adapter_name, progress)
     out.mkdir(parents=True, exist_ok=True)
     save_file(tensors, out / FILE, metadata={"format": "pt"})
     config.save_pretrained(str(out))

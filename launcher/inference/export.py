@@ -27,6 +27,7 @@ from launcher.inference.merge import new_folder
 from launcher.inference.pictures import export_lora as export_pictures
 from launcher.inference.pictures import find_drawn
 from launcher.inference.sources import Source, adapter_config, choose_device, find, load_model
+from launcher.progress import Bars
 
 VLLM_RANKS = (1, 8, 16, 32, 64, 128, 256, 320, 512)  # the values of its --max-lora-rank (vLLM 0.11 to 0.27)
 EXACT = 1e-6  # relative error of an update that was lowered without loss, in float32
@@ -65,7 +66,8 @@ def export_lora(
         model = load_model(source, device=device)
         model.peft_config["default"].base_model_name_or_path = source.base_name
         wanted = probe_logits(model)
-        write_lora(model, partial)
+        with Bars(console).bar("exporting", brief=True) as show:
+            write_lora(model, partial, progress=lambda done, total: show(done, of=total))
         del model
         exported = load_model(replace(source, adapter=partial), device=device)
         found = probe_logits(exported)

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any, TextIO
 
 import torch
+from rich.console import Console
 
 from launcher.data.records import Record, load_records, question
 from launcher.data.templates import (
@@ -25,6 +26,7 @@ from launcher.inference.pictures import Drawn, draw, find_drawn
 from launcher.inference.sources import Source, find, load
 from launcher.models.files import context_length
 from launcher.models.generation import Answer, Sampling, answer, stream
+from launcher.progress import Bars, Show, silent
 from launcher.text import json_line, printable
 
 CHUNK = 512  # records per batch of JSON lines
@@ -64,7 +66,7 @@ def generate(
     template = choose_template(how.prompt_template, source, tokenizer, conversations="messages" in records[0])
     torch.manual_seed(how.seed)
     answers: list[Answer] = []
-    for answered in _answers(records, loaded, tokenizer, template, sampling, json=json, out=out):
+    for answered in _shown(records, loaded, tokenizer, template, sampling, json=json, out=out):
         record = records[len(answers)]
         answers.append(answered)
         if json:
@@ -156,6 +158,15 @@ def _asked(prompt: str | None, prompt_file: str | None, input: str, data: str | 
     return [{"instruction": prompt.rstrip("\n"), "input": input, "output": ""}]
 
 
+def _shown(records: list[Record], *how: Any, json: bool, out: TextIO) -> Iterator[Answer]:
+    """Answers, with a bar on standard error if nobody reads them meanwhile in a terminal."""
+    if not json or len(records) == 1 or out.isatty():
+        yield from _answers(records, *how, json=json, out=out, show=silent)
+        return
+    with Bars(Console(stderr=True)).bar("answers", len(records)) as show:
+        yield from _answers(records, *how, json=json, out=out, show=show)
+
+
 def _answers(
     records: list[Record],
     model: Any,
@@ -165,6 +176,7 @@ def _answers(
     *,
     json: bool,
     out: TextIO,
+    show: Show,
 ) -> Iterator[Answer]:
     """Answer each record in order. Text is streamed to out; for JSON, greedy answers are generated in batches."""
 
@@ -176,7 +188,10 @@ def _answers(
         context = context_length(model)
         for start in range(0, len(records), CHUNK):
             prompts = [prompt_ids(record, template, tokenizer) for record in records[start : start + CHUNK]]
-            made = answer(model, tokenizer, prompts, sampling.max_tokens)
+            made = answer(
+                model, tokenizer, prompts, sampling.max_tokens,
+                answered=lambda count, start=start: show(start + count, of=len(records)),  # type: ignore[misc]
+            )  # fmt: skip
             for prompt, ids in zip(prompts, made, strict=True):
                 text = tokenizer.decode(ids, skip_special_tokens=True)
                 full = len(ids) >= min(sampling.max_tokens, context - len(prompt))
@@ -186,5 +201,6 @@ def _answers(
         if len(records) > 1 and not json:
             print(f"[{index + 1} of {len(records)}] {printable(question(record))}\nanswer:   ", end="", file=out)
         answered = stream(model, tokenizer, prompt_ids(record, template, tokenizer), sampling, write)
+        show(index + 1)
         write("\n")
         yield answered

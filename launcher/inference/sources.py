@@ -9,6 +9,8 @@ from __future__ import annotations
 import json
 import logging
 import warnings
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from itertools import chain
 from pathlib import Path
@@ -18,6 +20,7 @@ import torch
 from peft import PeftConfig, PeftModel, get_peft_model_state_dict
 from peft.mapping import PEFT_TYPE_TO_PREFIX_MAPPING
 from peft.utils.transformers_weight_conversion import convert_peft_adapter_state_dict_for_transformers
+from rich.console import Console
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 from transformers import AutoConfig
@@ -33,6 +36,8 @@ from launcher.models.files import base_folder, first_line, has_tokenizer, load_t
 from launcher.models.image_processor import is_image_model, model_type
 from launcher.models.quantize import check_base, check_quantize, keep_packing
 from launcher.models.skeleton import restore_padding_rows
+from launcher.processes import Ranks
+from launcher.progress import Bars
 from launcher.text import needs_code
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
@@ -183,18 +188,22 @@ def load_model(source: Source, *, dtype: str = "auto", device: str = "auto") -> 
     """The base with its adapter, if it has one."""
     as_trained = source.dtype is not None and dtype in ("auto", source.dtype)
     dtype, device = _dtype(source, dtype), choose_device(device)
+    from launcher.models.build import heard
+
     try:
-        loaded: Any = language_model_class(
+        architecture: Any = language_model_class(
             AutoConfig.from_pretrained(source.base, trust_remote_code=source.trust_remote_code)
-        ).from_pretrained(
-            source.base,
-            dtype=DTYPES.get(dtype, "auto"),
-            use_safetensors=True,
-            local_files_only=True,
-            trust_remote_code=source.trust_remote_code,
-            output_loading_info=True,
-            **({} if device == "cpu" else {"device_map": device}),
         )
+        with _loading() as progress, heard(progress):
+            loaded = architecture.from_pretrained(
+                source.base,
+                dtype=DTYPES.get(dtype, "auto"),
+                use_safetensors=True,
+                local_files_only=True,
+                trust_remote_code=source.trust_remote_code,
+                output_loading_info=True,
+                **({} if device == "cpu" else {"device_map": device}),
+            )
     except (OSError, ValueError, KeyError, RuntimeError, SafetensorError) as error:
         reason = needs_code(error) or f"it does not load as a causal language model: {first_line(error)}"
         raise ValueError(f"{source.base}: {reason}") from None
@@ -220,6 +229,14 @@ def load_model(source: Source, *, dtype: str = "auto", device: str = "auto") -> 
         return attach(model, source.adapter).eval()
 
 
+@contextmanager
+def _loading() -> Iterator[Callable[[int, int], None]]:
+    """A progress bar of the weights on standard error, as a function of how many are read, and of how many."""
+    console = Console(stderr=True, quiet=not Ranks.from_environment().is_main)
+    with Bars(console).bar("loading", brief=True) as show:
+        yield lambda done, total: show(done, of=total)
+
+
 def load_quantised(source: Source, kind: Kind, *, dtype: str = "auto", device: str = "auto") -> Any:
     """The base, quantised weight by weight while it is read, with its adapter if there is one: as in training."""
     from launcher.models.build import choose_dtype
@@ -239,7 +256,8 @@ def load_quantised(source: Source, kind: Kind, *, dtype: str = "auto", device: s
     settings = ModelConfig(model=str(source.base), quantize=kind, trust_remote_code=source.trust_remote_code)
     adapter = None if source.adapter is None else adapter_config(source.adapter)
     base = bare_skeleton(settings, source.base, adapter, dtype=dtype, attention=None)
-    fill(base, source.base, lambda *_: None, Whole(), place)  # type: ignore[arg-type]
+    with _loading() as progress:
+        fill(base, source.base, lambda *_: None, Whole(), place, progress)  # type: ignore[arg-type]
     return (base if source.adapter is None else attach(base, source.adapter)).eval()
 
 

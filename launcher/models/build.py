@@ -125,7 +125,7 @@ def settle_base(
 
 
 @contextmanager
-def _heard(progress: OnFill) -> Iterator[None]:
+def heard(progress: OnFill) -> Iterator[None]:
     """Report each weight that transformers loads meanwhile, through the hook of its own progress bars."""
 
     def hook(bar: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
@@ -180,7 +180,7 @@ def build(
         settings = settings_of(config, folder, head)
         loading |= {"ignore_mismatched_sizes": True, "output_loading_info": True, "config": settings}
         architecture: Any = language_model_class(settings) if head is None else classifier_class(settings)
-        with _heard(progress):
+        with heard(progress):
             base, found = architecture.from_pretrained(folder, **loading)
         for name, there, here in sorted(found["mismatched_keys"]):
             raise misfit(base, folder, name, there, here, labels=head is not None)

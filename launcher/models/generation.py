@@ -62,13 +62,14 @@ def answer(
     stop_ids: Sequence[int] | None = None,
     *,
     batch_size: int = 64,
+    answered: Callable[[int], None] = lambda count: None,
 ) -> list[list[int]]:
     """The greedy continuation of every prompt (token ids), in order, without the token that ended it.
 
     stop_ids: tokens that end an answer; by default those of `stop_tokens`. An answer also ends after max_tokens, or
     when the model's context is full. Prompts of similar length share a batch and are padded on the left; the other
     prompts of a batch change an answer only through the rounding of matrix products. The model's training mode is
-    restored afterwards.
+    restored afterwards. answered is called after each batch with how many are.
     """
     if [] in map(list, prompts):
         raise ValueError(f"prompt {list(map(list, prompts)).index([])} has no token: there is nothing to answer")
@@ -83,6 +84,7 @@ def answer(
     if not able.padding:
         batches = [part for batch in batches for part in _of_one_length(batch, prompts)]
     settings = _settings(Sampling(max_tokens=max_tokens), stop, use_cache=able.cache)
+    done = 0
     for batch in batches:
         width = len(prompts[batch[0]])
         ids = torch.tensor(
@@ -94,6 +96,8 @@ def answer(
             made = model.generate(input_ids=ids, attention_mask=mask, generation_config=settings)
         for i, row in zip(batch, made[:, width:].tolist(), strict=True):
             answers[i] = _cut(row, stop)
+        done += len(batch)
+        answered(done)
     return answers
 
 

@@ -163,7 +163,10 @@ def test_a_bfloat16_base_is_exported_in_float32(tmp_path):
 
 
 def test_loading_and_going_on_with_the_export_trains_lora(tmp_path):
-    export_lora(adapted(tiny_llama()), tmp_path)
+    seen = []
+    export_lora(adapted(tiny_llama()), tmp_path, progress=lambda done, total: seen.append((done, total)))
+    assert seen
+    assert seen == [(number, len(seen)) for number in range(1, len(seen) + 1)]
 
     lora = PeftModel.from_pretrained(tiny_llama(), tmp_path, is_trainable=True)
 

@@ -47,6 +47,14 @@ def test_answers_in_batches_are_those_of_whole_passes_without_cache_or_padding(l
     assert batched == [likeliest(model, prompt, 12) for prompt in prompts]
 
 
+def test_a_batch_reports_how_many_prompts_are_answered(loaded, prompts):
+    counts = []
+
+    answer(*loaded, prompts, 2, stop_ids=[], batch_size=5, answered=counts.append)
+
+    assert counts == [5, 10, 14]
+
+
 class FailsWithACache(GPT2LMHeadModel):
     """Stands for hybrids whose cache transformers cannot read yet."""
 
