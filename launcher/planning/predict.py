@@ -25,7 +25,6 @@ from launcher.planning.machines import DISK, Machines
 from launcher.processes import Ranks
 from launcher.tasks.base import Sampled
 from launcher.training.footprint import (
-    HUGE_PAGE,
     STORED_BYTES,
     Footprint,
     Held,
@@ -33,7 +32,9 @@ from launcher.training.footprint import (
     Work,
     activations,
     footprint,
+    heap_holes,
     held,
+    library_bytes,
     recast,
     sketch,
     work_of,
@@ -115,16 +116,17 @@ def predict(config: Config, folder: Path, machines: Machines) -> Plan:
     rows = round(len(batches.rows) * sampled.of / len(sampled.samples))
     head = resolved.task.head(sampled.samples, tokenizer) if resolved.task.labels else None
     attention = "eager" if resolved.attention == "eager" else "sdpa"
+    fixed = 0.0 if machines.gpu else resident_bytes() + (PROCESS_BYTES if ranks.world_size > 1 else 0)
     made = sketch(
         config.model, folder, config, resolved.adapter, dtype=resolved.dtype, attention=attention, head=head
     )  # fmt: skip
-    traces = _Traces(made, resolved, work, notes, 1 if machines.gpu else HUGE_PAGE)
+    traces = _Traces(made, resolved, work, notes, heap_holes(machines.gpu is not None))
     stored = _stored_bytes(folder)
     ways = []
     for info in _engines(config, machines, resolved):
         for precision in PRECISIONS:
             for checkpointing in (False, True):
-                ways.append(_way(info, precision, checkpointing, resolved, machines, made, traces, work, stored))
+                ways.append(_way(info, precision, checkpointing, resolved, machines, made, traces, work, stored, fixed))
     traces.cast(resolved.dtype)
     factor_s, factor_bytes, factored = _factoring(made, resolved, machines, stored)
     traced = traces.of(resolved.dtype, config.model.gradient_checkpointing)
@@ -150,7 +152,7 @@ def _engines(config: Config, machines: Machines, resolved: Resolved) -> list[Eng
 
 def _way(
     info: EngineInfo, precision: str, checkpointing: bool, resolved: Resolved, machines: Machines, made: Sketch,
-    traces: _Traces, work: Work, stored: tuple[float, str | None],
+    traces: _Traces, work: Work, stored: tuple[float, str | None], fixed: float,
 ) -> Way:  # fmt: skip
     config, ranks = resolved.config, resolved.ranks
     packed = precision not in ("float32", "bfloat16")
@@ -173,13 +175,12 @@ def _way(
     size, kept_as = stored
     frozen = config.adapter.method != "full"
     in_place = info.maps_files and frozen and kept_as == dtype and not packed
-    page = 1 if machines.gpu else HUGE_PAGE
     offload = info.offloads if config.run.cpu_offload else ()
-    fixed = 0.0 if machines.gpu else resident_bytes() + (PROCESS_BYTES if ranks.world_size > 1 else 0)
     takes = footprint(
-        held(made, quantize, page), traced, sharding=info.name, world=ranks.world_size,
-        local_world=ranks.local_world_size, shard_size=config.run.shard_size, passes=work.passes, fixed=fixed,
-        itemsize=getattr(torch, dtype).itemsize, mapped=0.0 if machines.gpu or in_place else size, in_place=in_place,
+        held(made, quantize), traced, sharding=info.name, world=ranks.world_size,
+        local_world=ranks.local_world_size, shard_size=config.run.shard_size, passes=work.passes,
+        fixed=fixed + library_bytes(dtype, quantize, machines.gpu is not None),
+        itemsize=getattr(torch, dtype).itemsize, mapped=0.0 if machines.gpu or in_place else size,
         offload=offload,
     )  # fmt: skip
     operations = traced.operations * work.scale if traced else 0.0
@@ -198,8 +199,8 @@ def _way(
 class _Traces:
     """The traced passes by dtype and checkpointing, each made once. They change the sketch's dtypes."""
 
-    def __init__(self, made: Sketch, resolved: Resolved, work: Work, notes: list[str], page: int):
-        self.page = page
+    def __init__(self, made: Sketch, resolved: Resolved, work: Work, notes: list[str], holes: float):
+        self.holes = holes
         self.made, self.resolved, self.work, self.notes = made, resolved, work, notes
         self.dtype, self.found = resolved.dtype, dict[tuple[str, bool], Traced | None]()
 
@@ -223,7 +224,7 @@ class _Traces:
     def _trace(self) -> Traced | None:
         packing = self.resolved.config.data.packing
         try:
-            return activations(self.made, self.resolved.task, self.work, packing=packing, page=self.page)
+            return activations(self.made, self.resolved.task, self.work, packing=packing, holes=self.holes)
         except Exception as error:  # a model's own code may read numbers, which do not exist here
             note = f"activations are not included: this model cannot be run on shapes alone ({first_line(error)[:200]})"
             if note not in self.notes:

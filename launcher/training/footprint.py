@@ -6,6 +6,7 @@
 from __future__ import annotations
 
 import copy
+import platform
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -30,9 +31,16 @@ from launcher.models.skeleton import empty_model, exchange, in_head, prepare_bas
 from launcher.models.suitable import leave_out
 from launcher.tasks.base import Layout as BatchLayout
 from launcher.tasks.base import Task
-from launcher.training.trace import Traced, equal_layers, in_pages, trace
+from launcher.training.trace import Traced, equal_layers, trace
 
-HUGE_PAGE = 2 << 20  # of a CPU: launcher/heap.py maps larger tensors in such pages
+# Of activations on a CPU, what the holes in glibc's heap add. torch aligns tensors to 64 bytes, so that the place of a
+# freed tensor is too small for the next one of its size, and small objects keep it from growing: the allocations of a
+# LoRA step, recorded and repeated, left the same holes, and none without their small objects. With SmolLM2 and adapters
+# they took 0.5 to 1.1 of the activations, and vary between equal runs.
+HOLES = 0.65
+# Bytes that libraries take on a CPU once they compute in bfloat16, and with bitsandbytes: what the embedded model's
+# processes had more than in float32 (0.05 to 0.09 GB, and 0.04 GB more for nf4).
+NARROW, PACKED = 65e6, 40e6
 STEPS = 4  # whose micro-batches are searched for the largest
 STORED_BYTES = {"F64": 8, "F32": 4, "F16": 2, "BF16": 2, "I64": 8, "I32": 4, "I16": 2, "BOOL": 1}
 
@@ -114,16 +122,15 @@ class Held:
     weights: float
     factors: float
     trained: float
-    slack: float  # what whole pages add to all of these
     units: list[Unit]
     largest_packed: float  # numbers of the largest weight that is unpacked for a product
     numbers: int  # of the base
     trained_numbers: int
 
 
-def held(made: Sketch, quantize: str, page: int = 1) -> Held:
-    """The parameters' bytes in their dtypes, with the base's linear layers quantised. page: as `trace` has it."""
-    weights = factors = trained = slack = 0.0
+def held(made: Sketch, quantize: str) -> Held:
+    """The parameters' bytes in their dtypes, with the base's linear layers quantised."""
+    weights = factors = trained = 0.0
     units, largest = [], 0
     for unit in made.units:
         frozen_bytes = trained_bytes = 0.0
@@ -132,7 +139,6 @@ def held(made: Sketch, quantize: str, page: int = 1) -> Held:
             if id(parameter) in made.packable and quantize != "none" and not parameter.requires_grad:
                 size = parameter.numel() * bytes_per_number(quantize, parameter.dtype, parameter.shape[-1])
                 largest = max(largest, parameter.numel())
-            slack += in_pages(round(size), page) - round(size)
             if parameter.requires_grad:
                 trained_bytes += size
             elif id(parameter) in made.base:
@@ -143,7 +149,7 @@ def held(made: Sketch, quantize: str, page: int = 1) -> Held:
         units.append(Unit(frozen_bytes, trained_bytes))
     parameters = [p for unit in made.units for p in unit]
     return Held(
-        weights=weights, factors=factors, trained=trained, slack=slack, units=units, largest_packed=largest,
+        weights=weights, factors=factors, trained=trained, units=units, largest_packed=largest,
         numbers=sum(p.numel() for p in parameters if id(p) in made.base),
         trained_numbers=sum(p.numel() for p in parameters if p.requires_grad),
     )  # fmt: skip
@@ -181,20 +187,30 @@ def work_of(batches: GlobalBatches) -> Work:
     )  # fmt: skip
 
 
-def activations(made: Sketch, task: Task, work: Work, *, packing: bool, page: int = 1) -> Traced:
+def activations(made: Sketch, task: Task, work: Work, *, packing: bool, holes: float = 0.0) -> Traced:
     """What a pass over the largest micro-batch keeps beside the parameters."""
     masked = packing or task.labels  # decoders need no mask for padding on the right: `needs_padding_mask`
     batch = task.collate(work.data, work.rows, BatchLayout(packing=packing, padding_mask=masked))
     forward = HeadLoss(made.model)
     forward.usable = True  # the check of a run compares numbers, which are not here
-    return trace(made.model, lambda: task.loss(forward, batch, work.targets), made.layers, page)
+    return trace(made.model, lambda: task.loss(forward, batch, work.targets), made.layers, holes)
+
+
+def library_bytes(dtype: str, quantize: str, on_gpu: bool) -> float:
+    """What the first product in this precision adds to a process's memory."""
+    return 0.0 if on_gpu else NARROW * (dtype == "bfloat16") + PACKED * (quantize != "none")
+
+
+def heap_holes(on_gpu: bool) -> float:
+    """HOLES, where they were measured: on a CPU, with glibc."""
+    return HOLES if not on_gpu and platform.libc_ver()[0] == "glibc" else 0.0
 
 
 @dataclass(frozen=True, kw_only=True)
 class Footprint:
     """Predicted bytes of one process."""
 
-    fixed: float  # Python, its libraries, the tokens, and what whole pages add to the parameters
+    fixed: float  # Python, its libraries and the tokens
     weights: float
     factors: float
     trained: float
@@ -226,12 +242,11 @@ def footprint(
     fixed: float = 0.0,
     itemsize: int = 4,
     mapped: float = 0.0,
-    in_place: bool = False,
     offload: Sequence[str] = (),
 ) -> Footprint:
     """The memory of one process. traced None: activations are left out. itemsize: of the compute dtype.
 
-    mapped: bytes of the checkpoint's files that are mapped while the base is copied out of them; in_place: it stays.
+    mapped: bytes of the checkpoint's files that are mapped while the base is copied out of them.
     offload: "parameters" and "optimizer", if these are kept in main memory instead of on the GPU.
     """
     info = ENGINES[sharding]
@@ -244,17 +259,14 @@ def footprint(
     whole = parts.weights + parts.factors
     weights = lies.frozen * parts.weights / whole if whole else 0.0
     factors = lies.frozen - weights
-    seen = traced.peak if traced is not None else 0.0
-    # The traced pass makes its own gradients, whole; if there are earlier passes, those of these are kept as well.
-    alive = seen if passes > 1 else max(seen - lies.gradients, 0.0)
+    alive = traced.peak if traced is not None else 0.0
     unpacked = float(parts.largest_packed * itemsize)
-    slack = 0.0 if in_place else parts.slack / group
-    resident = fixed + lies.frozen + lies.trained + lies.optimizer + slack
+    resident = fixed + lies.frozen + lies.trained + lies.optimizer
     training = resident + lies.gradients + lies.gathered + alive + unpacked
     reducing = resident + lies.gradients + lies.exchanged
-    loading = fixed + lies.frozen + lies.trained + slack + mapped / (1 if info.holds_base else group)
+    loading = fixed + lies.frozen + lies.trained + mapped / (1 if info.holds_base else group)
     return Footprint(
-        fixed=fixed + slack, weights=weights, factors=factors, trained=lies.trained, gradients=lies.gradients,
+        fixed=fixed, weights=weights, factors=factors, trained=lies.trained, gradients=lies.gradients,
         optimizer=lies.optimizer, gathered=lies.gathered, activations=alive, unpacked=unpacked,
         peak=max(training, reducing, loading), loading=loading,
         sent=lies.sent_per_pass * passes + lies.sent_per_step,

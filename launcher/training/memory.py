@@ -78,21 +78,26 @@ def check_run(resolved: Resolved, base: Path, bare: Any, batches: GlobalBatches)
         < 0.9 * room
     ):
         return
+    fixed = 0.0 if on_gpu else resident_bytes()  # before the prediction itself takes memory
     from launcher.training import footprint  # loads torch's counters of operations, and its sharding
+
+    fixed += footprint.library_bytes(resolved.dtype, config.model.quantize, on_gpu)
 
     attention = "eager" if resolved.attention == "eager" else "sdpa"
     how = {"dtype": resolved.dtype, "attention": attention}
     made = footprint.sketch(config.model, base, config, resolved.adapter, **how)
-    work, page = footprint.work_of(batches), 1 if on_gpu else footprint.HUGE_PAGE
+    work = footprint.work_of(batches)
     try:
-        traced = footprint.activations(made, resolved.task, work, packing=config.data.packing, page=page)
+        traced = footprint.activations(
+            made, resolved.task, work, packing=config.data.packing, holes=footprint.heap_holes(on_gpu)
+        )
     except Exception as error:  # a model's own code may read numbers, which do not exist here
         log.info("the memory of a pass is not predicted: %s", error)
         traced = None
     takes = footprint.footprint(
-        footprint.held(made, config.model.quantize, page), traced, sharding=resolved.sharding, world=ranks.world_size,
+        footprint.held(made, config.model.quantize), traced, sharding=resolved.sharding, world=ranks.world_size,
         local_world=ranks.local_world_size, shard_size=config.run.shard_size, passes=work.passes,
-        fixed=0.0 if on_gpu else resident_bytes(), itemsize=getattr(torch, resolved.dtype).itemsize,
+        fixed=fixed, itemsize=getattr(torch, resolved.dtype).itemsize,
         offload=ENGINES[resolved.sharding].offloads if config.run.cpu_offload else (),
     )  # fmt: skip
     has = f"{room / 1e9:.3g} GB for each process"

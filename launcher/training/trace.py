@@ -4,7 +4,7 @@ All parameters are on the meta device, so a pass takes no memory and hardly any 
 tensor that an operation makes counts until it is freed, as it would with real numbers. So there is no formula for an
 architecture, a method or checkpointing: their code runs. Token ids, masks and labels are real: code looks at them.
 
-What is not seen: buffers inside one operation, and memory that an allocator keeps.
+What is not seen: buffers inside one operation, and memory that a GPU's allocator keeps.
 """
 
 from __future__ import annotations
@@ -20,6 +20,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves, tree_map
 from torch.utils.flop_counter import flop_registry
 
+MAPPED = 32 << 20  # glibc maps larger tensors by themselves: no hole stays beside them
 FEW_LAYERS = 2  # of a stack of equal layers, this many are run, and one fewer: the rest follows
 aten = torch.ops.aten
 INDEXING = (aten.index.Tensor, aten.index_put.default, aten.index_put_.default, aten._index_put_impl_.default)
@@ -28,21 +29,33 @@ INDEXING = (aten.index.Tensor, aten.index_put.default, aten.index_put_.default, 
 class Traced(NamedTuple):
     """Bytes beside the parameters, and operations, of one micro-batch."""
 
-    peak: float  # most that is alive in a pass, where no gradient exists before
+    peak: float  # most that is alive in a pass beside the gradients, which exist before it
     operations: float  # multiplications and additions of both passes
 
 
-def trace(model: nn.Module, run: Callable[[], Tensor], layers: nn.ModuleList | None, page: int = 1) -> Traced:
+def trace(model: nn.Module, run: Callable[[], Tensor], layers: nn.ModuleList | None, holes: float = 0.0) -> Traced:
     """Trace a pass. run() makes the loss of one micro-batch; all of the model's parameters are on meta.
 
     layers is a stack of equal layers in the model: a few of them are run and the others follow in proportion. None: all
-    layers are run. page: bytes that a larger tensor takes multiples of.
+    layers are run. holes: what the heap loses beside each tensor on it, as a share of the tensor.
     """
     if layers is None or len(layers) <= FEW_LAYERS + 1:
-        return _trace(model, run, page)
-    fewer, few = (_with_layers(model, run, layers, count, page) for count in (FEW_LAYERS - 1, FEW_LAYERS))
+        return _whole(_trace(model, run, holes))
+    fewer, few = (_with_layers(model, run, layers, count, holes) for count in (FEW_LAYERS - 1, FEW_LAYERS))
     more = len(layers) - FEW_LAYERS
-    return Traced(*(b + more * (b - a) for a, b in zip(fewer, few, strict=True)))
+    return _whole(_Phases(*(b + more * (b - a) for a, b in zip(fewer, few, strict=True))))
+
+
+class _Phases(NamedTuple):
+    """A pass in two parts, since each grows in proportion to the layers, and the larger of them does not."""
+
+    peak: float  # until the backward pass has left the first layer
+    after: float  # in the rest, where an embedding may be trained
+    operations: float
+
+
+def _whole(phases: _Phases) -> Traced:
+    return Traced(max(phases.peak, phases.after), phases.operations)
 
 
 def equal_layers(model: nn.Module, layers: list[nn.Module]) -> nn.ModuleList | None:
@@ -52,32 +65,42 @@ def equal_layers(model: nn.Module, layers: list[nn.Module]) -> nn.ModuleList | N
     return lists[0] if len(alike) == 1 and len(lists) == 1 else None
 
 
-def _with_layers(model: nn.Module, run: Callable[[], Tensor], layers: nn.ModuleList, count: int, page: int) -> Traced:
+def _with_layers(
+    model: nn.Module, run: Callable[[], Tensor], layers: nn.ModuleList, count: int, holes: float
+) -> _Phases:
     rest = list(layers)[count:]
     del layers[count:]
     try:
-        return _trace(model, run, page)
+        return _trace(model, run, holes, layers[0])
     finally:
         layers.extend(rest)
 
 
-def _trace(model: nn.Module, run: Callable[[], Tensor], page: int) -> Traced:
-    live = _Live([*model.parameters(), *model.buffers()], page)
+def _trace(model: nn.Module, run: Callable[[], Tensor], holes: float, first: nn.Module | None = None) -> _Phases:
+    for parameter in model.parameters():
+        if parameter.requires_grad:
+            parameter.grad = torch.empty_like(parameter)
+    gradients = [parameter.grad for parameter in model.parameters() if parameter.grad is not None]
+    live = _Live([*model.parameters(), *model.buffers(), *gradients], holes)
+    hook = first.register_forward_pre_hook(live.mark_input, with_kwargs=True) if first is not None else None
     try:
         with _attention(), live:
             run().backward()
     finally:
         model.zero_grad(set_to_none=True)
-    return Traced(live.peak, live.operations)
+        if hook is not None:
+            hook.remove()
+    return _Phases(live.peak if live.before is None else live.before, live.peak, live.operations)
 
 
 class _Live(TorchDispatchMode):
     """Counts the bytes of tensors that are alive. Operations on tensors of which any is on meta run there."""
 
-    def __init__(self, known: list[Tensor], page: int):
+    def __init__(self, known: list[Tensor], holes: float):
         super().__init__()
-        self.page = page
-        self.now = self.peak = 0
+        self.holes = holes
+        self.now = self.peak = 0.0
+        self.before: float | None = None  # peak of the first phase, once that is over
         self.operations = 0.0
         self._known = known  # not counted
         self._seen = {tensor.untyped_storage()._cdata for tensor in known}
@@ -100,8 +123,20 @@ class _Live(TorchDispatchMode):
                 self._add(each.untyped_storage())
         return out
 
+    def mark_input(self, layer: nn.Module, args: Any, kwargs: Any) -> None:
+        """Begin the second phase when a gradient reaches the input of this layer."""
+        hidden = args[0] if args else kwargs.get("hidden_states")
+        if isinstance(hidden, Tensor) and hidden.requires_grad:
+            hidden.register_hook(self._second_phase)
+
+    def _second_phase(self, gradient: Tensor) -> None:
+        if self.before is None:
+            self.before, self.peak = self.peak, self.now
+
     def _add(self, storage: Any) -> None:
-        key, size = storage._cdata, in_pages(storage.nbytes(), self.page)
+        key, size = storage._cdata, float(storage.nbytes())
+        if size < MAPPED:
+            size *= 1 + self.holes
         if key in self._seen:
             return
         self._seen.add(key)
@@ -109,14 +144,9 @@ class _Live(TorchDispatchMode):
         self.peak = max(self.peak, self.now)
         weakref.finalize(storage, self._free, key, size)
 
-    def _free(self, key: int, size: int) -> None:
+    def _free(self, key: int, size: float) -> None:
         self._seen.discard(key)
         self.now -= size
-
-
-def in_pages(size: int, page: int) -> int:
-    """The bytes that a tensor takes: whole pages if it is at least one."""
-    return -(-size // page) * page if size >= page else size
 
 
 def _to_meta(value: Any) -> Any:

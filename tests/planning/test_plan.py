@@ -150,7 +150,7 @@ def test_gpus_are_named_by_count_and_memory_or_name(given, count, memory):
 
 
 @pytest.mark.slow
-def test_the_predicted_peak_is_within_a_fifth_of_the_measured_one(tmp_path):
+def test_the_predicted_peak_is_within_a_tenth_of_the_measured_one(tmp_path):
     """A Llama of 60 million parameters with the embedded model's tokenizer, trained for two steps in float32."""
     from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
@@ -169,5 +169,5 @@ def test_the_predicted_peak_is_within_a_fifth_of_the_measured_one(tmp_path):
 
     measured, predicted = benchmark.measure(words, name, tmp_path), benchmark.predict(words, name)
 
-    assert predicted["peak_bytes"] == pytest.approx(measured["peak_bytes"], rel=0.2), (predicted, measured)
+    assert predicted["peak_bytes"] == pytest.approx(measured["peak_bytes"], rel=0.1), (predicted, measured)
     assert measured["peak_bytes"] > 0.8e9

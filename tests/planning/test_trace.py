@@ -18,11 +18,11 @@ from launcher.training.trace import equal_layers, trace
 SHAPES = Path(__file__).parent / "shapes"
 
 
-def model_folder(folder: Path, layers: int = 5, **more: object) -> Path:
+def model_folder(folder: Path, layers: int = 5, vocabulary: int = 301, **more: object) -> Path:
     """A random Llama of 0.8 million parameters."""
     config = LlamaConfig(
         hidden_size=96, intermediate_size=256, num_hidden_layers=layers, num_attention_heads=4, num_key_value_heads=2,
-        vocab_size=301, max_position_embeddings=128, **more,
+        vocab_size=vocabulary, max_position_embeddings=128, **more,
     )  # fmt: skip
     torch.manual_seed(0)
     LlamaForCausalLM(config).save_pretrained(folder)
@@ -68,9 +68,10 @@ def test_a_pass_on_shapes_keeps_the_bytes_of_one_on_numbers(method, dtype, check
     assert predicted.peak > 100_000
 
 
-@pytest.mark.parametrize("method", ["loldu", "full"])
-def test_a_few_equal_layers_stand_for_all(method, tmp_path):
-    folder = model_folder(tmp_path, layers=9)
+@pytest.mark.parametrize(("method", "vocabulary"), [("loldu", 301), ("full", 301), ("full", 9001)])
+def test_a_few_equal_layers_stand_for_all(method, vocabulary, tmp_path):
+    """Also where a trained embedding's gradient is larger than all that a few layers keep."""
+    folder = model_folder(tmp_path, layers=9, vocabulary=vocabulary)
     config = ModelConfig(model=str(folder))
     asked = Config(model=config, adapter=AdapterConfig(method=method, rank=8))
     made = sketch(config, folder, asked, peft_config(asked.adapter), dtype="float32", attention="sdpa")
@@ -81,6 +82,20 @@ def test_a_few_equal_layers_stand_for_all(method, tmp_path):
     assert few.peak == pytest.approx(all_of_them.peak, rel=1e-3)
     assert few.operations == pytest.approx(all_of_them.operations, rel=1e-3)
     assert len(made.layers) == 9
+
+
+def test_holes_add_to_what_the_heap_holds_and_not_to_what_is_mapped(tmp_path):
+    folder = model_folder(tmp_path)
+    config = ModelConfig(model=str(folder))
+    asked = Config(model=config, adapter=AdapterConfig(method="lora", rank=8))
+    made = sketch(config, folder, asked, peft_config(asked.adapter), dtype="float32", attention="sdpa")
+
+    plain, holed = (trace(made.model, loss_of(made.model), None, holes).peak for holes in (0.0, 0.5))
+    large = nn.Parameter(torch.empty(tracing.MAPPED // 4, device="meta"))
+    mapped = trace(nn.ParameterList([large]), lambda: (large * large).sum(), None, 0.5).peak
+
+    assert holed == pytest.approx(1.5 * plain)
+    assert mapped == pytest.approx(3 * tracing.MAPPED, rel=1e-3)
 
 
 def test_layers_that_differ_are_all_run():
