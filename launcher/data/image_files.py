@@ -47,14 +47,14 @@ class Listing:
     labels: np.ndarray  # (n,) int64 places in classes, or float32
     sizes: np.ndarray  # (n,) int64, bytes of each image's file
     checks: np.ndarray  # (n,) int64, CRC-32 in an archive, else 0
-    names: np.ndarray  # uint8, relative names end to end; none for rows
+    names: np.ndarray  # uint8, relative names end to end; of rows, the last part of a path beside them
     ends: np.ndarray  # (n,) int64, where each name ends
 
     def __len__(self) -> int:
         return len(self.labels)
 
     def name(self, place: int) -> str:
-        """The path in the folder or archive; empty for rows."""
+        """The path in the folder or archive; of rows, the file's name if they have files beside them."""
         start = int(self.ends[place - 1]) if place else 0
         return bytes(self.names[start : int(self.ends[place])]).decode("utf-8", "surrogateescape")
 
@@ -328,12 +328,20 @@ def _list_rows(rows: Any, columns: Columns, where: str) -> Listing:
     images = _undecoded(rows, columns.image, where)
     table = images.data.table if images._indices is None else images.flatten_indices().data.table
     column = table[columns.image].combine_chunks() if table[columns.image].num_chunks == 1 else table[columns.image]
-    sizes = compute.fill_null(compute.binary_length(compute.struct_field(column, "bytes")), 0)
+    inside = compute.fill_null(compute.binary_length(compute.struct_field(column, "bytes")), 0)
+    sizes, names = np.array(inside, dtype=np.int64), [b""] * len(rows)
+    for place, path in enumerate(compute.struct_field(column, "path").to_pylist()):
+        if not sizes[place] and path:  # a file beside the rows
+            names[place] = os.path.basename(path).encode("utf-8", "surrogateescape")
+            sizes[place] = os.path.getsize(path) if os.path.isfile(path) else 0
     classes, labels = _row_labels(rows, columns.label, where)
-    nothing = np.zeros(0, dtype=np.uint8)
-    zeros = np.zeros(len(rows), dtype=np.int64)
     return Listing(
-        classes=classes, labels=labels, sizes=np.asarray(sizes, dtype=np.int64), checks=zeros, names=nothing, ends=zeros
+        classes=classes,
+        labels=labels,
+        sizes=sizes,
+        checks=np.zeros(len(rows), dtype=np.int64),
+        names=np.frombuffer(b"".join(names), dtype=np.uint8),
+        ends=np.cumsum([len(name) for name in names], dtype=np.int64),
     )
 
 
@@ -372,7 +380,7 @@ def _row_labels(rows: Any, column: str, where: str) -> tuple[tuple[str, ...], np
     if kinds == {int}:
         return tuple(map(str, range(known[-1] + 1))), np.array(values, dtype=np.int64)
     number = {name: place for place, name in enumerate(known)}
-    return tuple(known), np.array([number[value] for value in values], dtype=np.int64)
+    return tuple(map(str, known)), np.array([number[value] for value in values], dtype=np.int64)
 
 
 def _reader(split: Split, listing: Listing, columns: Columns) -> Callable[[int], bytes]:

@@ -62,7 +62,8 @@ def check_pillow() -> None:
 def _pillow() -> Any:
     from PIL import Image
 
-    Image.MAX_IMAGE_PIXELS = None  # `opened` compares with our own limit
+    # `opened` compares with our own limit, which is lower unless the user raises it
+    Image.MAX_IMAGE_PIXELS = max(Image.MAX_IMAGE_PIXELS or 0, limits().image_pixels)
     warnings.filterwarnings("ignore", module=r"PIL\.")  # of metadata that is damaged or unknown
     return Image
 
@@ -74,6 +75,8 @@ def opened(data: bytes) -> Image:
     """
     try:
         image = _pillow().open(io.BytesIO(data), formats=FORMATS)
+    except _pillow().DecompressionBombError:
+        raise BadRecord("too many pixels", f"has too many pixels: {limits().raised('image_pixels')}") from None
     except DAMAGED:
         if not data:
             raise BadRecord("empty", "is empty") from None
@@ -105,10 +108,13 @@ def _damaged(error: BaseException) -> BadRecord:
 
 def check_image(data: bytes) -> None:
     """Raises BadRecord for an image that cannot be used. A JPEG is decoded at an eighth of its size."""
+    from PIL import ImageOps
+
     image = opened(data)
     try:
         image.draft("L", (1, 1))
         image.load()
+        ImageOps.exif_transpose(image).convert("RGB")
     except DAMAGED as error:
         raise _damaged(error) from None
 

@@ -310,7 +310,9 @@ def _classes(found: _Found, good: Sequence[np.ndarray]) -> Labels:
                 f"the held-out images of {named} have {_some(strange)}, which no training image has; the training "
                 f"images have {_some(list(known))}: give both the same classes"
             )
-    return tuple(known) if len(train) == 1 else tuple(sorted(known))
+    if len(train) == 1:
+        return tuple(known)
+    return tuple(sorted(known, key=lambda name: (not name.isdigit(), int(name) if name.isdigit() else 0, name)))
 
 
 def _used(found: _Found, number: int, places: np.ndarray) -> set[str]:

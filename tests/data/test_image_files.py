@@ -108,6 +108,21 @@ def test_rows_of_a_parquet_file_and_of_a_saved_dataset(tmp_path):
     assert (saved[train].classes, saved[train].labels.tolist()) == (("a", "b"), [1, 0, 1])
 
 
+def test_a_metadata_file_names_the_classes_of_a_folder(tmp_path):
+    root = fill(tmp_path / "data", "pictures/1.png", "pictures/2.png", "pictures/3.png")
+    lines = ["file_name,kind", "pictures/1.png,b", "pictures/2.png,a", "pictures/3.png,b"]
+    (root / "metadata.csv").write_text("\n".join(lines) + "\n")
+    columns = Columns("image", "kind")
+
+    [(split, listing)] = splits_of(str(root), "--data", columns).items()
+
+    assert [listing.classes[label] for label in listing.labels] == ["b", "a", "b"]
+    assert [Images([(split, listing)], columns).read(i) for i in range(3)] == [bytes_of(i) for i in range(3)]
+    (root / "pictures" / "2.png").write_bytes(bytes_of(9, (50, 50)))
+    [changed] = splits_of(str(root), "--data", columns).values()
+    assert changed.digest() != listing.digest()
+
+
 def test_several_sources_are_read_one_after_the_other(tmp_path):
     found = [splits_of(str(fill(tmp_path / name, "a/1.png", "b/1.png")), "--data", COLUMNS) for name in "xy"]
 

@@ -139,6 +139,7 @@ NOISE = Image.fromarray(np.random.default_rng(0).integers(0, 255, (64, 64, 3)).a
             file_of(Image.new("1", (9000, 9000))),
             "9000 x 9000 pixels: the limit is 67,108,864; raise it with LOLDU_IMAGE",
         ),
+        (file_of(Image.new("1", (20000, 10000))), "has too many pixels: the limit is 67,108,864"),
         (file_of(Image.new("I;16", (4, 4))), "more than 8 bits per channel"),
         (b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 9 9\n", "is no image"),
     ],
