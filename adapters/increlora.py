@@ -47,7 +47,7 @@ UNBORN = 1 << 40  # the step at which a direction that is not called up begins
 class IncreLoRAConfig(TrainedConfig):
     """IncreLoRA (arXiv 2308.12043): r is the mean rank at the end, every weight starts at rank 1."""
 
-    alpha: float | None = field(default=None, metadata={"help": "the update is scaled by alpha / rank; r if not given"})
+    alpha: float = field(default=32.0, metadata={"help": "the update is scaled by alpha / rank; the authors' 16 or 32"})
     capacity: int | None = field(default=None, metadata={"help": "largest rank of one weight; 2 r if not given"})
     add: int | None = field(default=None, metadata={"help": "directions a weight gets at a time; r / 2 if not given"})
     top_h: int | None = field(
@@ -69,8 +69,6 @@ class IncreLoRAConfig(TrainedConfig):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if self.alpha is None:
-            self.alpha = float(self.r)
         self.capacity = 2 * self.r if self.capacity is None else self.capacity
         self.add = max(1, self.r // 2) if self.add is None else self.add
         if self.capacity < self.r:
@@ -126,12 +124,10 @@ class Directions(Update):
 
     def lora(self) -> tuple[Tensor, Tensor]:
         """A (rank, n) and alpha / rank B diag(lambda) (m, rank)."""
-        assert self.alpha is not None
         return self.A[: self.rank], self.alpha / self.rank * self.B[:, : self.rank] * self.values[: self.rank]
 
     def in_advance(self) -> tuple[Tensor, Tensor]:
         """The same of the reserve, (reserve, n) and (m, reserve)."""
-        assert self.alpha is not None
         part = slice(self.rank, self.rank + self.reserve)
         return self.A[part], self.alpha / self.rank * ADVANCE * self.B[:, part]
 

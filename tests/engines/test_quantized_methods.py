@@ -96,7 +96,9 @@ def methods(*names):
 
 @pytest.mark.parametrize("device", DEVICES)
 @pytest.mark.parametrize("kind", ["int8", "nf4"])
-@pytest.mark.parametrize("method", methods(*ALWAYS, *sorted({*ON_PACKED, "adalora"} - {*ALWAYS}), *ON_INT8))
+@pytest.mark.parametrize(
+    "method", methods(*ALWAYS, *sorted({*ON_PACKED, "adalora", "flora", "increlora"} - {*ALWAYS}), *ON_INT8)
+)
 def test_a_method_of_peft_learns_the_same_on_packed_and_unpacked_numbers(stories, method, kind, device, monkeypatch):
     """4 bits: exactly. int8: to rounding, since the scales are multiplied in elsewhere (2e-4 at most; a method that
     takes bytes for numbers is off by 0.2 and more). On a GPU int8 multiplies in int8."""
@@ -116,7 +118,7 @@ def test_a_method_of_peft_learns_the_same_on_packed_and_unpacked_numbers(stories
 
 @pytest.mark.slow  # 1 s each
 @pytest.mark.parametrize("kind", ["int8", "nf4"])
-@pytest.mark.parametrize("method", [*sorted({*ALWAYS, *ON_PACKED} - {*UNSHARDED, "shira"})])
+@pytest.mark.parametrize("method", [*sorted({*ALWAYS, *ON_PACKED, "flora"} - {*UNSHARDED, "shira"})])
 def test_a_method_of_peft_learns_the_same_under_fully_shard(stories, method, kind):
     config, adapter = ModelConfig(model=str(stories), quantize=kind), adapter_of(method)
     whole = losses(built(stories, kind, method))
