@@ -1,6 +1,6 @@
 """What three methods that train low-rank weights do on the embedded model, in short forms, beside the alternatives.
 
-    python benchmarks/studies.py    # benchmarks/results/studies.json; two minutes on an idle core
+    python benchmarks/studies.py    # benchmarks/results/studies.json; two minutes of processor time
 
 They compress or pretrain a model and leave no adapter, so they are studied here and are no `--method`. All runs: the
 embedded model, its instructions, STEPS steps of 16, AdamW with cosine decay, the 28 projections, one seed; the loss is
@@ -21,6 +21,7 @@ The last two are compared with cutting the base, and the fully fine-tuned model,
 
 from __future__ import annotations
 
+import argparse
 import json
 import math
 import time
@@ -41,7 +42,7 @@ TINY = Path(__file__).resolve().parents[1] / "recipes" / "tiny"
 FILE = Path(__file__).with_name("results") / "studies.json"
 STEPS, BATCH, HELD_OUT, RANK = 30, 16, 120, 8
 KEPT = (0.25, 0.5)  # shares of each weight's rank
-RATES = {"full": (1e-3,), "lora": (3e-3, 1e-2), "sst": (1e-3, 3e-3)}
+RATES = {"full": (1e-3, 3e-3), "lora": (3e-3, 1e-2), "sst": (1e-3, 3e-3)}
 DRAW = 10  # steps between two draws of SST, and between two cuts of Trained Rank Pruning
 LASSO, NUCLEAR = 1e-4, 1e-2
 
@@ -229,42 +230,68 @@ def rank_pruning(setting: Setting, rate: float, share: float) -> Any:
     return model
 
 
-def main() -> None:
-    torch.set_num_threads(1)
-    started, setting = time.process_time(), Setting()
-    found: dict[str, Any] = {"date": time.strftime("%Y-%m-%d"), "steps": STEPS, "base": setting.loss(setting.base())}
-
-    def show(name: str, value: float) -> float:
-        print(f"{name:48} {value:.3f}   {time.process_time() - started:4.0f} s of processor time", flush=True)
-        return round(value, 4)
-
-    show("base", found["base"])
-    best: dict[str, tuple[float, float, Any]] = {}
-    found["sst"] = {}
-    for name, fit in (("full", full), ("lora", lora), ("sst", sst)):
-        found["sst"][name] = {}
-        for rate in RATES[name]:
-            model = fit(setting, rate)
-            loss = found["sst"][name][f"{rate:g}"] = show(f"{name}, learning rate {rate:g}", setting.loss(model))
-            if name not in best or loss < best[name][0]:
-                best[name] = (loss, rate, model)
-    _, rate, tuned = best["full"]
-    state = {name: tensor.clone() for name, tensor in tuned.state_dict().items()}
-    factored = maestro(setting, rate)
-    found["kept"] = {"all": {"maestro": show("maestro, every direction", setting.loss(factored))}}
+def study_full(setting: Setting) -> dict[str, float]:
+    model = full(setting, RATES["full"][0])
+    state = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    found = {"base": setting.loss(setting.base()), f"learning rate {RATES['full'][0]:g}": setting.loss(model)}
+    found |= {f"learning rate {rate:g}": setting.loss(full(setting, rate)) for rate in RATES["full"][1:]}
     for share in KEPT:
-        row = found["kept"][f"{share:g}"] = {}
-        row["base"] = show(f"{share:.0%} of the rank: base, cut", setting.loss(cut(setting.base(), share)))
-        tuned.load_state_dict(state)
-        row["full"] = show(f"{share:.0%}: full fine-tuning, then cut", setting.loss(cut(tuned, share)))
-        for layer in factored.modules():
+        found[f"base, cut to {share:.0%}"] = setting.loss(cut(setting.base(), share))
+        model.load_state_dict(state)
+        found[f"full, cut to {share:.0%}"] = setting.loss(cut(model, share))
+    return found
+
+
+def study_lora(setting: Setting) -> dict[str, float]:
+    return {f"learning rate {rate:g}": setting.loss(lora(setting, rate)) for rate in RATES["lora"]}
+
+
+def study_sst(setting: Setting) -> dict[str, float]:
+    return {f"learning rate {rate:g}": setting.loss(sst(setting, rate)) for rate in RATES["sst"]}
+
+
+def study_maestro(setting: Setting) -> dict[str, float]:
+    model = maestro(setting, RATES["full"][0])
+    found = {"every direction": setting.loss(model)}
+    for share in KEPT:
+        for layer in model.modules():
             if isinstance(layer, Prefix):
                 layer.width = max(1, round(share * layer.full))
-        row["maestro"] = show(f"{share:.0%}: maestro, first directions", setting.loss(factored))
-        pruned = cut(rank_pruning(setting, rate, share), share)
-        row["trained rank pruning"] = show(f"{share:.0%}: trained rank pruning", setting.loss(pruned))
-    found["processor_seconds"] = round(time.process_time() - started)
-    FILE.write_text(json.dumps(found, indent=1) + "\n")
+        found[f"first {share:.0%}"] = setting.loss(model)
+    return found
+
+
+def study_pruning(setting: Setting) -> dict[str, float]:
+    return {
+        f"cut to {share:.0%}": setting.loss(cut(rank_pruning(setting, RATES["full"][0], share), share))
+        for share in KEPT
+    }
+
+
+STUDIES = {
+    "full": study_full,
+    "lora": study_lora,
+    "sst": study_sst,
+    "maestro": study_maestro,
+    "trained rank pruning": study_pruning,
+}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--only", choices=STUDIES, help="one of the studies; the results of the others stay")
+    only = parser.parse_args().only
+    torch.set_num_threads(1)
+    found: dict[str, Any] = json.loads(FILE.read_text()) if FILE.exists() else {}
+    setting = Setting()
+    for name in [only] if only else STUDIES:
+        started = time.process_time()
+        losses = {key: round(loss, 4) for key, loss in STUDIES[name](setting).items()}
+        found[name] = {"losses": losses, "date": time.strftime("%Y-%m-%d"), "steps": STEPS}
+        FILE.write_text(json.dumps(found, indent=1) + "\n")
+        for key, loss in losses.items():
+            print(f"{name:22} {key:24} {loss:.3f}", flush=True)
+        print(f"{name}: {time.process_time() - started:.0f} s of processor time", flush=True)
 
 
 if __name__ == "__main__":
