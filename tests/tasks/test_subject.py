@@ -70,6 +70,11 @@ def with_prior(config, made, weight=0.5):
     return changed(config, data=classes)
 
 
+def with_text_encoder(config):
+    targets = (*TARGETS, "q_proj", "v_proj")
+    return changed(config, model={"train_text_encoder": True}, adapter={"targets": targets})
+
+
 def events(config, name="loss"):
     lines = map(json.loads, Path(config.run.output, "events.jsonl").read_text().splitlines())
     return [line[name] for line in lines if name in line]
@@ -281,20 +286,28 @@ def test_every_method_of_the_family_and_of_peft_trains(method, config):
 
 @pytest.mark.slow
 def test_every_engine_gives_the_curve_of_one_process(config, made, tmp_path):
-    config = with_prior(config, made)
-    names = ["ddp", "fsdp2", "zero2", "zero3"]
-    outputs = {name: changed(config, run={"output": str(tmp_path / name), "sharding": name}) for name in names}
+    unet = with_prior(config, made)
+    both = changed(with_text_encoder(config), run={"output": str(tmp_path / "both")})
+    engines = [(unet, name) for name in ("ddp", "fsdp2", "zero2", "zero3")] + [(both, "fsdp2")]
+    outputs = [
+        (one, changed(one, run={"output": str(tmp_path / f"{number}"), "sharding": name}))
+        for number, (one, name) in enumerate(engines)
+    ]
 
-    assert run(config, "test") == 0
-    start_several(tmp_path, 2, [{"config": as_dict(one)} for one in outputs.values()])
+    assert [run(one, "test") for one in (unet, both)] == [0, 0]
+    start_several(tmp_path, 2, [{"config": as_dict(sharded)} for _, sharded in outputs])
 
-    wanted = load_file(f"{config.run.output}/adapter/adapter_model.safetensors")
-    for one in outputs.values():
-        assert events(one) == pytest.approx(events(config), abs=2e-5)
-        assert events(one, "eval_loss") == pytest.approx(events(config, "eval_loss"), abs=2e-5)
-        found = load_file(f"{one.run.output}/adapter/adapter_model.safetensors")
-        for name, tensor in wanted.items():
-            torch.testing.assert_close(found[name], tensor, atol=1e-4, rtol=1e-3)
+    for one, sharded in outputs:
+        assert events(sharded) == pytest.approx(events(one), abs=2e-5)
+        assert events(sharded, "eval_loss") == pytest.approx(events(one, "eval_loss"), abs=2e-5)
+        folders = [Path(each.run.output) / "adapter" for each in (one, sharded)]
+        files = [sorted(file.relative_to(folder) for file in folder.rglob("*.safetensors")) for folder in folders]
+        assert files[0] == files[1]
+        assert len(files[0]) == (2 if one is both else 1)
+        for file in files[0]:
+            wanted, found = (load_file(folder / file) for folder in folders)
+            for name, tensor in wanted.items():
+                torch.testing.assert_close(found[name], tensor, atol=1e-4, rtol=1e-3)
 
 
 def remove(part):
@@ -417,16 +430,10 @@ def test_commands_for_text_refuse_pictures_by_name(config, made, tmp_path):
         generate(str(made / "epsilon"))
 
 
-def with_text_encoder(config, **adapter):
-    targets = (*TARGETS, "q_proj", "v_proj")
-    return changed(config, model={"train_text_encoder": True}, adapter={"targets": targets, **adapter})
-
-
 @pytest.mark.slow
-@pytest.mark.parametrize("method", ["loldu", "lora"])
-def test_a_trained_text_encoder_starts_as_the_base_and_loads_in_diffusers(method, config, made, tmp_path, capsys):
-    frozen = changed(config, adapter={"method": method, "options": ()}, run={"output": str(tmp_path / "frozen")})
-    config = with_text_encoder(config, method=method, options=())
+def test_a_trained_text_encoder_starts_as_the_base_and_loads_in_diffusers(config, made, tmp_path, capsys):
+    frozen = changed(config, run={"output": str(tmp_path / "frozen")})
+    config = with_text_encoder(config)
 
     assert run(config, "test") == 0
     assert run(frozen, "test") == 0
@@ -449,24 +456,6 @@ def test_a_trained_text_encoder_starts_as_the_base_and_loads_in_diffusers(method
     capsys.readouterr()
     generate(config.run.output, drawing=Drawing(prompts=("a photo of sks disc",), steps=2))
     assert Path(capsys.readouterr().out.strip()).is_file()
-
-
-@pytest.mark.slow
-def test_a_sharded_text_encoder_gives_the_curve_of_one_process(config, tmp_path):
-    config = with_text_encoder(config)
-    sharded = changed(config, run={"output": str(tmp_path / "fsdp2"), "sharding": "fsdp2"})
-
-    assert run(config, "test") == 0
-    start_several(tmp_path, 2, [{"config": as_dict(sharded)}])
-
-    assert events(sharded) == pytest.approx(events(config), abs=2e-5)
-    for part in ("", "text_encoder/"):
-        wanted, found = (
-            load_file(f"{c.run.output}/adapter/{part}adapter_model.safetensors") for c in (config, sharded)
-        )
-        assert wanted.keys() == found.keys()
-        for name, tensor in wanted.items():
-            torch.testing.assert_close(found[name], tensor, atol=1e-4, rtol=1e-3)
 
 
 @pytest.mark.slow
