@@ -17,8 +17,8 @@ from torch import Tensor
 
 from launcher.data.encode import Encoded
 
-PackedAs = Literal["sdpa", "eager", "positions", "flash", "varlen"]  # what a batch of packed rows is laid out for
-FLAT = ("flash", "varlen")  # all samples of a micro-batch in one row, without padding
+PackedAs = Literal["sdpa", "eager", "positions", "flash", "varlen", "joined"]  # how the rows of a batch are laid out
+FLAT = ("flash", "varlen")  # packed rows of a micro-batch in one row, without padding
 NO_LOSS = -100  # torch's cross_entropy and transformers leave this label out
 
 

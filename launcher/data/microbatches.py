@@ -9,9 +9,9 @@ A micro-batch of b rows, the longest of n tokens, computes b n positions; those 
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from functools import cached_property
+from functools import cached_property, partial
 from typing import Any, NamedTuple
 
 from launcher.config import Config
@@ -67,7 +67,7 @@ class GlobalBatches:
     def _made(self, step: int) -> GlobalBatch:
         rows = [self.rows[i] for i in batch_indices(self.seed, step - 1, self.batch_size, len(self.rows))]
         lengths = row_lengths(self.data, rows)
-        dealt = plan(lengths, self.world_size, self.most_rows, self.most_positions)
+        dealt = plan(lengths, self.world_size, self.most_rows, self.most_positions, flat=self.flat)
         share = token_share(dealt, lengths, flat=self.flat)
         return GlobalBatch(rows, sum(lengths), target_tokens(self.data, rows), dealt, share)
 
@@ -81,7 +81,7 @@ class GlobalBatches:
         return tokens / computed
 
 
-def global_batches(config: Config, data: Encoded, world_size: int) -> GlobalBatches:
+def global_batches(config: Config, data: Encoded, world_size: int, *, flat: bool = False) -> GlobalBatches:
     """The global batches of a run on these samples."""
     optimizer, rows = config.optimizer, range(len(data))
     packed: list[list[int]] = []
@@ -96,12 +96,14 @@ def global_batches(config: Config, data: Encoded, world_size: int) -> GlobalBatc
         world_size=world_size,
         most_rows=optimizer.micro_batch_size,
         most_tokens=optimizer.micro_batch_tokens,
+        flat=flat,
     )
 
 
-def plan(lengths: Sequence[int], world: int, most_rows: int = 0, most_tokens: int = 0) -> Plan:
+def plan(lengths: Sequence[int], world: int, most_rows: int = 0, most_tokens: int = 0, *, flat: bool = False) -> Plan:
     """Deal out rows of these lengths to world ranks, in micro-batches within both bounds (0: none).
 
+    flat: there is no padding.
     A row longer than most_tokens is a separate micro-batch. Each round is one forward pass of every rank, as engines
     need whose forward pass is a collective. With fewer rows than ranks there is one round, and some ranks get an empty
     micro-batch in it.
@@ -111,24 +113,25 @@ def plan(lengths: Sequence[int], world: int, most_rows: int = 0, most_tokens: in
         return [[order[rank : rank + 1]] for rank in range(world)]
     most_rows = most_rows or len(order)
     limit = most_tokens or len(order) * max(lengths, default=0)
-    parts = _cut(order, lengths, most_rows, limit)
+    cut, size = partial(_cut, order, lengths, most_rows, flat=flat), partial(positions, lengths=lengths, flat=flat)
+    parts = cut(limit)
     count = min(-(-len(parts) // world) * world, len(order) // world * world)
     if len(parts) <= count:
         # The smallest bound that needs no more micro-batches: their sizes come close to each other.
         low, high = 0, limit
         while high - low > 1:
             middle = (low + high) // 2
-            low, high = (low, middle) if len(_cut(order, lengths, most_rows, middle)) <= count else (middle, high)
-        parts = _cut(order, lengths, most_rows, high)
+            low, high = (low, middle) if len(cut(middle)) <= count else (middle, high)
+        parts = cut(high)
     else:
         count = -(-len(parts) // world) * world
     while len(parts) < count:  # halve the one with most positions
-        parts.sort(key=lambda part: (len(part) == 1, -positions(part, lengths), part))
+        parts.sort(key=lambda part: (len(part) == 1, -size(part), part))
         if len(parts[0]) == 1:
             break
         half = len(parts[0]) // 2
         parts[:1] = [parts[0][:half], parts[0][half:]]
-    return _deal(parts, lengths, world)
+    return _deal(parts, size, world)
 
 
 def mean_positions(lengths: Sequence[int], rows: int) -> int:
@@ -150,20 +153,26 @@ def token_share(made: Plan, lengths: Sequence[int], *, flat: bool = False) -> fl
     return sum(lengths) / computed if computed else 1.0
 
 
-def _cut(order: Sequence[int], lengths: Sequence[int], most_rows: int, most_tokens: int) -> list[list[int]]:
+def _cut(
+    order: Sequence[int], lengths: Sequence[int], most_rows: int, most_tokens: int, *, flat: bool
+) -> list[list[int]]:
     """Consecutive parts of the sorted rows, each as large as the bounds allow."""
     parts: list[list[int]] = []
+    computed = 0
     for place in order:
         full = not parts or len(parts[-1]) == most_rows
-        if full or (len(parts[-1]) + 1) * lengths[parts[-1][0]] > most_tokens:  # the first is the longest
+        more = lengths[place if flat or full else parts[-1][0]]  # padded to the first, which is the longest
+        if full or computed + more > most_tokens:
             parts.append([])
+            computed, more = 0, lengths[place]
         parts[-1].append(place)
+        computed += more
     return parts
 
 
-def _deal(parts: list[list[int]], lengths: Sequence[int], world: int) -> Plan:
+def _deal(parts: list[list[int]], size: Callable[[Sequence[int]], int], world: int) -> Plan:
     """One part for each rank in each round, the largest of a round to the rank with the least work so far."""
-    parts = sorted(parts, key=lambda part: (-positions(part, lengths), part))
+    parts = sorted(parts, key=lambda part: (-size(part), part))
     parts += [[] for _ in range(-len(parts) % world)]
     made: Plan = [[] for _ in range(world)]
     work = [0] * world
@@ -171,5 +180,5 @@ def _deal(parts: list[list[int]], lengths: Sequence[int], world: int) -> Plan:
         ranks = sorted(range(world), key=lambda rank: (work[rank], rank))
         for rank, part in zip(ranks, parts[start : start + world], strict=True):
             made[rank].append(part)
-            work[rank] += positions(part, lengths)
+            work[rank] += size(part)
     return made

@@ -111,7 +111,7 @@ def predict(config: Config, folder: Path, machines: Machines) -> Plan:
     ranks = Ranks(0, machines.processes, 0, machines.local)
     resolved = resolve(config, ranks, gpus=machines.gpu is not None)
     sampled, tokenizer = _samples(resolved, folder, notes)
-    batches = global_batches(config, sampled.samples, ranks.world_size)
+    batches = global_batches(config, sampled.samples, ranks.world_size, flat=resolved.joins)
     work = work_of(batches)
     rows = round(len(batches.rows) * sampled.of / len(sampled.samples))
     head = resolved.task.head(sampled.samples, tokenizer) if resolved.task.labels else None
@@ -222,9 +222,10 @@ class _Traces:
         return self.found[dtype, checkpointing]
 
     def _trace(self) -> Traced | None:
-        packing = self.resolved.config.data.packing
+        resolved = self.resolved
+        given: Any = {"packing": resolved.config.data.packing, "joins": resolved.joins, "holes": self.holes}
         try:
-            return activations(self.made, self.resolved.task, self.work, packing=packing, holes=self.holes)
+            return activations(self.made, resolved.task, self.work, **given)
         except Exception as error:  # a model's own code may read numbers, which do not exist here
             note = f"activations are not included: this model cannot be run on shapes alone ({first_line(error)[:200]})"
             if note not in self.notes:

@@ -20,6 +20,7 @@ from launcher.data.batches import PackedAs, collate, target_tokens
 from launcher.data.crew import TIMEOUT_S, Crew
 from launcher.data.encode import DataReport, Encoded
 from launcher.data.forms import Record
+from launcher.data.joined import join
 from launcher.data.saved_template import save_template
 from launcher.data.templates import Template
 from launcher.methods import peft_config, prompt_tokens
@@ -217,6 +218,8 @@ class NextToken(Task, Protocol):
         ...
 
     def collate(self, data: Encoded, rows: Sequence[Any], layout: Layout) -> Batch:
+        if layout.attention == "joined":
+            return join(data, rows)
         return collate(
             data, rows, pad_id=layout.pad_id, packing=layout.packing, attention=layout.attention,
             windows=layout.windows, padding_mask=layout.padding_mask,

@@ -25,6 +25,7 @@ from launcher.data.microbatches import GlobalBatches, positions
 from launcher.engines.fsdp2 import decoder_layers
 from launcher.engines.layout import Layout, Unit, group_size, layout
 from launcher.engines.registry import ENGINES
+from launcher.models import joined
 from launcher.models.head_loss import HeadLoss
 from launcher.models.quantize import bytes_per_number, linear_layers
 from launcher.models.skeleton import empty_model, exchange, in_head, prepare_base
@@ -177,9 +178,10 @@ def work_of(batches: GlobalBatches) -> Work:
         lengths = row_lengths(batches.data, batch.rows)
         for parts in batch.dealt:
             for part in parts:
-                if part and (size := positions(part, lengths)) > best[0]:
+                if part and (size := positions(part, lengths, flat=batches.flat)) > best[0]:
                     best = size, [batch.rows[place] for place in part], batch.targets
-        computed += sum(max(positions(part, lengths) for part in parts) for parts in zip(*batch.dealt, strict=True))
+        rounds = zip(*batch.dealt, strict=True)
+        computed += sum(max(positions(part, lengths, flat=batches.flat) for part in parts) for parts in rounds)
     return Work(
         data=batches.data, rows=best[1], targets=best[2], passes=max(len(batch.dealt[0]) for batch in steps),
         scale=computed / len(steps) / max(best[0], 1), token_share=sum(b.token_share for b in steps) / len(steps),
@@ -187,10 +189,15 @@ def work_of(batches: GlobalBatches) -> Work:
     )  # fmt: skip
 
 
-def activations(made: Sketch, task: Task, work: Work, *, packing: bool, holes: float = 0.0) -> Traced:
+def activations(
+    made: Sketch, task: Task, work: Work, *, packing: bool, joins: bool = False, holes: float = 0.0
+) -> Traced:
     """What a pass over the largest micro-batch keeps beside the parameters."""
     masked = packing or task.labels  # decoders need no mask for padding on the right: `needs_padding_mask`
-    batch = task.collate(work.data, work.rows, BatchLayout(packing=packing, padding_mask=masked))
+    if joins:
+        joined.register()
+    layout = BatchLayout(packing=packing, padding_mask=masked, attention="joined" if joins else "sdpa")
+    batch = task.collate(work.data, work.rows, layout)
     forward = HeadLoss(made.model)
     forward.usable = True  # the check of a run compares numbers, which are not here
     return trace(made.model, lambda: task.loss(forward, batch, work.targets), made.layers, holes)

@@ -88,9 +88,8 @@ def check_run(resolved: Resolved, base: Path, bare: Any, batches: GlobalBatches)
     made = footprint.sketch(config.model, base, config, resolved.adapter, **how)
     work = footprint.work_of(batches)
     try:
-        traced = footprint.activations(
-            made, resolved.task, work, packing=config.data.packing, holes=footprint.heap_holes(on_gpu)
-        )
+        given: Any = {"packing": config.data.packing, "joins": resolved.joins, "holes": footprint.heap_holes(on_gpu)}
+        traced = footprint.activations(made, resolved.task, work, **given)
     except Exception as error:  # a model's own code may read numbers, which do not exist here
         log.info("the memory of a pass is not predicted: %s", error)
         traced = None

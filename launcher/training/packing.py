@@ -7,15 +7,19 @@ a model whose outputs differ is refused.
 
 from __future__ import annotations
 
+import itertools
 import math
 import re
 from collections.abc import Callable, Iterator, Sequence
+from types import SimpleNamespace
 from typing import Any, NamedTuple
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
-from launcher.data.batches import PackedAs
+from launcher.data.batches import PackedAs, collate
+from launcher.data.joined import join, shared_beginning
+from launcher.tasks.base import on_device
 
 SHORT = 24  # tokens of a probed sample
 # Allowed difference of the second sample's outputs, packed and separate, as a share of their norm: so much above that
@@ -164,6 +168,64 @@ def needs_padding_mask(model: Any, forward: Callable[..., Any], ids: Tensor) -> 
         model.train(training)
     apart = float((outputs[0] - outputs[1]).norm() / outputs[0].norm())
     return not apart <= FLOOR.get(next(model.parameters()).dtype, COARSE)
+
+
+@torch.no_grad()
+def check_joined(model: Any, forward: Callable[..., Any], ids: Tensor, longest: int) -> str:
+    """Why samples cannot stand in one row behind the beginning they share; nothing if they can. Called by all ranks.
+
+    forward computes the model's output. ids are valid tokens on the model's device.
+    """
+    settings = model.config.get_text_config()
+    if near := limits(model.config, longest):
+        return f"this model looks {near[0]} tokens back"
+    if getattr(settings, "output_router_logits", False):
+        return "the loss that balances experts counts each token"
+    if any(isinstance(module, nn.Dropout) and module.p for module in model.modules()):
+        return "dropout is drawn for each sample"
+    drawn = ids[torch.arange(4 * SHORT) % len(ids)].cpu()
+    beginning, rests = drawn[: SHORT // 2], drawn[SHORT // 2 :].split([SHORT, 3, SHORT // 2, 2 * SHORT - 3])
+    samples = [torch.cat([beginning, rest]) for rest in rests]
+    offsets = torch.tensor([0, *itertools.accumulate(map(len, samples))])
+    last = torch.zeros(int(offsets[-1]), dtype=torch.bool)
+    last[offsets[1:] - 1] = True
+    known: Any = SimpleNamespace(ids=torch.cat(samples).int(), loss=last, offsets=offsets)
+    rows, joined = range(len(samples)), join(known, range(len(samples)))
+    shared = shared_beginning(samples, list(last.split([len(sample) for sample in samples])))
+    others = slice(len(samples[0]), len(samples[0]) + len(samples[1]) - shared)  # the second sample's own places
+    changed = joined | {"input_ids": joined["input_ids"].clone()}
+    changed["input_ids"][0, others] = joined["input_ids"][0, others].flip(0)
+
+    def outputs(batch: dict[str, Any]) -> Tensor:
+        without = {name: value for name, value in batch.items() if name != "labels"}
+        return forward(**on_device(without, ids.device), use_cache=False).logits.float()
+
+    def in_one_row(parts: Sequence[Tensor]) -> Tensor:
+        return torch.cat([parts[0][:shared], *(part[shared:] for part in parts)])
+
+    def apart(one: Tensor, other: Tensor) -> float:
+        return float((one - other).norm() / other.norm())
+
+    training = model.training
+    model.train()  # some models build another mask there
+    try:
+        together, besides = outputs(joined)[0], outputs(changed)[0]
+        padded = outputs(collate(known, rows, pad_id=0))
+        alone = in_one_row([outputs(collate(known, [row], pad_id=0))[0] for row in rows])
+    except Exception as error:  # code of a model that expects another mask may raise any error
+        return f"this model does not take them so ({type(error).__name__}: {next(iter(str(error).splitlines()), '')})"
+    finally:
+        model.train(training)
+    floor = FLOOR.get(next(model.parameters()).dtype, COARSE)
+    rounding = apart(in_one_row([part[: len(sample)] for part, sample in zip(padded, samples, strict=True)]), alone)
+    # Rounding differs with the shapes of products, not with the tokens of other samples: this sees what a few per mille
+    # of bfloat16 would hide.
+    leak = max(apart(besides[part], together[part]) for part in (slice(others.start), slice(others.stop, None)))
+    if leak > max(rounding, floor):
+        return f"in this model one sample's outputs change by {leak:.2g} with another's tokens"
+    if (off := apart(together, alone)) > max(5 * rounding, floor):
+        return f"this model's outputs differ by {off:.2g} if samples stand in one row, by {rounding:.2g} if padded"
+    return ""
 
 
 @torch.no_grad()

@@ -41,11 +41,21 @@ class Resolved:
     attention_reason: str
     device: torch.device
     cache: Path  # folder of factors and of tokenised data
+    on_gpu: bool
 
     @property
     def how(self) -> dict[str, Any]:
         """How the base computes."""
         return {"dtype": self.dtype, "attention": self.attention}
+
+    @property
+    def joins(self) -> bool:
+        """Whether a micro-batch is one row without padding, if the model allows it: see `launcher.data.joined`.
+
+        Not on GPUs, which add up the gradients of a key that several samples read in no fixed order.
+        """
+        rows = self.task.flattens and not self.config.data.packing and not prompt_tokens(self.adapter)
+        return rows and self.attention == "sdpa" and not self.on_gpu
 
     def steps(self, rows: int) -> int:
         """Optimizer steps of the run on this number of rows (samples, or packed rows)."""
@@ -87,6 +97,7 @@ def resolve(config: Config, ranks: Ranks, *, gpus: bool | None = None) -> Resolv
         attention_reason=reason,
         device=own_device(ranks.local_rank, ranks.local_world_size),
         cache=Path(config.run.cache) if config.run.cache else default_folder(),
+        on_gpu=on_gpu,
     )
 
 

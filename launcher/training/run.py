@@ -36,7 +36,7 @@ from launcher.exit_codes import DONE, FAILED, MISTAKE, STOPPED
 from launcher.factorization.make import factors_of, fingerprint
 from launcher.files import disk_errors, write_atomically
 from launcher.methods import prompt_tokens, unusual_learning_rate
-from launcher.models import varlen
+from launcher.models import joined, varlen
 from launcher.models.build import FLASH, build
 from launcher.models.files import check_ids, context_length
 from launcher.models.head_loss import HeadLoss
@@ -53,7 +53,15 @@ from launcher.training.folder import State, finished, prepare, save_final
 from launcher.training.loop import Callbacks, Event, Training, evaluation_of, train
 from launcher.training.memory import check_run
 from launcher.training.ownership import Ownership
-from launcher.training.packing import Way, candidates, check_causal, check_labels, check_packing, needs_padding_mask
+from launcher.training.packing import (
+    Way,
+    candidates,
+    check_causal,
+    check_joined,
+    check_labels,
+    check_packing,
+    needs_padding_mask,
+)
 from launcher.training.report import Screen, open_trackers, read_events
 from launcher.training.resolve import Resolved, check_context, resolve
 from launcher.training.start import Start, begin, watch
@@ -163,7 +171,7 @@ def _run(
     if task.text:
         embedding, largest = start.bare.get_input_embeddings().weight.shape[0], int(samples.train.ids.max())
         comm.together("data", lambda: check_ids(tokenizer, largest, embedding, labels=task.labels))
-    batches_of_run = global_batches(config, samples.train, ranks.world_size)
+    batches_of_run = global_batches(config, samples.train, ranks.world_size, flat=resolved.joins)
     comm.from_main("memory", lambda: check_run(resolved, start.base, start.bare, batches_of_run))
     steps = resolved.steps(len(batches_of_run.rows))
     comm.together("the factors", stop.before_training)
@@ -198,7 +206,7 @@ def _run(
         from launcher.training.compiled import compile_layers  # torch's compiler takes a second to import
 
         comm.each("compile", lambda: compile_layers(base))
-    batches_of_run = replace(batches_of_run, flat=packed_as.attention in batches.FLAT)
+    batches_of_run = replace(batches_of_run, flat=packed_as.attention in (*batches.FLAT, "joined"))
     _introduce(start, identity, samples, engine, steps, batches_of_run.token_share())
 
     # 4. Train.
@@ -351,6 +359,13 @@ def _layout(start: Start, engine: Engine, samples: Samples) -> Way:
             log.warning("batches are padded, since this model does not keep flattened samples apart (%s)", error)
     base: Any = getattr(engine.model, "get_base_model", lambda: engine.model)()
     ids = samples.train.distinct_ids().to(resolved.device)
+    config = resolved.config
+    if resolved.joins:
+        joined.register()
+        apart = start.comm.each("padding", lambda: check_joined(base, engine.forward, ids, config.data.max_length))
+        if not apart:
+            return Way("joined")
+        log.info("batches are padded, since %s", apart)
     masked = start.comm.each("padding", lambda: needs_padding_mask(base, engine.forward, ids))
     return Way(padding_mask=masked)
 

@@ -23,10 +23,11 @@ NUMBERS = 260_032  # of stories260K
 
 def resolved(config, dtype, sharding, ranks):
     """A run with this engine and dtype, even if `resolve` would refuse it."""
+    on_gpu = torch.cuda.is_available()
     return Resolved(
         config=config, ranks=ranks, task=task_of(config), adapter=peft_config(config.adapter), sharding=sharding,
         dtype=dtype, attention="sdpa", attention_reason="as asked", cache=Path("cache"),
-        device=torch.device("cuda" if torch.cuda.is_available() else "cpu"),
+        device=torch.device("cuda" if on_gpu else "cpu"), on_gpu=on_gpu,
     )  # fmt: skip
 
 

@@ -15,6 +15,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from launcher.config import AdapterConfig, Config, DataConfig, ModelConfig, OptimizerConfig, RunConfig
+from launcher.data.joined import join
 from launcher.data.microbatches import positions
 from launcher.tasks.base import on_device
 from launcher.training import loop
@@ -56,10 +57,12 @@ def tolists(monkeypatch):
     return found
 
 
-@pytest.fixture
-def training(stories, alpaca_file, tmp_path, monkeypatch):
+@pytest.fixture(params=["padded"])
+def training(request, stories, alpaca_file, tmp_path, monkeypatch):
     """A run that is ready for its first step: 24 samples a step, at most 4 in a micro-batch."""
     found = []
+    if request.param == "padded":
+        monkeypatch.setattr(run_module, "check_joined", lambda *args: "this test is of padded rows")
     monkeypatch.setattr(run_module, "train", lambda training, resume: found.append(training) or "stopped")
     config = Config(
         model=ModelConfig(model=str(stories), dtype="float32"),
@@ -94,8 +97,28 @@ def test_a_step_computes_the_positions_of_its_plan_and_logits_of_tokens_with_los
     assert training.forward.logits_rows - before == batch.targets
 
 
+@pytest.mark.parametrize("training", ["joined"], indirect=True)
+def test_joined_samples_are_computed_without_padding_and_their_beginning_once(training):
+    computed = []
+    model = training.engine.model.get_base_model()
+    model.get_input_embeddings().register_forward_hook(lambda _, given, out: computed.append(given[0].numel()))
+    step(training, 1)
+    computed.clear()
+
+    with Operations() as operations:
+        batch = step(training, 2)
+
+    data = training.samples.train
+    once = [len(join(data, [batch.rows[place] for place in part])["input_ids"][0]) for part in batch.dealt[0]]
+    assert sorted(computed) == sorted(once)
+    assert sum(once) < sum(data.lengths[row] for row in batch.rows)
+    assert not operations.waits
+
+
+@pytest.mark.parametrize("training", ["padded", "joined"], indirect=True)
 def test_the_backward_pass_keeps_so_many_bytes_a_token_and_no_logits(training):
-    """Each storage once, without parameters and factors. 14.3 float32 rows of the hidden size a layer and token."""
+    """Each storage once, without parameters and factors. 14.3 float32 rows of the hidden size a layer and token, 13.7
+    if samples are joined."""
     step(training, 1)
     model, batch = training.engine.model, training.batches.at(2)
     own = {t.untyped_storage().data_ptr() for t in (*model.parameters(), *model.buffers())}
@@ -145,6 +168,17 @@ def test_a_micro_batch_is_copied_to_the_device_in_four_tensors(training):
 
     assert batch.keys() == {"input_ids", "labels", "position_ids", "loss_at"}
     assert sum(operations.copied.values()) == 4
+
+
+@pytest.mark.parametrize("training", ["joined"], indirect=True)
+def test_joined_samples_are_copied_to_the_device_in_seven_tensors(training):
+    batch = loop.collated(training, training.batches.at(1).of_rank(0)[0])
+
+    with Operations() as operations:
+        on_device(batch, torch.device("meta"))
+
+    assert batch.keys() == {"input_ids", "labels", "position_ids", "loss_at", "attention_mask", "samples"}
+    assert sum(operations.copied.values()) == 7  # two of them for `samples`
 
 
 def test_the_adapter_copies_nothing_of_a_layers_size(training):
