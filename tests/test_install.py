@@ -100,7 +100,8 @@ def test_an_installed_project_is_typed_and_carries_its_data_files(installed):
 
     for file in ("adapters/py.typed", "launcher/py.typed", "launcher/reports/page.html.jinja",
                  "loldu_recipes/accelerate/ddp.yaml", "loldu_recipes/tiny/model/model.safetensors",
-                 "loldu_recipes/tiny/instructions/train.json"):  # fmt: skip
+                 "loldu_recipes/tiny/instructions/train.json", "loldu_recipes/tiny/vit/model.safetensors",
+                 "loldu_recipes/tiny/digits.zip"):  # fmt: skip
         assert (site / file).is_file()
     assert not (site / "recipes").exists()
     assert not (site / "tests").exists()
