@@ -264,7 +264,8 @@ def save_final(
     partial = final.with_suffix(".tmp")
     with disk_errors("the trained parameters", output, "run the same command again with more space"):
         shutil.rmtree(partial, ignore_errors=True)
-        with growth(show, partial, sum(tensor.nbytes for tensor in whole.values())), warnings.catch_warnings():
+        total = sum(tensor.nbytes for tensor in whole.values())
+        with growth(show, partial, total), warnings.catch_warnings(), _not_importing_deepspeed():
             warnings.filterwarnings("ignore", "Could not find a config file")  # of a pipeline, where PEFT looks for one
             save_adapter(model, partial, whole)
         add_files(partial)
@@ -278,3 +279,20 @@ def save_final(
         os.replace(partial, final)
         sync(output)
     return final
+
+
+@contextmanager
+def _not_importing_deepspeed() -> Iterator[None]:
+    """Save a model without importing deepspeed, which accelerate does to see whether the model is one of its engines.
+
+    That takes seconds, prints a warning, and fails where deepspeed is installed without a compiler. The model that is
+    saved is a plain one under every engine.
+    """
+    from accelerate.utils import other
+
+    real = other.is_deepspeed_available
+    other.is_deepspeed_available = lambda: False
+    try:
+        yield
+    finally:
+        other.is_deepspeed_available = real
