@@ -13,6 +13,7 @@ from matplotlib.figure import Figure
 
 from launcher.reports.figures import MAP_COLUMNS, change_map, curves, mark, png, svg
 from launcher.reports.read import Run, differing_settings, flat, shown
+from launcher.text import printable
 
 MOVERS = 10
 ANSWERS_SHOWN = 20
@@ -152,6 +153,10 @@ def file_name(title: str) -> str:
 @cache
 def _template() -> jinja2.Template:
     loader = jinja2.PackageLoader("launcher.reports", "")
-    return jinja2.Environment(loader=loader, autoescape=True, undefined=jinja2.StrictUndefined).get_template(
-        "page.html.jinja"
-    )
+    environment = jinja2.Environment(loader=loader, autoescape=True, undefined=jinja2.StrictUndefined, finalize=_shown)
+    return environment.get_template("page.html.jinja")
+
+
+def _shown(value: Any) -> Any:
+    """Text of files with control characters escaped, since a report is also read with cat; markup of our own as it is."""
+    return printable(value) if type(value) is str else value

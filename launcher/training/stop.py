@@ -18,7 +18,7 @@ from types import FrameType
 from typing import Any
 
 from launcher.exit_codes import DONE
-from launcher.files import read_or_empty
+from launcher.files import read_or_empty, write_atomically
 from launcher.processes import Stopped
 
 SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR2, signal.SIGHUP)
@@ -53,7 +53,7 @@ class StopRequest:
             signal.signal(number, handler)
         if self.control is not None and read_or_empty(self.control) == "stop":
             with suppress(OSError):  # if this fails, the next start stops once more and logs it
-                self.control.write_text("run\n")
+                write_atomically(self.control, "run\n")
 
     def watch(self, control: Path) -> None:
         """Watch this file from now on. A stop request that it holds already is honoured, and removed at the end.
@@ -61,7 +61,7 @@ class StopRequest:
         So a request that comes while Python starts is not lost. The process that starts a new attempt clears the file.
         """
         if read_or_empty(control) != "stop":
-            control.write_text("run\n")
+            write_atomically(control, "run\n")  # a symbolic link is replaced, not followed
         self.control = control
 
     def request(self, reason: str) -> None:

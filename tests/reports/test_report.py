@@ -18,6 +18,7 @@ from launcher.reports.commands import _Page, write_report
 from launcher.reports.figures import binned, curves, moving_mean, png, svg, thinned
 from launcher.reports.page import largest_movers, report
 from launcher.reports.read import module_of, read_run
+from launcher.text import UNSAFE
 
 MODULES = ("self_attn.q_proj", "mlp.up_proj")
 
@@ -153,6 +154,18 @@ def test_a_method_whose_start_is_not_stored_has_no_map_and_the_page_tells_why(tm
     shutil.rmtree(folder / "adapter")
 
     assert "does not start at known values" in report([read_run(folder)]).html
+
+
+def test_control_characters_of_a_run_are_escaped(tmp_path):
+    folder = write_run(tmp_path / "run")
+    answers = [{"step": 0, "question": "\x1b[2Jq", "expected": "x\u202e", "answer": "\x1b]0;owned\x07"}]
+    (folder / "answers.jsonl").write_text("".join(json.dumps(line) + "\n" for line in answers))
+
+    html = report([read_run(folder)]).html
+
+    assert not UNSAFE.search(html)
+    assert r"\x1b[2Jq" in html
+    assert "<svg" in html or "data:image" in html
 
 
 def test_text_of_a_run_is_never_markup(tmp_path):

@@ -98,6 +98,23 @@ def test_the_control_file_asks_like_a_signal(tmp_path):
         assert stop.reason == "the control file"
 
 
+def test_a_control_file_that_is_a_link_is_replaced_and_not_followed(tmp_path):
+    other, control = tmp_path / "other", tmp_path / "control"
+    other.write_text("mine\n")
+    control.symlink_to(other)
+
+    with StopRequest() as stop:
+        stop.watch(control)
+        untouched = other.read_text()
+        other.write_text("stop\n")
+        control.unlink()
+        control.symlink_to(other)
+
+    assert untouched == "mine\n"
+    assert other.read_text() == "stop\n"
+    assert control.read_text() == "run\n"
+
+
 def test_a_stop_that_was_written_while_the_run_was_starting_is_honoured_once(runs):
     (runs.folder / "run").mkdir()
     control = runs.folder / "run" / "control"
