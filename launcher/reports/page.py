@@ -158,5 +158,5 @@ def _template() -> jinja2.Template:
 
 
 def _shown(value: Any) -> Any:
-    """Text of files with control characters escaped, since a report is also read with cat; markup of our own as it is."""
+    """Text of files with control characters escaped, since a report is also read with cat. Markup of our own stays."""
     return printable(value) if type(value) is str else value
