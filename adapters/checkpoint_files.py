@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 from functools import lru_cache
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -26,7 +27,7 @@ class TensorInfo(NamedTuple):
 
 def local_folder(model: str) -> Path | None:
     """The folder of a model's files: model itself, or its snapshot in the hub cache; None if neither exists."""
-    if Path(model).is_dir():
+    if os.path.isdir(model):  # unlike pathlib's, it answers for every name
         return Path(model)
     from huggingface_hub import try_to_load_from_cache
     from huggingface_hub.errors import HFValidationError

@@ -5,7 +5,8 @@
     python benchmarks/hostile.py --model FOLDER --results FILE --seconds 800        # again and again: it resumes
     python benchmarks/hostile.py --model FOLDER --again FILE                        # the cases that had a fault
 
-FOLDER is a small causal language model. The cases are in tests/fuzz/cases.py. With --every N only each N-th case runs;
+FOLDER is a small causal language model. The cases are in tests/fuzz/cases.py and, for the kinds that are named with
+--kind alone, in format_cases.py. With --every N only each N-th case runs;
 with --seconds no case starts after that time, and the same command continues with the next one. The results record how
 many cases exist and how many ran. The time that a case waits for a processor does not count.
 """
@@ -28,10 +29,16 @@ from typing import Any
 
 REPO = Path(__file__).resolve().parents[1]
 sys.path[:0] = [str(REPO), str(REPO / "tests" / "fuzz")]
-for name, value in {"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false"}.items():
+for name, value in {
+    "OMP_NUM_THREADS": "1",
+    "HF_HUB_OFFLINE": "1",
+    "TOKENIZERS_PARALLELISM": "false",
+    "TRANSFORMERS_VERBOSITY": "error",
+}.items():
     os.environ.setdefault(name, value)
 
-from cases import KINDS, Case, Materials, all_cases, train_words  # noqa: E402
+from cases import KINDS, Case, Materials, train_words  # noqa: E402
+from format_cases import FORMAT_KINDS  # noqa: E402
 from harness import Ended, command, faults, run, snapshot  # noqa: E402
 
 
@@ -40,7 +47,9 @@ def preload() -> None:
     import torch
     from peft import PeftModel  # noqa: F401
 
+    import launcher.evaluation.run
     import launcher.inference.generate
+    import launcher.planning.predict
     import launcher.reports.commands
     import launcher.training.run  # noqa: F401
 
@@ -89,6 +98,12 @@ def again(results: Path, known: list[Case], place: Path) -> int:
     return 1 if left else 0
 
 
+def counted(known: list[Case], done: str) -> dict[str, Any]:
+    """Which cases ran, a digit for each, and how many of each kind."""
+    by_kind = Counter(case.kind for case, ran in zip(known, done, strict=True) if ran == "1")
+    return {"ran": done.count("1"), "ran_by_kind": by_kind, "done": done}
+
+
 def counts(bad: list[dict]) -> dict[str, int]:
     """How many cases have each of the faults that must never happen."""
     return {
@@ -101,7 +116,9 @@ def counts(bad: list[dict]) -> dict[str, int]:
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", type=Path, required=True)
-    parser.add_argument("--kind", action="append", choices=list(KINDS))
+    parser.add_argument(
+        "--kind", action="append", choices=list(KINDS | FORMAT_KINDS), help="default: those of cases.py"
+    )
     parser.add_argument("--every", type=int, default=1)
     parser.add_argument("--seconds", type=float, default=float("inf"))
     parser.add_argument("--only", default="", help="run only cases whose name contains this, and print what they say")
@@ -114,29 +131,32 @@ def main() -> int:
         place = Path(name)
         os.environ["XDG_CACHE_HOME"] = str(place / "cache-home")
         made = materials(chosen.model.resolve(), place / "materials")
-        known = all_cases(made)
-        wanted = [case for case in known if case.kind in (chosen.kind or KINDS) and chosen.only in case.name]
+        known = [case for kind in chosen.kind or KINDS for case in (KINDS | FORMAT_KINDS)[kind](made)]
+        wanted = [case for case in known if chosen.only in case.name]
         if chosen.again:
             return again(chosen.again, wanted, place)
         random.Random(0).shuffle(wanted)  # a run that is cut short has tried some of every kind
-        wanted = wanted[:: chosen.every]
         summary = earlier(chosen.results, known)
-        for at, case in enumerate(wanted[summary["ran"] :]):
+        places = {case: place for place, case in enumerate(known)}
+        done = list(summary["done"])
+        for at, case in enumerate([case for case in wanted[:: chosen.every] if done[places[case]] == "0"]):
             if time.monotonic() - began > chosen.seconds:
                 break
             ended, found = try_case(case, place / f"case{at}")
-            summary["ran"] += 1
-            summary["ran_by_kind"][case.kind] = summary["ran_by_kind"].get(case.kind, 0) + 1
+            done[places[case]] = "1"
             if found or chosen.only:
                 last = (ended.error.strip().splitlines() or [""])[-1][:200]
                 one = {"kind": case.kind, "case": case.name, "faults": found, "last line": last}
                 summary["faults"] += [one] if found else []
                 print(f"{case.kind:8} {case.name[:70]:70} {'; '.join(found) or 'fine'} | {last}", flush=True)
             shutil.rmtree(place / f"case{at}", ignore_errors=True)
+    summary |= counted(known, "".join(done))
     bad = summary["faults"]
     summary["seconds"] += round(time.monotonic() - began)
     summary |= {"fine": summary["ran"] - len(bad), "with_a_fault": len(bad)} | counts(bad)
-    print(json.dumps({key: value for key, value in summary.items() if key not in ("faults", "mended")}, indent=2))
+    print(
+        json.dumps({key: value for key, value in summary.items() if key not in ("faults", "mended", "done")}, indent=2)
+    )
     if chosen.results:
         chosen.results.write_text(json.dumps(summary, indent=1) + "\n")
     return 1 if bad else 0
@@ -147,8 +167,8 @@ def earlier(results: Path | None, known: list[Case]) -> dict[str, Any]:
     commit = subprocess.check_output(["git", "rev-parse", "--short", "HEAD"], text=True, cwd=REPO).strip()
     summary: dict[str, Any] = {
         "date": time.strftime("%Y-%m-%d"), "machine": f"{platform.machine()}, {os.cpu_count()} cores", "commits": [],
-        "seconds": 0, "cases": len(known), "cases_by_kind": Counter(case.kind for case in known), "ran": 0,
-        "ran_by_kind": {}, "faults": [],
+        "seconds": 0, "cases": len(known), "cases_by_kind": Counter(case.kind for case in known),
+        **counted(known, "0" * len(known)), "faults": [],
     }  # fmt: skip
     if results and results.exists():
         summary = json.loads(results.read_text())

@@ -173,7 +173,7 @@ def guarded(act: Callable[[], Any]) -> int:
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")  # we log and show progress ourselves
     os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
     warnings.filterwarnings("ignore", category=FutureWarning)
-    warnings.showwarning = lambda message, *_: print(f"warning: {message}", file=sys.stderr)
+    warnings.showwarning = lambda message, *_: print(f"warning: {printable(str(message))}", file=sys.stderr)
     try:
         result = act()
     except ValueError as error:

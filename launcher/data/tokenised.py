@@ -209,6 +209,8 @@ def _header(sizes: dict[str, int], report: DataReport, digest: str) -> bytes:
 def _verified(file: Path) -> str | None:
     """The digest of the tokens in a file; None if it is missing or, with a warning, damaged."""
     try:
+        if file.exists() and not file.is_file():  # opening a FIFO would wait for ever
+            raise ValueError("it is not a regular file")
         with safe_open(file, framework="pt") as opened:
             expected = opened.metadata()["digest"]
         found = _read(file, None)
@@ -230,6 +232,8 @@ def _read(file: Path, digest: str | None) -> Encoded:
     with safe_open(file, framework="pt") as opened:
         report = json.loads(opened.metadata()["report"])
         report["notes"] = tuple(report["notes"])
+        if wrong := [name for name, kind in TENSORS.items() if opened.get_slice(name).get_dtype() != kind]:
+            raise ValueError(f"its {', '.join(wrong)} are of another type")
         tensors = {name: opened.get_tensor(name) for name in TENSORS}
     return Encoded(**tensors, report=DataReport(**report), known_digest=digest)
 

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from typing import Any
 
 FORMAT = re.compile(r"Answer format:\s*(\S+(?:/\S+)+)\s*$")
+UNENCODABLE = re.compile("[\ud800-\udfff]")  # halves of characters, which JSON may hold and no tokenizer reads
 QUESTIONS, ANSWERS = ("question", "query", "prompt", "instruction"), ("answerKey", "answer", "gold", "label")
 
 
@@ -36,6 +37,8 @@ def read_choices(rows: Sequence[Any], source: str) -> list[Choice] | None:
         choice = _listed(row) or _formatted(row) if isinstance(row, Mapping) else None
         if choice is None and place == 0:
             return None
+        if choice is not None and UNENCODABLE.search("".join([choice.question["instruction"], *choice.choices])):
+            raise ValueError(f"record {place} of {source} holds half a character: repair the text")
         if choice is None:
             raise ValueError(
                 f"record {place} of {source} is no multiple choice as the first one is: give question, choices and "

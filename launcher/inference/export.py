@@ -28,6 +28,7 @@ from launcher.inference.pictures import export_lora as export_pictures
 from launcher.inference.pictures import find_drawn
 from launcher.inference.sources import Source, adapter_config, choose_device, find, load_model
 from launcher.progress import Bars
+from launcher.text import printable
 
 VLLM_RANKS = (1, 8, 16, 32, 64, 128, 256, 320, 512)  # the values of its --max-lora-rank (vLLM 0.11 to 0.27)
 EXACT = 1e-6  # relative error of an update that was lowered without loss, in float32
@@ -79,13 +80,13 @@ def export_lora(
             )
         largest = f"largest difference between logits {gap:.2g}, allowed {tolerance:g}"
         other = quantised_gap(source, wanted, device)
-        console.print(f"checked: stock PEFT reads it back on {source.base_name}, {largest}{other}")
+        console.print(f"checked: stock PEFT reads it back on {printable(source.base_name)}, {largest}{other}")
         if rank is not None:
             del exported
             _lower(partial, rank, replace(source, adapter=partial), wanted, device, tolerance, console)
         written = json.loads((partial / "adapter_config.json").read_text(encoding="utf-8"))
         convolutions = _has_convolutions(partial)
-    console.print(f"LoRA adapter of rank {written['r']} in {out}")
+    console.print(f"LoRA adapter of rank {written['r']} in {printable(str(out))}")
     for line in _servers(written, convolutions):
         console.print(line)
     return Path(out)
@@ -101,7 +102,7 @@ def _lower(
 
     def show(layer: str, before: int, error: float) -> None:
         if before > rank:
-            console.print(f"  {layer}: rank {before} to {rank}, relative error {error:.2g}")
+            console.print(f"  {printable(layer)}: rank {before} to {rank}, relative error {error:.2g}")
 
     if json.loads((partial / "adapter_config.json").read_text(encoding="utf-8"))["r"] <= rank:
         console.print(f"no layer has a rank above {rank}: the adapter stays as it is")

@@ -43,6 +43,7 @@ from launcher.inference.sources import DTYPES, Kind, Source, adapter_config, att
 from launcher.models.files import first_line
 from launcher.models.quantize import check_quantize, linear_layers, transformers_config
 from launcher.progress import Bars, growth
+from launcher.text import printable
 
 NAMES = {torch.float64: "F64", torch.float32: "F32", torch.bfloat16: "BF16", torch.float16: "F16"}
 FLOATS = {name: dtype for dtype, name in NAMES.items()}  # as safetensors writes them
@@ -135,7 +136,7 @@ def merge(
             console.print(loss_change(source, partial, written, quantize, held, device))
         elif check:
             console.print(compare(source, partial, written, device))
-    console.print(f"merged model in {out}")
+    console.print(f"merged model in {printable(str(out))}")
     return Path(out)
 
 
@@ -216,6 +217,11 @@ def new_folder(out: Path, option: str) -> Iterator[Path]:
     Raises ValueError if `out` is not empty, or the disk is full.
     """
     out = out.expanduser().absolute()
+    try:
+        os.lstat(out)
+    except OSError as error:  # a name that is too long, a folder that may not be read
+        if not isinstance(error, FileNotFoundError):
+            raise ValueError(f"{option} {out} cannot be made ({error.strerror}): give another folder") from None
     if out.exists() and not (out.is_dir() and not any(out.iterdir())):
         raise ValueError(f"{option} {out} exists and is not empty: give another folder, or remove it first")
     partial = out.with_name(f".{out.name}.{os.getpid()}.tmp")

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import logging
+import os
 import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -32,7 +33,8 @@ from launcher.config import ModelConfig
 from launcher.data.saved_template import read_template
 from launcher.data.templates import Template
 from launcher.inference.options import Kind, Quantize
-from launcher.models.files import base_folder, first_line, has_tokenizer, load_tokenizer, recorded_run
+from launcher.inference.patterns import check_patterns
+from launcher.models.files import base_folder, check_json_files, first_line, has_tokenizer, load_tokenizer, recorded_run
 from launcher.models.image_processor import is_image_model, model_type
 from launcher.models.quantize import check_base, check_quantize, keep_packing
 from launcher.models.skeleton import restore_padding_rows
@@ -41,6 +43,7 @@ from launcher.progress import Bars
 from launcher.text import needs_code
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+MOST_COPIES = 1024  # ranges of layer_replication
 ADAPTER_WEIGHTS = "adapter_model.safetensors"
 
 
@@ -125,13 +128,27 @@ def adapter_config(folder: Path) -> Any:
         raise ValueError(f"{weights} is damaged or cut short ({error}): copy it again") from None
     if bad is not None:
         raise ValueError(f"{weights}: {bad} holds NaN or infinite numbers: use an earlier checkpoint, or train again")
+    check_json_files(folder)
     try:
         config = PeftConfig.from_pretrained(str(folder))
-    except (KeyError, TypeError, AttributeError, json.JSONDecodeError, UnicodeDecodeError, RecursionError) as error:
+    except ValueError:
+        raise
+    except Exception as error:  # PEFT's configs check nothing, or import a package
         raise ValueError(
             f"{folder / 'adapter_config.json'} is not the config of a known PEFT method ({first_line(error)}): "
             "it may come from a newer version of this project or of PEFT"
         ) from None
+    base = config.base_model_name_or_path
+    if not isinstance(base, (str, type(None))) or "\0" in (base or ""):
+        raise ValueError(
+            f"{folder / 'adapter_config.json'}: base_model_name_or_path is a name or a path, got {base!r:.60}"
+        )
+    copies = getattr(config, "layer_replication", None) or []
+    if isinstance(copies, (list, tuple)) and len(copies) > MOST_COPIES:
+        raise ValueError(
+            f"{folder / 'adapter_config.json'}: layer_replication copies layers {len(copies):,} times, at most "
+            f"{MOST_COPIES} are supported"
+        )
     if config.task_type == "SEQ_CLS":
         raise ValueError(
             f"adapter {folder} is a text classifier, which generates no text: load its base with "
@@ -170,7 +187,14 @@ def load(source: Source, *, dtype: str = "auto", device: str = "auto", quantize:
 def _check_output(model: Any, source: Source) -> None:
     """Raise ValueError if one token gives logits that are not finite: every answer would be empty or noise."""
     token = torch.zeros(1, 1, dtype=torch.long, device=next(chain(model.buffers(), model.parameters())).device)
-    if _finite(model(input_ids=token, use_cache=False).logits):
+    try:
+        logits = model(input_ids=token, use_cache=False).logits
+    except torch.OutOfMemoryError:
+        raise
+    except Exception as error:  # sizes that do not fit each other give any kind of error
+        where = source.base if source.adapter is None else f"adapter {source.adapter} on {source.base}"
+        raise ValueError(f"{where} does not compute one token ({_short(error)}): fetch its config.json again") from None
+    if _finite(logits):
         return
     blame = "the weights of"
     if source.adapter is not None:
@@ -204,8 +228,8 @@ def load_model(source: Source, *, dtype: str = "auto", device: str = "auto") -> 
                 output_loading_info=True,
                 **({} if device == "cpu" else {"device_map": device}),
             )
-    except (OSError, ValueError, KeyError, RuntimeError, SafetensorError) as error:
-        reason = needs_code(error) or f"it does not load as a causal language model: {first_line(error)}"
+    except Exception as error:  # values of config.json give transformers and torch errors of any kind
+        reason = needs_code(error) or f"it does not load as a causal language model: {_short(error)}"
         raise ValueError(f"{source.base}: {reason}") from None
     model, report = loaded
     if report["missing_keys"]:
@@ -248,8 +272,8 @@ def load_quantised(source: Source, kind: Kind, *, dtype: str = "auto", device: s
     dtype, place = _dtype(source, dtype), torch.device(choose_device(device))
     try:
         config = AutoConfig.from_pretrained(source.base, trust_remote_code=source.trust_remote_code)
-    except (OSError, ValueError, KeyError) as error:
-        raise ValueError(f"{source.base}: {needs_code(error) or first_line(error)}") from None
+    except Exception as error:
+        raise ValueError(f"{source.base}: {needs_code(error) or _short(error)}") from None
     if source.dtype is None and dtype == "auto":  # a model's own, as transformers takes it
         dtype = str(config.dtype or torch.float32).removeprefix("torch.")
     dtype = choose_dtype(dtype)
@@ -289,6 +313,7 @@ def attach(model: Any, folder: Path, *, low_cpu_mem_usage: bool = False) -> Peft
     PEFT would load `...base_layer.weight` over the base's own weight without a word.
     """
     config = adapter_config(folder)
+    check_patterns(config, [name for name, _ in model.named_modules()], folder)
     with safe_open(folder / ADAPTER_WEIGHTS, framework="pt") as opened:
         stored = {name for name in opened.keys() if not _copies_base(model, name, opened.get_tensor(name))}  # noqa: SIM118
     # PEFT nests the adapters of one module's experts: those names too have `base_layer`, before the method's own.
@@ -315,6 +340,29 @@ def attach(model: Any, folder: Path, *, low_cpu_mem_usage: bool = False) -> Peft
                 f"adapter {folder} does not fit this base ({reason:.200}): load it on the base it was trained on, "
                 f"{config.base_model_name_or_path}"
             ) from None
+        except ValueError:
+            raise
+        except Exception as error:  # values of adapter_config.json give PEFT errors of any kind
+            raise ValueError(
+                f"{folder / 'adapter_config.json'} does not describe a valid adapter ({_short(error)}): copy it again"
+            ) from None
+
+
+def _may_be_path(name: str) -> bool:
+    """Whether the system accepts this as a path: no null byte, and no part that is too long."""
+    try:
+        os.lstat(name)
+    except FileNotFoundError:
+        pass
+    except (OSError, ValueError) as error:
+        return isinstance(error, (NotADirectoryError, PermissionError))
+    return True
+
+
+def _short(error: BaseException) -> str:
+    """The first line of a library's error, with its kind unless the message is meant for users."""
+    kind = "" if isinstance(error, (ValueError, OSError, RuntimeError)) else f"{type(error).__name__}: "
+    return f"{kind}{first_line(error)}"[:300]
 
 
 def _read_by_peft(model: PeftModel, config: PeftConfig, folder: Path, names: set[str]) -> set[str]:

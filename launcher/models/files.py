@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
-import json
+import os
 import re
 import sys
 from pathlib import Path
@@ -12,8 +12,15 @@ from typing import Any
 from transformers import AutoTokenizer
 
 from adapters.checkpoint_files import is_pipeline, list_tensors, local_folder
+from launcher.files import read_json
 from launcher.text import needs_code
 
+JSON_FILES = (
+    "config.json", "generation_config.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json",
+    "model.safetensors.index.json", "adapter_config.json",
+)  # fmt: skip
+LAYERS, MOST_LAYERS = ("num_hidden_layers", "num_layers", "n_layer", "n_layers"), 10_000
+JSON_BYTES = 64 << 20  # of each; longer ones are damaged
 TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "tekken.json", "vocab.json", "vocab.txt", "spiece.model")
 
 
@@ -46,14 +53,39 @@ def base_folder(model: str, option: str = "") -> Path:
             f"{option}{folder} holds no model (config.json), no adapter (adapter_config.json) and no run: "
             "check the path"
         )
+    check_json_files(folder)
     list_tensors(folder)
     return folder
+
+
+def check_json_files(folder: Path) -> None:
+    """Raises ValueError naming a JSON file of a model's or an adapter's folder that is no regular file, or damaged.
+
+    transformers and PEFT would wait for ever at a FIFO, fill the memory from a device, or end in an error of their own.
+    """
+    for name in (*JSON_FILES, "tokenizer.json"):
+        file = folder / name
+        if not os.path.lexists(file):
+            continue
+        if not file.is_file():
+            raise ValueError(f"{file} is not a regular file: fetch this file again")
+        if name not in JSON_FILES:  # may be long, and its library reads it safely
+            continue
+        try:
+            found = read_json(file, JSON_BYTES)
+        except (ValueError, OSError) as error:
+            raise ValueError(f"{file} is damaged ({first_line(error)}): fetch this file again") from None
+        if not isinstance(found, dict):
+            raise ValueError(f"{file} is damaged (it holds no object): fetch this file again")
+        for count in LAYERS:  # transformers would build them one after the other, without end
+            if name == "config.json" and isinstance(layers := found.get(count), int) and layers > MOST_LAYERS:
+                raise ValueError(f"{file} says {count} {layers!s:.20}, at most {MOST_LAYERS} are supported")
 
 
 def recorded_run(folder: Path) -> dict[str, Any] | None:
     """The contents of a run folder's config.json; None for another kind of folder."""
     try:
-        found = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+        found = read_json(folder / "config.json", JSON_BYTES)
         return found if isinstance(found["config"]["model"]["model"], str) else None
     except (OSError, ValueError, KeyError, TypeError):
         return None

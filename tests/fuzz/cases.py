@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import Any
 
 RECORD = {"instruction": "Say yes.", "input": "", "output": "yes"}
+ASK = ("--prompt", "hello", "--max-tokens", "2")  # options of generate
 DEEP = "[" * 100_000 + "]" * 100_000
 WRONG: dict[str, Any] = {
     "null": None, "minus one": -1, "zero": 0, "huge": 10**9, "beyond 64 bits": 1 << 70, "a float": 1.5, "1e308": 1e308,
@@ -155,7 +156,7 @@ def model_cases(materials: Materials) -> Iterator[Case]:
             change(model)
             if train:
                 return train_words(folder, materials, model=str(model))
-            return ["generate", str(model), "--prompt", "hello", "--max-new-tokens", "2"]
+            return ["generate", str(model), *ASK]
 
         return Case("model", f"{'train' if train else 'generate'}: {name}", write, accepts)
 
@@ -246,7 +247,7 @@ def adapter_cases(materials: Materials) -> Iterator[Case]:
             for file in (folder / "adapter").iterdir():
                 file.chmod(0o644)
             change(folder / "adapter")
-            return ["generate", str(folder / "adapter"), "--prompt", "hello", "--max-new-tokens", "2"]
+            return ["generate", str(folder / "adapter"), *ASK]
 
         return Case("adapter", name, write, accepts)
 
@@ -351,7 +352,7 @@ def run_cases(materials: Materials) -> Iterator[Case]:
             if command == "resume":
                 return train_words(folder, materials, max_steps="3")
             if command == "generate":
-                return ["generate", str(folder / "run"), "--prompt", "hello", "--max-new-tokens", "2"]
+                return ["generate", str(folder / "run"), *ASK]
             return [*command.split(), str(folder / "run")]
 
         return Case("run", f"{command}: {name}", write, accepts)
@@ -540,8 +541,3 @@ KINDS = {
     "data": data_cases, "model": model_cases, "adapter": adapter_cases, "template": template_cases, "option": option_cases,
     "run": run_cases, "cluster": cluster_cases, "cache": cache_cases,
 }  # fmt: skip
-
-
-def all_cases(materials: Materials) -> list[Case]:
-    """Every case, in the order of the kinds."""
-    return [case for make in KINDS.values() for case in make(materials)]

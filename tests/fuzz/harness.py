@@ -36,10 +36,11 @@ class Ended:
 
 
 def command(words: Sequence[str]) -> int:
-    """`loldu WORDS`; `train OPTIONS` starts the recipe that most users start with."""
+    """`loldu WORDS`; `train OPTIONS` starts the recipe that most users start with, `train-file FILE` that file."""
     from launcher import cli
 
-    return cli.main(["train", "llama2_alpaca_loldu", *words[1:]] if words[0] == "train" else list(words))
+    started = {"train": ["train", "llama2_alpaca_loldu"], "train-file": ["train"]}.get(words[0], words[:1])
+    return cli.main([*started, *words[1:]])
 
 
 def run(act: Callable[[], int], cwd: Path, limit_s: float = 2 * LIMIT_S) -> Ended:

@@ -12,7 +12,8 @@ from pathlib import Path
 
 import harness
 import pytest
-from cases import KINDS, train_words
+from cases import ASK, KINDS, train_words
+from format_cases import FORMAT_KINDS
 
 REPO = Path(__file__).resolve().parents[2]
 RESULTS = REPO / "benchmarks" / "results" / "hostile.json"
@@ -39,7 +40,7 @@ def check(materials, kind, start, every, tmp_path):
     from hostile import try_case
 
     expected, wrong = known_faults(), []
-    for at, case in enumerate(list(KINDS[kind](materials))[start::every]):
+    for at, case in enumerate(list((KINDS | FORMAT_KINDS)[kind](materials))[start::every]):
         ended, found = try_case(case, tmp_path / str(at))
         if found and (kind, case.name) not in expected:
             wrong.append(f"{case.name}: {'; '.join(found)}: {ended.error[-500:]}")
@@ -53,7 +54,7 @@ def test_hostile_input_of_the_cluster_commands_and_the_cache_is_one_line(materia
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("kind", KINDS | FORMAT_KINDS)
 def test_a_sample_of_all_hostile_input_is_one_line(materials, kind, tmp_path, monkeypatch):
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache-home"))
     check(materials, kind, 5, SLOW_EVERY, tmp_path)
@@ -62,6 +63,15 @@ def test_a_sample_of_all_hostile_input_is_one_line(materials, kind, tmp_path, mo
 def test_sound_input_is_accepted(materials, tmp_path):
     """Or every case would pass."""
     ended = harness.run(lambda: harness.command(train_words(tmp_path, materials)), tmp_path, 60)
+
+    assert harness.faults(ended, codes=(0,)) == []
+
+
+@pytest.mark.parametrize("place", [".", "adapter", "model"])
+def test_generate_answers_with_sound_files(materials, place, tmp_path):
+    """Or its cases would all be the same mistake in an option."""
+    model = materials.model if place == "model" else materials.run / place
+    ended = harness.run(lambda: harness.command(["generate", str(model), *ASK]), tmp_path, 60)
 
     assert harness.faults(ended, codes=(0,)) == []
 

@@ -1,6 +1,7 @@
-"""A base's files: what a tokenizer without a tokenizer.json needs."""
+"""A base's files: damaged ones, and what a tokenizer without a tokenizer.json needs."""
 
 import importlib.util
+import os
 
 import pytest
 
@@ -41,3 +42,26 @@ def test_a_tokenizer_json_needs_no_other_package(stories, monkeypatch):
     monkeypatch.setattr(files, "_is_installed", lambda module: False)
 
     assert files.load_tokenizer(stories)("once")["input_ids"]
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "said"),
+    [
+        ("config.json", "[" * 100_000, "is damaged .*nested too deeply"),
+        ("config.json", "[]", "is damaged .*it holds no object"),
+        ("config.json", '{"num_hidden_layers": 1000000000}', "says num_hidden_layers 1000000000, at most"),
+        ("generation_config.json", '"x"', "is damaged .*it holds no object"),
+        ("tokenizer_config.json", "{", "is damaged"),
+        ("tokenizer.json", None, "is not a regular file"),
+        ("model.safetensors.index.json", None, "is not a regular file"),
+    ],
+)
+def test_a_damaged_json_file_of_a_model_is_named(tmp_path, name, content, said):
+    (tmp_path / "config.json").write_text("{}")
+    if content is None:
+        os.mkfifo(tmp_path / name)
+    else:
+        (tmp_path / name).write_text(content)
+
+    with pytest.raises(ValueError, match=f"{name} {said}"):
+        files.base_folder(str(tmp_path))
