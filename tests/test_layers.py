@@ -57,7 +57,8 @@ MAY_IMPORT = {  # beside itself; in the order in which data flows
         "launcher.config", "launcher.factorization", "launcher.files", "launcher.processes", "launcher.progress",
     },
     "launcher.models": {
-        "adapters", "launcher.config", "launcher.engines.registry", "launcher.methods", "launcher.text",
+        "adapters", "launcher.config", "launcher.engines.registry", "launcher.files", "launcher.methods",
+        "launcher.text",
     },
     "launcher.tasks": {
         "adapters", "launcher.config", "launcher.data", "launcher.methods", "launcher.models", "launcher.progress",
@@ -87,7 +88,8 @@ MAY_IMPORT = {  # beside itself; in the order in which data flows
     "launcher.serving": {
         "adapters", "launcher.main_memory", "launcher.options", "launcher.text", "launcher.inference", *SMALL, *ROOMS,
     },
-    "launcher.reports": {"launcher.exit_codes", "launcher.files"},  # reads what runs wrote, without torch
+    # reads what runs wrote, without torch
+    "launcher.reports": {"launcher.exit_codes", "launcher.files", "launcher.text"},
     # starts commands, and knows only how they end and which packages they need
     "launcher.cluster": {
         "launcher.exit_codes", "launcher.files", "launcher.packages", "launcher.engines.registry", "launcher.text",
