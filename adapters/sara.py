@@ -49,6 +49,7 @@ class SaRAConfig(TrainedConfig):
 
     method = "sara"
     reads_weights = True
+    low_rank = False
     not_on_quantised = "it trains the smallest entries of the weights, which quantisation rounds to zero"
 
     def __post_init__(self) -> None:

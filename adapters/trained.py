@@ -51,6 +51,7 @@ class TrainedConfig(PeftConfig, ABC):
     reads_weights: ClassVar[bool] = (
         False  # whether its start depends on whole weights, so that a process has to hold them
     )
+    low_rank: ClassVar[bool] = True  # whether a LoRA adapter can equal it
     convolutions: ClassVar[bool] = False  # whether it adapts Conv2d as well
 
     def __post_init__(self) -> None:

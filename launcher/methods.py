@@ -12,7 +12,7 @@ from huggingface_hub.dataclasses import type_validator
 from peft import PeftConfig, PromptLearningConfig
 from peft.mapping import PEFT_TYPE_TO_CONFIG_MAPPING
 
-from adapters import METHODS, FactorConfig
+from adapters import METHODS, FactorConfig, TrainedConfig
 from launcher.config import AdapterConfig, nearest
 
 # Names for options of one of PEFT's methods.
@@ -102,6 +102,11 @@ def peft_config(config: AdapterConfig, task_type: str | None = "CAUSAL_LM") -> P
         return cls(**values)
     except (TypeError, ImportError) as error:
         raise ValueError(f"--method {config.method}: {error}") from None
+
+
+def exports_lora(adapter: PeftConfig) -> bool:
+    """Whether `loldu export-lora` writes this adapter as LoRA: those of this project, unless their update is sparse."""
+    return isinstance(adapter, FactorConfig) or (isinstance(adapter, TrainedConfig) and adapter.low_rank)
 
 
 def prompt_tokens(adapter: PeftConfig | None) -> int:

@@ -23,6 +23,7 @@ from launcher.models.build import build
 from launcher.models.generation import answer
 from launcher.models.head_loss import HeadLoss
 from launcher.processes import Ranks
+from launcher.tasks.choose import task_of
 from launcher.training import checkpoint
 from launcher.training.changes import changes
 from launcher.training.loop import SCHEDULE
@@ -311,3 +312,16 @@ def test_a_trained_prompt_gives_the_models_own_loss_and_answers_alike_alone_and_
     assert head.usable
     torch.testing.assert_close(found, own, rtol=1e-6, atol=1e-5)
     assert answer(model, tokenizer, prompts, 8) == [answer(model, tokenizer, [prompt], 8)[0] for prompt in prompts]
+
+
+@pytest.mark.parametrize(
+    ("method", "exports"),
+    [("loldu", True), ("svfit", True), ("flora", True), ("sara", False), ("lora", False), ("adalora", False)],
+)
+def test_a_run_suggests_export_lora_only_for_adapters_that_it_takes(method, exports):
+    config = replace(Config(), adapter=AdapterConfig(method=method))
+
+    steps = task_of(config).next_steps(config, Path("run"), Path("run/adapter"))
+
+    assert any("export-lora" in line for line in steps) == exports
+    assert any("loldu merge" in line for line in steps)

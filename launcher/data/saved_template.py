@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from launcher.data.templates import Template, check_template
+from launcher.files import read_text
 
 PROMPT_TEMPLATE, CHAT_TEMPLATE = "prompt_template.json", "chat_template.jinja"
 
@@ -36,6 +37,19 @@ def read_template(folder: Path) -> Template | None:
         return check_template(template)
     except (OSError, ValueError, TypeError, RecursionError) as error:
         raise ValueError(f"{file} is damaged ({error}): give --prompt-template") from None
+
+
+def adapter_template(folder: Path) -> Template | None:
+    """The template in an adapter's folder: of this project, or the chat_template.jinja that other programs write; None
+    if there is none. Raises ValueError for a damaged one."""
+    saved, file = read_template(folder), folder / CHAT_TEMPLATE
+    if saved is None and file.is_file():
+        try:
+            text = read_text(file)
+        except (OSError, ValueError) as error:
+            raise ValueError(f"{file} cannot be read: {error}") from None
+        saved = check_template(Template("chat", jinja=text))
+    return saved
 
 
 def as_jinja(template: Template, *, has_bos: bool) -> str:

@@ -30,7 +30,7 @@ import adapters  # registers our methods with PEFT as well
 from adapters.checkpoint_files import local_folder
 from adapters.checkpoint_names import language_model_class
 from launcher.config import ModelConfig
-from launcher.data.saved_template import read_template
+from launcher.data.saved_template import adapter_template, read_template
 from launcher.data.templates import Template
 from launcher.inference.options import Kind, Quantize
 from launcher.inference.patterns import check_patterns
@@ -399,7 +399,7 @@ def _from_adapter(folder: Path, base: str | None, run: dict[str, Any] | None) ->
     model = base_folder(found)
     tokenizer = folder if has_tokenizer(folder) else model
     return Source(
-        base=model, base_name=found, adapter=folder, tokenizer=tokenizer, saved_template=read_template(folder),
+        base=model, base_name=found, adapter=folder, tokenizer=tokenizer, saved_template=adapter_template(folder),
         **_recorded(run),
     )  # fmt: skip
 

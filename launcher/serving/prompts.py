@@ -7,9 +7,9 @@ from pathlib import Path
 from threading import Lock
 from typing import Any
 
-from launcher.data.saved_template import CHAT_TEMPLATE, as_jinja, read_template
-from launcher.data.templates import Template, check_template, load_template, prompt_ids
-from launcher.files import read_text
+from launcher.data import saved_template
+from launcher.data.saved_template import as_jinja, read_template
+from launcher.data.templates import Template, load_template, prompt_ids
 from launcher.serving.errors import Refused
 from launcher.serving.protocol import Asked
 
@@ -30,14 +30,7 @@ def base_template(setting: str | None, base: Path, tokenizer: Any) -> Template:
 def adapter_template(folder: Path) -> Template | None:
     """The template saved in an adapter's folder; None if there is none. Raises ValueError for a damaged one."""
     with RENDERING:
-        saved = read_template(folder)
-        if saved is None and (folder / CHAT_TEMPLATE).is_file():
-            try:
-                text = read_text(folder / CHAT_TEMPLATE)
-            except (OSError, ValueError) as error:
-                raise ValueError(f"{folder / CHAT_TEMPLATE} cannot be read: {error}") from None
-            saved = check_template(Template("chat", jinja=text))
-        return saved
+        return saved_template.adapter_template(folder)
 
 
 def token_ids(asked: Asked, template: Template, tokenizer: Any) -> tuple[int, ...]:

@@ -23,7 +23,7 @@ from launcher.data.forms import Record
 from launcher.data.joined import join
 from launcher.data.saved_template import save_template
 from launcher.data.templates import Template
-from launcher.methods import peft_config, prompt_tokens
+from launcher.methods import exports_lora, peft_config, prompt_tokens
 from launcher.models.files import base_folder, has_tokenizer, load_tokenizer
 from launcher.models.image_processor import is_image_model, model_type
 
@@ -239,15 +239,14 @@ class NextToken(Task, Protocol):
 
     def next_steps(self, config: Config, output: Path, saved: Path) -> list[str]:
         chat, merged, lora = map(shlex.quote, map(str, (output, output / "merged", output / "lora")))
-        if config.adapter.method == "full" or prompt_tokens(peft_config(config.adapter)):
+        trained = peft_config(config.adapter)
+        if trained is None or prompt_tokens(trained):
             return [f"Chat with the model: loldu chat {chat}"]
         adapter = shlex.quote(str(saved))
-        return [
-            "Next steps:",
-            f"  loldu chat {chat}",
-            f"  loldu merge {adapter} --out {merged}",
-            f"  loldu export-lora {adapter} --out {lora}",
-        ]
+        steps = ["Next steps:", f"  loldu chat {chat}", f"  loldu merge {adapter} --out {merged}"]
+        if exports_lora(trained):
+            steps.append(f"  loldu export-lora {adapter} --out {lora}")
+        return steps
 
 
 def padding_id(tokenizer: Any) -> int:

@@ -6,7 +6,14 @@ import pytest
 from test_encode import ALPACA, CHAT, CHATML, byte_tokenizer, encode, prompt, write
 
 from launcher.data import templates
-from launcher.data.saved_template import CHAT_TEMPLATE, PROMPT_TEMPLATE, as_jinja, read_template, save_template
+from launcher.data.saved_template import (
+    CHAT_TEMPLATE,
+    PROMPT_TEMPLATE,
+    adapter_template,
+    as_jinja,
+    read_template,
+    save_template,
+)
 
 
 @pytest.mark.parametrize("setting", ["alpaca", "short", "none", "chat", "text file", "jinja file"])
@@ -70,6 +77,22 @@ def test_a_damaged_template_file_is_named(tmp_path, content):
 
     with pytest.raises(ValueError, match="prompt_template"):
         read_template(tmp_path)
+
+
+def test_an_adapter_of_another_program_brings_its_chat_template(tmp_path):
+    """A bare adapter's chat_template.jinja counts, not the base's template or alpaca; ours is read first."""
+    assert adapter_template(tmp_path) is None
+    jinja = "{% for m in messages %}<{{ m.role }}>{{ m.content }}{% endfor %}"
+    write(tmp_path, CHAT_TEMPLATE, jinja)
+
+    assert adapter_template(tmp_path).jinja == jinja
+
+    write(tmp_path, PROMPT_TEMPLATE, json.dumps({"name": "ours", "jinja": "{{ messages }}"}))
+    assert adapter_template(tmp_path).name == "ours"
+    (tmp_path / PROMPT_TEMPLATE).unlink()
+    (tmp_path / CHAT_TEMPLATE).write_bytes(b"\xff\xfe")
+    with pytest.raises(ValueError, match="cannot be read"):
+        adapter_template(tmp_path)
 
 
 def test_the_bare_prompt_is_a_template_too():
