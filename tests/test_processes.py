@@ -96,7 +96,7 @@ def test_a_port_that_another_program_uses_is_named_with_the_options_that_choose_
     reading, writing = multiprocessing.Pipe(duplex=False)
     with socket.create_server(("", 0)) as taken:
         port = taken.getsockname()[1]
-        child = multiprocessing.get_context("fork").Process(target=_connect, args=(port, writing))
+        child = multiprocessing.get_context("spawn").Process(target=_connect, args=(port, writing))
         child.start()
         kind, said = reading.recv()
         child.join()

@@ -125,7 +125,7 @@ def test_a_run_leaves_measurements_answers_and_a_report(small, tmp_path):
     assert [line["step"] for line in answers] == [0, 0, 4, 4, 6, 6]
     html = (folder / "report.html").read_text()
     assert "Tokens per second" in html
-    assert ": finished; loldu on" in html
+    assert "finished; loldu on" in html
     assert "<th>step 4</th>" in html
 
 
