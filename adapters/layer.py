@@ -461,11 +461,13 @@ class FactorLayer(nn.Module, BaseTunerLayer):
         return None
 
     def _checkpoint_matrices(self) -> Iterator[Tensor]:
-        """W (m, n) in full precision from each of the named checkpoints that is on this machine."""
+        """What may be W (m, n) in full precision, from each of the named checkpoints that is on this machine.
+
+        bitsandbytes makes a linear layer of a Conv1D, whose weight stands in the checkpoint transposed.
+        """
         for weight in local_weights(self.checkpoints, self.name):
             W = self._as_matrix(weight.to(self.base.weight.device))
-            if tuple(W.shape) == self.shape:
-                yield W
+            yield from (each for each in (W, W.T) if tuple(each.shape) == self.shape)
 
     def _as_matrix(self, weight: Tensor) -> Tensor:
         return weight.T if isinstance(self.base, Conv1D) else weight.flatten(1)

@@ -21,6 +21,7 @@ JSON_FILES = (
 )  # fmt: skip
 LAYERS, MOST_LAYERS = ("num_hidden_layers", "num_layers", "n_layer", "n_layers"), 10_000
 JSON_BYTES = 64 << 20  # of each; longer ones are damaged
+UNKNOWN = "\u0378"  # a character that Unicode has not assigned, so that no vocabulary has it
 TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "tekken.json", "vocab.json", "vocab.txt", "spiece.model")
 
 
@@ -101,7 +102,9 @@ def load_tokenizer(folder: Path, *, trust_remote_code: bool = False) -> Any:
         )
     if has_tokenizer(folder):
         try:
-            return AutoTokenizer.from_pretrained(folder, local_files_only=True, trust_remote_code=trust_remote_code)
+            found = AutoTokenizer.from_pretrained(folder, local_files_only=True, trust_remote_code=trust_remote_code)
+            found(UNKNOWN, verbose=False)  # one without a token for what is unknown fails here, not at some record
+            return found
         except Exception as error:  # tokenizer libraries raise bare Exceptions
             reason = needs_code(error) or first_line(error)
     raise ValueError(f"{folder} has no tokenizer that loads ({reason}): copy the model's tokenizer files there")

@@ -276,7 +276,7 @@ def test_generate_draws_pictures_that_differ_from_the_bases(config, made, tmp_pa
 def test_every_method_of_the_family_and_of_peft_trains(method, config):
     options = {"vera": ("projection_prng_key=1",), "ia3": ("feedforward_modules=[]",)}.get(method, ())
     rank = 16 if method == "oft" else 4
-    config = changed(config, adapter={"method": method, "rank": rank, "options": options}, optimizer={"max_steps": 2})
+    config = changed(config, adapter={"method": method, "rank": rank, "options": options}, optimizer={"max_steps": 4})
     if method == "loha":
         config = changed(config, adapter={"targets": ("to_q", "conv1")})
 
