@@ -10,6 +10,7 @@ three other seeds are trained and tested on the test split. Runs in the results 
 
 from __future__ import annotations
 
+import argparse
 import json
 import platform
 import subprocess
@@ -30,8 +31,7 @@ from vit_images_loldu import TINY, tiny  # noqa: E402
 from launcher.config import Config  # noqa: E402
 from launcher.training.run import run  # noqa: E402
 
-GIVEN = sys.argv[sys.argv.index("--results") + 1] if "--results" in sys.argv else None
-RESULTS = Path(GIVEN) if GIVEN else REPO / "benchmarks" / "results" / "images.json"
+RESULTS = REPO / "benchmarks" / "results" / "images.json"
 SEEDS = (1, 2, 3)
 STEPS = 100
 METHODS: dict[str, dict[str, Any]] = {
@@ -93,8 +93,12 @@ def table(found: dict[str, Any]) -> str:
 
 
 def main() -> None:
-    found: dict[str, Any] = json.loads(RESULTS.read_text()) if RESULTS.exists() else {"methods": {}}
-    if "--table" in sys.argv:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--table", action="store_true", help="only print the table of the results")
+    parser.add_argument("--results", type=Path, default=RESULTS, help="file of the results")
+    asked = parser.parse_args()
+    found: dict[str, Any] = json.loads(asked.results.read_text()) if asked.results.exists() else {"methods": {}}
+    if asked.table:
         print(table(found))
         return
     commit = subprocess.run(["git", "rev-parse", "--short", "HEAD"], cwd=REPO, capture_output=True, text=True)
@@ -113,14 +117,14 @@ def main() -> None:
             def once(key: str, *how: Any, name: str = name, result: dict[str, Any] = result) -> dict[str, Any]:
                 if key not in result["runs"]:
                     result["runs"][key] = measure(name, *how)
-                    RESULTS.write_text(json.dumps(found, indent=1) + "\n")
+                    asked.results.write_text(json.dumps(found, indent=1) + "\n")
                 return result["runs"][key]
 
             searched = {rate: once(f"validation {rate:g}", rate, 0, None)["eval_loss"] for rate in spec["rates"]}
             result["rate"] = min(searched, key=lambda rate: searched[rate])
             for seed in SEEDS:
                 once(f"test {result['rate']:g} seed {seed}", result["rate"], seed, test)
-    RESULTS.write_text(json.dumps(found, indent=1) + "\n")
+    asked.results.write_text(json.dumps(found, indent=1) + "\n")
     print(table(found))
 
 
