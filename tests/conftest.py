@@ -1,5 +1,6 @@
 """Shared fixtures: real small models and data beside the checkout, and one thread per test process."""
 
+import logging
 import os
 import signal
 import sys
@@ -25,6 +26,14 @@ def _shared(part: str) -> Path:
     if not path.exists():
         pytest.skip(f"needs the shared data folder beside the checkout: no {path}")
     return path
+
+
+@pytest.fixture(autouse=True)
+def log_levels():
+    """As Python starts with: a command, or a rank that is not the first, sets those of its process, which tests share."""
+    logging.getLogger().setLevel(logging.WARNING)
+    for name in [name for name in logging.root.manager.loggerDict if name.split(".")[0] == "launcher"]:
+        logging.getLogger(name).setLevel(logging.NOTSET)
 
 
 @pytest.hookimpl(optionalhook=True)

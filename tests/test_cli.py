@@ -202,7 +202,6 @@ def test_another_method_does_not_get_the_options_of_the_recipes_own(arguments, e
     default = replace(default, adapter=replace(default.adapter, options=("scale=2",)))
     ran = []
     monkeypatch.setattr("launcher.training.run.run", lambda config, name, instead: ran.append(config))
-    caplog.set_level("WARNING")
 
     start.run_recipe("test", lambda: default, None, arguments)
 
