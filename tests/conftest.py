@@ -30,7 +30,7 @@ def _shared(part: str) -> Path:
 
 @pytest.fixture(autouse=True)
 def log_levels():
-    """As Python starts with: a command, or a rank that is not the first, sets those of its process, which tests share."""
+    """Those that Python starts with: commands and ranks other than the first set them for their process."""
     logging.getLogger().setLevel(logging.WARNING)
     for name in [name for name in logging.root.manager.loggerDict if name.split(".")[0] == "launcher"]:
         logging.getLogger(name).setLevel(logging.NOTSET)
