@@ -14,9 +14,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from launcher.data.batches import NO_LOSS
 from launcher.data.encode import Encoded
-
-NO_LOSS = -100
 
 
 def join(encoded: Encoded, rows: Sequence[int]) -> dict[str, Any]:

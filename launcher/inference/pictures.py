@@ -169,7 +169,7 @@ def _bases(adapter: Path | None, run: dict[str, Any] | None) -> list[str]:
     if run is not None:
         names += [run["config"]["model"]["model"], run.get("resolved", {}).get("base_folder")]
     if adapter is not None:
-        with suppress(OSError, ValueError, KeyError, TypeError):  # whoever loads the adapter finds what is wrong
+        with suppress(OSError, ValueError, KeyError, TypeError):  # loading the adapter reports what is wrong
             names.append(json.loads((adapter / "adapter_config.json").read_text())["base_model_name_or_path"])
     return [name for name in dict.fromkeys(names) if isinstance(name, str) and name]
 

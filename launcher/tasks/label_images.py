@@ -187,7 +187,7 @@ TASK: Task = LabelImages()
 
 
 def _pixels(data: Pictured, step: int, row: int) -> Tensor:
-    """(channels, height, width) of a sample, randomly changed if data.augment says so."""
+    """(channels, height, width) of a sample, randomly changed if data.augment is set."""
     processor, place = data.processor, int(data.places[row])
     if data.images is None:
         return processor.whole(None)

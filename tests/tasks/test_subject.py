@@ -438,7 +438,7 @@ def test_a_trained_text_encoder_starts_as_the_base_and_loads_in_diffusers(config
     assert run(config, "test") == 0
     assert run(frozen, "test") == 0
 
-    assert events(config)[0] == events(frozen)[0]  # the first loss is that of the base, whoever reads the prompt
+    assert events(config)[0] == events(frozen)[0]  # the base's, whether its text encoder is trained or not
     assert events(config)[-1] != events(frozen)[-1]
     pipe = StableDiffusionPipeline.from_pretrained(made / "epsilon")
     folder = f"{config.run.output}/adapter"
