@@ -60,6 +60,7 @@ def main(arguments: list[str]) -> int:
         meet(os.environ, signals)
         signals.redeliver()
         code = run_recipe(command)
+        signals.ignore()
     except ClusterError as error:
         print(f"error: {error}", file=sys.stderr, flush=True)
         code = 2
@@ -104,6 +105,15 @@ class EarlySignals:
             signal.signal(signum, signal.SIG_DFL)
         for seen in self.seen:
             os.kill(os.getpid(), seen)
+
+    def ignore(self) -> None:
+        """Ignore signals from now on: all is saved.
+
+        Another rank may have passed the request on, so this one can end before its own signal comes. Python restores
+        the default handlers early in its shutdown, and a rank killed there would count as failed.
+        """
+        for signum in SIGNALS:
+            signal.signal(signum, signal.SIG_IGN)
 
     def _watch(self) -> None:
         waiting = set(SIGNALS)

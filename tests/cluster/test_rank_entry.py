@@ -54,6 +54,27 @@ def test_a_signal_during_the_imports_reaches_the_run_later(tmp_path, number):
     assert process.wait(20) == 0
 
 
+LATE = """
+import builtins, os, signal
+class Late:
+    def __del__(self, kill=os.kill, me=os.getpid(), number=signal.SIGTERM, write=os.write):
+        write(1, b"signalled\\n")
+        kill(me, number)
+builtins.late = Late()  # freed when Python shuts down, after the handlers in Python are gone
+raise SystemExit(75)
+"""
+
+
+def test_a_signal_that_comes_when_all_is_saved_does_not_make_the_rank_fail(tmp_path):
+    """One rank's request reaches the others before their own signal does, and a fast one is done by then."""
+    recipe = tmp_path / "recipe.py"
+    recipe.write_text(LATE)
+
+    done = subprocess.run([sys.executable, ENTRY, "--run", tmp_path, "--", recipe], stdout=subprocess.PIPE, text=True)
+
+    assert (done.stdout, done.returncode) == ("signalled\n", 0)
+
+
 def test_a_stop_signal_ends_a_rank_that_waits_for_others(tmp_path):
     """The second one at once; the first leaves the others some seconds to come."""
     with socket.create_server(("127.0.0.1", 0)) as server:
