@@ -15,11 +15,13 @@ import multiprocessing
 import os
 import re
 import shutil
+import subprocess
 import sys
 import tempfile
 import time
 import traceback
 import warnings
+from collections import Counter
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -172,7 +174,8 @@ benchmarks/results/architectures.json.
   one row have the same loss as in two rows.
 - A number in brackets refers to the reason below. \"refused\": an error before training, with a remedy. A reason
   against packing lists the layouts that were tried (`sdpa` and `eager`: a mask; by layer type: a mask for each type
-  of layer; `positions`: position ids that start again), and the relative difference of the second sample's outputs."""
+  of layer; `positions`: position ids that start again), and the relative difference of the second sample's outputs.
+- **tried**: the commit of this project that the row was last tried with."""
 
 
 def shrunk(kind: Any, **own: Any) -> Any:
@@ -384,11 +387,18 @@ def main() -> None:
     every = dict.fromkeys([*MODEL_FOR_CAUSAL_LM_MAPPING_NAMES, *MULTIMODAL])
     texts = [("types", kind) for kind in args.kinds or every if kind not in LEFT_OUT or kind in args.kinds]
     labels = [("labels", kind) for kind in args.kinds or CLASSIFIERS if kind in CLASSIFIERS]
+    asked = ["git", "-C", str(REPO), "rev-parse", "--short", "HEAD"]
+    tried = {
+        "commit": subprocess.check_output(asked, text=True).strip(),
+        "date": time.strftime("%Y-%m-%d", time.gmtime()),
+    }
     for section, kind in () if args.table else [*([] if args.labels else texts), *labels]:
         cases = tuple(case for case in args.cases if section == "types" or case in LABEL_CASES)
         found = try_apart(kind, cases, section == "labels", args.keep)
+        if set(cases) >= set(CASES if section == "types" else LABEL_CASES):
+            found["tried"] = tried
         place = results.setdefault(section, {})
-        place[kind] = found if set(cases) >= set(CASES) else place.get(kind, {}) | found
+        place[kind] = found if "tried" in found else place.get(kind, {}) | found
         results["versions"] = {"transformers": transformers.__version__, "torch": torch.__version__}
         args.out.write_text(json.dumps(results, indent=1, sort_keys=True) + "\n")
         print(section, kind, {case: found.get(case, found.get("made", "-")) for case in cases}, flush=True)
@@ -419,8 +429,10 @@ def page(results: dict[str, Any]) -> str:
     for section, title, cases in (("types", "Language models", CASES), ("labels", "Classifiers", LABEL_CASES)):
         tried = {kind: found for kind, found in sorted(results.get(section, {}).items()) if "made" not in found}
         trained = sum(found["train"] == "works" for found in tried.values())
-        lines += [f"## {title}", "", f"{trained} of {len(tried)} types train.", ""]
-        lines += [f"| type | {' | '.join(cases)} |", f"| --- |{' --- |' * len(cases)}"]
+        commits = Counter(_tried(found) for found in tried.values())
+        at = ", ".join(f"{number} with {commit}" for commit, number in commits.most_common())
+        lines += [f"## {title}", "", f"{trained} of {len(tried)} types train. Tried: {at}.", ""]
+        lines += [f"| type | {' | '.join(cases)} | tried |", f"| --- |{' --- |' * (len(cases) + 1)}"]
         for kind, found in tried.items():
             cells = []
             for case in cases:
@@ -428,10 +440,14 @@ def page(results: dict[str, Any]) -> str:
                 if why:
                     word += f" [{reasons.setdefault(why, str(len(reasons) + 1))}]"
                 cells.append({"works": "yes"}.get(word, word))
-            lines.append(f"| {kind} | {' | '.join(cells)} |")
+            lines.append(f"| {kind} | {' | '.join(cells)} | {_tried(found).split()[0]} |")
         lines.append("")
     lines += ["## Reasons", "", *(f"{number}. {_escaped(why)}" for why, number in reasons.items()), ""]
     return "\n".join(lines)
+
+
+def _tried(found: dict[str, Any]) -> str:
+    return "{commit} on {date}".format(**found["tried"]) if "tried" in found else "earlier commits"
 
 
 def _escaped(text: str) -> str:
