@@ -11,7 +11,8 @@ ratio is taken within a round; the table has medians and min-max. If machines ar
 is tokens with loss per processor second, of all processes and their children, from the start of the first step to the
 end of the last. Peak memory is the largest resident set (VmHWM) of a process. The loss curves of both sides must agree
 within 1e-4 of the loss. `trl grouped` is TRL with train_sampling_strategy="group_by_length", which visits samples in
-another order, so its losses are not compared. Writes benchmarks/results/peers.json; --output writes elsewhere.
+another order, so its losses are not compared. Writes benchmarks/results/peers.json after each round; --output writes
+elsewhere. The same command continues where it was stopped: rounds of the same commit and shape are kept.
 """
 
 from __future__ import annotations
@@ -95,38 +96,52 @@ def main() -> None:
     size = SIZES[asked.size] | {k: v for k in ("batch", "micro", "steps", "rounds") if (v := getattr(asked, k))}
     cells = [cell for cell in size["cells"] if asked.cells in cell.name]
 
-    started, order = time.monotonic(), random.Random(0)
-    found: dict[str, list[dict[str, Any]]] = {cell.name: [] for cell in cells}
+    order = random.Random(0)
+    shape = {name: size[name] for name in ("batch", "micro", "steps")}
+    own = about(size["rounds"], "ours beside TRL's SFTTrainer", "one thread per process") | {"asked": shape}
+    own |= {"trl": version("trl"), "transformers": version("transformers")}
+    found = {cell.name: rounds_before(asked.output, cell, own) for cell in cells}
     with tempfile.TemporaryDirectory() as place:
         models = {"SmolLM2-135M": asked.smollm2.resolve()}
         for cell in cells:
             if cell.model not in models:
                 models[cell.model] = Path(place) / "random"
                 python("-c", MAKE, str(asked.smollm2), str(models[cell.model]), json.dumps(RANDOM_LLAMA))
-        given = {name: size[name] for name in ("batch", "micro", "steps")} | {"max_length": asked.max_length}
-        given |= {"data": str(asked.data.resolve())}
+        given = shape | {"max_length": asked.max_length, "data": str(asked.data.resolve())}
         for number in range(size["rounds"]):
             for cell in cells:
+                if len(found[cell.name]) > number:
+                    continue
                 settings = given | {"model": str(models[cell.model]), "method": cell.method}
                 part = Path(place) / f"{cell.model}-{cell.method}"
                 measured = dict(one_round(cell, settings, part, order.sample(cell.sides, len(cell.sides))))
                 check_losses(cell, measured)
                 found[cell.name].append(measured)
                 print(f"round {number + 1}: {cell.name}: " + "; ".join(map(short, measured.items())), flush=True)
-
-    rows = [row(cell, rounds) for cell in cells if (rounds := found[cell.name])]
-    before = json.loads(asked.output.read_text())["rows"] if asked.output.exists() else []
-    shape = {name: size[name] for name in ("batch", "micro", "steps", "rounds")}
-    own = about(size["rounds"], "ours beside TRL's SFTTrainer", "one thread per process") | {"asked": shape}
-    own |= {"trl": version("trl"), "transformers": version("transformers")}
-    rows = [each | {"about": own} for each in rows]
-    new = {(each["cell"], str(each["about"]["asked"])) for each in rows}
-    kept = [each for each in before if (each["cell"], str(each["about"]["asked"])) not in new]
-    result = {"benchmark": own["benchmark"], "seconds": round(time.monotonic() - started, 1), "rows": rows + kept}
-    asked.output.parent.mkdir(parents=True, exist_ok=True)
-    asked.output.write_text(json.dumps(result, indent=1) + "\n")
-    show(result)
+                own["repetitions"] = len(found[cell.name])
+                keep(asked.output, row(cell, found[cell.name]) | {"about": own})
+    show(json.loads(asked.output.read_text()))
     print(f"written to {asked.output}")
+
+
+def rounds_before(file: Path, cell: Cell, own: dict[str, Any]) -> list[dict[str, Any]]:
+    """The rounds of a cell that an earlier start at this commit measured in this shape."""
+    rows = json.loads(file.read_text())["rows"] if file.exists() else []
+    same = [each for each in rows if each["cell"] == cell.name and set(cell.sides) == set(each["sides"])]
+    equal = [each for each in same if all(each["about"][key] == own[key] for key in ("commit", "asked"))]
+    return list(equal[0]["rounds"]) if equal else []
+
+
+def keep(file: Path, new: dict[str, Any]) -> None:
+    """Write a row beside the others in the file, in place of an earlier one of its cell and shape."""
+    rows = json.loads(file.read_text())["rows"] if file.exists() else []
+    others = [each for each in rows if place_of(each) != place_of(new)]
+    file.parent.mkdir(parents=True, exist_ok=True)
+    file.write_text(json.dumps({"benchmark": new["about"]["benchmark"], "rows": [new, *others]}, indent=1) + "\n")
+
+
+def place_of(row: dict[str, Any]) -> tuple[str, str]:
+    return row["cell"], str(row["about"]["asked"])
 
 
 def one_round(
