@@ -7,15 +7,19 @@ from dataclasses import replace
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 
 from launcher.config import DataConfig
-from launcher.data.batches import NO_LOSS, collate
+from launcher.data.batches import collate
 from launcher.data.encode import Encoded, encode, stop_ids
+from launcher.data.joined import join
 from launcher.data.microbatches import plan
 from launcher.data.templates import Template
 from launcher.evaluation.choices import Choice, accuracy
+from launcher.models import joined
 from launcher.models.files import context_length
+from launcher.models.head_loss import HeadLoss
+from launcher.tasks.base import on_device
+from launcher.tasks.joining import check_joined
 
 MOST_ROWS, MOST_POSITIONS = 16, 2048  # of a forward pass
 Tick = Callable[[int], None]
@@ -27,40 +31,51 @@ def encoded(records: Sequence[Any], tokenizer: Any, model: Any, template: Templa
     return encode(records, tokenizer, DataConfig(max_length=max(length, 8), on_bad_record="skip"), template)
 
 
-@torch.no_grad()
-def sample_losses(
-    model: Any, data: Encoded, samples: Sequence[int], pad_id: int, tick: Tick
-) -> list[tuple[float, int]]:
-    """(sum of the losses, tokens with loss) of each of these samples, in order."""
-    found: dict[int, tuple[float, int]] = {}
-    lengths = data.lengths
-    device = next(model.parameters()).device
-    if not samples:
-        return []
-    [parts] = plan([lengths[sample] for sample in samples], 1, MOST_ROWS, MOST_POSITIONS)
-    for part in parts:
-        rows = [samples[place] for place in part]
-        batch = {name: each.to(device) for name, each in collate(data, rows, pad_id=pad_id).items()}
-        labels = batch.pop("labels")[:, 1:]
-        logits = model(**batch, use_cache=False).logits[:, :-1]
-        chosen = labels != NO_LOSS
-        losses = torch.zeros(labels.shape, dtype=torch.float64, device=device)
-        losses[chosen] = F.cross_entropy(logits[chosen].float(), labels[chosen], reduction="none").double()
-        for row, loss, count in zip(rows, losses.sum(1).tolist(), chosen.sum(1).tolist(), strict=True):
-            found[row] = loss, count
-        tick(len(found))
-    return [found[sample] for sample in samples]
+class Scorer:
+    """A model that gives the losses of samples. It stays as it is, but for its head, which computes losses."""
+
+    def __init__(self, model: Any, tokenizer: Any):
+        self.model, self.forward, self.pad_id = model, HeadLoss(model), tokenizer.pad_token_id or 0
+        self.joins: bool | None = None  # whether a batch is one row without padding; not known before the first samples
+
+    @torch.no_grad()
+    def sample_losses(self, data: Encoded, samples: Sequence[int], tick: Tick) -> list[tuple[float, int]]:
+        """(sum of the losses, tokens with loss) of each of these samples, in order."""
+        if not samples:
+            return []
+        if self.joins is None:
+            self.joins = self._joins(data)
+        lengths, device = data.lengths, next(self.model.parameters()).device
+        [parts] = plan([lengths[sample] for sample in samples], 1, MOST_ROWS, MOST_POSITIONS, flat=self.joins)
+        found: dict[int, tuple[float, int]] = {}
+        for part in parts:
+            rows = [samples[place] for place in part]
+            batch = join(data, rows) if self.joins else collate(data, rows, pad_id=self.pad_id)
+            losses = self.forward.token_losses(**on_device(self.forward.prepare(batch), device), use_cache=False)
+            counts = data.targets[rows].tolist()  # the losses of one sample follow those of another
+            for row, own in zip(rows, losses.double().split(counts), strict=True):
+                found[row] = float(own.sum()), len(own)
+            tick(len(found))
+        return [found[sample] for sample in samples]
+
+    def _joins(self, data: Encoded) -> bool:
+        """As in training: on CPUs, under SDPA, if this model gives the same for samples in one row."""
+        settings, device = self.model.config, next(self.model.parameters()).device
+        if self.forward.prompt or device.type != "cpu" or settings._attn_implementation != "sdpa":
+            return False
+        joined.register()
+        longest = min(context_length(self.model), 1 << 20)
+        return not check_joined(self.model, self.model, data.distinct_ids(), longest, training=False)
 
 
 def choice_scores(
-    model: Any, tokenizer: Any, template: Template, questions: Sequence[Choice], mine: Sequence[int], tick: Tick
+    scorer: Scorer, tokenizer: Any, template: Template, questions: Sequence[Choice], mine: Sequence[int], tick: Tick
 ) -> list[tuple[float, float] | None]:
     """Accuracy of each of my questions, plain and by length; None for one that is longer than the context.
 
     A choice's likelihood is that of its own tokens: those which end an answer in training do not count.
     """
-    pad_id, stop = tokenizer.pad_token_id or 0, stop_ids(tokenizer)
-    longest = min(context_length(model), 1 << 20)
+    stop, longest = stop_ids(tokenizer), min(context_length(scorer.model), 1 << 20)
     found: list[tuple[float, float] | None] = []
     for place in mine:
         question = questions[place]
@@ -69,7 +84,7 @@ def choice_scores(
             found.append(None)
             continue
         data = without_ends(whole, stop)
-        losses = sample_losses(model, data, range(len(data)), pad_id, lambda done: None)
+        losses = scorer.sample_losses(data, range(len(data)), lambda done: None)
         found.append(accuracy(question, [-loss for loss, _ in losses]))
         tick(len(found))
     return found

@@ -20,7 +20,7 @@ from launcher.data.records import load_records, load_rows
 from launcher.data.templates import answer_text, expected_text, prompt_ids
 from launcher.evaluation import harness
 from launcher.evaluation.choices import Choice, read_choices
-from launcher.evaluation.likelihood import choice_scores, encoded, sample_losses
+from launcher.evaluation.likelihood import Scorer, choice_scores, encoded
 from launcher.evaluation.scores import Score, mean, plain, ratio
 from launcher.files import read_json, write_atomically
 from launcher.inference.generate import choose_template
@@ -61,6 +61,7 @@ class Loaded:
     """A model and what its tasks need."""
 
     model: Any
+    scorer: Scorer
     tokenizer: Any
     source: Source
     comm: Communicator
@@ -96,7 +97,10 @@ def _run(asked: Asked, source: Source, comm: Communicator) -> dict[str, Any]:
         "model", lambda: load(source, dtype=asked.dtype, device=device, quantize=asked.quantize)
     )  # fmt: skip
     console = Console(stderr=True, quiet=not ranks.is_main)
-    loaded = Loaded(model=model.eval(), tokenizer=tokenizer, source=source, comm=comm, bars=Bars(console))
+    loaded = Loaded(
+        model=model.eval(), scorer=Scorer(model, tokenizer), tokenizer=tokenizer, source=source, comm=comm,
+        bars=Bars(console),
+    )  # fmt: skip
     found: dict[str, dict[str, Any]] = {}
     for task in asked.tasks:
         found[_named(task)] = {"task": task, "limit": asked.limit or None, **_task(asked, loaded, task)}
@@ -184,7 +188,7 @@ def _choices(asked: Asked, loaded: Loaded, questions: Sequence[Choice]) -> Measu
         found = _gathered(
             loaded,
             choice_scores(
-                loaded.model, loaded.tokenizer, template, some, mine, lambda done: bar(done, of=len(mine))
+                loaded.scorer, loaded.tokenizer, template, some, mine, lambda done: bar(done, of=len(mine))
             ),
         )  # fmt: skip
         right = [each for each in found if each is not None]
@@ -214,9 +218,7 @@ def _records(asked: Asked, loaded: Loaded, file: Path) -> Measure:
 
     def measure(bar: Callable[..., None]) -> Scores:
         mine = _shared(loaded, len(data))
-        losses = sample_losses(
-            loaded.model, data, mine, loaded.tokenizer.pad_token_id or 0, lambda done: bar(done, of=len(mine))
-        )  # fmt: skip
+        losses = loaded.scorer.sample_losses(data, mine, lambda done: bar(done, of=len(mine)))
         scores = {"loss": ratio(_gathered(loaded, [list(each) for each in losses]))}
         if asked.max_tokens:
             mine = _shared(loaded, len(asked_for))

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import shlex
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
 
@@ -16,7 +16,7 @@ from peft import PeftConfig
 from torch import Tensor
 
 from launcher.config import Config, DataConfig
-from launcher.data.batches import PackedAs, collate, target_tokens
+from launcher.data.batches import FLAT, PackedAs, collate, target_tokens
 from launcher.data.crew import TIMEOUT_S, Crew
 from launcher.data.encode import DataReport, Encoded
 from launcher.data.forms import Record
@@ -70,6 +70,11 @@ class Layout:
     windows: Mapping[str, int | None] | None = None  # of packed rows, by type of layer
     padding_mask: bool = True  # rows that are not packed have one
     step: int = 0  # the optimizer step, for what a task draws at random in each; 0 outside training
+
+    @property
+    def flat(self) -> bool:
+        """Whether a batch is one row of all its samples, without padding."""
+        return self.attention in (*FLAT, "joined")
 
 
 class Table(NamedTuple):
@@ -220,6 +225,8 @@ class NextToken(Task, Protocol):
     def collate(self, data: Encoded, rows: Sequence[Any], layout: Layout) -> Batch:
         if layout.attention == "joined":
             return join(data, rows)
+        if layout.flat and not layout.packing:
+            rows, layout = [[row] for row in rows], replace(layout, packing=True)
         return collate(
             data, rows, pad_id=layout.pad_id, packing=layout.packing, attention=layout.attention,
             windows=layout.windows, padding_mask=layout.padding_mask,

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from typing import Any, TypeVar
 
 import torch
@@ -33,6 +33,7 @@ class Evaluation:
     forward: Callable[..., Any]  # the model itself, or its engine's forward
     tokenizer: Any
     device: torch.device
+    layout: Layout = field(default_factory=Layout)  # of a batch, as the model was found to compute it
     rank: int = 0
     world_size: int = 1
     gathers: bool = False  # a forward pass is a collective: every rank must make the same number of them
@@ -56,12 +57,12 @@ class Evaluation:
         """All held-out samples in micro-batches of similar length, those of most positions first."""
         lengths = self.held_out.lengths
         most_positions = self.config.optimizer.micro_batch_tokens or mean_positions(lengths, self.batch_size)
-        [parts] = plan(lengths, 1, self.batch_size, most_positions)
+        [parts] = plan(lengths, 1, self.batch_size, most_positions, flat=self.layout.flat)
         return parts
 
     def batch(self, task: Task, rows: Sequence[int]) -> Batch:
         """These held-out samples, unpacked, on the device."""
-        layout = Layout(pad_id=padding_id(self.tokenizer))
+        layout = replace(self.layout, pad_id=padding_id(self.tokenizer))
         return on_device(task.collate(self.held_out, rows, layout), self.device)
 
     def total(

@@ -131,7 +131,8 @@ class Prefer(Instruct):
     def collate(self, data: Encoded, rows: Sequence[int], layout: Layout) -> Batch:
         assert isinstance(data, Pairs)
         order = [2 * row for row in rows] + [2 * row + 1 for row in rows]
-        return collate(data.answers, order, pad_id=layout.pad_id) | {"preference": data.preference}
+        batch = collate(data.answers, order, pad_id=layout.pad_id, padding_mask=layout.padding_mask)
+        return batch | {"preference": data.preference}
 
     def loss(self, forward: Callable[..., Any], batch: Batch, targets: int) -> Tensor:
         losses, _ = compare(forward, batch)

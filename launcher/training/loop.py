@@ -22,7 +22,6 @@ from torch import Tensor
 
 from adapters.schedule import Schedule
 from launcher.config import Config, OptimizerConfig
-from launcher.data.batches import FLAT
 from launcher.data.microbatches import GlobalBatch, GlobalBatches
 from launcher.engines.engine import Engine, NonFinite
 from launcher.engines.replicated import sum_over_ranks
@@ -299,10 +298,8 @@ def gradients(training: Training, step: int) -> tuple[Tensor, Tensor, GlobalBatc
 
 def collated(training: Training, rows: Sequence[Any], step: int = 0) -> Batch:
     """These training rows as one batch of this step in main memory, ready to be copied."""
-    packing, way = training.config.data.packing, training.packed_as
-    if way.attention in FLAT and not packing:
-        packing, rows = True, [[row] for row in rows]
-    layout = Layout(pad_id=padding_id(training.tokenizer), packing=packing, step=step, **way._asdict())
+    pad_id, packing = padding_id(training.tokenizer), training.config.data.packing
+    layout = Layout(pad_id=pad_id, packing=packing, step=step, **training.packed_as._asdict())
     batch = training.task.collate(training.samples.train, rows, layout)
     prepare = getattr(training.forward, "prepare", None)  # of HeadLoss
     return pinned(prepare(batch) if prepare else batch)
@@ -376,7 +373,10 @@ def written_answers(training: Training) -> list[tuple[Question, str]]:
 
 
 def evaluation_of(training: Training) -> Evaluation:
-    """The model as it is now and the held-out samples, for the task's evaluation on all ranks."""
+    """The model as it is now and the held-out samples, for the task's evaluation on all ranks.
+
+    A batch is laid out as in training, but never packed by `--packing`.
+    """
     ranks, engine = training.comm.ranks, training.engine
 
     def add_up(tensor: Tensor) -> Tensor:
@@ -389,6 +389,7 @@ def evaluation_of(training: Training) -> Evaluation:
         samples=training.samples,
         model=engine.model,
         forward=training.forward,
+        layout=Layout(**training.packed_as._asdict()),
         tokenizer=training.tokenizer,
         device=training.device,
         rank=ranks.rank,

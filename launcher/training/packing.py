@@ -7,35 +7,20 @@ a model whose outputs differ is refused.
 
 from __future__ import annotations
 
-import itertools
 import math
-import re
-from collections.abc import Callable, Iterator, Sequence
-from types import SimpleNamespace
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
-from launcher.data.batches import PackedAs, collate
-from launcher.data.joined import join, shared_beginning
-from launcher.tasks.base import on_device
+from launcher.data.batches import PackedAs
+from launcher.tasks.joining import COARSE, FLOOR, limits
 
 SHORT = 24  # tokens of a probed sample
-JOINED = [4, 6, 3, 5]  # tokens of a beginning and of three samples behind it
-# Allowed difference of the second sample's outputs, packed and separate, as a share of their norm: so much above that
-# of the first sample, which no other can reach, or this floor. Attention across samples moves them by 0.01 to 1 on
-# random models, a recurrent state by 1e-3 and more; rounding by 1e-6 in float32.
-TIMES, FLOOR = 3.0, {torch.float32: 3e-5, torch.float64: 1e-9}
-COARSE = 5e-3
-WINDOW = re.compile(r"window|chunk|top_?k$")
-
-
-def limits(settings: Any, longest: int) -> list[int]:
-    """Windows and chunks below `longest` tokens that a model's config names, in its sub-configs as well."""
-    return sorted(
-        {value for name, value in _numbers(settings.to_dict()) if WINDOW.search(name) and 1 < value < longest}
-    )
+# Allowed difference of the second sample's outputs, packed and separate: so many times that of the first sample, which
+# no other can reach, or the floor of the dtype.
+TIMES = 3.0
 
 
 class Way(NamedTuple):
@@ -154,80 +139,23 @@ def needs_padding_mask(model: Any, forward: Callable[..., Any], ids: Tensor) -> 
     if getattr(model.config.get_text_config(), "output_router_logits", False):
         return True  # the loss that balances experts leaves padding out
     training, tokens = model.training, ids[torch.arange(SHORT) % len(ids)][None]
+    dtype, found = next(model.parameters()).dtype, []
     batch = {"input_ids": tokens, "position_ids": torch.arange(SHORT, device=ids.device)[None]}
     mask = torch.ones_like(tokens)
     mask[0, SHORT // 2 :] = 0
-    outputs = []
-    model.train()  # some models build another mask there
     try:
-        for masked in ({"attention_mask": mask}, {}):
-            torch.manual_seed(0)  # equal draws give both passes the same dropout
-            outputs.append(forward(**batch, **masked, use_cache=False).logits[mask.bool()].float())
+        for mode in (True, False):  # some models build another mask for training
+            model.train(mode)
+            outputs = []
+            for masked in ({"attention_mask": mask}, {}):
+                torch.manual_seed(0)  # equal draws give both passes the same dropout
+                outputs.append(forward(**batch, **masked, use_cache=False).logits[mask.bool()].float())
+            found.append(float((outputs[0] - outputs[1]).norm() / outputs[0].norm()))
     except Exception:  # code of a model that needs a mask may raise any error
         return True
     finally:
         model.train(training)
-    apart = float((outputs[0] - outputs[1]).norm() / outputs[0].norm())
-    return not apart <= FLOOR.get(next(model.parameters()).dtype, COARSE)
-
-
-@torch.no_grad()
-def check_joined(model: Any, forward: Callable[..., Any], ids: Tensor, longest: int) -> str:
-    """Why samples cannot stand in one row behind the beginning they share; nothing if they can. Called by all ranks.
-
-    forward computes the model's output. ids are valid tokens on the model's device.
-    """
-    settings = model.config.get_text_config()
-    if near := limits(model.config, longest):
-        return f"this model looks {near[0]} tokens back"
-    if getattr(settings, "output_router_logits", False):
-        return "the loss that balances experts counts each token"
-    if any(isinstance(module, nn.Dropout) and module.p for module in model.modules()):
-        return "dropout is drawn for each sample"
-    drawn = ids[torch.arange(sum(JOINED)) % len(ids)].cpu()
-    beginning, *rests = drawn.split(JOINED)
-    samples = [torch.cat([beginning, rest]) for rest in rests]
-    offsets = torch.tensor([0, *itertools.accumulate(map(len, samples))])
-    last = torch.zeros(int(offsets[-1]), dtype=torch.bool)
-    last[offsets[1:] - 1] = True
-    known: Any = SimpleNamespace(ids=torch.cat(samples).int(), loss=last, offsets=offsets)
-    rows, joined = range(len(samples)), join(known, range(len(samples)))
-    shared = shared_beginning(samples, list(last.split([len(sample) for sample in samples])))
-    others = slice(len(samples[0]), len(samples[0]) + len(samples[1]) - shared)  # the second sample's own places
-    changed = joined | {"input_ids": joined["input_ids"].clone()}
-    changed["input_ids"][0, others] = joined["input_ids"][0, others].flip(0)
-
-    def outputs(batch: dict[str, Any]) -> Tensor:
-        without = {name: value for name, value in batch.items() if name != "labels"}
-        return forward(**on_device(without, ids.device), use_cache=False).logits.float()
-
-    def in_one_row(parts: Sequence[Tensor]) -> Tensor:
-        return torch.cat([parts[0][:shared], *(part[shared:] for part in parts)])
-
-    def apart(one: Tensor, other: Tensor) -> float:
-        return float((one - other).norm() / other.norm())
-
-    dtype, training = next(model.parameters()).dtype, model.training
-    narrow, floor = dtype not in FLOOR, FLOOR.get(dtype, COARSE)
-    model.train()  # some models build another mask there
-    try:
-        together, besides = outputs(joined)[0], outputs(changed)[0]
-        padded: Any = outputs(collate(known, rows, pad_id=0)) if narrow else []
-        alone = in_one_row([outputs(collate(known, [row], pad_id=0))[0] for row in rows])
-    except Exception as error:  # code of a model that expects another mask may raise any error
-        return f"this model does not take them so ({type(error).__name__}: {next(iter(str(error).splitlines()), '')})"
-    finally:
-        model.train(training)
-    cut = [part[: len(sample)] for part, sample in zip(padded, samples, strict=False)]
-    rounding = apart(in_one_row(cut), alone) if narrow else 0.0  # float32 is compared with the floor
-    # Rounding differs with the shapes of products, not with the tokens of other samples: this sees what a few per mille
-    # of bfloat16 would hide.
-    leak = max(apart(besides[part], together[part]) for part in (slice(others.start), slice(others.stop, None)))
-    if leak > max(rounding, floor):
-        return f"in this model one sample's outputs change by {leak:.2g} with another's tokens"
-    if (off := apart(together, alone)) > max(5 * rounding, floor):
-        return f"this model's outputs differ by {off:.2g} if samples stand in one row, by {rounding:.2g} by rounding"
-    return ""
+    return not all(apart <= FLOOR.get(dtype, COARSE) for apart in found)
 
 
 @torch.no_grad()
@@ -253,11 +181,3 @@ def _differs(
 def _logits(forward: Callable[..., Any], batch: dict[str, Any]) -> Tensor:
     """(tokens, vocabulary) of a batch of one row."""
     return forward(**batch, use_cache=False).logits[0]
-
-
-def _numbers(settings: dict[str, Any]) -> Iterator[tuple[str, int]]:
-    for name, value in settings.items():
-        if isinstance(value, dict):
-            yield from _numbers(value)
-        elif isinstance(value, int) and not isinstance(value, bool):
-            yield name, value

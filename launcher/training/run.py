@@ -46,6 +46,7 @@ from launcher.models.suitable import leave_out, reach, unmatched
 from launcher.packages import versions
 from launcher.processes import Communicator, Ranks, Stopped, connect, print_error, same_everywhere
 from launcher.tasks.base import Layout, Samples, on_device, padding_id
+from launcher.tasks.joining import check_joined
 from launcher.training import factoring
 from launcher.training.ending import post, tell
 from launcher.training.factoring import Factoring
@@ -57,7 +58,6 @@ from launcher.training.packing import (
     Way,
     candidates,
     check_causal,
-    check_joined,
     check_labels,
     check_packing,
     needs_padding_mask,
@@ -206,7 +206,7 @@ def _run(
         from launcher.training.compiled import compile_layers  # torch's compiler takes a second to import
 
         comm.each("compile", lambda: compile_layers(base))
-    batches_of_run = replace(batches_of_run, flat=packed_as.attention in (*batches.FLAT, "joined"))
+    batches_of_run = replace(batches_of_run, flat=Layout(**packed_as._asdict()).flat)
     _introduce(start, identity, samples, engine, steps, batches_of_run.token_share())
 
     # 4. Train.

@@ -15,7 +15,7 @@ from launcher.cli import main
 from launcher.data.templates import load_template
 from launcher.evaluation import harness
 from launcher.evaluation.choices import Choice, accuracy, read_choices
-from launcher.evaluation.likelihood import choice_scores, encoded, sample_losses
+from launcher.evaluation.likelihood import Scorer, choice_scores, encoded
 from launcher.evaluation.scores import mean, ratio
 
 QUESTIONS = [
@@ -86,7 +86,7 @@ def test_a_choice_is_as_likely_as_its_own_tokens(loaded):
             likelihoods.append(sum(logits[at - 1, ids[at]].item() for at in range(begin, len(ids))))
         by_hand.append(accuracy(question, likelihoods))
 
-    found = choice_scores(model, tokenizer, template, questions, range(4), lambda done: None)
+    found = choice_scores(Scorer(model, tokenizer), tokenizer, template, questions, range(4), lambda done: None)
 
     assert found == by_hand
 
@@ -103,11 +103,33 @@ def test_losses_in_batches_are_those_of_single_samples(loaded):
     records = [{"instruction": "Say " + "so " * i, "input": "", "output": "yes " * (i + 1)} for i in range(20)]
     data = encoded(records, tokenizer, model, load_template("short", tokenizer, conversations=False))
 
-    together = sample_losses(model, data, range(20), 0, lambda done: None)
-    alone = [sample_losses(model, data, [i], 0, lambda done: None)[0] for i in range(20)]
+    scorer = Scorer(model, tokenizer)
+
+    together = scorer.sample_losses(data, range(20), lambda done: None)
+    alone = [scorer.sample_losses(data, [i], lambda done: None)[0] for i in range(20)]
 
     assert [count for _, count in together] == data.targets.tolist()
     assert [loss for loss, _ in together] == pytest.approx([loss for loss, _ in alone], rel=1e-5)
+
+
+def test_choices_are_computed_behind_their_question_once_with_logits_of_their_own_tokens_alone(babyllama):
+    model, tokenizer = AutoModelForCausalLM.from_pretrained(babyllama), AutoTokenizer.from_pretrained(babyllama)
+    template = load_template("short", tokenizer, conversations=False)
+    [question] = read_choices([QUESTIONS[0] | {"question": "Which of these words is an animal? " * 4}], "here")
+    data, computed = encoded(question.records(), tokenizer, model, template), []
+    scorer = Scorer(model.eval(), tokenizer)
+    scorer.sample_losses(data, [0, 1, 2], lambda done: None)  # which checks the model
+    model.get_input_embeddings().register_forward_hook(lambda _, given, out: computed.append(given[0].shape))
+    before = scorer.forward.logits_rows
+
+    joined = scorer.sample_losses(data, [0, 1, 2], lambda done: None)
+
+    assert computed == [(1, data.lengths[0] + sum(int(n) + 1 for n in data.targets[1:]))]  # and the token before each
+    assert scorer.forward.logits_rows - before == int(data.targets.sum())
+    scorer.joins = False
+    padded = scorer.sample_losses(data, [0, 1, 2], lambda done: None)
+    assert [count for _, count in joined] == [count for _, count in padded] == data.targets.tolist()
+    assert [loss for loss, _ in joined] == pytest.approx([loss for loss, _ in padded], rel=1e-6)
 
 
 def test_standard_errors_are_those_of_statistics():

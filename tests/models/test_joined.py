@@ -10,7 +10,7 @@ from launcher.data.batches import collate
 from launcher.data.encode import Encoded
 from launcher.data.joined import join, shared_beginning
 from launcher.models import joined
-from launcher.training.packing import check_joined
+from launcher.tasks.joining import check_joined
 
 SIZES = {"vocab_size": 64, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 4}
 IDS = torch.arange(3, 60)
@@ -82,6 +82,7 @@ def test_models_that_do_not_are_named_with_the_reason(monkeypatch):
 
     assert check_joined(windowed, windowed, IDS, 64) == "this model looks 6 tokens back"
     assert check_joined(dropped, dropped, IDS, 64) == "dropout is drawn for each sample"
+    assert check_joined(dropped, dropped, IDS, 64, training=False) == ""  # nothing is dropped in evaluation
     assert check_joined(balanced, balanced, IDS, 64) == "the loss that balances experts counts each token"
     assert "TypeError" in check_joined(plain, takes_no_samples, IDS, 64)
 
@@ -91,6 +92,18 @@ def test_models_that_do_not_are_named_with_the_reason(monkeypatch):
     monkeypatch.setitem(AttentionInterface._global_mapping, "sdpa", apart)
 
     assert "with another's tokens" in check_joined(plain, plain, IDS, 64)
+
+
+def test_a_model_that_keeps_samples_apart_in_training_alone_is_refused():
+    model = made("llama")
+
+    def forward(**batch):
+        output = model(**batch)
+        if not model.training:  # a token sees the one before it, of another sample too
+            output.logits = output.logits + output.logits.roll(1, dims=1)
+        return output
+
+    assert "differ by" in check_joined(model, forward, IDS, 64)
 
 
 def test_a_batch_of_rows_is_computed_as_before():

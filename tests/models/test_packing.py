@@ -19,7 +19,8 @@ from transformers import (
 from launcher.config import DataConfig
 from launcher.data.batches import collate
 from launcher.data.encode import Encoded
-from launcher.training.packing import Way, candidates, check_packing, limits
+from launcher.tasks.joining import limits
+from launcher.training.packing import Way, candidates, check_packing
 
 WINDOW = {"sliding_window": 16}
 TYPES = {"layer_types": ["sliding_attention", "full_attention"]}

@@ -61,6 +61,18 @@ def test_a_model_whose_outputs_depend_on_padding_keeps_its_mask():
     assert needs_padding_mask(model, forward, IDS)
 
 
+def test_a_model_whose_outputs_depend_on_padding_in_evaluation_alone_keeps_its_mask():
+    model = made("llama")
+
+    def forward(attention_mask=None, **batch):
+        output = model(attention_mask=attention_mask, **batch)
+        if not model.training and attention_mask is not None:
+            output.logits = output.logits * 1.01
+        return output
+
+    assert needs_padding_mask(model, forward, IDS)
+
+
 def test_a_model_that_takes_no_batch_without_a_mask_keeps_it():
     model = made("llama")
 

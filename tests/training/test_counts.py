@@ -17,7 +17,7 @@ from torch.utils._pytree import tree_leaves
 from launcher.config import AdapterConfig, Config, DataConfig, ModelConfig, OptimizerConfig, RunConfig
 from launcher.data.joined import join
 from launcher.data.microbatches import positions
-from launcher.tasks.base import on_device
+from launcher.tasks.base import Layout, on_device
 from launcher.training import loop
 from launcher.training import run as run_module
 
@@ -66,7 +66,7 @@ def training(request, stories, alpaca_file, tmp_path, monkeypatch):
     monkeypatch.setattr(run_module, "train", lambda training, resume: found.append(training) or "stopped")
     config = Config(
         model=ModelConfig(model=str(stories), dtype="float32"),
-        data=DataConfig(data=str(alpaca_file), prompt_template="short", max_length=200),
+        data=DataConfig(data=str(alpaca_file), eval_records=8, prompt_template="short", max_length=200),
         adapter=AdapterConfig(rank=8, targets=("all-linear",)),
         optimizer=OptimizerConfig(batch_size=24, micro_batch_size=4, max_steps=3),
         run=RunConfig(output=str(tmp_path / "run"), cache=str(tmp_path / "cache"), report=False),
@@ -113,6 +113,31 @@ def test_joined_samples_are_computed_without_padding_and_their_beginning_once(tr
     assert sorted(computed) == sorted(once)
     assert sum(once) < sum(data.lengths[row] for row in batch.rows)
     assert not operations.waits
+
+
+@pytest.mark.parametrize("training", ["padded", "joined"], indirect=True)
+def test_evaluation_computes_no_more_than_training_would_and_gives_the_loss_of_padded_rows(training):
+    computed = []
+    model = training.engine.model.get_base_model()
+    model.get_input_embeddings().register_forward_hook(lambda _, given, out: computed.append(given[0].numel()))
+    padded = replace(loop.evaluation_of(training), layout=Layout())
+    model.eval()
+    wanted = training.task.evaluate(padded)["eval_loss"]
+    computed.clear()
+    before = training.forward.logits_rows
+
+    found = loop.evaluate(training)["eval_loss"]
+
+    data, evaluation = training.samples.held_out, loop.evaluation_of(training)
+    if evaluation.layout.flat:
+        once = [len(join(data, part)["input_ids"][0]) for part in evaluation.micro_batches]
+        assert sum(once) < sum(data.lengths)
+    else:
+        once = [positions(part, data.lengths) for part in evaluation.micro_batches]
+        assert "attention_mask" not in evaluation.batch(training.task, [0, 1])
+    assert sorted(computed) == sorted(once)
+    assert training.forward.logits_rows - before == int(data.targets.sum())
+    assert found == pytest.approx(wanted, rel=1e-6)
 
 
 @pytest.mark.parametrize("training", ["padded", "joined"], indirect=True)
