@@ -2,7 +2,8 @@
 
     python benchmarks/methods.py [FOLDER]   # resumes; benchmarks/results/methods.json and methods.svg
     python benchmarks/methods.py --left     # the runs that are left, and about how long they take
-    python benchmarks/methods.py --table    # the README's tables and the plot from the results so far
+    python benchmarks/methods.py --table    # the tables of docs/methods.md and the plot from the results so far
+    python benchmarks/methods.py --model smollm2 ...   # the same on SmolLM2-135M-Instruct: methods_smollm2.py
 
 FOLDER (../shared/data) holds models/babyllama-361, models/stories260K, instruction/*.json and classification/*.tsv.
 In pretraining both models ended each text with <s> and never saw </s>, whose embedding is parallel (cosine 0.999 and
@@ -21,6 +22,7 @@ from __future__ import annotations
 
 import argparse
 import ctypes
+import fcntl
 import gc
 import io
 import itertools
@@ -33,8 +35,9 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Collection, Iterator, Mapping
 from contextlib import contextmanager, redirect_stderr, redirect_stdout
+from dataclasses import dataclass
 from pathlib import Path
 from statistics import mean, median, stdev
 from typing import Any
@@ -178,17 +181,22 @@ def measure(row: dict[str, Any], work: Path) -> dict[str, Any]:
         ),
         run=RunConfig(output=str(work / "run"), cache=str(work / "cache"), resume="never"),
     )
-    shutil.rmtree(work / "run", ignore_errors=True)
+    return {**row, **outcome(config)}
+
+
+def outcome(config: Config) -> dict[str, Any]:
+    """Train in a folder that is emptied first: losses before and after, trained numbers, frozen bytes, time, memory."""
+    folder = Path(str(config.run.output))
+    shutil.rmtree(folder, ignore_errors=True)
     said, started = io.StringIO(), time.process_time()
     with watched() as (seen, on_step), redirect_stdout(said), redirect_stderr(said):
         failed = run(config, "benchmark", on_step=on_step)
     if failed and "the loss is nan" not in said.getvalue() and "the loss is inf" not in said.getvalue():
-        raise SystemExit(f"{row} failed:\n{said.getvalue()}")
-    events = [json.loads(line) for line in (work / "run" / "events.jsonl").read_text().splitlines()]
+        raise SystemExit(f"{config.adapter} failed:\n{said.getvalue()}")
+    events = [json.loads(line) for line in (folder / "events.jsonl").read_text().splitlines()]
     evaluations = [event for event in events if "eval_loss" in event]
     first, last = evaluations[0], {"eval_loss": None} if failed else evaluations[-1]  # None: it diverged
     return {
-        **row,
         "before": first["eval_loss"], "loss": last["eval_loss"],
         "exact_before": first.get("exact_match"), "exact": last.get("exact_match"),
         "trained": seen["trained"], "frozen_bytes": seen["frozen_bytes"], "step_ms": seen["step_ms"],
@@ -241,12 +249,33 @@ def tensors_of(model: Any) -> dict[str, int]:
     return {"trained": trained, "frozen_bytes": sum(frozen.values())}
 
 
+@dataclass(frozen=True)
+class Study:
+    """What a campaign runs. A cell is a model and a task; a row identifies a run."""
+
+    results: Path
+    methods: Mapping[str, Mapping[str, Any]]  # with the first guess of a learning rate under "rate"
+    plan: tuple[tuple[str, str, str], ...]  # (method, model, task) in the order of running
+    what: Callable[[str, str, str, float, int, str], dict[str, Any]]  # model, task, method, rate, seed, split -> row
+    measure: Callable[[dict[str, Any], Path], dict[str, Any]]  # row, work folder -> the row and what came out
+    prepare: Callable[[Path, Path], None]  # write models and data from the first folder into the second
+    seeds: tuple[int, ...]
+    without_search: Collection[str] = ()  # tasks at the first cell's best rate
+
+    @property
+    def first(self) -> tuple[str, str]:
+        return self.plan[0][1:]
+
+
 class Campaign:
     """The results so far, and the runs that are left."""
 
-    def __init__(self, shared: Path):
-        self.shared = shared
-        self.found: list[dict[str, Any]] = json.loads(RESULTS.read_text())["runs"] if RESULTS.exists() else []
+    def __init__(self, study: Study, shared: Path):
+        self.study, self.shared = study, shared
+        self.found: list[dict[str, Any]] = self.read()
+
+    def read(self) -> list[dict[str, Any]]:
+        return json.loads(self.study.results.read_text())["runs"] if self.study.results.exists() else []
 
     def result(self, row: dict[str, Any]) -> dict[str, Any] | None:
         return next((old for old in self.found if row.items() <= old.items()), None)
@@ -257,27 +286,29 @@ class Campaign:
         assert result is not None, row
         return math.inf if result["loss"] is None else result["loss"]
 
+    def searched(self, name: str, model: str, task: str, rate: float) -> dict[str, Any]:
+        return self.study.what(model, task, name, rate, 0, "validation")
+
     def next(self, name: str, model: str, task: str) -> dict[str, Any] | None:
         """The next run of a method on a model and a task; None if all are done."""
-        searched = lambda rate: what(model, task, name, rate, 0, "validation")  # noqa: E731
-        for rate in self.rates(name, model, task):
-            if self.result(searched(rate)) is None:
-                return searched(rate)
+        for rate in self.rates(name, model, task) if task not in self.study.without_search else ():
+            if self.result(self.searched(name, model, task, rate)) is None:
+                return self.searched(name, model, task, rate)
         best = self.best(name, model, task)
-        for seed in SEEDS:
-            if self.result(row := what(model, task, name, best, seed, "test")) is None:
+        for seed in self.study.seeds:
+            if self.result(row := self.study.what(model, task, name, best, seed, "test")) is None:
                 return row
         return None
 
     def rates(self, name: str, model: str, task: str) -> list[float]:
         """The learning rates to try: three around the guess (the first cell's best, if known), then beyond an edge."""
-        guess = METHODS[name]["rate"]
-        if (model, task) != CELLS[0] and self.next(name, *CELLS[0]) is None:
-            guess = self.best(name, *CELLS[0])
+        guess = self.study.methods[name]["rate"]
+        if (model, task) != self.study.first and self.next(name, *self.study.first) is None:
+            guess = self.best(name, *self.study.first)
         low = high = RATES.index(guess)
         low, high = low - 1, high + 1
         while True:
-            rows = [what(model, task, name, rate, 0, "validation") for rate in RATES[low : high + 1]]
+            rows = [self.searched(name, model, task, rate) for rate in RATES[low : high + 1]]
             if any(self.result(row) is None for row in rows):
                 return [row["rate"] for row in rows]
             losses = [self.loss(row) for row in rows]
@@ -291,57 +322,79 @@ class Campaign:
 
     def best(self, name: str, model: str, task: str) -> float:
         """The learning rate with the lowest validation loss, once all were tried."""
+        if task in self.study.without_search:
+            model, task = self.study.first
         rates = self.rates(name, model, task)
-        return min(rates, key=lambda rate: self.loss(what(model, task, name, rate, 0, "validation")))
+        return min(rates, key=lambda rate: self.loss(self.searched(name, model, task, rate)))
 
     def tested(self, name: str, model: str, task: str) -> list[dict[str, Any]]:
         """The test runs, or none while some are missing."""
         if self.next(name, model, task) is not None:
             return []
         best = self.best(name, model, task)
-        return [self.result(what(model, task, name, best, seed, "test")) or {} for seed in SEEDS]
+        return [self.result(self.study.what(model, task, name, best, seed, "test")) or {} for seed in self.study.seeds]
 
-    def run_all(self) -> None:
+    def run_all(self, only: Collection[str] = ()) -> None:
+        """Run what is left, of these methods only if any are given; several processes may share one results file."""
         with tempfile.TemporaryDirectory() as temporary:
             work = Path(temporary)
-            write_data(self.shared, work)
-            write_models(self.shared, work)
-            for name, model, task in plan():
-                while (row := self.next(name, model, task)) is not None:
-                    self.found.append(measure(row, work))
-                    self.save()
-                    done = self.found[-1]
+            self.study.prepare(self.shared, work)
+            for name, model, task in self.study.plan:
+                while (not only or name in only) and (row := self.next(name, model, task)) is not None:
+                    done = self.study.measure(row, work)
+                    self.save(done)
                     print(
                         *(done[key] for key in ("model", "task", "method", "rate", "seed", "loss", "cpu_s")), flush=True
                     )
 
-    def save(self) -> None:
+    def save(self, row: dict[str, Any]) -> None:
+        """Add a row to the results file, which other processes may have changed."""
         commit = subprocess.run(["git", "rev-parse", "HEAD"], capture_output=True, text=True, cwd=REPO).stdout.strip()
         head = {"date": time.strftime("%Y-%m-%d"), "commit": commit, "machine": f"{platform.machine()}, 1 thread"}
-        rows = ",\n".join(json.dumps(row) for row in self.found)
-        partial = RESULTS.with_suffix(".tmp")
-        partial.write_text(f'{json.dumps(head)[:-1]}, "runs": [\n{rows}\n]}}\n')
-        partial.replace(RESULTS)
+        partial = self.study.results.with_suffix(".tmp")
+        with self.study.results.with_suffix(".lock").open("w") as lock:
+            fcntl.flock(lock, fcntl.LOCK_EX)
+            self.found = [*self.read(), row]
+            rows = ",\n".join(json.dumps(row) for row in self.found)
+            partial.write_text(f'{json.dumps(head)[:-1]}, "runs": [\n{rows}\n]}}\n')
+            partial.replace(self.study.results)
 
     def left(self) -> str:
         """How many runs are left, if no search extends beyond an edge, and about how long they take."""
         count, seconds = 0, 0.0
-        for name, model, task in plan():
-            rates = self.rates(name, model, task)
-            tried = sum(self.result(what(model, task, name, rate, 0, "validation")) is not None for rate in rates)
-            missing = len(rates) - tried + len(SEEDS)
-            if tried == len(rates):
-                best = self.best(name, model, task)
-                missing -= sum(self.result(what(model, task, name, best, seed, "test")) is not None for seed in SEEDS)
-            like = [row["cpu_s"] for row in self.found if row["model"] == model] or [12.0]
+        for name, model, task in self.study.plan:
+            missing = len(self.study.seeds)
+            searched = True
+            if task not in self.study.without_search:
+                rates = self.rates(name, model, task)
+                tried = sum(self.result(self.searched(name, model, task, rate)) is not None for rate in rates)
+                missing, searched = missing + len(rates) - tried, tried == len(rates)
+            elif self.next(name, *self.study.first) is not None:
+                searched = False
+            if searched:
+                best, what = self.best(name, model, task), self.study.what
+                missing -= sum(
+                    self.result(what(model, task, name, best, seed, "test")) is not None for seed in self.study.seeds
+                )
+            like = [row["cpu_s"] for row in self.found if row["model"] == model and row["task"] == task]
+            like = like or [row["cpu_s"] for row in self.found if row["model"] == model] or [12.0]
             count, seconds = count + missing, seconds + missing * mean(like)
         return f"{len(self.found)} runs made, at least {count} left: about {seconds / 60:.0f} minutes of one free core"
 
 
-def plan() -> list[tuple[str, str, str]]:
+def prepare(shared: Path, work: Path) -> None:
+    write_data(shared, work)
+    write_models(shared, work)
+
+
+def plan() -> tuple[tuple[str, str, str], ...]:
     """(method, model, task) in the order of running."""
     names = list(METHODS)
-    return [*((name, *CELLS[0]) for name in names), *((name, *cell) for cell in CELLS[1:] for name in names[:FIRST])]
+    return (*((name, *CELLS[0]) for name in names), *((name, *cell) for cell in CELLS[1:] for name in names[:FIRST]))
+
+
+def study() -> Study:
+    return Study(RESULTS, METHODS, plan(), what, measure, prepare, SEEDS)
 
 
 def tables(campaign: Campaign) -> str:
@@ -389,20 +442,23 @@ STYLE = (  # readable on a white and on a dark page
 
 def plot(campaign: Campaign) -> str:
     """Held-out loss against trained numbers on the first cell, as SVG: a bar from the best to the worst seed."""
-    tested = {name: runs for name in METHODS if (runs := campaign.tested(name, *CELLS[0]))}
+    cell, methods = campaign.study.first, campaign.study.methods
+    tested = {name: runs for name in methods if (runs := campaign.tested(name, *cell))}
     tested = {name: runs for name, runs in tested.items() if all(run["loss"] is not None for run in runs)}
     losses = {name: [run["loss"] for run in runs] for name, runs in tested.items()}
     order = sorted(tested, key=lambda name: -mean(losses[name]))  # as the axis has them
     low = math.floor(min(map(min, losses.values())) * 10) / 10
     high = math.ceil(max(map(max, losses.values())) * 10) / 10
-    first, last = 3, 6  # powers of ten of trained numbers
+    steps = next(iter(tested.values()))[0]["steps"]
+    powers = [math.log10(runs[0]["trained"]) for runs in tested.values()]
+    first, last = math.floor(min(powers)), math.ceil(max(powers) - 0.01)
     x = lambda trained: 50 + 470 * (math.log10(trained) - first) / (last - first)  # noqa: E731
     y = lambda loss: 20 + 340 * (high - loss) / (high - low)  # noqa: E731
     parts = [
         '<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 820 410" font-family="sans-serif" font-size="12">',
         f"<style>{STYLE}</style>",
         '<text x="285" y="400" text-anchor="middle">trained numbers</text>',
-        f'<text x="50" y="12">held-out loss, {" on ".join(CELLS[0])}, {STEPS} steps</text>',
+        f'<text x="50" y="12">held-out loss, {" on ".join(cell)}, {steps} steps</text>',
         '<text x="535" y="12" class="ours">red: a core between frozen factors</text>',
     ]
     for power in range(first, last + 1):
@@ -414,7 +470,7 @@ def plot(campaign: Campaign) -> str:
     line = 382.0  # of the last label; each is as near its point as the label below allows
     for name in reversed(order):
         at, found = x(tested[name][0]["trained"]), losses[name]
-        ours = METHODS[name].get("method", "loldu") in OURS
+        ours = methods[name].get("method", "loldu") in OURS
         line = min(line - 17, y(mean(found)) + 4)
         parts += [
             f'<g class="{"ours" if ours else "others"}">'
@@ -429,18 +485,31 @@ def plot(campaign: Campaign) -> str:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("folder", nargs="?", type=Path, default=REPO.parent / "shared" / "data")
+    parser.add_argument(
+        "--model", choices=("small", "smollm2"), default="small", help="small: two Llamas of 1 M and 0.3 M"
+    )
+    parser.add_argument(
+        "--only", action="append", default=[], metavar="METHOD", help="run this method only; may be repeated"
+    )
     parser.add_argument("--left", action="store_true", help="print what is left to run")
     parser.add_argument("--table", action="store_true", help="print the tables and draw the plot from the results")
     chosen = parser.parse_args()
     torch.set_num_threads(1)
-    campaign = Campaign(chosen.folder)
+    if chosen.model == "smollm2":
+        import methods_smollm2 as chosen_study
+    else:
+        chosen_study = sys.modules[__name__]
+    campaign = Campaign(chosen_study.study(), chosen.folder)
+    if unknown := set(chosen.only) - set(campaign.study.methods):
+        parser.error(f"--only {unknown.pop()}: give one of {', '.join(campaign.study.methods)}")
     if not (chosen.left or chosen.table):
-        campaign.run_all()
+        campaign.run_all(chosen.only)
     if not chosen.left:
-        print(tables(campaign))
-        RESULTS.with_suffix(".svg").write_text(plot(campaign))
+        print(chosen_study.tables(campaign))
+        campaign.study.results.with_suffix(".svg").write_text(chosen_study.plot(campaign))
     print(campaign.left())
 
 
 if __name__ == "__main__":
+    sys.modules["methods"] = sys.modules[__name__]  # methods_smollm2 imports it
     main()
