@@ -31,6 +31,7 @@ COMMANDS: Mapping[str, Command] = {
     "cache verify": Command("launcher.factorization.commands:cache_verify", "verify every cached file"),
     "cache prune": Command("launcher.factorization.commands:cache_prune", "remove the least recently used factors"),
     "generate": Command("launcher.inference.commands:generate", "generate answers with a model, adapter or run"),
+    "predict": Command("launcher.inference.commands:predict", "name the classes of texts or images with a classifier"),
     "eval": Command("launcher.evaluation.command:evaluate", "evaluate a model, adapter or run on files and tasks"),
     "chat": Command("launcher.inference.commands:chat", "chat with a model, adapter or run"),
     "serve": Command("launcher.serving.commands:serve", "serve a model and its adapters over HTTP, as OpenAI does"),

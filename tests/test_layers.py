@@ -61,8 +61,8 @@ MAY_IMPORT = {  # beside itself; in the order in which data flows
         "launcher.text",
     },
     "launcher.tasks": {
-        "adapters", "launcher.config", "launcher.data", "launcher.methods", "launcher.models", "launcher.progress",
-        "launcher.tasks.registry",
+        "adapters", "launcher.config", "launcher.data", "launcher.files", "launcher.methods", "launcher.models",
+        "launcher.progress", "launcher.tasks.registry",
     },
     "launcher.training.checkpoint_index": set(),
     "launcher.training.checkpoint": {

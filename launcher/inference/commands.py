@@ -1,10 +1,10 @@
-"""`loldu generate | chat | merge | export-lora`: their options and help. Each function imports its work when called."""
+"""`loldu generate | predict | chat | merge | export-lora`: options and help. Their work is imported when called."""
 
 from __future__ import annotations
 
 from typing import Annotated
 
-from launcher.inference.options import Answering, Drawing, Kind
+from launcher.inference.options import Answering, Classifying, Drawing, Kind
 from launcher.options import Option
 
 
@@ -40,6 +40,34 @@ def generate(
         model, how, prompt=prompt, prompt_file=prompt_file, input=input, data=data, limit=limit, json=json,
         drawing=drawing,
     )  # fmt: skip
+
+
+def predict(
+    model: str,
+    *,
+    text: tuple[str, ...] = (),
+    images: tuple[str, ...] = (),
+    data: str | None = None,
+    limit: int = 0,
+    json: bool = False,
+    how: Classifying = Classifying(),  # noqa: B008 (frozen)
+) -> None:
+    """Name the classes of texts or images, or predict their numbers, with a classifier.
+
+    Args:
+        model: A run folder (runs/NAME), an adapter folder, or a model with a classification head.
+        text: The text to classify; two for a model of pairs of texts.
+        images: Files of images.
+        data: Records as for training (JSON, JSONL, CSV, parquet), or a folder or .zip of images by class. If they have
+            labels, the share of right ones is shown at the end.
+        limit: Classify only the first N records; 0 means all.
+        json: Write one JSON object per line: class and probabilities, or value; with --data also index, expected,
+            match; with --images image.
+        how: The model.
+    """
+    from launcher.inference.predict import predict as run
+
+    run(model, how, text=text, images=images, data=data, limit=limit, json=json)
 
 
 def chat(

@@ -39,6 +39,32 @@ class Answering:
 
 
 @dataclass(frozen=True, kw_only=True)
+class Classifying:
+    """Which classifier, and where its records have what."""
+
+    adapter: str | None = None
+    """Adapter or run folder to load on top of the model."""
+    base: str | None = None
+    """Base model to use instead of the one that the adapter or run names."""
+    columns: tuple[str, ...] = ()
+    """With --data: the column with the text (two for pairs of texts), or with the image. Default: the run's."""
+    label_column: str | None = None
+    """With --data: the column with the label, which may be absent. Default: the run's, or label."""
+    batch_size: int = 16
+    """Texts or images in one forward pass."""
+    max_length: int = 0
+    """Tokens at which a text is cut; 0 is the run's number, or the model's context."""
+    dtype: str = "auto"
+    """auto (the run's, or the one of the model's files), float32, bfloat16 or float16."""
+    quantize: Quantize = "auto"
+    """Precision of the base weights: auto (as in training), none, int8, nf4 or fp4."""
+    device: str = "auto"
+    """auto (a GPU if there is one), cpu, cuda, cuda:1, ..."""
+    trust_remote_code: bool = False
+    """Run Python code from the model's folder. Only for models that you trust."""
+
+
+@dataclass(frozen=True, kw_only=True)
 class Drawing:
     """Pictures of a pipeline of Stable Diffusion."""
 

@@ -10,7 +10,7 @@ import json
 import logging
 import os
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from itertools import chain
@@ -63,37 +63,41 @@ class Source:
     trust_remote_code: bool = False  # never taken from a run's record
 
 
-def find(model: str, *, adapter: str | None = None, base: str | None = None, trust_remote_code: bool = False) -> Source:
+def find(
+    model: str, *, adapter: str | None = None, base: str | None = None, trust_remote_code: bool = False,
+    classifies: bool = False,
+) -> Source:  # fmt: skip
     """Find a model (folder, or hub name in the local cache), an adapter folder or a run folder.
 
     With adapter (an adapter or run folder), model is its base. base replaces the base that an adapter or run names.
-    Nothing is downloaded. Raises ValueError with what was found and what to give instead.
+    classifies: a classifier is wanted. Nothing is downloaded. Raises ValueError with what was found and what to give
+    instead.
     """
     if adapter is not None:
         if base is not None:
             raise ValueError(f"--adapter makes {model} the base model already: leave --base {base} out")
-        source = find(adapter, base=model)
+        source = find(adapter, base=model, classifies=classifies)
         if source.adapter is None:
             raise ValueError(f"--adapter {adapter} holds a whole model: give it alone, without a base")
     else:
-        source = _find(model, base)
-    if is_image_model(model_type(source.base)):
+        source = _find(model, base, classifies)
+    if not classifies and is_image_model(model_type(source.base)):
         raise ValueError(
-            f"{model} classifies images, and this command is for models that write text: load {source.base} with "
-            "AutoModelForImageClassification.from_pretrained(BASE, num_labels=N), then an adapter with "
-            "PeftModel.from_pretrained; merge_and_unload() merges it"
+            f"{model} classifies images, and this command is for models that write text: loldu predict names the "
+            f"classes. To merge, load {source.base} with AutoModelForImageClassification.from_pretrained(BASE, "
+            "num_labels=N), then an adapter with PeftModel.from_pretrained, and call merge_and_unload()"
         )
     return replace(source, trust_remote_code=trust_remote_code)
 
 
-def _find(model: str, base: str | None) -> Source:
+def _find(model: str, base: str | None, classifies: bool) -> Source:
     place = Path(model).expanduser()
     if (place / "adapter_config.json").is_file():
-        return _from_adapter(place, base, recorded_run(place.parent) if place.name == "adapter" else None)
+        return _from_adapter(place, base, recorded_run(place.parent) if place.name == "adapter" else None, classifies)
     run = recorded_run(place)
     if run is not None:
         if (place / "adapter" / "adapter_config.json").is_file():
-            return _from_adapter(place / "adapter", base, run)
+            return _from_adapter(place / "adapter", base, run, classifies)
         if not (place / "model" / "config.json").is_file():
             raise ValueError(f"run {place} has not saved an adapter yet: start it again to finish training")
         place = place / "model"
@@ -110,8 +114,11 @@ def _find(model: str, base: str | None) -> Source:
     return Source(base=folder, base_name=model, tokenizer=tokenizer, saved_template=template, **_recorded(run))
 
 
-def adapter_config(folder: Path) -> Any:
-    """The PEFT config of an adapter folder. Raises ValueError if its weight file is missing, damaged or not finite."""
+def adapter_config(folder: Path, *, classifies: bool = False) -> Any:
+    """The PEFT config of an adapter folder.
+
+    Raises ValueError if its weight file is missing, damaged or not finite, or if it is a classifier and none is wanted.
+    """
     weights = folder / ADAPTER_WEIGHTS
     if not weights.is_file():
         pickled = sorted(folder.glob("adapter_model.*"))
@@ -149,10 +156,11 @@ def adapter_config(folder: Path) -> Any:
             f"{folder / 'adapter_config.json'}: layer_replication copies layers {len(copies):,} times, at most "
             f"{MOST_COPIES} are supported"
         )
-    if config.task_type == "SEQ_CLS":
+    if config.task_type == "SEQ_CLS" and not classifies:
         raise ValueError(
-            f"adapter {folder} is a text classifier, which generates no text: load its base with "
-            "AutoModelForSequenceClassification, then PeftModel.from_pretrained; merge_and_unload() merges it"
+            f"adapter {folder} is a text classifier, which generates no text: loldu predict names the classes. To "
+            "merge, load its base with AutoModelForSequenceClassification, then PeftModel.from_pretrained, and call "
+            "merge_and_unload()"
         )
     return config
 
@@ -163,24 +171,30 @@ def load(source: Source, *, dtype: str = "auto", device: str = "auto", quantize:
     dtype auto: the run's, else the files'. quantize auto: as in training; none: full precision. Raises ValueError if
     the model's logits are not finite.
     """
-    trusted = source.trust_remote_code
-    tokenizer = load_tokenizer(source.tokenizer, trust_remote_code=trusted)
-    if quantize == "auto":
-        already = "quantization_config" in json.loads((source.base / "config.json").read_text(encoding="utf-8"))
-        quantize = "none" if already else source.quantize
-        try:
-            check_quantize(quantize)
-        except ValueError as error:
-            raise ValueError(
-                f"this run trained on a base in {quantize}. {error}; or give --quantize none, which answers with the "
-                "base in full precision"
-            ) from None
+    tokenizer = load_tokenizer(source.tokenizer, trust_remote_code=source.trust_remote_code)
+    quantize = chosen_precision(source, quantize)
     if quantize == "none":
         model = load_model(source, dtype=dtype, device=device)
     else:
         model = load_quantised(source, quantize, dtype=dtype, device=device)
     _check_output(model, source)
     return model, tokenizer
+
+
+def chosen_precision(source: Source, quantize: Quantize) -> Kind:
+    """auto: as in training, unless the files are quantised already. Raises ValueError if it is not possible here."""
+    if quantize != "auto":
+        return quantize
+    already = "quantization_config" in json.loads((source.base / "config.json").read_text(encoding="utf-8"))
+    kind: Kind = "none" if already else source.quantize
+    try:
+        check_quantize(kind)
+    except ValueError as error:
+        raise ValueError(
+            f"this run trained on a base in {kind}. {error}; or give --quantize none, which answers with the base in "
+            "full precision"
+        ) from None
+    return kind
 
 
 @torch.no_grad()
@@ -263,12 +277,21 @@ def _loading() -> Iterator[Callable[[int, int], None]]:
 
 def load_quantised(source: Source, kind: Kind, *, dtype: str = "auto", device: str = "auto") -> Any:
     """The base, quantised weight by weight while it is read, with its adapter if there is one: as in training."""
+    check_quantize(kind)
+    check_base(source.base, kind)
+    adapter = None if source.adapter is None else adapter_config(source.adapter)
+    base = filled(source, kind, adapter, dtype=dtype, device=device)
+    return (base if source.adapter is None else attach(base, source.adapter)).eval()
+
+
+def filled(
+    source: Source, kind: Kind, adapter: Any, *, dtype: str, device: str, head: Mapping[str, Any] | None = None
+) -> Any:
+    """The base on its device, read weight by weight as in training. head: settings of a classification head."""
     from launcher.models.build import choose_dtype
     from launcher.models.fill import Whole, fill
     from launcher.models.skeleton import bare_skeleton
 
-    check_quantize(kind)
-    check_base(source.base, kind)
     dtype, place = _dtype(source, dtype), torch.device(choose_device(device))
     try:
         config = AutoConfig.from_pretrained(source.base, trust_remote_code=source.trust_remote_code)
@@ -278,11 +301,10 @@ def load_quantised(source: Source, kind: Kind, *, dtype: str = "auto", device: s
         dtype = str(config.dtype or torch.float32).removeprefix("torch.")
     dtype = choose_dtype(dtype)
     settings = ModelConfig(model=str(source.base), quantize=kind, trust_remote_code=source.trust_remote_code)
-    adapter = None if source.adapter is None else adapter_config(source.adapter)
-    base = bare_skeleton(settings, source.base, adapter, dtype=dtype, attention=None)
+    base = bare_skeleton(settings, source.base, adapter, dtype=dtype, attention=None, head=head)
     with _loading() as progress:
         fill(base, source.base, lambda *_: None, Whole(), place, progress)  # type: ignore[arg-type]
-    return (base if source.adapter is None else attach(base, source.adapter)).eval()
+    return base
 
 
 def _dtype(source: Source, dtype: str) -> str:
@@ -306,13 +328,13 @@ def choose_device(device: str) -> str:
     return device
 
 
-def attach(model: Any, folder: Path, *, low_cpu_mem_usage: bool = False) -> PeftModel:
+def attach(model: Any, folder: Path, *, low_cpu_mem_usage: bool = False, classifies: bool = False) -> PeftModel:
     """Load an adapter folder of any PEFT method onto the model.
 
     Raises ValueError if the adapter does not fit the model, or if its file holds tensors that are not the adapter's:
     PEFT would load `...base_layer.weight` over the base's own weight without a word.
     """
-    config = adapter_config(folder)
+    config = adapter_config(folder, classifies=classifies)
     check_patterns(config, [name for name, _ in model.named_modules()], folder)
     with safe_open(folder / ADAPTER_WEIGHTS, framework="pt") as opened:
         stored = {name for name in opened.keys() if not _copies_base(model, name, opened.get_tensor(name))}  # noqa: SIM118
@@ -389,8 +411,8 @@ def foreign(folder: Path, names: list[str]) -> str:
     )
 
 
-def _from_adapter(folder: Path, base: str | None, run: dict[str, Any] | None) -> Source:
-    config = adapter_config(folder)
+def _from_adapter(folder: Path, base: str | None, run: dict[str, Any] | None, classifies: bool) -> Source:
+    config = adapter_config(folder, classifies=classifies)
     names = [base] if base else [*_bases(run), *filter(None, [config.base_model_name_or_path])]
     found = next((name for name in names if local_folder(str(Path(name).expanduser())) or local_folder(name)), None)
     if found is None:

@@ -158,7 +158,7 @@ def bare_skeleton(
     """The base alone on the meta device, with its linear layers quantised if --quantize is given.
 
     attention: None takes the model's own choice. head: settings of a classification head, which is never quantised.
-    Head parameters missing in the checkpoint are initialised, not on meta.
+    Head parameters missing in the checkpoint are initialised, not on meta, and named in `drawn_head`.
     """
     base = empty_model(config, folder, dtype=dtype, attention=attention, head=head)
     base.stored = model_tensors(base, list_tensors(folder))  # names are those of the bare model, before adapters
@@ -170,9 +170,9 @@ def bare_skeleton(
             layers = {name: layer for name, layer in layers.items() if not in_head(base, name)}
         quantize_skeleton(base, layers, config.quantize, getattr(torch, dtype))
     if head:
-        new = _new_in_head(base, folder)
-        save_drawn(new, adapter)
-        draw(base, new)
+        base.drawn_head = _new_in_head(base, folder)
+        save_drawn(base.drawn_head, adapter)
+        draw(base, base.drawn_head)
     prepare_base(base, config, folder)
     return base
 

@@ -11,6 +11,7 @@ from __future__ import annotations
 import hashlib
 import math
 import re
+import shlex
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -28,7 +29,7 @@ from launcher.data.files import holds_csv
 from launcher.tasks import label_images
 from launcher.tasks.base import Batch, Layout, Samples, Task, by_length
 from launcher.tasks.evaluation import Evaluation
-from launcher.tasks.labels import Labels, head_settings, metrics, moments
+from launcher.tasks.labels import CLASSES, Labels, head_settings, metrics, moments, save_classes
 
 
 @dataclass(frozen=True)
@@ -111,9 +112,18 @@ class Label(Task):
         loss, sums = evaluation.total(by_length(held_out), measure, size=evaluation.batch_size)
         return {"eval_loss": float(loss) / len(held_out), **metrics(sums, held_out.classes)}
 
+    def add_files(self, samples: Samples, tokenizer: Any, folder: Path) -> None:
+        assert isinstance(samples.train, Labelled)
+        save_classes(samples.train.classes, folder)
+
     def next_steps(self, config: Config, output: Path, saved: Path) -> list[str]:
         adapted = "" if config.adapter.method == "full" else ", then peft.PeftModel.from_pretrained"
-        return [f"Load it with transformers.AutoModelForSequenceClassification{adapted}."]
+        given = "--text " + " ".join("TEXT" for _ in config.data.text_columns)
+        return [
+            f"Name the class of a text: loldu predict {shlex.quote(str(output))} {given}",
+            f"Load it with transformers.AutoModelForSequenceClassification{adapted}; its classes are in "
+            f"{saved / CLASSES}.",
+        ]
 
 
 TASK: Task = Label()

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import shlex
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
@@ -44,9 +45,8 @@ from launcher.models.image_processor import (
 )
 from launcher.tasks.base import Batch, Layout, Sampled, Samples, Task
 from launcher.tasks.evaluation import Evaluation
-from launcher.tasks.labels import Labels, head_settings, metrics, moments
+from launcher.tasks.labels import CLASSES, Labels, head_settings, metrics, moments, save_classes
 
-CLASSES = "classes.json"  # in the folder of the adapter
 CLASSES_ASSUMED = 2  # for a plan without data
 
 
@@ -171,15 +171,20 @@ class LabelImages(Task):
     def add_files(self, samples: Samples, tokenizer: Any, folder: Path) -> None:
         """The names of the classes, in the order of the head's outputs, and the image processor."""
         assert isinstance(samples.train, Pictured)
-        (folder / CLASSES).write_text(json.dumps(samples.train.classes, indent=1) + "\n", encoding="utf-8")
+        save_classes(samples.train.classes, folder)
         tokenizer.apply.save_pretrained(folder)
 
     def next_steps(self, config: Config, output: Path, saved: Path) -> list[str]:
-        if config.adapter.method == "full":
-            return [f"Load it with transformers.AutoModelForImageClassification; its classes are in {saved / CLASSES}."]
+        files = " ".join(["loldu predict", shlex.quote(str(output)), "--images FILE ..."])
+        load = "Load it with" if config.adapter.method == "full" else "Load the base with"
+        more = (
+            ""
+            if config.adapter.method == "full"
+            else " (num_labels=the number of classes), then peft.PeftModel.from_pretrained"
+        )
         return [
-            "Load the base with transformers.AutoModelForImageClassification (num_labels=the number of classes), then "
-            f"peft.PeftModel.from_pretrained; the classes are in {saved / CLASSES}."
+            f"Name the classes of images: {files}",
+            f"{load} transformers.AutoModelForImageClassification{more}; the classes are in {saved / CLASSES}.",
         ]
 
 

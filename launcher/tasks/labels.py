@@ -2,11 +2,16 @@
 
 from __future__ import annotations
 
+import json
+from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from launcher.files import read_json
+
+CLASSES = "classes.json"  # in the folder of an adapter or model
 SUMS = 7  # numbers that `moments` counts
 Labels = tuple[str, ...]  # the classes, in the order of the head's outputs; empty for regression
 
@@ -38,3 +43,22 @@ def head_settings(labels: Labels, pad_id: int | None = None) -> dict[str, Any]:
     ids = {name: number for number, name in names.items()}
     kind = "single_label_classification"
     return {"id2label": names, "label2id": ids, "problem_type": kind, **padding}
+
+
+def save_classes(labels: Labels, folder: Path) -> None:
+    """Write the names of the classes, in the order of the head's outputs, beside an adapter or model."""
+    (folder / CLASSES).write_text(json.dumps(labels, indent=1) + "\n", encoding="utf-8")
+
+
+def read_classes(folder: Path) -> Labels | None:
+    """What `save_classes` wrote; None if there is no such file. Raises ValueError if it is damaged."""
+    file = folder / CLASSES
+    if not file.exists():
+        return None
+    try:
+        names = read_json(file)
+    except (OSError, ValueError) as error:
+        raise ValueError(f"{file} cannot be read ({error}): copy it again") from None
+    if not isinstance(names, list) or not all(isinstance(name, str) for name in names) or len(names) == 1:
+        raise ValueError(f"{file} holds no list of class names: copy it again")
+    return tuple(names)

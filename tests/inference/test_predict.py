@@ -1,0 +1,200 @@
+"""`loldu predict`: the classes of texts and images that a run, an adapter or a plain model gives."""
+
+import io
+import json
+import shutil
+
+import pytest
+import torch
+from PIL import Image
+from transformers import AutoModelForSequenceClassification, AutoTokenizer
+
+from launcher.cli import main
+from launcher.config import AdapterConfig, Config, DataConfig, ModelConfig, OptimizerConfig, RunConfig
+from launcher.inference.options import Classifying
+from launcher.inference.predict import predict
+from launcher.training.run import run
+
+
+def split(folder, rows):
+    """Training and held-out records as files."""
+    files = folder / "train.json", folder / "held_out.json"
+    for file, part in zip(files, (rows[:-20], rows[-20:]), strict=True):
+        file.write_text(json.dumps(part))
+    return files
+
+
+def trained(folder, model, data, adapter=None, held_out=None, **settings):
+    """A finished run and its last evaluation."""
+    asked = Config(
+        model=ModelConfig(model=str(model), dtype="float32", quantize=settings.pop("quantize", "none")),
+        data=DataConfig(data=str(data), eval_data=held_out and str(held_out), max_length=48, **settings),
+        adapter=adapter or AdapterConfig(rank=4, targets=("query", "value")),
+        optimizer=OptimizerConfig(batch_size=8, max_steps=8, learning_rate=3e-2),
+        run=RunConfig(output=str(folder / "run"), cache=str(folder / "cache"), report=False),
+    )
+    assert run(asked, "test") == 0
+    events = [json.loads(line) for line in (folder / "run" / "events.jsonl").read_text().splitlines()]
+    return folder / "run", [event for event in events if "eval_loss" in event][-1]
+
+
+@pytest.fixture(scope="module")
+def sentences(tiny_roberta, sst2_rows, tmp_path_factory):
+    """A run on classes with names, its evaluation, and the file of its held-out records."""
+    folder = tmp_path_factory.mktemp("sentences")
+    names = ("bad", "good")
+    data, held_out = split(folder, [{**row, "label": names[row["label"]]} for row in sst2_rows])
+    return *trained(folder, tiny_roberta, data, held_out=held_out, text_columns=("sentence",)), held_out
+
+
+def lines(model, how=Classifying(), **asked):  # noqa: B008 (frozen)
+    out = io.StringIO()
+    predict(str(model), how, json=True, out=out, **asked)
+    return [json.loads(line) for line in out.getvalue().splitlines()]
+
+
+def test_the_share_of_right_predictions_is_the_runs_accuracy(sentences):
+    folder, evaluation, data = sentences
+
+    found = lines(folder, data=str(data))
+
+    assert sum(line["match"] for line in found) / len(found) == evaluation["accuracy"]
+    assert all(sum(line["probabilities"].values()) == pytest.approx(1, abs=1e-5) for line in found)
+    assert [line["index"] for line in found] == list(range(20))
+
+
+def test_a_text_alone_gets_the_prediction_that_it_gets_in_a_file(sentences, capsys):
+    folder, _, data = sentences
+    first = json.loads(data.read_text())[0]["sentence"]
+    [in_file] = lines(folder, data=str(data), limit=1)
+
+    assert main(["predict", str(folder / "adapter"), "--text", first]) == 0
+
+    assert (
+        capsys.readouterr().out == f"{first}: {in_file['class']} ({in_file['probabilities'][in_file['class']]:.1%})\n"
+    )
+
+
+def test_records_without_labels_are_classified_and_nothing_is_scored(sentences, tmp_path, capsys):
+    folder, _, data = sentences
+    unlabelled = tmp_path / "new.jsonl"
+    rows = [{"sentence": row["sentence"]} for row in json.loads(data.read_text())[:3]]
+    unlabelled.write_text("".join(json.dumps(row) + "\n" for row in rows))
+
+    assert main(["predict", str(folder), "--data", str(unlabelled)]) == 0
+
+    shown = capsys.readouterr()
+    assert len(shown.out.splitlines()) == 3
+    assert "expected" not in shown.out
+    assert "right" not in shown.err
+
+
+@pytest.mark.parametrize(
+    ("adapter", "quantize"),
+    [(AdapterConfig(method="full"), "none"), (AdapterConfig(rank=4, targets=("all-linear",)), "nf4")],
+    ids=["full", "nf4"],
+)
+def test_whole_models_and_quantised_bases_predict_as_they_were_evaluated(
+    adapter, quantize, tiny_roberta, sst2_rows, tmp_path
+):
+    data, held_out = split(tmp_path, sst2_rows)
+    folder, evaluation = trained(
+        tmp_path, tiny_roberta, data, adapter, held_out=held_out, text_columns=("sentence",), quantize=quantize
+    )  # fmt: skip
+
+    found = lines(folder, data=str(held_out))
+
+    assert sum(line["match"] for line in found) / 20 == evaluation["accuracy"]
+
+
+def test_numbers_are_predicted_for_pairs_of_texts(tiny_roberta, sst2_rows, tmp_path, capsys):
+    rows = [{"a": row["sentence"], "b": "yes", "score": row["label"] + 0.5} for row in sst2_rows[:60]]
+    data, held_out = split(tmp_path, rows)
+    columns = {"text_columns": ("a", "b"), "label_column": "score"}
+    folder, evaluation = trained(tmp_path, tiny_roberta, data, held_out=held_out, **columns)
+
+    found = lines(folder, data=str(held_out))
+    capsys.readouterr()
+    assert main(["predict", str(folder), "--data", str(held_out)]) == 0
+
+    assert all(isinstance(line["value"], float) and "match" not in line for line in found)
+    assert f"correlation {evaluation['correlation']:.4f} over 20" in capsys.readouterr().err
+    assert main(["predict", str(folder), "--text", rows[0]["a"]]) == 2
+    assert "--text takes 2 for this model, got 1" in capsys.readouterr().err
+
+
+def test_images_get_the_classes_that_the_evaluation_counted(tiny_vit, image_folder, tmp_path, capsys):
+    held = tmp_path / "held"
+    for name in ("blue", "green", "red"):
+        (held / "train" / name).mkdir(parents=True)
+        (held / "test" / name).mkdir(parents=True)
+        for i, file in enumerate(sorted((image_folder / name).iterdir())):
+            shutil.copy(file, held / ("test" if i < 4 else "train") / name)
+    adapter = AdapterConfig(rank=4, targets=("q_proj", "v_proj"))
+    folder, evaluation = trained(tmp_path, tiny_vit, held, adapter, image_column="image")
+
+    assert main(["predict", str(folder), "--data", str(held)]) == 0
+    right = round(evaluation["accuracy"] * 12)
+    assert f"{right} of 12 right" in capsys.readouterr().err
+
+    file = next((held / "test" / "red").iterdir())
+    [line] = lines(folder, images=[str(file)])
+    assert line["image"] == str(file)
+    assert set(line["probabilities"]) == {"blue", "green", "red"}
+
+
+def test_a_plain_classifier_gives_what_transformers_computes(tiny_roberta, tmp_path):
+    torch.manual_seed(1)
+    names = {0: "no", 1: "maybe", 2: "yes"}
+    model = AutoModelForSequenceClassification.from_pretrained(tiny_roberta, id2label=names).eval()
+    tokenizer = AutoTokenizer.from_pretrained(tiny_roberta)
+    model.save_pretrained(tmp_path)
+    tokenizer.save_pretrained(tmp_path)
+    with torch.no_grad():
+        expected = model(**tokenizer("a good film", return_tensors="pt")).logits.softmax(-1)[0]
+
+    [line] = lines(tmp_path, text=["a good film"])
+
+    assert list(line["probabilities"]) == ["no", "maybe", "yes"]
+    torch.testing.assert_close(torch.tensor(list(line["probabilities"].values())), expected, atol=1e-5, rtol=0)
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        ([], "there is nothing to classify: give one of --text TEXT, --images FILE ... and --data FILE"),
+        (["--text", "a", "--data", "b"], "--text and --data cannot be combined"),
+        (["--images", "a.png"], "classifies texts: give --text TEXT"),
+        (["--text", "a", "b"], "--text takes 1 for this model, got 2"),
+        (["--text", "a", "--max-length", "65"], "--max-length 65 is more than this model's context of 64"),
+        (["--text", "a", "--batch-size", "0"], "--batch-size must be at least 1, got 0"),
+        (["--data", "{data}", "--label-column", "sentence"], "the model knows: bad, good"),
+    ],
+)
+def test_a_mistake_is_named(words, message, sentences, capsys):
+    folder, _, data = sentences
+
+    assert main(["predict", str(folder), *(word.format(data=data) for word in words)]) == 2
+
+    shown = capsys.readouterr().err
+    assert message in shown
+    assert len(shown.splitlines()) == 1
+
+
+def test_a_model_without_a_head_is_refused(tiny_roberta, tiny_vit, tmp_path, capsys):
+    Image.new("RGB", (16, 16)).save(tmp_path / "black.png")
+
+    for model, words in ((tiny_roberta, ["--text", "a"]), (tiny_vit, ["--images", str(tmp_path / "black.png")])):
+        assert main(["predict", str(model), *words]) == 2
+        assert "has no classification head" in capsys.readouterr().err.splitlines()[-1]
+
+
+@pytest.mark.parametrize("text", ["{", "[1, 2]", '["one"]', None])
+def test_classes_that_are_missing_or_damaged_are_named(text, sentences, tmp_path, capsys):
+    copied = tmp_path / "adapter"
+    shutil.copytree(sentences[0] / "adapter", copied)
+    (copied / "classes.json").unlink() if text is None else (copied / "classes.json").write_text(text)
+
+    assert main(["predict", str(copied), "--text", "a"]) == 2
+
+    assert "classes.json" in capsys.readouterr().err
