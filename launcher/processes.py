@@ -21,7 +21,7 @@ from typing import Any
 from launcher.devices import check_distinct, identity_of, own_device
 from launcher.engines.registry import fitting
 from launcher.shipped import accelerate_file
-from launcher.text import printable
+from launcher.text import expected, printable
 
 POLL_S = 0.1
 PATIENCE_S = 3.0
@@ -134,11 +134,13 @@ class Communicator:
         result: dict[str, Any] = {}
         try:
             result["value"] = do()
-        except Exception as error:
-            failure = error
-            result["error"] = f"{type(error).__name__}: {error}" if not isinstance(error, ValueError) else str(error)
-            result["mistake"] = isinstance(error, (ValueError, OSError))
-            result["stopped"] = isinstance(error, Stopped)
+        except BaseException as error:
+            failure = expected(error)
+            result["error"] = (
+                str(failure) if isinstance(failure, ValueError) else f"{type(failure).__name__}: {failure}"
+            )
+            result["mistake"] = isinstance(failure, (ValueError, OSError))
+            result["stopped"] = isinstance(failure, Stopped)
         answers = self.gather(what, result, timeout_s)
         for rank, answer in enumerate(answers):
             if answer.get("stopped"):

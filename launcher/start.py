@@ -20,7 +20,7 @@ from launcher.optimizers import OPTIMIZERS
 from launcher.options import Misread, parse_config, with_home
 from launcher.processes import print_error
 from launcher.recipes import find_recipe, recipe_names, run_name, run_python
-from launcher.text import printable
+from launcher.text import expected, printable
 
 log = logging.getLogger(__name__)
 OF_A_TASK = {  # what recipes set for their own data
@@ -175,7 +175,10 @@ def guarded(act: Callable[[], Any]) -> int:
     warnings.filterwarnings("ignore", category=FutureWarning)
     warnings.showwarning = lambda message, *_: print(f"warning: {printable(str(message))}", file=sys.stderr)
     try:
-        result = act()
+        try:
+            result = act()
+        except BaseException as error:
+            raise expected(error)  # noqa: B904 (it is the same error, unless a library in Rust panicked)
     except ValueError as error:
         is_main = os.environ.get("RANK", "0") == "0"
         print_error(error, is_main, shared=isinstance(error, Misread) or _connected())

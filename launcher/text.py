@@ -1,4 +1,4 @@
-"""Text of files, models and libraries, made safe for the terminal."""
+"""Text of files, models and libraries, made safe for the terminal; their errors."""
 
 from __future__ import annotations
 
@@ -39,3 +39,15 @@ def needs_code(error: BaseException) -> str | None:
     if "trust_remote_code" not in str(error):
         return None
     return "it loads only with Python code of its own: read that code, and give --trust-remote-code if you trust it"
+
+
+def expected(error: BaseException) -> Exception:
+    """The error as an Exception: a panic of a library in Rust (tokenizers, safetensors), which is none, as ValueError.
+
+    Raises what is neither, such as KeyboardInterrupt.
+    """
+    if isinstance(error, Exception):
+        return error
+    if type(error).__name__ == "PanicException":
+        return ValueError(f"{type(error).__module__} failed on this input ({str(error) or 'without a reason'})")
+    raise error

@@ -13,7 +13,7 @@ from transformers import AutoTokenizer
 
 from adapters.checkpoint_files import is_pipeline, list_tensors, local_folder
 from launcher.files import read_json
-from launcher.text import needs_code
+from launcher.text import expected, needs_code
 
 JSON_FILES = (
     "config.json", "generation_config.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json",
@@ -105,8 +105,8 @@ def load_tokenizer(folder: Path, *, trust_remote_code: bool = False) -> Any:
             found = AutoTokenizer.from_pretrained(folder, local_files_only=True, trust_remote_code=trust_remote_code)
             found(UNKNOWN, verbose=False)  # one without a token for what is unknown fails here, not at some record
             return found
-        except Exception as error:  # tokenizer libraries raise bare Exceptions
-            reason = needs_code(error) or first_line(error)
+        except BaseException as error:  # tokenizer libraries raise bare Exceptions, and panic
+            reason = needs_code(error) or first_line(expected(error))
     raise ValueError(f"{folder} has no tokenizer that loads ({reason}): copy the model's tokenizer files there")
 
 

@@ -1,11 +1,16 @@
 """A base's files: damaged ones, and what a tokenizer without a tokenizer.json needs."""
 
 import importlib.util
+import json
 import os
+import shutil
 
 import pytest
+import tokenizers
 
 from launcher.models import files
+from launcher.processes import Communicator, Ranks
+from launcher.start import guarded
 
 SENTENCEPIECE = b"\n\x0e\n\x05<unk>\x15\x00\x00\x00\x00\x18\x02"
 TIKTOKEN = b"IQ== 0\nIg== 1\n"
@@ -42,6 +47,32 @@ def test_a_tokenizer_json_needs_no_other_package(stories, monkeypatch):
     monkeypatch.setattr(files, "_is_installed", lambda module: False)
 
     assert files.load_tokenizer(stories)("once")["input_ids"]
+
+
+def with_a_panic(stories, folder):
+    """A copy of the tokenizer, at which the tokenizers library panics: it is told to add a token that it lacks."""
+    known = json.loads((stories / "tokenizer.json").read_text())
+    single = [{"SpecialToken": {"id": "Q", "type_id": 0}}]
+    known["post_processor"] = {"type": "TemplateProcessing", "single": single, "pair": [], "special_tokens": {}}
+    shutil.copy(stories / "tokenizer_config.json", folder)
+    (folder / "tokenizer.json").write_text(json.dumps(known))
+    return folder
+
+
+def test_a_tokenizer_at_which_its_library_panics_is_refused(stories, tmp_path):
+    """A panic of a library in Rust is no Exception of Python's."""
+    with pytest.raises(ValueError, match=r"has no tokenizer that loads \(pyo3_runtime failed on this input"):
+        files.load_tokenizer(with_a_panic(stories, tmp_path))
+
+
+def test_a_panic_anywhere_else_is_one_line_too(stories, tmp_path, capsys):
+    tokenizer = tokenizers.Tokenizer.from_file(str(with_a_panic(stories, tmp_path) / "tokenizer.json"))
+
+    assert guarded(lambda: tokenizer.encode("once")) == 2
+    assert capsys.readouterr().err.startswith("error: pyo3_runtime failed on this input (")
+
+    with pytest.raises(ValueError, match="failed on this input"):
+        Communicator(Ranks()).each("data", lambda: tokenizer.encode("once"))
 
 
 @pytest.mark.parametrize(
