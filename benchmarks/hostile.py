@@ -27,6 +27,7 @@ from collections import Counter
 from pathlib import Path
 from typing import Any
 
+SAVED_EVERY = 20  # cases between two writes of the results
 REPO = Path(__file__).resolve().parents[1]
 sys.path[:0] = [str(REPO), str(REPO / "tests" / "fuzz")]
 for name, value in {
@@ -150,16 +151,25 @@ def main() -> int:
                 summary["faults"] += [one] if found else []
                 print(f"{case.kind:8} {case.name[:70]:70} {'; '.join(found) or 'fine'} | {last}", flush=True)
             shutil.rmtree(place / f"case{at}", ignore_errors=True)
-    summary |= counted(known, "".join(done))
-    bad = summary["faults"]
-    summary["seconds"] += round(time.monotonic() - began)
-    summary |= {"fine": summary["ran"] - len(bad), "with_a_fault": len(bad)} | counts(bad)
+            if at % SAVED_EVERY == 0:
+                summed_up(summary, known, done, began, chosen.results)
+        summary = summed_up(summary, known, done, began, chosen.results)
     print(
         json.dumps({key: value for key, value in summary.items() if key not in ("faults", "mended", "done")}, indent=2)
     )
-    if chosen.results:
-        chosen.results.write_text(json.dumps(summary, indent=1) + "\n")
-    return 1 if bad else 0
+    return 1 if summary["faults"] else 0
+
+
+def summed_up(
+    summary: dict[str, Any], known: list[Case], done: list[str], began: float, results: Path | None
+) -> dict[str, Any]:
+    """The summary with what ran since began, also written to the results' file."""
+    bad = summary["faults"]
+    whole = summary | counted(known, "".join(done)) | {"seconds": summary["seconds"] + round(time.monotonic() - began)}
+    whole |= {"fine": whole["ran"] - len(bad), "with_a_fault": len(bad)} | counts(bad)
+    if results:
+        results.write_text(json.dumps(whole, indent=1) + "\n")
+    return whole
 
 
 def earlier(results: Path | None, known: list[Case]) -> dict[str, Any]:

@@ -179,7 +179,7 @@ ROWS: dict[str, tuple[Any, dict[str, str]]] = {
 TABLES = {
     "a field of 200,000 letters.csv": "instruction,output\n" + "x" * 200_000 + ",yes\n" * 3, "an open quote.csv": 'instruction,output\n"a,b\n' * 4, "a null byte.csv": "instruction,output\na\0,b\n" * 3, "more fields than columns.csv": "instruction,output\na,b,c,d\n", "fewer fields than columns.csv": "instruction,input,output\na\n",
     "a column twice.csv": "instruction,output,output\na,b,c\n", "no header.csv": "\n\n\n", "carriage returns.csv": "instruction,output\ra,b\r", "an empty column.csv": ",output\na,b\n", "UTF-16.csv": "\udcff\udcfei\0n\0", "a field of 200,000 letters.tsv": "instruction\toutput\n" + "x" * 200_000 + "\tyes\n", "quotes.tsv": 'instruction\toutput\n"\t"\n',
-    "noise.arrow": "ARROW1\0\0" + "x" * 100, "noise.zip": "PK\3\4" + "x" * 100, "noise.zst": "\udc28\udcb5/\udcfd" + "x" * 50, "noise.xz": "\udcfd7zXZ\0" + "x" * 50, "noise.bz2": "BZh9" + "x" * 50, "no suffix": "x", "lines of numbers.jsonl": "1\n2\n", "an array in lines.jsonl": '[{"instruction": "a"}]\n', "two objects in a line.jsonl": '{"instruction": "a", "output": "b"} {"a": 1}\n', "a mark of order.jsonl": '\ufeff{"instruction": "a", "output": "b"}\n' * 4,
+    "noise.arrow": "ARROW1\0\0" + "x" * 100, "noise.zip": "PK\3\4" + "x" * 100, "noise.zst": "(\udcb5/\udcfd" + "x" * 50, "noise.xz": "\udcfd7zXZ\0" + "x" * 50, "noise.bz2": "BZh9" + "x" * 50, "no suffix": "x", "lines of numbers.jsonl": "1\n2\n", "an array in lines.jsonl": '[{"instruction": "a"}]\n', "two objects in a line.jsonl": '{"instruction": "a", "output": "b"} {"a": 1}\n', "a mark of order.jsonl": '\ufeff{"instruction": "a", "output": "b"}\n' * 4,
 }  # fmt: skip
 
 
