@@ -112,7 +112,7 @@ class EarlySignals:
         Another rank may have passed the request on, so this one can end before its own signal comes. Python restores
         the default handlers early in its shutdown, and a rank killed there would count as failed.
         """
-        for signum in SIGNALS:
+        for signum in (*SIGNALS, signal.SIGHUP):
             signal.signal(signum, signal.SIG_IGN)
 
     def _watch(self) -> None:

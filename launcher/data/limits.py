@@ -68,7 +68,7 @@ class Clock:
 
     def __init__(self, seconds: float):
         self.seconds = seconds
-        self.lock, self.ended, self.fired = threading.Lock(), threading.Event(), False
+        self.lock, self.ended, self.fired = threading.RLock(), threading.Event(), False
         self.thread_id = threading.get_ident()
         self.restart()
 
@@ -85,6 +85,12 @@ class Clock:
                     return
 
     def stop(self) -> None:
+        try:
+            self._stop()
+        except _TooSlow:  # it arrived here, when the work was done
+            self._stop()
+
+    def _stop(self) -> None:
         with self.lock:
             self.ended.set()
             if self.fired:

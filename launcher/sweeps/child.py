@@ -8,7 +8,7 @@ import signal
 import subprocess
 import sys
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from types import FrameType
 
@@ -20,10 +20,12 @@ POLL_S = 0.5
 # Starts the run in its place, which Linux sends TERM when the sweep dies (PR_SET_PDEATHSIG is 1, and survives exec).
 END_WITH_SWEEP = """
 import ctypes, os, sys
-libc = ctypes.CDLL(None)
+libc, sweep = ctypes.CDLL(None), int(sys.argv[1])
 if hasattr(libc, "prctl"):
     libc.prctl(1, 15)
-os.execv(sys.argv[1], sys.argv[1:])
+if os.getppid() != sweep:  # it died before this
+    raise SystemExit(1)
+os.execv(sys.argv[2], sys.argv[2:])
 """
 TAIL_BYTES = 4096
 
@@ -38,7 +40,8 @@ class Stop:
     def __call__(self, number: int, frame: FrameType | None) -> None:
         self.requested = True
         if self.child is not None and self.child.poll() is None:
-            os.killpg(self.child.pid, number)
+            with suppress(ProcessLookupError):  # it has just ended, and `wait`, which this interrupts, has seen it
+                os.killpg(self.child.pid, number)
 
 
 @contextmanager
@@ -72,7 +75,7 @@ def train(words: Sequence[str], log: Path, lock: int, stop: Stop, watch: Callabl
 
     with log.open("ab") as output:
         child = subprocess.Popen(
-            [sys.executable, "-c", END_WITH_SWEEP, *words], stdin=subprocess.DEVNULL, stdout=output,
+            [sys.executable, "-c", END_WITH_SWEEP, str(os.getpid()), *words], stdin=subprocess.DEVNULL, stdout=output,
             stderr=subprocess.STDOUT, pass_fds=[lock],
             process_group=0, env=environment,
         )  # fmt: skip

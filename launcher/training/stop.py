@@ -3,10 +3,14 @@
 A second signal of a kind ends the process at once, whatever it is doing: a second Ctrl-C, or a TERM, USR2 or HUP that
 comes after QUIET_S without one. Schedulers repeat a signal every few seconds; that counts as one request, so that a
 save in progress completes. A TERM after a USR2 (a warning, then the time limit) is not a second signal either.
+
+The same holds until the process ends. A rank that heard of the request from another one may have saved before its own
+signal comes, and a scheduler may repeat one: a process that has saved must not die of them and count as failed.
 """
 
 from __future__ import annotations
 
+import atexit
 import os
 import signal
 import threading
@@ -49,8 +53,14 @@ class StopRequest:
         return self
 
     def __exit__(self, *_: object) -> None:
+        stays = set(SIGNALS) if self.store is not None else set()
+        if self._first:  # a Ctrl-C is then for what a single process does next
+            stays |= set(SIGNALS) - {signal.SIGINT}
         for number, handler in self._before.items():
-            signal.signal(number, handler)
+            if number in stays:
+                atexit.register(self._ignore, number)
+            else:
+                signal.signal(number, handler)
         if self.control is not None and read_or_empty(self.control) == "stop":
             with suppress(OSError):  # if this fails, the next start stops once more and logs it
                 write_atomically(self.control, "run\n")
@@ -111,6 +121,11 @@ class StopRequest:
         """Raises Stopped if the run was asked to stop. For phases that have nothing to save."""
         if self.asked():
             raise Stopped(self.reason)
+
+    def _ignore(self, number: int) -> None:
+        """Ignore a signal while Python shuts down, where it would restore the default handlers of ours."""
+        if signal.getsignal(number) == self._on_signal:
+            signal.signal(number, signal.SIG_IGN)
 
     def _on_signal(self, number: int, frame: FrameType | None) -> None:
         now = time.monotonic()

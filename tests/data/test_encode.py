@@ -5,7 +5,9 @@ import gzip
 import json
 import logging
 import math
+import threading
 import time
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -17,7 +19,7 @@ from transformers.modeling_utils import AttentionInterface
 from launcher.config import DataConfig
 from launcher.data import batches, records, templates
 from launcher.data import encode as encoding
-from launcher.data.limits import Limits, bounded, limits
+from launcher.data.limits import Clock, Limits, _interrupt, _TooSlow, bounded, limits
 
 ALPACA = {"instruction": "Add.", "input": "1 2", "output": "3"}
 CHAT = [
@@ -742,15 +744,59 @@ def loop_for_ever():
         time.sleep(0.01)
 
 
-def test_the_time_counts_for_each_conversation(monkeypatch):
-    monkeypatch.setattr("launcher.data.limits.limits", lambda: Limits(template_seconds=1.5))
+@pytest.fixture
+def clock_by_hand(monkeypatch):
+    """Let `pass_time(seconds)` set the time that limits see, and wait until the watching thread has looked at it."""
+    now, looks = [0.0], []
 
+    def monotonic():
+        looks.append(threading.current_thread())
+        return now[0]
+
+    def pass_time(seconds):
+        now[0] += seconds
+        looks.clear()
+        while sum(thread is not threading.main_thread() for thread in [*looks]) < 2:
+            time.sleep(0.001)
+
+    monkeypatch.setattr("launcher.data.limits.time", SimpleNamespace(monotonic=monotonic))
+    monkeypatch.setattr("launcher.data.limits.limits", lambda: Limits(template_seconds=1.5))
+    return pass_time
+
+
+def test_the_time_counts_for_each_conversation(clock_by_hand):
     with bounded("rendering") as clock:
         for _ in range(3):
-            time.sleep(0.6)
+            clock_by_hand(1.4)
             clock.restart()
     with pytest.raises(ValueError, match=r"rendering takes more than 1\.5 seconds"), bounded("rendering"):
-        loop_for_ever()
+        clock_by_hand(1.6)
+
+
+def test_a_template_that_ends_just_in_time_is_not_interrupted_afterwards():
+    """The watching thread may send the interrupt when the work is done, and it may arrive while the clock stops."""
+    clock = Clock(60.0)
+
+    class Held:
+        """The clock's lock; when it is taken first, the interrupt arrives."""
+
+        taken = 0
+
+        def __enter__(self):
+            self.taken += 1
+            if self.taken == 1:
+                clock.fired = True
+                _interrupt(threading.get_ident(), _TooSlow)
+                loop_for_ever()
+
+        def __exit__(self, *_):
+            pass
+
+    clock.lock = held = Held()
+
+    clock.stop()
+
+    assert (held.taken, clock.ended.is_set()) == (2, True)
 
 
 def test_limits_are_raised_by_environment_variables(monkeypatch):

@@ -7,6 +7,7 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
@@ -263,6 +264,28 @@ def wait_for(condition, timeout_s=240):
     while not condition():
         assert time.monotonic() < until
         time.sleep(0.05)
+
+
+def test_a_signal_that_comes_when_the_run_has_just_ended_stops_the_sweep_alone():
+    """Its process is gone already, which `wait`, interrupted by the signal, has not recorded yet."""
+    ended = subprocess.Popen(["true"], process_group=0)
+    os.waitpid(ended.pid, 0)
+    stop = child.Stop()
+    stop.child = SimpleNamespace(pid=ended.pid, poll=lambda: None)
+
+    stop(signal.SIGTERM, None)
+
+    assert stop.requested
+
+
+def test_a_run_whose_sweep_died_before_it_began_does_not_begin(tmp_path):
+    other = subprocess.Popen(["true"])
+    other.wait()
+    words = [sys.executable, "-c", child.END_WITH_SWEEP, str(other.pid), sys.executable, "-c", "print('trained')"]
+
+    done = subprocess.run(words, capture_output=True, text=True)
+
+    assert (done.returncode, done.stdout, done.stderr) == (1, "", "")
 
 
 @pytest.mark.slow

@@ -8,6 +8,7 @@ import sys
 import time
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 from launching import RECIPE, REPO, Runs, finish, flags, start
@@ -15,6 +16,7 @@ from launching import RECIPE, REPO, Runs, finish, flags, start
 from launcher.engines import replicated
 from launcher.factorization import share
 from launcher.training import checkpoint, loop
+from launcher.training import stop as stop_requests
 from launcher.training.run import run
 from launcher.training.stop import StopRequest
 
@@ -126,32 +128,63 @@ def test_a_stop_that_was_written_while_the_run_was_starting_is_honoured_once(run
     assert control.read_text() == "run\n"
 
 
-@pytest.mark.parametrize(("number", "again_s"), [(signal.SIGTERM, 0.3), (signal.SIGUSR2, 0.3), (signal.SIGINT, 0.0)])
-def test_a_repeated_signal_is_one_request_and_a_second_one_ends_at_once(number, again_s):
+@pytest.mark.parametrize(("number", "again_s"), [(signal.SIGTERM, 4.9), (signal.SIGUSR2, 4.9), (signal.SIGINT, 0.1)])
+def test_a_repeated_signal_is_one_request_and_a_second_one_ends_at_once(number, again_s, monkeypatch):
     """A scheduler that repeats itself does not end a save; a person who insists does."""
-    code = """
-import sys, time
+    kill, now, ended = os.kill, [0.0], []
+    monkeypatch.setattr(stop_requests, "time", SimpleNamespace(monotonic=lambda: now[0]))
+    monkeypatch.setattr(stop_requests.os, "kill", lambda process, number: ended.append(number))
+
+    with StopRequest() as stop:
+        for _ in range(4):
+            kill(os.getpid(), number)
+            now[0] += again_s
+        repeated = (stop.reason, list(ended))
+        now[0] += 5.1
+        kill(os.getpid(), number)
+        handler = signal.getsignal(number)
+        stop._first.clear()  # restores the handlers, as this process goes on
+
+    assert repeated == (number.name, [])
+    assert (ended, handler) == ([number], signal.SIG_DFL)
+
+
+LATE = """
+import builtins, os, signal, sys
 sys.path.insert(0, sys.argv[1])
-from launcher.training import stop as preemption
 from launcher.training.stop import StopRequest
-preemption.QUIET_S = 1.0
-with StopRequest():
-    print("ready", flush=True)
-    for _ in range(600):
-        time.sleep(0.1)
+
+NUMBERS = signal.SIGTERM, signal.SIGUSR2, signal.SIGHUP
+class Late:
+    def __del__(self, kill=os.kill, me=os.getpid(), numbers=NUMBERS, write=os.write):
+        write(1, b"late\\n")
+        for number in numbers:
+            kill(me, number)
+
+builtins.late = Late()  # freed when Python shuts down, after the handlers in Python are gone
+with StopRequest() as stop:
+    SIGNALLED
+for number in NUMBERS:
+    os.kill(os.getpid(), number)
+raise SystemExit(75)
 """
-    process = subprocess.Popen([sys.executable, "-c", code, str(REPO)], stdout=subprocess.PIPE, text=True)
-    process.stdout.readline()
 
-    for _ in range(6):
-        process.send_signal(number)
-        time.sleep(again_s)
-    time.sleep(1.5)
-    still_there = process.poll() is None
-    process.send_signal(number)
 
-    assert still_there
-    assert process.wait(timeout=10) == -number
+@pytest.mark.parametrize(
+    ("signalled", "code"),
+    [
+        ("os.kill(os.getpid(), signal.SIGTERM)", 75),
+        ("stop.store = 'of several ranks, another of which was signalled'", 75),
+        ("pass", -signal.SIGTERM),  # a first signal, when nothing asked to stop: it ends the process as usual
+    ],
+)
+def test_a_signal_that_comes_when_all_is_saved_does_not_make_the_process_fail(signalled, code):
+    """Between the end of the run and that of the process, also while Python shuts down."""
+    words = [sys.executable, "-c", LATE.replace("SIGNALLED", signalled), str(REPO)]
+
+    done = subprocess.run(words, stdout=subprocess.PIPE, text=True)
+
+    assert (done.stdout, done.returncode) == ("late\n" if code == 75 else "", code)
 
 
 def ranks_of(launcher):
