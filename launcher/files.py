@@ -64,6 +64,16 @@ def open_regular(file: Path) -> BinaryIO:
     return os.fdopen(descriptor, "rb")
 
 
+def open_to_append(file: Path, flags: int = os.O_WRONLY | os.O_APPEND) -> int:
+    """A descriptor of a regular file, which is made if it is missing. Raises OSError for anything else, and for a
+    symbolic link, which could lead to any other file."""
+    descriptor = os.open(file, flags | os.O_CREAT | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC, 0o666)
+    if not stat.S_ISREG(os.fstat(descriptor).st_mode):
+        os.close(descriptor)
+        raise OSError(errno.EINVAL, "not a regular file", str(file))
+    return descriptor
+
+
 def read_text(file: Path, most_bytes: int = MOST_BYTES) -> str:
     """The text of a file. Raises OSError as `open_regular` does, and ValueError if it is longer or not UTF-8."""
     with open_regular(file) as opened:

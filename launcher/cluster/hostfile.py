@@ -14,6 +14,8 @@ import sys
 from dataclasses import dataclass, replace
 from pathlib import Path
 
+from launcher.files import read_text
+
 NAME = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_.-]{0,252}")
 
 
@@ -63,9 +65,9 @@ class Host:
 def read(file: str) -> list[Host]:
     """The hosts in the order of the file; the first one is the head node. Raises ValueError listing every mistake."""
     try:
-        text = Path(file).read_text()
-    except (OSError, UnicodeDecodeError) as error:
-        reason = error.strerror if isinstance(error, OSError) else "not a text file"
+        text = read_text(Path(file))
+    except (OSError, ValueError) as error:
+        reason = error.strerror if isinstance(error, OSError) else "not a text file of at most a megabyte"
         raise ValueError(
             f"--hostfile {file}: {reason}; expected lines such as: node1 slots=8 (examples: hostfiles/)"
         ) from None

@@ -29,6 +29,7 @@ from launcher.data.bad_records import SHOWN, BadRecord, BadRecords
 from launcher.data.chat import Rendered, Sample, many
 from launcher.data.forms import Record
 from launcher.data.templates import Template, check_template, frame, render, template_of
+from launcher.files import read_json
 
 log = logging.getLogger(__name__)
 CHUNK = 1000  # records tokenised at once: enough to keep a fast tokenizer busy, little memory
@@ -430,7 +431,7 @@ class _Seen:
 def stop_ids(tokenizer: Any) -> set[int]:
     """The tokens that end an answer: the tokenizer's eos, and those of the generation_config.json beside it."""
     try:
-        config = json.loads((Path(tokenizer.name_or_path) / "generation_config.json").read_text(encoding="utf-8"))
+        config = read_json(Path(tokenizer.name_or_path) / "generation_config.json")
         named = config.get("eos_token_id")
     except (OSError, ValueError, AttributeError):
         named = None

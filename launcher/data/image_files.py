@@ -24,6 +24,7 @@ import numpy as np
 from launcher.data.files import HELD_OUT, TRAINING
 from launcher.data.files import IMAGES as SUFFIXES
 from launcher.data.limits import LimitExceeded, limits
+from launcher.files import open_regular
 
 log = logging.getLogger(__name__)
 HELD_OUT_FIRST = ("validation", "valid", "val", "dev", "test", "eval")  # which split is evaluated, if there are several
@@ -383,6 +384,16 @@ def _row_labels(rows: Any, column: str, where: str) -> tuple[tuple[str, ...], np
     return tuple(map(str, known)), np.array([number[value] for value in values], dtype=np.int64)
 
 
+def _bytes_of(file: Path) -> bytes:
+    """The content of a regular file. Raises OSError for another kind, and LimitExceeded."""
+    most = limits().image_bytes
+    with open_regular(file) as opened:
+        data = opened.read(most + 1)
+    if len(data) > most:
+        raise LimitExceeded(f"its file has more than {most:,} bytes: {limits().raised('image_bytes')}")
+    return data
+
+
 def _reader(split: Split, listing: Listing, columns: Columns) -> Callable[[int], bytes]:
     """A function that reads the file of an image by its place."""
     path, most = Path(split.source).expanduser(), limits().image_bytes
@@ -396,7 +407,7 @@ def _reader(split: Split, listing: Listing, columns: Columns) -> Callable[[int],
 
         def read_file(place: int) -> bytes:
             check(place)
-            return (path / listing.name(place)).read_bytes()
+            return _bytes_of(path / listing.name(place))
 
         return read_file
     if split.kind == "zip":
@@ -414,6 +425,6 @@ def _reader(split: Split, listing: Listing, columns: Columns) -> Callable[[int],
         found = rows[place][columns.image]
         if not found or (found["bytes"] is None and not found["path"]):
             raise ValueError("there is no image")
-        return found["bytes"] if found["bytes"] is not None else Path(found["path"]).read_bytes()
+        return found["bytes"] if found["bytes"] is not None else _bytes_of(Path(found["path"]))
 
     return read_row

@@ -9,6 +9,7 @@ from typing import Any
 import yaml
 
 from launcher.evaluation.scores import Score
+from launcher.files import read_text
 
 INSTALL = "pip install 'loldu-launcher[eval]'"
 
@@ -37,7 +38,10 @@ def task_name(task: str) -> tuple[str, str | None]:
     """The task's name, and the folder of its YAML file if it is one. Raises ValueError for a file without a name."""
     if Path(task).suffix not in (".yaml", ".yml"):
         return task, None
-    settings = yaml.load(Path(task).read_text(encoding="utf-8"), Loader=_Lenient)
+    try:
+        settings = yaml.load(read_text(Path(task)), Loader=_Lenient)
+    except (OSError, ValueError, yaml.YAMLError, RecursionError) as error:
+        raise ValueError(f"--tasks {task} cannot be read ({str(error).splitlines()[0]}): give a file in YAML") from None
     if not isinstance(settings, dict) or not isinstance(settings.get("task"), str):
         raise ValueError(f"--tasks {task} describes no task of lm-evaluation-harness: it has no `task: NAME`")
     return settings["task"], str(Path(task).resolve().parent)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import re
 from contextlib import suppress
 from dataclasses import dataclass
@@ -19,12 +18,13 @@ from adapters.checkpoint_files import is_pipeline, local_folder
 from adapters.lora_export import as_lora
 from launcher.data.pictures import save_picture
 from launcher.exit_codes import Failed
+from launcher.files import read_json
 from launcher.inference.merge import new_folder
 from launcher.inference.options import Drawing
 from launcher.inference.sources import DTYPES, attach, choose_device
 from launcher.models import pipelines
 from launcher.models.build import choose_dtype
-from launcher.models.files import recorded_run
+from launcher.models.files import JSON_BYTES, recorded_run
 from launcher.text import json_line
 
 LORA = "pytorch_lora_weights.safetensors"  # diffusers' name
@@ -170,7 +170,7 @@ def _bases(adapter: Path | None, run: dict[str, Any] | None) -> list[str]:
         names += [run["config"]["model"]["model"], run.get("resolved", {}).get("base_folder")]
     if adapter is not None:
         with suppress(OSError, ValueError, KeyError, TypeError):  # loading the adapter reports what is wrong
-            names.append(json.loads((adapter / "adapter_config.json").read_text())["base_model_name_or_path"])
+            names.append(read_json(adapter / "adapter_config.json", JSON_BYTES)["base_model_name_or_path"])
     return [name for name in dict.fromkeys(names) if isinstance(name, str) and name]
 
 

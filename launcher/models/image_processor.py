@@ -14,7 +14,8 @@ from transformers import AutoConfig, AutoImageProcessor
 from transformers.models.auto.modeling_auto import MODEL_FOR_IMAGE_CLASSIFICATION_MAPPING_NAMES as IMAGES
 from transformers.models.auto.modeling_auto import MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING_NAMES as TEXTS
 
-from launcher.models.files import first_line
+from launcher.files import read_json
+from launcher.models.files import JSON_BYTES, first_line
 from launcher.text import needs_code
 
 FILE = "preprocessor_config.json"
@@ -47,7 +48,7 @@ class ImageProcessor:
 def model_type(folder: Path) -> str:
     """The kind of model that a folder's config.json names; empty if it does not."""
     try:
-        return str(json.loads((folder / "config.json").read_text(encoding="utf-8"))["model_type"])
+        return str(read_json(folder / "config.json", JSON_BYTES)["model_type"])
     except (OSError, ValueError, KeyError, TypeError):
         return ""
 

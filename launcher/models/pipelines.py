@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import hashlib
 import importlib.util
-import json
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -18,7 +17,9 @@ import torch
 from torch import nn
 
 from adapters.checkpoint_files import INDEX, is_pipeline, list_tensors, local_folder
+from launcher.files import read_json
 from launcher.models.denoiser import Denoiser
+from launcher.models.files import JSON_BYTES
 
 SUPPORTED = "StableDiffusionPipeline"
 PARTS = {  # class of each part, and the file that describes it
@@ -232,10 +233,10 @@ def _class(part: str) -> Any:
 
 def _read_json(file: Path) -> dict[str, Any]:
     try:
-        found = json.loads(file.read_text(encoding="utf-8"))
+        found = read_json(file, JSON_BYTES)
         if isinstance(found, dict):
             return found
         reason = "it is no object"
-    except (OSError, ValueError, RecursionError) as error:
+    except (OSError, ValueError) as error:
         reason = str(error)
     raise ValueError(f"{file} cannot be read ({reason}): fetch this file again")

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import os
 import signal
 import subprocess
@@ -12,7 +11,7 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from types import FrameType
 
-from launcher.files import read_json
+from launcher.files import disk_errors, open_regular, open_to_append, parse_json, read_json
 from launcher.shipped import PROJECT
 
 SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR2)
@@ -28,6 +27,7 @@ if os.getppid() != sweep:  # it died before this
 os.execv(sys.argv[2], sys.argv[2:])
 """
 TAIL_BYTES = 4096
+LOG_BYTES = 1 << 20  # of the end of a log, in which the error is
 
 
 class Stop:
@@ -73,7 +73,9 @@ def train(words: Sequence[str], log: Path, lock: int, stop: Stop, watch: Callabl
     paths = os.pathsep.join(filter(None, (str(PROJECT), os.environ.get("PYTHONPATH"))))
     environment = os.environ | {"PYTHONPATH": paths, "PYTHONSAFEPATH": "1"}  # this launcher, not one in the folder
 
-    with log.open("ab") as output:
+    with disk_errors(log.name, log.parent, "remove what is in its place, or give another --output"):
+        descriptor = open_to_append(log)
+    with os.fdopen(descriptor, "ab") as output:
         child = subprocess.Popen(
             [sys.executable, "-c", END_WITH_SWEEP, str(os.getpid()), *words], stdin=subprocess.DEVNULL, stdout=output,
             stderr=subprocess.STDOUT, pass_fds=[lock],
@@ -95,10 +97,10 @@ def train(words: Sequence[str], log: Path, lock: int, stop: Stop, watch: Callabl
 def progress(folder: Path) -> tuple[int, int]:
     """(step, steps) of a run, from the files that it writes; zeros before its first step."""
     try:
-        with (folder / "events.jsonl").open("rb") as file:
+        with open_regular(folder / "events.jsonl") as file:
             file.seek(max(0, file.seek(0, os.SEEK_END) - TAIL_BYTES))
             lines = file.read().split(b"\n")[:-1]
-        return int(json.loads(lines[-1])["step"]), int(read_json(folder / "config.json")["resolved"]["steps"])
+        return int(parse_json(lines[-1].decode())["step"]), int(read_json(folder / "config.json")["resolved"]["steps"])
     except (OSError, ValueError, KeyError, TypeError, IndexError):
         return 0, 0
 
@@ -106,8 +108,11 @@ def progress(folder: Path) -> tuple[int, int]:
 def last_error(log: Path) -> str:
     """The last line of a log, which is the error if the run failed."""
     try:
-        lines = [line.strip() for line in log.read_text(errors="replace").splitlines() if line.strip()]
+        with open_regular(log) as file:
+            file.seek(max(0, file.seek(0, os.SEEK_END) - LOG_BYTES))
+            text = file.read().decode(errors="replace")
     except OSError:
         return ""
+    lines = [line.strip() for line in text.splitlines() if line.strip()]
     errors = [line for line in lines if line.startswith("error: ")]
     return (errors or lines or [""])[-1].removeprefix("error: ")

@@ -8,6 +8,7 @@ from pathlib import Path
 from statistics import mean, stdev
 from typing import Any, NamedTuple
 
+from launcher.files import read_or_empty
 from launcher.reports.read import Run, read_run
 from launcher.sweeps.grid import Variant, without
 
@@ -65,10 +66,7 @@ def rows(folder: Path, variants: Sequence[Variant]) -> tuple[list[Row], str]:
 
 def is_finished(folder: Path) -> bool:
     """Whether a folder holds a finished run with its result."""
-    try:
-        done = (folder / "state").read_text().strip() == "finished"
-    except (OSError, ValueError):
-        return False
+    done = read_or_empty(folder / "state") == "finished"
     return done and ((folder / "adapter").is_dir() or (folder / "model").is_dir())
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import fcntl
 import os
 import shlex
@@ -15,7 +16,7 @@ from typing import NamedTuple
 from rich.console import Console
 
 from launcher.exit_codes import DONE, FAILED, INTERRUPTED, MISTAKE, STOPPED
-from launcher.files import read_or_empty, write_atomically
+from launcher.files import disk_errors, open_to_append, read_or_empty, write_atomically
 from launcher.options import parse_config
 from launcher.progress import Bars
 from launcher.sweeps import child, grid, results
@@ -50,7 +51,10 @@ def train_all(plan: Sweep, console: Console) -> int:
     if len(left) < total:
         console.print(f"{total - len(left)} of {total} runs have finished already")
     logs = plan.folder / "logs"
-    logs.mkdir(exist_ok=True)
+    with disk_errors("logs", plan.folder, "remove what is in their place, or give another --output"):
+        if logs.is_symlink():
+            raise FileExistsError(errno.EEXIST, "it is a symbolic link", str(logs))
+        logs.mkdir(exist_ok=True)
     with _lock(plan.folder, console) as lock, child.stop_requests() as stop:
         for variant in left:
             if stop.requested:
@@ -100,7 +104,8 @@ def submit_all(plan: Sweep, words: Sequence[str], console: Console) -> int:
 @contextmanager
 def _lock(folder: Path, console: Console) -> Iterator[int]:
     """Hold the folder's lock, a file descriptor that runs inherit. Raises ValueError if another sweep is running."""
-    handle = os.open(folder / ".lock", os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o644)
+    with disk_errors(".lock", folder, "remove what is in its place, or give another --output"):
+        handle = open_to_append(folder / ".lock", os.O_RDWR)
     until, told = time.monotonic() + LOCK_S, False
     try:
         while True:

@@ -1,5 +1,6 @@
 """Hostfiles and their filters: DeepSpeed's format, every problem with its line."""
 
+import os
 import re
 from pathlib import Path
 
@@ -94,3 +95,10 @@ def test_a_filter_with_an_unknown_name_is_refused(include, exclude, message):
 def test_a_mistake_in_the_options_is_named(wrong, message):
     with pytest.raises(ValueError, match=message):
         Hosts(hostfile="x", **wrong)
+
+
+def test_a_fifo_is_refused_instead_of_waited_at_for_ever(tmp_path):
+    os.mkfifo(tmp_path / "hosts")
+
+    with pytest.raises(ValueError, match="hosts: .*; expected lines such as: node1 slots=8"):
+        read(str(tmp_path / "hosts"))

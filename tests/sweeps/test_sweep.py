@@ -224,6 +224,34 @@ def test_a_folder_of_something_else_is_left_alone(trainings, tmp_path, capfd):
     assert "sweep holds other files and is not a sweep: give another --output" in capfd.readouterr().err
 
 
+@pytest.mark.parametrize("name", [".lock", "logs", "logs/method=loldu.log"])
+@pytest.mark.parametrize("make", [Path.symlink_to, lambda place, target: os.mkfifo(place)], ids=["link", "FIFO"])
+def test_a_link_or_a_fifo_in_place_of_its_own_files_is_refused(name, make, tmp_path, monkeypatch, capfd):
+    """It would be written through, cut to nothing, or waited at for ever."""
+    monkeypatch.chdir(tmp_path)
+    target = tmp_path / ("years" if name == "logs" else "thesis.tex")
+    target.mkdir() if name == "logs" else target.write_text("years of work")
+    place = tmp_path / "sweep" / name
+    place.parent.mkdir(parents=True)
+    (tmp_path / "sweep" / "results.json").write_text("{}")
+    make(place, target)
+
+    code = cli.main(["sweep", RECIPE, "--vary", "method=loldu", "--tiny", "--output", "sweep"])
+
+    assert code == MISTAKE
+    assert f"cannot write {place.name}" in capfd.readouterr().err
+    assert list(target.iterdir()) == [] if name == "logs" else target.read_text() == "years of work"
+
+
+def test_damaged_and_hostile_files_of_runs_are_runs_that_have_not_finished(tmp_path):
+    for name in ("state", "events.jsonl", "config.json"):
+        os.mkfifo(tmp_path / name)
+    (tmp_path / "adapter").mkdir()
+
+    assert (results.is_finished(tmp_path), child.progress(tmp_path)) == (False, (0, 0))
+    assert child.last_error(tmp_path / "state") == ""
+
+
 def test_seeds_are_averaged_and_a_rival_within_their_deviation_is_named(trainings, capfd):
     made = trainings({"rank=4,seed=42": 2.0, "rank=4,seed=43": 2.4, "rank=8,seed=42": 2.2, "rank=8,seed=43": 2.3})
 
