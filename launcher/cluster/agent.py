@@ -17,7 +17,7 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any, BinaryIO
@@ -25,6 +25,7 @@ from typing import Any, BinaryIO
 PREFIX = "@loldu "  # marks our lines: a login shell may print its own lines
 HEARTBEAT_S = 2.0
 SILENT_S = 12.0  # after this long without a message the other side counts as gone
+POLL_S = 0.5  # between two looks whether a silent process has ended
 GRACE_S = 2.0  # between TERM and KILL
 LINE_BYTES = 1 << 16
 MOST_WAITING = 1 << 26  # bytes of an unfinished request
@@ -120,9 +121,8 @@ def start(
 
 def forward_output(rank: int, process: subprocess.Popen[bytes], log: Path | None) -> None:
     """Send each line of a rank, and append it to its log; lines without an end are cut into pieces."""
-    assert process.stdout is not None
     file = open_log(log) if log else None
-    while line := process.stdout.readline(LINE_BYTES):
+    for line in lines_of(process):
         if file is not None:
             try:
                 file.write(line)
@@ -131,6 +131,28 @@ def forward_output(rank: int, process: subprocess.Popen[bytes], log: Path | None
                 file = None
         send(rank=rank, line=line.decode(errors="replace").rstrip("\r\n"))
     send(rank=rank, exit=process.wait())
+
+
+def lines_of(process: subprocess.Popen[bytes]) -> Iterator[bytes]:
+    """The lines of a process until it has ended, also if one that it left behind keeps its output open."""
+    assert process.stdout is not None
+    output, waiting, ended = process.stdout.fileno(), b"", False
+    while True:
+        if select.select([output], [], [], 0.0 if ended else POLL_S)[0]:
+            new = os.read(output, LINE_BYTES)
+            if not new:
+                break
+            *lines, waiting = (waiting + new).split(b"\n")
+            yield from (line + b"\n" for line in lines)
+            if len(waiting) >= LINE_BYTES:
+                yield waiting
+                waiting = b""
+        elif ended:
+            break
+        else:
+            ended = process.poll() is not None
+    if waiting:
+        yield waiting
 
 
 def open_log(log: Path) -> BinaryIO | None:

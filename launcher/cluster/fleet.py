@@ -52,7 +52,8 @@ class Agent:
             list(command), stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
             errors="replace", bufsize=1, start_new_session=True,
         )  # fmt: skip
-        threading.Thread(target=self._read, daemon=True).start()
+        self._reader = threading.Thread(target=self._read, daemon=True)
+        self._reader.start()
 
     def _read(self) -> None:
         assert self.process.stdout is not None
@@ -69,7 +70,7 @@ class Agent:
             elif "alive" not in message:
                 self._messages.put((self, message))
         self.process.wait()
-        self._messages.put((self, {"gone": self.process.returncode}))
+        self._messages.put((self, {"gone": self.last_words()}))
         self.greeted.set()
 
     def send(self, **message: Any) -> None:
@@ -91,7 +92,7 @@ class Agent:
                 answer = replies.get(timeout=0.2)
                 break
             except queue.Empty:
-                if reason := self.dead():
+                if (reason := self.dead()) and replies.empty():
                     raise Lost(reason) from None
                 if time.monotonic() > deadline:
                     raise Lost(
@@ -102,8 +103,8 @@ class Agent:
         return answer["ok"]
 
     def dead(self) -> str | None:
-        """Why this host counts as dead; None if it is alive."""
-        if self.process.poll() is not None:
+        """Why this host counts as dead; None if it is alive, or has ended and its last messages are still read."""
+        if not self._reader.is_alive():
             return self.last_words()
         silent = time.monotonic() - self.last_message
         return f"silent for {silent:.0f} s: the host or its network is down" if silent > DEAD_S else None

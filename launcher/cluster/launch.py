@@ -205,10 +205,12 @@ class Failure:
 def follow(fleet: Fleet, hosts: Sequence[Host], run: Path, signals: StopSignals) -> int:
     """Print the output of all ranks until they have ended; returns the exit code. A failing host or rank ends all.
 
-    Once a rank has failed, the errors that the others get from it go only into their logs.
+    A host whose ranks have all ended well may be lost: the others save. Once a rank has failed, the errors that the
+    others get from it go only into their logs.
     """
     output, handled = Output(hosts, signals), 0
-    left = set(range(sum(len(host.slots) for host in hosts)))
+    host_of = dict(enumerate(host.name for host in hosts for _ in host.slots))
+    left = set(host_of)
     last_lines: dict[int, deque[str]] = {rank: deque(maxlen=50) for rank in left}
     failure: Failure | None = None
     while left and not (failure and time.monotonic() > failure.since + LAST_WORDS_S):
@@ -224,8 +226,8 @@ def follow(fleet: Fleet, hosts: Sequence[Host], run: Path, signals: StopSignals)
             agent, message = fleet.messages.get(timeout=0.2)
         except queue.Empty:
             message = {}
-            for agent in fleet.agents.values():
-                if (reason := agent.dead()) and not failure:
+            for agent in (agent for name, agent in fleet.agents.items() if name in {host_of[rank] for rank in left}):
+                if (reason := agent.dead()) and not failure and fleet.messages.empty():
                     message = {"gone": reason}
                     break
         if "line" in message:
@@ -241,9 +243,8 @@ def follow(fleet: Fleet, hosts: Sequence[Host], run: Path, signals: StopSignals)
                     failure = mine
             if failure is not None and not failure.consequence:
                 break
-        elif "gone" in message and not failure:
-            why = agent.dead() or f"its agent ended: {message['gone']}"
-            failure = Failure(f"{agent.name} is lost ({one_line(why)}); ending all hosts", FAILED, 0.0)
+        elif "gone" in message and not failure and agent.name in {host_of[rank] for rank in left}:
+            failure = Failure(f"{agent.name} is lost ({one_line(str(message['gone']))}); ending all hosts", FAILED, 0.0)
     if failure is not None:
         _print_error(f"{failure.text} (logs of all ranks: {one_line(str(run / 'logs'))})")
         return INTERRUPTED if signals.count and failure.code == INTERRUPTED else failure.code

@@ -100,5 +100,5 @@ def test_a_mistake_in_the_options_is_named(wrong, message):
 def test_a_fifo_is_refused_instead_of_waited_at_for_ever(tmp_path):
     os.mkfifo(tmp_path / "hosts")
 
-    with pytest.raises(ValueError, match="hosts: .*; expected lines such as: node1 slots=8"):
+    with pytest.raises(ValueError, match=r"hosts: .*; expected lines such as: node1 slots=8"):
         read(str(tmp_path / "hosts"))

@@ -3,13 +3,15 @@
 import os
 import queue
 import signal
+import subprocess
+import sys
 import time
 from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
 
-from launcher.cluster import launch
+from launcher.cluster import agent, fleet, launch
 from launcher.cluster.hostfile import Host
 
 HOSTS = [Host("node1", (0,)), Host("node2", (0,))]
@@ -69,6 +71,44 @@ def test_a_mistake_of_one_rank_is_printed_with_its_exit_code(outcome):
 
     assert code == 2
     assert "rank 1 on node2 ended with exit code 2: error: model.safetensors is damaged" in error
+
+
+def test_a_host_that_is_lost_when_its_ranks_have_ended_well_does_not_end_the_others(outcome):
+    """They may be saving."""
+    code, _, error = outcome(
+        ended(1, 0), ("node2", {"gone": 255}), line(0, "saved"), ended(0, 0), state="finished",
+    )  # fmt: skip
+
+    assert (code, error) == (0, "")
+
+
+def test_a_host_counts_as_lost_only_when_its_last_messages_were_read():
+    """A rank's exit code may still be in the pipe when the connection has ended."""
+    code = f'print({agent.PREFIX!r} + \'{{"rank": 0, "exit": 0}}\')'
+    messages = queue.Queue()
+    host = fleet.Agent("node1", [sys.executable, "-c", code], messages)
+
+    while host.dead() is None:
+        time.sleep(0.001)
+
+    assert [messages.get_nowait()[1] for _ in range(2)] == [
+        {"rank": 0, "exit": 0},
+        {"gone": "the connection ended with exit code 0"},
+    ]
+
+
+def test_a_process_that_a_rank_leaves_behind_does_not_hold_its_exit_code_back(monkeypatch):
+    """A tracker's helper, for example, inherits the rank's output."""
+    monkeypatch.setattr(agent, "POLL_S", 0.05)
+    code = "import subprocess as s; print('pid', s.Popen(['sleep', '600']).pid, flush=True); print('last', end='')"
+    sent = []
+    monkeypatch.setattr(agent, "send", lambda **message: sent.append(message))
+    rank = subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE)
+
+    agent.forward_output(3, rank, None)
+    os.kill(int(sent[0]["line"].split()[1]), signal.SIGKILL)
+
+    assert sent[1:] == [{"rank": 3, "line": "last"}, {"rank": 3, "exit": 0}]
 
 
 @pytest.mark.parametrize(("number", "name"), [(9, "SIGKILL"), (11, "SIGSEGV"), (7, "SIGBUS"), (35, "signal 35")])
