@@ -98,20 +98,25 @@ def test_a_step_computes_the_positions_of_its_plan_and_logits_of_tokens_with_los
 
 
 @pytest.mark.parametrize("training", ["joined"], indirect=True)
-def test_joined_samples_are_computed_without_padding_and_their_beginning_once(training):
+def test_joined_samples_are_computed_without_padding_and_their_beginning_once(training, tolists):
     computed = []
     model = training.engine.model.get_base_model()
     model.get_input_embeddings().register_forward_hook(lambda _, given, out: computed.append(given[0].numel()))
     step(training, 1)
+    training.batches.at(2)
     computed.clear()
+    tolists.clear()
+    before = training.forward.logits_rows
 
     with Operations() as operations:
         batch = step(training, 2)
 
+    assert tolists == [3]  # norm, loss and stop requests, in one transfer
     data = training.samples.train
     once = [len(join(data, [batch.rows[place] for place in part])["input_ids"][0]) for part in batch.dealt[0]]
     assert sorted(computed) == sorted(once)
     assert sum(once) < sum(data.lengths[row] for row in batch.rows)
+    assert training.forward.logits_rows - before == batch.targets
     assert not operations.waits
 
 
@@ -206,6 +211,7 @@ def test_joined_samples_are_copied_to_the_device_in_seven_tensors(training):
     assert sum(operations.copied.values()) == 7  # two of them for `samples`
 
 
+@pytest.mark.parametrize("training", ["padded", "joined"], indirect=True)
 def test_the_adapter_copies_nothing_of_a_layers_size(training):
     """Copies of as many numbers as a micro-batch has hidden states, or more, with the adapter and without it."""
     step(training, 1)
@@ -213,7 +219,8 @@ def test_the_adapter_copies_nothing_of_a_layers_size(training):
     batch = on_device(loop.collated(training, rows), training.device)
     size = batch["input_ids"].numel() * HIDDEN
     embeddings = model.get_input_embeddings()(batch["input_ids"]).detach().requires_grad_()
-    given = {"inputs_embeds": embeddings, "position_ids": batch["position_ids"], "use_cache": False}
+    given = {name: part for name, part in batch.items() if name not in ("input_ids", "labels", "loss_at")}
+    given |= {"inputs_embeds": embeddings, "use_cache": False}
 
     def large(run):
         with Operations() as operations:

@@ -20,6 +20,7 @@ import adapters  # noqa: F401 (registers LoLDU)
 from launcher import cli
 from launcher.config import AdapterConfig, Config, DataConfig, ModelConfig, OptimizerConfig, RunConfig
 from launcher.engines import replicated
+from launcher.tasks import base as tasks
 from launcher.training import folder, report
 from launcher.training import run as run_module
 from launcher.training.loop import learning_rate_at
@@ -314,6 +315,25 @@ def test_accumulation_and_checkpointing_do_not_change_the_curve(small, tmp_path)
     torch.testing.assert_close(losses(again), losses(small), atol=5e-6, rtol=0)
 
 
+def test_a_resume_with_smaller_micro_batches_has_the_curve_of_a_run_without_a_break(small, tmp_path, monkeypatch):
+    """Samples stand in one row behind their shared beginning, four or two of them: float32 rounding only."""
+    joined, own = [], tasks.join
+    monkeypatch.setattr(tasks, "join", lambda data, rows: joined.append(len(rows)) or own(data, rows))
+    small = replace(small, optimizer=replace(small.optimizer, batch_size=8, micro_batch_size=4))
+    whole = with_run(small, output=str(tmp_path / "whole"))
+    run(whole, "test")
+    smaller = replace(small, optimizer=replace(small.optimizer, micro_batch_size=2))
+
+    run(small, "test", on_step=lambda training, event: event["step"] == 3 and training.stop.request("the test"))
+    assert max(joined) == 4
+    joined.clear()
+    run(smaller, "test")
+
+    assert len(losses(smaller)) == 6
+    torch.testing.assert_close(losses(smaller), losses(whole), atol=5e-6, rtol=0)
+    assert max(joined) == 2
+
+
 @pytest.mark.slow
 def test_packing_trains_and_keeps_the_loss_of_each_token(small):
     packed = replace(small, data=replace(small.data, packing=True, max_length=192))
@@ -432,8 +452,9 @@ def test_one_collective_per_step_carries_gradients_and_two_numbers(monkeypatch):
 @pytest.mark.slow
 @pytest.mark.parametrize("processes", [2, 4])
 def test_processes_give_the_curve_of_one(small, processes, tmp_path):
-    """20 steps in float32: sums in another order, 5e-6 (measured 1e-6)."""
-    small = replace(small, optimizer=replace(small.optimizer, max_steps=20))
+    """20 steps in float32, samples joined by fours or, on 4 processes, by twos: sums in another order, 5e-6 (measured
+    1e-6)."""
+    small = replace(small, optimizer=replace(small.optimizer, batch_size=8, micro_batch_size=4, max_steps=20))
     run(small, "test")
     many = with_run(small, output=str(tmp_path / "many"), cache=str(tmp_path / "cache2"))
 
