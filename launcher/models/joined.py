@@ -4,6 +4,11 @@ Without padding, and without computing a common beginning (a system prompt, the 
 sample again, every layer but attention sees fewer tokens. Attention gathers the samples into rows of equal length,
 which SDPA computes. A batch without `samples` is computed by SDPA as ever.
 
+In bfloat16 torch's backward pass on a CPU calls oneDNN for blocks of 32 tokens, which for short rows costs more than
+the products: for 8 rows of 40 tokens (9 heads of 64 numbers, one thread) 7.7 ms instead of 1.2 in float32, for 143
+tokens 28 instead of 13, for 250 tokens 38 instead of 33, for 400 tokens 80 instead of 81. So below SHORT tokens it
+computes in float32, which also makes the gradients more accurate (0.2 % instead of 0.5 % off).
+
 Shapes: B samples, N tokens of the longest, T tokens in the row, H heads, D numbers per head.
 """
 
@@ -12,9 +17,32 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 from transformers import AttentionInterface
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
+
+SHORT = 256  # tokens
+FLASH = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu  # what SDPA calls, too
+FLASH_BACKWARD = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward
+
+
+class _ShortRows(torch.autograd.Function):
+    """Causal attention (B, H, N, D), with a backward pass in float32."""
+
+    @staticmethod
+    def forward(ctx: Any, query: Tensor, key: Tensor, value: Tensor, scale: float | None) -> Tensor:
+        out, log_sums = FLASH(query, key, value, 0.0, True, scale=scale)
+        ctx.save_for_backward(query, key, value, out, log_sums)
+        ctx.scale = scale
+        return out
+
+    @staticmethod
+    def backward(ctx: Any, *outputs: Tensor) -> tuple[Tensor | None, ...]:
+        query, key, value, out, log_sums = ctx.saved_tensors
+        given = (part.float() for part in (outputs[0], query, key, value, out))
+        grads = FLASH_BACKWARD(*given, log_sums, 0.0, True, scale=ctx.scale)
+        return (*(grad.to(query.dtype) for grad in grads), None)
 
 
 def joined_attention(
@@ -38,7 +66,12 @@ def joined_attention(
         part[0].transpose(0, 1).index_select(0, rows.flatten()).unflatten(0, rows.shape).transpose(1, 2)
         for part in (query, key, value)
     )  # (B, heads, N, D): padding repeats a token, after all that see it
-    out, _ = sdpa_attention_forward(module, q, k, v, None, *args, **rest)
+    plain = not args and rest.get("is_causal") is None and rest.get("position_bias") is None and not rest.get("dropout")
+    narrow = query.dtype in (torch.bfloat16, torch.float16) and query.device.type == "cpu"
+    if narrow and plain and rows.shape[1] < SHORT and getattr(module, "is_causal", True) and q.shape[-1] == v.shape[-1]:
+        out: Tensor = _ShortRows.apply(q, k, v, rest.get("scaling")).transpose(1, 2)
+    else:
+        out, _ = sdpa_attention_forward(module, q, k, v, None, *args, **rest)
     return out.flatten(0, 1).index_select(0, samples["places"])[None], None
 
 
