@@ -17,7 +17,7 @@ from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, Protocol
 
 import numpy as np
 import torch
@@ -122,7 +122,11 @@ def encode(records: Sequence[Record], tokenizer: Any, config: DataConfig, templa
     records that the template cannot carry, unless config.on_bad_record is skip.
     """
     assert records
-    encoder = Encoder(records[0], tokenizer, config, template)
+    return encoded(Encoder(records[0], tokenizer, config, template), records)
+
+
+def encoded(encoder: Encodes, records: Sequence[Record]) -> Encoded:
+    """What an encoder makes of these records, in memory. Raises its errors."""
     parts = [encoder.part(records[start : start + CHUNK]) for start in range(0, len(records), CHUNK)]
     report = encoder.report([part.tally for part in parts], len(records))
     report.log()
@@ -183,8 +187,37 @@ class Part(NamedTuple):
     tally: Tally
 
 
-class Encoder:
+class Encodes(Protocol):
     """Turns records into samples, part by part; the parts do not depend on each other."""
+
+    report_type: type[DataReport]
+
+    def __init__(self, first: Record, tokenizer: Any, config: DataConfig): ...
+
+    @classmethod
+    def key(cls, first: Record, tokenizer: Any, config: DataConfig) -> list[Any]:
+        """What the tokens depend on beside the records, the tokenizer and max_length, loss_on and on_bad_record of
+        config. JSON data."""
+        ...
+
+    def part(self, records: Sequence[Record]) -> Part:
+        """The samples of these records."""
+        ...
+
+    def report(self, tallies: Iterable[Tally], records: int) -> DataReport:
+        """The report of all parts, in order. Raises ValueError if nothing is left to learn."""
+        ...
+
+
+class Encoder:
+    """Prompts and answers, of which the answers carry loss."""
+
+    report_type = DataReport
+
+    @classmethod
+    def key(cls, first: Record, tokenizer: Any, config: DataConfig) -> list[Any]:
+        template = template_of(config, first, tokenizer)
+        return [template, frame(template, tokenizer), sorted(stop_ids(tokenizer))]
 
     def __init__(self, first: Record, tokenizer: Any, config: DataConfig, template: Template | None = None):
         self.template = template or template_of(config, first, tokenizer)

@@ -7,8 +7,9 @@ import mmap
 from array import array
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
-from typing import Any, overload
+from typing import overload
 
 import numpy as np
 
@@ -54,20 +55,26 @@ class Stored(Sequence[Record]):
         return self.lines[start : int(self.ends[place])]
 
 
-def store_splits(config: DataConfig, folder: Path, told: Callable[[int], None] = lambda records: None) -> None:
+def store_splits(
+    config: DataConfig,
+    folder: Path,
+    told: Callable[[int], None] = lambda records: None,
+    each: Callable[..., Iterator[Record]] | None = None,
+) -> None:
     """Read and check the data of a run, and write its records and their splits to files of an empty folder.
 
-    told is called with the number of records so far. Raises ValueError as `records.splits_of` does.
+    told is called with the number of records so far. each(source, option=...) reads a source; by default as
+    instructions or conversations. Raises ValueError as `records.splits_of` does.
     """
     sources = [source_of(text) for text in ([config.data] if isinstance(config.data, str) else config.data)]
-    how: Any = {"columns": config.columns, "on_bad_record": config.on_bad_record}
+    each = each or partial(each_record, columns=config.columns, on_bad_record=config.on_bad_record)
     ends, talks = array("q"), bytearray()  # of each record: where its line ends; whether its source has conversations
     with open(folder / RECORDS, "xb") as file:
 
         def write(source: str, option: str) -> int:
             """Write the records of a source; returns how many there are."""
             first, conversations = len(ends), False
-            for record in each_record(source, option=option, **how):
+            for record in each(source, option=option):
                 conversations |= "messages" in record
                 file.write(json.dumps(record, sort_keys="messages" not in record).encode())
                 ends.append(file.tell())

@@ -24,10 +24,9 @@ from safetensors import SafetensorError, safe_open
 
 from launcher.config import DataConfig
 from launcher.data.crew import ALONE, Crew, Tick
-from launcher.data.encode import CHUNK, DataReport, Encoded, Encoder, Tally, encode, little_endian, stop_ids
+from launcher.data.encode import CHUNK, DataReport, Encoded, Encoder, Encodes, Tally, encoded, little_endian
 from launcher.data.forms import Record
 from launcher.data.stored import Stored
-from launcher.data.templates import frame, template_of
 from launcher.factorization.cache import put
 
 log = logging.getLogger(__name__)
@@ -37,18 +36,23 @@ COPY_BYTES = 1 << 24
 
 
 def encode_once(
-    records: Sequence[Record], tokenizer: Any, config: DataConfig, folder: Path, crew: Crew = ALONE
+    records: Sequence[Record],
+    tokenizer: Any,
+    config: DataConfig,
+    folder: Path,
+    crew: Crew = ALONE,
+    kind: type[Encodes] = Encoder,
 ) -> Encoded:
-    """What `encode` gives, from the cache in folder, or made by the crew and mapped from its file there.
+    """What an encoder of this kind gives, from the cache in folder, or made by the crew and mapped from its file there.
 
     Called by all processes of the crew with the same records. Warns if the cache cannot be written. Raises the
-    errors of `encode`, on all processes.
+    encoder's errors, on all processes.
     """
     if not hasattr(tokenizer, "backend_tokenizer"):  # a pure Python tokenizer has no content to make a key of
-        return crew.comm.each("data", lambda: encode(records, tokenizer, config))
+        return crew.comm.each("data", lambda: encoded(kind(records[0], tokenizer, config), records))
 
     def look() -> list[Any]:
-        file = folder / "tokenised" / f"{_key(records, tokenizer, config)}.safetensors"
+        file = folder / "tokenised" / f"{_key(records, tokenizer, config, kind)}.safetensors"
         return [str(file), _verified(file)]
 
     machines = crew.led("data", look)
@@ -56,11 +60,12 @@ def encode_once(
     with ExitStack() as stack:
         if None in [found for _, found in machines]:
             work = stack.enter_context(crew.folder(folder))
-            made = _make(records, tokenizer, config, work, file, crew, mine=digest is None)
+            encoder = crew.comm.each("data", lambda: kind(records[0], tokenizer, config))
+            made = _make(encoder, records, work, file, crew, mine=digest is None)
             name, digest = made if digest is None else (name, digest)
-        encoded = crew.comm.each("data", lambda: _read(Path(name), digest))  # before the folder is removed
-    encoded.report.log()
-    return encoded
+        found = crew.comm.each("data", lambda: _read(Path(name), digest, kind))  # before the folder is removed
+    found.report.log()
+    return found
 
 
 def encoded_before(records: Sequence[Record], tokenizer: Any, config: DataConfig, folder: Path) -> Encoded | None:
@@ -78,7 +83,7 @@ def _warn_once(text: str) -> None:
 
 
 def _make(
-    records: Sequence[Record], tokenizer: Any, config: DataConfig, work: Path, file: Path, crew: Crew, *, mine: bool
+    encoder: Encodes, records: Sequence[Record], work: Path, file: Path, crew: Crew, *, mine: bool
 ) -> tuple[str, str]:
     """Tokenise on all processes of a machine, then write the file on its first; returns its name and digest.
 
@@ -87,7 +92,6 @@ def _make(
 
     def tokenise(tick: Tick) -> None:
         if mine:
-            encoder = Encoder(records[0], tokenizer, config)
             chunks = crew.claims(work.name, -(-len(records) // CHUNK))
             _write_part(encoder, records, chunks, work / f"part-{crew.comm.ranks.rank}", tick)
 
@@ -95,7 +99,7 @@ def _make(
         if not (mine and crew.leads):
             return ["", ""]
         pieces = _Pieces(work)
-        report = Encoder(records[0], tokenizer, config).report(pieces.tallies, len(records))
+        report = encoder.report(pieces.tallies, len(records))
         try:
             put(file.parent.parent, file, lambda partial: pieces.write(partial, report, tick))
             return [str(file), pieces.digest]
@@ -113,7 +117,7 @@ def _make(
     return name, digest
 
 
-def _write_part(encoder: Encoder, records: Sequence[Record], chunks: Iterator[int], folder: Path, tick: Tick) -> None:
+def _write_part(encoder: Encodes, records: Sequence[Record], chunks: Iterator[int], folder: Path, tick: Tick) -> None:
     """Tokenise these chunks one after the other, into files of a folder, and an index of what they hold."""
     # A fast tokenizer would take all cores for itself, as many times as there are processes: as many as torch takes.
     os.environ.setdefault("RAYON_NUM_THREADS", str(torch.get_num_threads()))
@@ -227,7 +231,7 @@ def _verified(file: Path) -> str | None:
     return digest
 
 
-def _read(file: Path, digest: str | None) -> Encoded:
+def _read(file: Path, digest: str | None, kind: type[Encodes] = Encoder) -> Encoded:
     """The file's content, mapped and not read; digest: of its tokens, if they have been verified."""
     with safe_open(file, framework="pt") as opened:
         report = json.loads(opened.metadata()["report"])
@@ -235,20 +239,18 @@ def _read(file: Path, digest: str | None) -> Encoded:
         if wrong := [name for name, kind in TENSORS.items() if opened.get_slice(name).get_dtype() != kind]:
             raise ValueError(f"its {', '.join(wrong)} are of another type")
         tensors = {name: opened.get_tensor(name) for name in TENSORS}
-    return Encoded(**tensors, report=DataReport(**report), known_digest=digest)
+    return Encoded(**tensors, report=kind.report_type(**report), known_digest=digest)
 
 
 def _with_targets(digest: str, targets: np.ndarray) -> str:
     return hashlib.sha256(f"{digest} {targets.tolist()}".encode()).hexdigest()
 
 
-def _key(records: Sequence[Record], tokenizer: Any, config: DataConfig) -> str:
+def _key(records: Sequence[Record], tokenizer: Any, config: DataConfig, kind: type[Encodes] = Encoder) -> str:
     """sha256 of the JSON text of everything that the tokens depend on, the records last."""
-    template = template_of(config, records[0], tokenizer)
     depends_on = [
         FORMAT, tokenizers.__version__, tokenizer.backend_tokenizer.to_str(), str(tokenizer.special_tokens_map),
-        template, frame(template, tokenizer), sorted(stop_ids(tokenizer)), config.max_length, config.loss_on,
-        config.on_bad_record, [],
+        *kind.key(records[0], tokenizer, config), config.max_length, config.loss_on, config.on_bad_record, [],
     ]  # fmt: skip
     sha = hashlib.sha256(json.dumps(depends_on, sort_keys=True).removesuffix("]]").encode())
     each: Callable[[], Iterator[str]] = lambda: (json.dumps(record, sort_keys=True) for record in records)  # noqa: E731

@@ -8,28 +8,77 @@ from __future__ import annotations
 
 import math
 from array import array
-from collections.abc import Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-import torch
 from peft import PeftConfig
 
 from launcher.config import Config, DataConfig
 from launcher.data import records
 from launcher.data.bad_records import BadRecord, BadRecords
-from launcher.data.encode import DataReport, Encoded
+from launcher.data.crew import ALONE, Crew
+from launcher.data.encode import DataReport, Encoded, Encodes, Part, Tally, encoded
+from launcher.data.files import each_row
+from launcher.data.stored import store_splits, stored_splits
 from launcher.data.templates import Template
+from launcher.data.tokenised import encode_once
 from launcher.tasks.base import NextToken, Samples, Task
 from launcher.tasks.evaluation import Evaluation
 
-CHUNK = 1000  # texts tokenised at once
+
+class TextReport(DataReport):
+    """Counts of texts and tokens."""
+
+    def __str__(self) -> str:
+        samples = f"{self.kept:,} samples of at most {self.max_length} tokens"
+        return f"{self.records:,} texts, {samples}, {self.tokens:,} tokens, {self.loss_share:.1%} carry loss"
+
+
+class TextEncoder:
+    """All tokens of texts; a sample's first token carries no loss."""
+
+    report_type: type[DataReport] = TextReport
+
+    def __init__(self, first: records.Record, tokenizer: Any, config: DataConfig):
+        self.tokenizer, self.max_length = tokenizer, config.max_length
+        ends = (tokenizer.bos_token_id, tokenizer.eos_token_id)
+        self.head, self.tail = ([] if token is None else [token] for token in ends)
+
+    @classmethod
+    def key(cls, first: records.Record, tokenizer: Any, config: DataConfig) -> list[Any]:
+        return [f"{cls.__module__}.{cls.__qualname__}", tokenizer.bos_token_id, tokenizer.eos_token_id]
+
+    def part(self, rows: Sequence[records.Record]) -> Part:
+        ids, counts, loss = array("i"), array("q"), bytearray()
+        texts = [row["text"] for row in rows]
+        for tokens in self.tokenizer(texts, add_special_tokens=False, verbose=False)["input_ids"]:
+            whole = self.head + tokens + self.tail
+            for at in range(0, max(len(whole) - 1, 0), self.max_length - 1):
+                part = whole[at : at + self.max_length]
+                ids.extend(part)
+                counts.append(len(part))
+                loss += b"\0" + b"\1" * (len(part) - 1)
+        lengths = np.array(counts, dtype=np.int64)
+        tally = Tally(samples=len(rows), kept=len(lengths), tokens=len(ids), target_tokens=len(ids) - len(lengths))
+        masks = np.frombuffer(loss, dtype=np.bool_)
+        return Part(lengths, lengths - 1, np.array(ids, dtype=np.int32), masks, tally)
+
+    def report(self, tallies: Iterable[Tally], count: int) -> DataReport:
+        total = Tally()
+        for tally in tallies:
+            total.add(tally)
+        if not total.kept:
+            raise ValueError("every text is a single token, which leaves none to predict: give longer texts")
+        return TextReport(count, total.kept, 0, 0, total.tokens, total.target_tokens, self.max_length)
 
 
 class Text(NextToken):
     """Next-token prediction of all tokens."""
+
+    encoder: type[Encodes] = TextEncoder
 
     def check(self, config: Config, adapter: PeftConfig | None) -> None:
         data = config.data
@@ -38,9 +87,16 @@ class Text(NextToken):
         column_of(data.columns)
 
     def read(self, config: Config, tokenizer: Any, cache: Path) -> Samples:
-        train, held_out = self.splits(config.data)
-        tokenise = partial(self.encode, tokenizer=tokenizer, data=config.data)
-        return Samples(train=tokenise(train), held_out=tokenise(held_out) if held_out else None)
+        return self.read_together(config, tokenizer, cache, ALONE)
+
+    def read_together(self, config: Config, tokenizer: Any, cache: Path, crew: Crew) -> Samples:
+        data = config.data
+        each = partial(each_text, column=column_of(data.columns), on_bad_record=data.on_bad_record)
+        with crew.folder(cache) as work:
+            crew.work("reading", 0, lambda tick: store_splits(data, work, tick, each) if crew.leads else None)
+            train, held_out = crew.comm.each("data", lambda: stored_splits(work))
+            tokens = partial(encode_once, tokenizer=tokenizer, config=data, folder=cache, crew=crew, kind=self.encoder)
+            return Samples(train=tokens(train), held_out=tokens(held_out) if held_out else None)
 
     def splits(self, data: DataConfig) -> tuple[list[records.Record], list[records.Record]]:
         load = partial(load_texts, column=column_of(data.columns), on_bad_record=data.on_bad_record)
@@ -49,7 +105,7 @@ class Text(NextToken):
     def encode(
         self, rows: Sequence[records.Record], tokenizer: Any, data: DataConfig, template: Template | None = None
     ) -> Encoded:
-        return encode(rows, tokenizer, data.max_length)
+        return encoded(self.encoder(rows[0], tokenizer, data), rows)
 
     def evaluate(self, evaluation: Evaluation) -> dict[str, float]:
         result = super().evaluate(evaluation)
@@ -67,14 +123,18 @@ def column_of(columns: tuple[str, ...]) -> str:
     return column
 
 
-def load_texts(
+def load_texts(source: str, **how: Any) -> list[records.Record]:
+    """What `each_text` reads, in memory."""
+    return list(each_text(source, **how))
+
+
+def each_text(
     source: str, *, option: str = "--data", column: str = "text", on_bad_record: Any = "error"
-) -> list[records.Record]:
+) -> Iterator[records.Record]:
     """The rows of a source as {text}. Raises ValueError for rows without a text in this column, or with skip warns."""
-    rows, bad, found = records.load_rows(source, option), BadRecords(on_bad_record), []
-    if not rows:
-        raise ValueError(f"{option} {source} holds no rows; expected rows with {column!r}, or a .txt file")
-    for index, row in enumerate(rows):
+    bad, count = BadRecords(on_bad_record), 0
+    for index, row in enumerate(each_row(source, option)):
+        count += 1
         where = f"record {index} of {source}"
         try:
             if not isinstance(row, dict):
@@ -87,45 +147,9 @@ def load_texts(
             text = records.text_of(row, column, where)
             if not text.strip():
                 raise BadRecord("an empty text", f"{where}: {column!r} is empty")
-            found.append({"text": text})
+            yield {"text": text}
         except BadRecord as error:
             bad.add(error)
-    records.warn(bad.tell(f"{option} {source}", len(rows)))
-    return found
-
-
-def encode(rows: Sequence[records.Record], tokenizer: Any, max_length: int) -> Encoded:
-    """All samples end to end, each of at most max_length tokens; a sample's first token carries no loss."""
-    frame = [[token] for token in (tokenizer.bos_token_id, tokenizer.eos_token_id)]
-    head, tail = ([] if part == [None] else part for part in frame)
-    ids, lengths = array("i"), array("q")
-    for start in range(0, len(rows), CHUNK):
-        texts = [row["text"] for row in rows[start : start + CHUNK]]
-        for tokens in tokenizer(texts, add_special_tokens=False, verbose=False)["input_ids"]:
-            whole = head + tokens + tail
-            for at in range(0, max(len(whole) - 1, 0), max_length - 1):
-                part = whole[at : at + max_length]
-                ids.extend(part)
-                lengths.append(len(part))
-    if not lengths:
-        raise ValueError("every text is a single token, which leaves none to predict: give longer texts")
-    counts = torch.tensor(lengths)
-    offsets = torch.cat([torch.zeros(1, dtype=torch.int64), counts.cumsum(0)])
-    loss = torch.ones(len(ids), dtype=torch.bool)
-    loss[offsets[:-1]] = False
-    report = TextReport(len(rows), len(lengths), 0, 0, len(ids), int(loss.sum()), max_length)
-    return Encoded(
-        ids=torch.from_numpy(np.frombuffer(ids, dtype=np.int32)),
-        loss=loss,
-        offsets=offsets,
-        targets=counts - 1,
-        report=report,
-    )
-
-
-class TextReport(DataReport):
-    """Counts of texts and tokens."""
-
-    def __str__(self) -> str:
-        samples = f"{self.kept:,} samples of at most {self.max_length} tokens"
-        return f"{self.records:,} texts, {samples}, {self.tokens:,} tokens, {self.loss_share:.1%} carry loss"
+    if not count:
+        raise ValueError(f"{option} {source} holds no rows; expected rows with {column!r}, or a .txt file")
+    records.warn(bad.tell(f"{option} {source}", count))

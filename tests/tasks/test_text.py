@@ -11,10 +11,13 @@ from launching import REPO
 from transformers import AutoTokenizer
 
 from launcher.config import AdapterConfig, Config, DataConfig, ModelConfig, OptimizerConfig, RunConfig
+from launcher.data import tokenised
+from launcher.data.crew import Crew
 from launcher.processes import Ranks
 from launcher.tasks import text
 from launcher.training.resolve import resolve
 from launcher.training.run import run
+from tests.communicators import together
 
 TINY = REPO / "recipes" / "tiny"
 
@@ -45,7 +48,7 @@ def events(config):
 def test_every_token_of_a_long_text_is_predicted_exactly_once(tokenizer):
     story = "once upon a time there was a model " * 20
 
-    found = text.encode([{"text": story}], tokenizer, 48)
+    found = text.TASK.encode([{"text": story}], tokenizer, DataConfig(max_length=48))
 
     whole = [tokenizer.bos_token_id, *tokenizer(story, add_special_tokens=False)["input_ids"], tokenizer.eos_token_id]
     parts = [(ids.tolist(), loss) for ids, loss in zip(
@@ -55,6 +58,29 @@ def test_every_token_of_a_long_text_is_predicted_exactly_once(tokenizer):
     assert max(found.lengths) == 48
     assert torch.equal(found.targets, torch.tensor(found.lengths) - 1)
     assert all(ids[0] == before[-1] for (before, _), (ids, _) in itertools.pairwise(parts))
+
+
+def test_processes_share_the_work_and_the_next_start_finds_it(config, tokenizer, tmp_path, monkeypatch):
+    """The tokens are those that are made in memory, and so is the digest that a resume compares."""
+    monkeypatch.setattr(tokenised, "CHUNK", 5)
+    rows = [{"text": f"{number} stories " * (number % 7 + 1)} for number in range(48)]
+    (tmp_path / "texts.json").write_text(json.dumps(rows))
+    parts, own = [], text.TextEncoder.part
+    monkeypatch.setattr(text.TextEncoder, "part", lambda self, some: parts.append(len(some)) or own(self, some))
+    train, held_out = text.TASK.splits(config.data)
+    wanted = [text.TASK.encode(some, tokenizer, config.data) for some in (train, held_out)]
+    parts.clear()
+
+    found = together(3, lambda comm: text.TASK.read_together(config, tokenizer, tmp_path / "cache", Crew(comm)))
+    once = sum(parts)
+    again = text.TASK.read(config, tokenizer, tmp_path / "cache")
+
+    assert once == sum(parts) == 48
+    for samples in (*found, again):
+        for mine, alone in zip((samples.train, samples.held_out), wanted, strict=True):
+            assert mine.digest() == alone.digest()
+            assert torch.equal(mine.targets, alone.targets)
+            assert str(mine.report) == str(alone.report)
 
 
 def test_a_run_on_text_trains_evaluates_and_resumes_exactly(config, tmp_path, capsys):
