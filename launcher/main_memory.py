@@ -2,9 +2,24 @@
 
 from __future__ import annotations
 
+import ctypes
 import os
 from contextlib import suppress
 from pathlib import Path, PurePosixPath
+
+M_MMAP_THRESHOLD = -3  # of glibc's malloc.h
+OWN_MAPPING = 1 << 20  # bytes from which `map_large_blocks` keeps a block out of the heap
+
+
+def map_large_blocks() -> None:
+    """Let malloc give each block of OWN_MAPPING bytes or more its own mapping, which goes back when it is freed.
+
+    glibc does so at first, and raises the limit to the largest block that was freed, up to 32 MiB. It lies within the
+    heap from then on, and a freed block there is a hole until something small enough takes its place. Does nothing
+    under another C library.
+    """
+    with suppress(OSError, AttributeError):
+        ctypes.CDLL(None).mallopt(M_MMAP_THRESHOLD, OWN_MAPPING)
 
 
 def main_memory(proc: Path = Path("/proc/self/cgroup"), root: Path = Path("/sys/fs/cgroup")) -> tuple[int, bool]:

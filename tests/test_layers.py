@@ -70,7 +70,7 @@ MAY_IMPORT = {  # beside itself; in the order in which data flows
     },
     "launcher.engines": {
         "launcher.shipped", "launcher.engines.registry", "launcher.config", "launcher.processes", "launcher.models",
-        "launcher.optimizers", "launcher.training.checkpoint",
+        "launcher.main_memory", "launcher.optimizers", "launcher.training.checkpoint",
     },
     "launcher.training": {
         "launcher.text", "launcher.reports", "launcher.training.checkpoint", "launcher.training.checkpoint_index",

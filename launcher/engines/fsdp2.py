@@ -14,6 +14,7 @@ from torch.distributed.tensor._utils import compute_local_shape_and_global_offse
 from launcher.engines.engine import ModelSource
 from launcher.engines.registry import EngineInfo, give_first
 from launcher.engines.replicated import Replicated
+from launcher.main_memory import map_large_blocks
 from launcher.models.fill import fill
 from launcher.models.skeleton import skeleton
 from launcher.processes import Ranks, open_alone
@@ -35,6 +36,8 @@ class FullyShard(Replicated):
         """The model on meta, cut into units, then filled with this rank's rows from the checkpoint."""
         config, run = source.config, source.config.run
         open_alone(source.device)
+        if info.maps_large_blocks and source.device.type == "cpu":
+            map_large_blocks()
         model = skeleton(config.model, source.folder, source.adapter, **source.how)
         group = (run.shard_size or source.ranks.local_world_size) if info.grouped else source.ranks.world_size
         shard(model, shard_mesh(source.ranks, source.device, group), cpu_offload=run.cpu_offload)

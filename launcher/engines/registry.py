@@ -31,6 +31,7 @@ class EngineInfo:
     compiles: bool = True  # runs decoder layers that torch.compile compiled
     keeps_4bit_class: bool = True  # packed weights stay bitsandbytes' Params4bit, which holds their scales
     maps_files: bool = False  # a frozen base stays mapped from its files: processes of a machine share the pages
+    maps_large_blocks: bool = False  # on a CPU: gathered layers would leave a hole in the heap after each layer
     offloads: tuple[str, ...] = ()  # what --cpu-offload moves: "parameters", "optimizer"
     packages: tuple[str, ...] = ()  # Python packages that it needs besides torch
     accelerate: str = "ddp"  # recipes/accelerate/NAME.yaml starts it
@@ -49,9 +50,9 @@ ENGINES: dict[str, EngineInfo] = {
                    maps_files=True),
         EngineInfo("ddp", "launcher.engines.replicated:Replicated", any_optimizer=True, maps_files=True),
         EngineInfo("fsdp2", "launcher.engines.fsdp2:FullyShard", holds_base=False, gathers=True, averages=True,
-                   keeps_4bit_class=False, offloads=BOTH, accelerate="fsdp2"),
+                   keeps_4bit_class=False, maps_large_blocks=True, offloads=BOTH, accelerate="fsdp2"),
         EngineInfo("hsdp", "launcher.engines.fsdp2:FullyShard", holds_base=False, gathers=True, averages=True,
-                   grouped=True, keeps_4bit_class=False, offloads=BOTH, accelerate="fsdp2"),
+                   grouped=True, keeps_4bit_class=False, maps_large_blocks=True, offloads=BOTH, accelerate="fsdp2"),
         EngineInfo("zero2", "launcher.engines.zero:Zero2", averages=True, offloads=("optimizer",),
                    packages=("deepspeed", "ninja"), accelerate="zero2"),
         EngineInfo("zero3", "launcher.engines.zero:Zero3", holds_base=False, gathers=True, averages=True,

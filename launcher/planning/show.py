@@ -169,8 +169,8 @@ def reasons(found: Plan) -> list[str]:
             continue
         refused.setdefault(way.why_not.replace(f" {way.quantize} ", " ", 1), []).append(way)
     for ways in refused.values():
-        names = ", ".join(way.precision for way in ways)
-        lines.append(f"{ways[0].sharding}, {names}: {ways[0].why_not}")
+        shardings, precisions = (dict.fromkeys(names) for names in zip(*((w.sharding, w.precision) for w in ways)))
+        lines.append(f"{' and '.join(shardings)}, {', '.join(precisions)}: {ways[0].why_not}")
     return lines
 
 

@@ -266,7 +266,7 @@ def footprint(
     whole = parts.weights + parts.factors
     weights = lies.frozen * parts.weights / whole if whole else 0.0
     factors = lies.frozen - weights
-    alive = traced.peak if traced is not None else 0.0
+    alive = 0.0 if traced is None else traced.mapped_peak if info.maps_large_blocks else traced.peak
     unpacked = float(parts.largest_packed * itemsize)
     resident = fixed + lies.frozen + lies.trained + lies.optimizer
     training = resident + lies.gradients + lies.gathered + alive + unpacked

@@ -20,7 +20,9 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves, tree_map
 from torch.utils.flop_counter import flop_registry
 
-MAPPED = 32 << 20  # glibc maps larger tensors by themselves: no hole stays beside them
+from launcher.main_memory import OWN_MAPPING
+
+MAPPED = 32 << 20  # glibc maps larger tensors by themselves: no hole stays beside them. With `map_large_blocks`: 1 MiB
 FEW_LAYERS = 2  # of a stack of equal layers, this many are run, and one fewer: the rest follows
 aten = torch.ops.aten
 INDEXING = (aten.index.Tensor, aten.index_put.default, aten.index_put_.default, aten._index_put_impl_.default)
@@ -31,6 +33,7 @@ class Traced(NamedTuple):
 
     peak: float  # most that is alive in a pass beside the gradients, which exist before it
     operations: float  # multiplications and additions of both passes
+    mapped_peak: float  # the peak of an engine that maps large blocks, which leaves fewer holes
 
 
 def trace(model: nn.Module, run: Callable[[], Tensor], layers: nn.ModuleList | None, holes: float = 0.0) -> Traced:
@@ -52,10 +55,12 @@ class _Phases(NamedTuple):
     peak: float  # until the backward pass has left the first layer
     after: float  # in the rest, where an embedding may be trained
     operations: float
+    mapped_peak: float
+    mapped_after: float
 
 
 def _whole(phases: _Phases) -> Traced:
-    return Traced(max(phases.peak, phases.after), phases.operations)
+    return Traced(max(phases.peak, phases.after), phases.operations, max(phases.mapped_peak, phases.mapped_after))
 
 
 def equal_layers(model: nn.Module, layers: list[nn.Module]) -> nn.ModuleList | None:
@@ -90,17 +95,19 @@ def _trace(model: nn.Module, run: Callable[[], Tensor], holes: float, first: nn.
         model.zero_grad(set_to_none=True)
         if hook is not None:
             hook.remove()
-    return _Phases(live.peak if live.before is None else live.before, live.peak, live.operations)
+    (peak, mapped_peak), (after, mapped_after) = live.before or live.peak, live.peak
+    return _Phases(peak, after, live.operations, mapped_peak, mapped_after)
 
 
 class _Live(TorchDispatchMode):
-    """Counts the bytes of tensors that are alive. Operations on tensors of which any is on meta run there."""
+    """Counts the bytes of tensors that are alive, with the holes beside those below MAPPED, and beside those below
+    OWN_MAPPING. Operations on tensors of which any is on meta run there."""
 
     def __init__(self, known: list[Tensor], holes: float):
         super().__init__()
         self.holes = holes
-        self.now = self.peak = 0.0
-        self.before: float | None = None  # peak of the first phase, once that is over
+        self.now = self.peak = 0.0, 0.0
+        self.before: tuple[float, float] | None = None  # peak of the first phase, once that is over
         self.operations = 0.0
         self._known = known  # not counted
         self._seen = {tensor.untyped_storage()._cdata for tensor in known}
@@ -135,18 +142,17 @@ class _Live(TorchDispatchMode):
 
     def _add(self, storage: Any) -> None:
         key, size = storage._cdata, float(storage.nbytes())
-        if size < MAPPED:
-            size *= 1 + self.holes
         if key in self._seen:
             return
         self._seen.add(key)
-        self.now += size
-        self.peak = max(self.peak, self.now)
-        weakref.finalize(storage, self._free, key, size)
+        takes = tuple(size * (1 + self.holes * (size < least)) for least in (MAPPED, OWN_MAPPING))
+        self.now = self.now[0] + takes[0], self.now[1] + takes[1]
+        self.peak = max(self.peak[0], self.now[0]), max(self.peak[1], self.now[1])
+        weakref.finalize(storage, self._free, key, takes)
 
-    def _free(self, key: int, size: float) -> None:
+    def _free(self, key: int, takes: tuple[float, ...]) -> None:
         self._seen.discard(key)
-        self.now -= size
+        self.now = self.now[0] - takes[0], self.now[1] - takes[1]
 
 
 def _to_meta(value: Any) -> Any:

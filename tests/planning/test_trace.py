@@ -9,6 +9,7 @@ from torch import nn
 from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
 
 from launcher.config import AdapterConfig, Config, ModelConfig
+from launcher.main_memory import OWN_MAPPING
 from launcher.methods import peft_config
 from launcher.models.head_loss import HeadLoss
 from launcher.training import trace as tracing
@@ -90,12 +91,18 @@ def test_holes_add_to_what_the_heap_holds_and_not_to_what_is_mapped(tmp_path):
     asked = Config(model=config, adapter=AdapterConfig(method="lora", rank=8))
     made = sketch(config, folder, asked, peft_config(asked.adapter), dtype="float32", attention="sdpa")
 
-    plain, holed = (trace(made.model, loss_of(made.model), None, holes).peak for holes in (0.0, 0.5))
-    large = nn.Parameter(torch.empty(tracing.MAPPED // 4, device="meta"))
-    mapped = trace(nn.ParameterList([large]), lambda: (large * large).sum(), None, 0.5).peak
+    plain, holed = (trace(made.model, loss_of(made.model), None, holes) for holes in (0.0, 0.5))
+    large, middle = (squared(size) for size in (tracing.MAPPED, 2 * OWN_MAPPING))
 
-    assert holed == pytest.approx(1.5 * plain)
-    assert mapped == pytest.approx(3 * tracing.MAPPED, rel=1e-3)
+    assert holed.peak == holed.mapped_peak == pytest.approx(1.5 * plain.peak)
+    assert large.peak == large.mapped_peak == pytest.approx(3 * tracing.MAPPED, rel=1e-3)
+    assert (middle.peak, middle.mapped_peak) == pytest.approx((9 * OWN_MAPPING, 6 * OWN_MAPPING), rel=1e-3)
+
+
+def squared(size: int) -> tracing.Traced:
+    """The sum of squares of a tensor of so many bytes, which keeps three of its size, with holes of half of each."""
+    numbers = nn.Parameter(torch.empty(size // 4, device="meta"))
+    return trace(nn.ParameterList([numbers]), lambda: (numbers * numbers).sum(), None, 0.5)
 
 
 def test_layers_that_differ_are_all_run():
