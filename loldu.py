@@ -6,6 +6,7 @@ this module checks that `adapters` and `launcher` are the ones beside it before 
 
 from __future__ import annotations
 
+import gc
 import sys
 from collections.abc import Callable
 from importlib import import_module
@@ -73,7 +74,9 @@ def main() -> int:
     check_packages()
     from launcher.cli import main as command
 
-    return command(sys.argv[1:])
+    code = command(sys.argv[1:])
+    gc.freeze()  # the interpreter would search a million objects of torch and transformers for cycles as it ends: 1 s
+    return code
 
 
 def recipe(name: str, default: Any, tiny: Any, **callbacks: Any) -> int:

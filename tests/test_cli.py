@@ -207,3 +207,12 @@ def test_another_method_does_not_get_the_options_of_the_recipes_own(arguments, e
 
     assert ran[0].adapter.options == expected
     assert ("scale=2 belongs to loldu" in caplog.text) == (expected == ())
+
+
+def test_a_command_leaves_nothing_for_the_last_search_of_the_garbage_collector():
+    """That search took a second after torch and transformers had been imported."""
+    code = "import atexit, gc, loldu; atexit.register(lambda: print(len(gc.get_objects()))); loldu.main()"
+
+    done = subprocess.run([sys.executable, "-c", code, "--help"], capture_output=True, text=True, check=True)
+
+    assert int(done.stdout.splitlines()[-1]) < 100

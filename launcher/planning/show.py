@@ -124,7 +124,8 @@ def show(found: Plan, command: str | None, data: str) -> None:
         table.add_row(f"factors of {found.factored} weights on disk", gb(found.factor_bytes))
         table.add_row("time to make them", duration(found.factor_s))
     table.add_row("tokens on disk", gb(found.token_bytes))
-    table.add_row(f"time of a step ({found.work.passes} passes)", duration(asked.step_s))
+    passes = found.work.passes
+    table.add_row(f"time of a step ({passes} pass{'es' if passes > 1 else ''})", duration(asked.step_s))
     if found.known:
         table.add_row(f"time of {found.steps:,} steps", duration(asked.step_s * found.steps))
     console.print(table)

@@ -114,12 +114,14 @@ class _Live(TorchDispatchMode):
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
-        if any(isinstance(each, Tensor) and each.is_meta for each in tree_leaves((args, kwargs))):
+        on_meta = [each.is_meta for each in tree_leaves((args, kwargs)) if isinstance(each, Tensor)]
+        if any(on_meta):
             if func is aten._local_scalar_dense.default:
                 return 1.0  # the value of a tensor without values, such as a norm that is logged
             if func in INDEXING:
                 args = (args[0], _as_numbers(args[1]), *args[2:])
-            args, kwargs = tree_map(_to_meta, (args, kwargs))
+            if not all(on_meta):
+                args, kwargs = tree_map(_to_meta, (args, kwargs))
         elif func is aten._to_copy.default and kwargs.get("device") == torch.device("meta"):
             kwargs = {**kwargs, "device": args[0].device}  # a model moves its mask to its parameters: it stays real
         out = func(*args, **kwargs)
