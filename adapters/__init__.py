@@ -14,7 +14,7 @@ from adapters.dsee import DSEEConfig
 from adapters.factors import Factors
 from adapters.flora import FLoRAConfig
 from adapters.increlora import IncreLoRAConfig
-from adapters.layer import BasePrecisionWarning, factors_from
+from adapters.layer import BasePrecisionWarning, factors_from, rebuilding
 from adapters.loldu import LoLDUConfig, LoLDUXSConfig
 from adapters.lora_sb import LoRASBConfig, factors_from_gradients
 from adapters.many import ManyAdapters
@@ -62,4 +62,5 @@ __all__ = [
     "SVFitConfig",
     "factors_from",
     "factors_from_gradients",
+    "rebuilding",
 ]

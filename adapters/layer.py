@@ -47,6 +47,19 @@ def factors_from(source: FactorSource) -> Iterator[None]:
         _factor_source.reset(token)
 
 
+_on_factors: ContextVar[Callable[[str], object]] = ContextVar("on_factors", default=lambda module: None)
+
+
+@contextmanager
+def rebuilding(on_factors: Callable[[str], object]) -> Iterator[None]:
+    """Inside, on_factors(module name) is called after each time that a layer computes factors from its weight."""
+    token = _on_factors.set(on_factors)
+    try:
+        yield
+    finally:
+        _on_factors.reset(token)
+
+
 def factor_source() -> FactorSource | None:
     """The source set by `factors_from`, if any."""
     return _factor_source.get()
@@ -451,6 +464,7 @@ class FactorLayer(nn.Module, BaseTunerLayer):
             made = how.factors(how.panel(W, r), r, rows=rows, embedding=self.embedding, saved=saved)
         except ValueError as error:
             raise ValueError(f"{self.name}: {error}; leave the layer out (exclude_modules) or lower the rank") from None
+        _on_factors.get()(self.name)
         return made._replace(probe=probe_digest(W, self.shape))
 
     def _shared_factors(self, factor_map: FactorMap) -> Factors | None:

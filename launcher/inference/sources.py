@@ -10,7 +10,7 @@ import json
 import logging
 import os
 import warnings
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from itertools import chain
@@ -275,6 +275,21 @@ def _loading() -> Iterator[Callable[[int, int], None]]:
         yield lambda done, total: show(done, of=total)
 
 
+@contextmanager
+def _rebuilding(stored: Collection[str]) -> Iterator[None]:
+    """A progress bar of the layers of our adapters, whose factors follow from the base and are in no file."""
+    layers, done = sum(name.endswith(".probe") for name in stored), set[str]()
+    console = Console(stderr=True, quiet=not Ranks.from_environment().is_main)
+    with Bars(console).bar("rebuilding factors", layers, brief=True) as show:
+
+        def on_factors(module: str) -> None:
+            done.add(module)  # twice if the adapter's differ from those that its base alone would get
+            show(len(done))
+
+        with adapters.rebuilding(on_factors):
+            yield
+
+
 def load_quantised(source: Source, kind: Kind, *, dtype: str = "auto", device: str = "auto") -> Any:
     """The base, quantised weight by weight while it is read, with its adapter if there is one: as in training."""
     check_quantize(kind)
@@ -349,9 +364,10 @@ def attach(model: Any, folder: Path, *, low_cpu_mem_usage: bool = False, classif
             # PEFT would load to a GPU wherever there is one, even for a base in main memory or on meta
             places = {parameter.device.type for parameter in model.parameters()} - {"meta"}
             where: dict[str, Any] = {} if places - {"cpu"} else {"torch_device": "cpu"}
-            loaded = PeftModel.from_pretrained(
-                model, str(folder), config=config, low_cpu_mem_usage=low_cpu_mem_usage, **where
-            )
+            with _rebuilding(stored):
+                loaded = PeftModel.from_pretrained(
+                    model, str(folder), config=config, low_cpu_mem_usage=low_cpu_mem_usage, **where
+                )
             own = get_peft_model_state_dict(loaded, save_embedding_layers=False)
             if stored - own.keys() and (more := sorted(_read_by_peft(loaded, config, folder, stored) - own.keys())):
                 raise ValueError(foreign(folder, more))

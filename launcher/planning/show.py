@@ -170,8 +170,9 @@ def reasons(found: Plan) -> list[str]:
             continue
         refused.setdefault(way.why_not.replace(f" {way.quantize} ", " ", 1), []).append(way)
     for ways in refused.values():
-        shardings, precisions = (dict.fromkeys(names) for names in zip(*((w.sharding, w.precision) for w in ways)))
-        lines.append(f"{' and '.join(shardings)}, {', '.join(precisions)}: {ways[0].why_not}")
+        shardings = " and ".join(dict.fromkeys(way.sharding for way in ways))
+        precisions = ", ".join(dict.fromkeys(way.precision for way in ways))
+        lines.append(f"{shardings}, {precisions}: {ways[0].why_not}")
     return lines
 
 

@@ -20,7 +20,7 @@ import threading
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import AbstractContextManager, ExitStack, contextmanager
+from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -169,6 +169,7 @@ class Saver:
     def __init__(self, root: Path, comm: Communicator, *, background: bool):
         self.root, self.comm, self.background = root, comm, background
         self._thread: threading.Thread | None = None
+        self._writes: tuple[int, int] = 0, 0  # the step that the thread saves, and its bytes
         self._error: Exception | None = None
 
     def save(
@@ -197,23 +198,35 @@ class Saver:
             return
         copies = {name: replace(piece, rows=piece.rows.detach().cpu().clone()) for name, piece in pieces.items()}
         # A daemon: if other ranks have died it waits for their rows, and must not keep this process from exiting.
+        self._writes = step, self._bytes(pieces)
         self._thread = threading.Thread(target=work_aside, args=(copies,), name="save", daemon=True)
         self._thread.start()
 
     @contextmanager
     def bar(self, bars: Bars, step: int, pieces: Mapping[str, Piece]) -> Iterator[None]:
         """Show how much of this checkpoint is written, unless that is done in the background."""
-        if self.background:
+        with nullcontext() if self.background else self._bar(bars, step, self._bytes(pieces)):
             yield
-            return
+
+    def _bytes(self, pieces: Mapping[str, Piece]) -> int:
+        """Bytes that all ranks write."""
         sharded = any(tuple(piece.rows.shape) != tuple(piece.shape) for piece in pieces.values())
         writers = self.comm.ranks.world_size if sharded else 1
-        total = writers * sum(piece.rows.nbytes for piece in pieces.values())
+        return writers * sum(piece.rows.nbytes for piece in pieces.values())
+
+    @contextmanager
+    def _bar(self, bars: Bars, step: int, total: int) -> Iterator[None]:
         with (
             bars.bar("saving", total, unit="bytes", brief=True) as show,
             growth(show, _partial(self.root, step), total),
         ):
             yield
+
+    def finish(self, bars: Bars) -> None:
+        """As `wait`, with a bar if the last save is not done yet."""
+        waits = self._thread is not None and self._thread.is_alive()
+        with self._bar(bars, *self._writes) if waits else nullcontext():
+            self.wait()
 
     def wait(self) -> None:
         """Wait until the last save is done. Raises its error."""

@@ -144,7 +144,7 @@ class _Loop:
                 if ended or asked:
                     break
                 asked = self.step()
-        self.saver.wait()
+        self.saver.finish(training.screen)
         training.ahead.close()
         if early:
             training.screen.say(

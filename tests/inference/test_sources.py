@@ -3,6 +3,7 @@
 import importlib.metadata
 import json
 import shutil
+from contextlib import contextmanager
 
 import pytest
 import torch
@@ -285,3 +286,21 @@ def test_a_lora_on_all_experts_of_a_module_loads_as_it_was_saved(babyllama, tmp_
     assert torch.equal(loaded(ids).logits, trained(ids).logits)
     with loaded.disable_adapter():
         assert not torch.allclose(loaded(ids).logits, trained(ids).logits, atol=1e-3)
+
+
+def test_loading_an_adapter_reports_each_layer_whose_factors_are_rebuilt(adapter, monkeypatch):
+    shown = []
+
+    class Shown:
+        def __init__(self, console):
+            pass
+
+        @contextmanager
+        def bar(self, what, total=0, **how):
+            yield lambda done, of=None: shown.append((what, done, of or total))
+
+    monkeypatch.setattr("launcher.inference.sources.Bars", Shown)
+    load(find(str(adapter)))
+
+    rebuilt = [(done, total) for what, done, total in shown if what == "rebuilding factors"]
+    assert rebuilt == [(number, 35) for number in range(1, 36)]  # seven linear layers in each of five blocks

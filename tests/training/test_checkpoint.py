@@ -5,6 +5,8 @@ import json
 import math
 import os
 import shutil
+import threading
+from contextlib import contextmanager
 
 import pytest
 import torch
@@ -12,7 +14,7 @@ from communicators import together
 
 from launcher.processes import Communicator, Ranks
 from launcher.training import checkpoint
-from launcher.training.checkpoint import Piece, load, newest, prune, save, set_aside_after
+from launcher.training.checkpoint import Piece, Saver, load, newest, prune, save, set_aside_after
 from launcher.training.checkpoint_index import TrainingState
 
 ALONE = Communicator(Ranks())
@@ -318,3 +320,25 @@ def test_a_tensor_of_another_model_is_named_with_both_shapes(tmp_path):
         found.read("model/a", (5, 4))
     with pytest.raises(ValueError, match=r"trains model/b as \(2,\), but checkpoint .* has no such tensor"):
         found.read("model/b", (2,))
+
+
+def test_the_wait_for_a_save_in_the_background_has_a_bar_of_its_bytes(tmp_path):
+    """The save ends only once the bar is shown; a save that is done already shows none."""
+    shown, begun = [], threading.Event()
+
+    class Bars:
+        @contextmanager
+        def bar(self, what, total, **how):
+            shown.append((what, total))
+            begun.set()
+            yield lambda done: shown.append(done)
+
+    saver = Saver(tmp_path, ALONE, background=True)
+    saver.save(3, {"model/a": Piece.whole(torch.ones(5, 3))}, meta(3), before=begun.wait)
+    saver.finish(Bars())
+    saver.finish(Bars())
+
+    assert shown[0] == ("saving", 60)
+    assert shown[-1] == 60
+    assert shown.count(("saving", 60)) == 1
+    assert newest(tmp_path).step == 3
