@@ -63,7 +63,9 @@ class Evaluation:
     def batch(self, task: Task, rows: Sequence[int]) -> Batch:
         """These held-out samples, unpacked, on the device."""
         layout = replace(self.layout, pad_id=padding_id(self.tokenizer))
-        return on_device(task.collate(self.held_out, rows, layout), self.device)
+        batch = task.collate(self.held_out, rows, layout)
+        prepare = getattr(self.forward, "prepare", None)  # of HeadLoss
+        return on_device(prepare(batch) if prepare else batch, self.device)
 
     def total(
         self,

@@ -403,6 +403,8 @@ def evaluation_of(training: Training) -> Evaluation:
 
 def stop_agreed(training: Training) -> bool:
     """Whether any rank was asked to stop. Called by all ranks."""
+    if training.comm.ranks.world_size == 1:
+        return training.stop.asked()  # the device need not be waited for
     asked = torch.tensor(float(training.stop.asked()), device=training.device)
     return bool(sum_over_ranks([], [asked], training.comm.ranks.world_size)[0] > 0)
 

@@ -145,6 +145,19 @@ def test_evaluation_computes_no_more_than_training_would_and_gives_the_loss_of_p
     assert found == pytest.approx(wanted, rel=1e-6)
 
 
+@pytest.mark.parametrize("training", ["joined"], indirect=True)
+def test_evaluation_never_makes_the_host_wait_before_its_last_loss(training):
+    evaluation = loop.evaluation_of(training)
+    batch = evaluation.batch(training.task, [0, 1, 2])
+    training.task.loss(training.forward, batch, 1)  # which checks the head's loss
+
+    with Operations() as operations, torch.no_grad():
+        training.task.loss(training.forward, dict(batch), 1)
+        assert not evaluation.interrupted()
+
+    assert not operations.waits
+
+
 @pytest.mark.parametrize("training", ["padded", "joined"], indirect=True)
 def test_the_backward_pass_keeps_so_many_bytes_a_token_and_no_logits(training):
     """Each storage once, without parameters and factors. 14.3 float32 rows of the hidden size a layer and token, 13.7
