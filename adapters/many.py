@@ -227,7 +227,8 @@ class ManyAdapters:
             raise ValueError(f"adapter {name} holds no tensors of {config.method}: copy its file again")
         ordered = sorted(parts)
         key = (
-            config.method, config.factorization(), tuple(ordered), *(tuple(parts[m]["core"].shape) for m in ordered),
+            config.method, config.factorization(), config.r, tuple(ordered),
+            *(tuple(parts[m]["core"].shape) for m in ordered),
             torch.cat([parts[module]["pivots"] for module in ordered]).numpy().tobytes(),
             torch.cat([parts[module]["probe"] for module in ordered]).numpy().tobytes(),
         )  # fmt: skip
@@ -249,6 +250,11 @@ class ManyAdapters:
         layer.checkpoints = list(dict.fromkeys(filter(None, (loaded_from, config.base_model_name_or_path))))
         m, n = layer.shape
         r, out = len(tensors["values"]), n if layer.embedding else m
+        if config.rank_of(module, layer.shape) not in (r, None):
+            raise ValueError(
+                f"adapter {name}: {module} was saved at rank {r}, but with r={config.r} of adapter_config.json it has "
+                f"rank {config.rank_of(module, layer.shape)} here: the two files do not belong together"
+            )
         weight = layer.base.weight
         made = FactorMap(out, r, config, layer.frozen_dtype, weight.device, embedding=layer.embedding)
         for part in ("pivots", "values", "probe"):

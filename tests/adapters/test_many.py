@@ -343,6 +343,7 @@ CHANGES = {
         "holds tensors that are not part of the adapter",
     ),
     "no pivots": (_drop("pivots"), "lacks pivots of"),
+    "a rank of its config alone": (lambda c, t: setattr(c, "r", 10**9), "was saved at rank .*, but with r=1000000000"),
     "another rank": (
         lambda c, t: t.update({key: value[:3] for key, value in t.items() if key.endswith("core")}),
         r"has shape \(3,\)",
