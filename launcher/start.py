@@ -177,8 +177,10 @@ def guarded(act: Callable[[], Any]) -> int:
     try:
         try:
             result = act()
-        except BaseException as error:
-            raise expected(error)  # noqa: B904 (it is the same error, unless a library in Rust panicked)
+        except Exception:
+            raise
+        except BaseException as error:  # a panic of a library in Rust
+            raise expected(error) from None
     except ValueError as error:
         is_main = os.environ.get("RANK", "0") == "0"
         print_error(error, is_main, shared=isinstance(error, Misread) or _connected())

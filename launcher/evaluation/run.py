@@ -22,7 +22,7 @@ from launcher.evaluation import harness
 from launcher.evaluation.choices import Choice, read_choices
 from launcher.evaluation.likelihood import Scorer, choice_scores, encoded
 from launcher.evaluation.scores import Score, mean, plain, ratio
-from launcher.files import read_json, write_atomically
+from launcher.files import alone, read_json, write_atomically
 from launcher.inference.generate import choose_template
 from launcher.inference.options import Quantize
 from launcher.inference.sources import Source, choose_device, find, load
@@ -34,6 +34,9 @@ from launcher.text import printable
 
 Scores = dict[str, Score]
 ANSWERS = 64  # generated between two moves of the bar
+
+
+MOST_BYTES = 64 << 20  # of a file of results
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -90,6 +93,9 @@ def run(asked: Asked) -> dict[str, Any]:
 
 def _run(asked: Asked, source: Source, comm: Communicator) -> dict[str, Any]:
     ranks = comm.ranks
+    file = Path(asked.out) if asked.out else _run_file(source)
+    if file is not None:
+        comm.from_main("the results", lambda: bool(_before(file)))
     device = choose_device(asked.device)
     if device == "cuda" and ranks.world_size > 1:
         device = f"cuda:{ranks.local_rank}"
@@ -104,7 +110,6 @@ def _run(asked: Asked, source: Source, comm: Communicator) -> dict[str, Any]:
     found: dict[str, dict[str, Any]] = {}
     for task in asked.tasks:
         found[_named(task)] = {"task": task, "limit": asked.limit or None, **_task(asked, loaded, task)}
-    file = Path(asked.out) if asked.out else _run_file(source)
     if ranks.is_main:
         if file is not None:
             _write(file, found)
@@ -126,15 +131,28 @@ def _run_file(source: Source) -> Path | None:
     return place / "eval.json" if recorded_run(place) is not None else None
 
 
-def _write(file: Path, found: dict[str, Any]) -> None:
-    """Add the results to those that the file has of other tasks."""
-    before: Any = {}
-    with suppress(OSError, ValueError):
-        before = read_json(file)
-    kept = before.get("tasks", {}) if isinstance(before, dict) else {}
-    whole = {"tasks": {**(kept if isinstance(kept, dict) else {}), **found}}
+def _before(file: Path) -> dict[str, Any]:
+    """The results that the file has of other tasks. Raises ValueError if it is damaged, rather than lose them."""
     try:
-        write_atomically(file, json.dumps(plain(whole), indent=2) + "\n")
+        found = read_json(file, MOST_BYTES)
+        if not isinstance(found, dict) or not isinstance(tasks := found.get("tasks", {}), dict):
+            raise ValueError("it holds no results")
+        return tasks
+    except FileNotFoundError:
+        return {}
+    except (OSError, ValueError) as error:
+        reason = getattr(error, "strerror", None) or error
+        raise ValueError(
+            f"{file} cannot be read as a file of results ({reason}): remove it, or give another one with --out"
+        ) from None
+
+
+def _write(file: Path, found: dict[str, Any]) -> None:
+    """Add the results to those that the file has of other tasks, one process after another."""
+    try:
+        with alone(file.parent):
+            whole = {"tasks": {**_before(file), **found}}
+            write_atomically(file, json.dumps(plain(whole), indent=2) + "\n")
     except OSError as error:
         raise ValueError(f"cannot write {file}: {error.strerror}; give another file with --out") from error
 

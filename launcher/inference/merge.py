@@ -12,11 +12,13 @@ run of babyllama (held-out loss 2.637) this gives 2.672; adding to the nf4 weigh
 
 from __future__ import annotations
 
+import errno
 import functools
 import json
 import math
 import os
 import shutil
+import uuid
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
@@ -214,7 +216,7 @@ def merged_weight(layer: FactorLayer, weight: Tensor) -> Tensor:
 def new_folder(out: Path, option: str) -> Iterator[Path]:
     """A folder to fill. It is renamed to `out` when the block succeeds, and removed when it raises.
 
-    Raises ValueError if `out` is not empty, or the disk is full.
+    Raises ValueError if `out` is not empty, also if another start has just filled it, or the disk is full.
     """
     out = out.expanduser().absolute()
     try:
@@ -222,15 +224,21 @@ def new_folder(out: Path, option: str) -> Iterator[Path]:
     except OSError as error:  # a name that is too long, a folder that may not be read
         if not isinstance(error, FileNotFoundError):
             raise ValueError(f"{option} {out} cannot be made ({error.strerror}): give another folder") from None
+    taken = ValueError(f"{option} {out} exists and is not empty: give another folder, or remove it first")
     if out.exists() and not (out.is_dir() and not any(out.iterdir())):
-        raise ValueError(f"{option} {out} exists and is not empty: give another folder, or remove it first")
-    partial = out.with_name(f".{out.name}.{os.getpid()}.tmp")
+        raise taken
+    partial = out.with_name(f".{out.name[:200]}.{uuid.uuid4().hex}.tmp")
     try:
         with disk_errors("the result", out, f"give another folder with {option}", reads=True):
             partial.mkdir(parents=True)
             yield partial
             allow_by_umask(partial)
-            os.replace(partial, out)
+            try:
+                os.rename(partial, out)
+            except OSError as error:
+                if error.errno in (errno.ENOTEMPTY, errno.EEXIST, errno.ENOTDIR):
+                    raise taken from None
+                raise
     finally:
         shutil.rmtree(partial, ignore_errors=True)
 

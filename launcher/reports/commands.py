@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import sys
 from collections.abc import Mapping, Sequence
 from functools import partial
@@ -11,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from launcher.exit_codes import DONE
+from launcher.files import replacing
 
 REFRESH_S = 5
 NOTHING: Mapping[str, Any] = {}
@@ -112,6 +112,5 @@ class _Page(BaseHTTPRequestHandler):
 
 
 def _replace(file: Path, content: bytes) -> None:
-    partial_file = file.with_name(f".{file.name}.{os.getpid()}.tmp")
-    partial_file.write_bytes(content)
-    os.replace(partial_file, file)
+    with replacing(file, durable=False) as partial_file:
+        partial_file.write_bytes(content)

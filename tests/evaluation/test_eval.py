@@ -4,6 +4,8 @@ import json
 import math
 import statistics
 import sys
+import time
+from threading import Thread
 
 import pytest
 import torch
@@ -13,7 +15,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from adapters import LoLDUConfig
 from launcher.cli import main
 from launcher.data.templates import load_template
-from launcher.evaluation import harness
+from launcher.evaluation import harness, run
 from launcher.evaluation.choices import Choice, accuracy, read_choices
 from launcher.evaluation.likelihood import Scorer, choice_scores, encoded
 from launcher.evaluation.scores import mean, ratio
@@ -164,6 +166,34 @@ def test_the_screen_shows_a_table_and_the_file(capsys, babyllama, tmp_path):
     assert "acc_norm" in shown
     assert "±" in shown
     assert json.loads(out.read_text())["tasks"]["data"]["scores"]["model"]["acc"]["n"] == 4
+
+
+def test_results_of_commands_that_end_at_the_same_time_are_all_kept(tmp_path, monkeypatch):
+    """Each one adds to what it reads; between reading and writing the others are let through, if they may."""
+    real = run.write_atomically
+    monkeypatch.setattr(run, "write_atomically", lambda *given: (time.sleep(0.01), real(*given)))
+    threads = [Thread(target=run._write, args=(tmp_path / "eval.json", {f"task{n}": {"n": n}})) for n in range(12)]
+
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+
+    tasks = json.loads((tmp_path / "eval.json").read_text())["tasks"]
+    assert tasks == {f"task{n}": {"n": n} for n in range(12)}
+
+
+@pytest.mark.parametrize("content", ['{"tasks": {"a', "[1]", '{"tasks": 3}'])
+def test_a_file_of_results_that_cannot_be_read_is_refused_before_anything_is_evaluated(
+    content, capsys, babyllama, tmp_path
+):
+    (tmp_path / "eval.json").write_text(content)
+
+    code = main(["eval", str(babyllama), "--tasks", file_of(tmp_path, QUESTIONS), f"--out={tmp_path / 'eval.json'}"])
+
+    assert code == 2
+    assert "eval.json cannot be read as a file of results" in capsys.readouterr().err
+    assert (tmp_path / "eval.json").read_text() == content
 
 
 @pytest.mark.parametrize(

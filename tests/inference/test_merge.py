@@ -172,6 +172,19 @@ def test_too_large_a_model_is_refused_before_anything_is_written(adapter, tmp_pa
         merge(str(adapter), out=str(tmp_path / "out"))
 
 
+def test_of_two_starts_on_one_folder_the_first_that_ends_has_it_whole_and_the_other_is_refused(tmp_path):
+    out = tmp_path / "out"
+    slow, fast = (module.new_folder(out, "--out") for _ in range(2))
+    for each, name in ((slow, "slow"), (fast, "fast")):
+        (each.__enter__() / name).touch()
+
+    fast.__exit__(None, None, None)
+    with pytest.raises(ValueError, match="exists and is not empty: give another folder"):
+        slow.__exit__(None, None, None)
+
+    assert list(tmp_path.rglob("*")) == [out, out / "fast"]
+
+
 @pytest.mark.parametrize("command", [merge, export_lora])
 def test_a_folder_with_something_in_it_is_left_alone(command, adapter, tmp_path):
     (tmp_path / "mine.txt").write_text("keep")
