@@ -21,16 +21,15 @@ keeps its results so far. Logs are in the folder beside the results. The suite e
     factors    seconds to factor one weight on the device
     compile    torch.compile and not
 
-There is no Triton kernel for the gather, the product and the sum, since none was measured to be faster.
+The sections are in gpu_sections.py, what they share in gpu_measuring.py. There is no Triton kernel for the gather, the
+product and the sum, since none was measured to be faster.
 """
 
 from __future__ import annotations
 
 import argparse
 import contextlib
-import copy
 import functools
-import importlib.util
 import json
 import os
 import platform
@@ -38,25 +37,21 @@ import shutil
 import signal
 import subprocess
 import sys
-import tempfile
 import time
 import traceback
-import warnings
-from collections.abc import Callable, Iterator
-from dataclasses import asdict, dataclass
+from collections.abc import Callable
+from dataclasses import asdict
 from datetime import UTC, datetime
 from pathlib import Path
-from statistics import median
 from typing import Any
-from xml.etree import ElementTree
 
 import psutil
 import torch
-import torch.nn.functional as F
-from torch import Tensor, nn
 
 REPO = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(REPO))
+from benchmarks.gpu_measuring import LORA, Plan, plan_for  # noqa: E402
+from benchmarks.gpu_sections import SECTIONS  # noqa: E402
 
 RESULTS = REPO / "benchmarks" / "results" / "gpu_suite.json"
 GOALS = {"tokens_per_s_of_lora": 1.15, "peak_memory_of_lora": 0.85}
@@ -65,52 +60,8 @@ BUDGET_S = {  # in this order: a short loan of a machine ends before the last
     "compile": 115,
 }  # fmt: skip
 SECONDS = 570.0  # of all sections: less than ten minutes
-LORA = ("lora", "lora_bf16")  # with adapters in float32, as PEFT makes them, and in the base's dtype
 POLL_S = 1.0
 LEAST_S = 20.0  # a section with less time left is not begun
-GPU_TESTS = (
-    "tests/models/test_quantize.py", "tests/engines/test_quantized_methods.py", "tests/data/test_encode.py",
-    "tests/engines/test_offload.py",
-)  # fmt: skip
-
-
-@dataclass(frozen=True)
-class Plan:
-    """Sizes of the model and of what is measured on it."""
-
-    device: str
-    dtype: str = "bfloat16"
-    hidden: int = 4096
-    inner: int = 11008
-    layers: int = 32
-    heads: int = 32
-    vocabulary: int = 32000
-    batch: int = 2
-    length: int = 2048
-    ranks: tuple[int, ...] = (64, 256)
-    steps: int = 6
-    few_layers: int = 6  # if a part of the model is enough
-    compiled_layers: int = 2  # inductor takes tens of seconds for each
-    compiler: str = "inductor"
-
-
-REHEARSAL = Plan(
-    device="cpu", hidden=64, inner=96, layers=2, heads=4, vocabulary=128, batch=2, length=16, ranks=(4, 8), steps=2,
-    few_layers=1, compiled_layers=1, compiler="aot_eager",
-)  # fmt: skip
-
-
-def plan_for(rehearse: bool) -> Plan:
-    """Raises SystemExit if there is no GPU; below 40 GB half the tokens are taken, below 28 GB half the layers."""
-    if rehearse:
-        return REHEARSAL
-    if not torch.cuda.is_available():
-        raise SystemExit("no CUDA device here; --rehearse goes through all sections on tiny shapes on a CPU")
-    gigabytes = torch.cuda.get_device_properties(0).total_memory / 1e9
-    return Plan(device="cuda", batch=2 if gigabytes > 40 else 1, layers=32 if gigabytes > 28 else 16)
-
-
-# --- running sections ---
 
 
 def main() -> int:
@@ -313,423 +264,6 @@ def in_words(found: Any) -> str:
     return ", ".join(
         f"{key} {value:.4g}" if isinstance(value, float) else f"{key} {value}" for key, value in found.items()
     )
-
-
-# --- sections: each yields (name, what to do) ---
-
-Steps = Iterator[tuple[str, Callable[[], Any]]]
-
-
-def parity(plan: Plan) -> Steps:
-    """Loss and gradients on the embedded model, and factors, against those of the CPU."""
-    import adapters
-
-    methods: list[tuple[str, dict[str, Any]]] = [
-        ("LoLDU", {}), ("LoLDU", {"r": 4096}), ("LoLDU", {"normalize_directions": True}), ("LoLDUXS", {}),
-        ("SVFit", {}), ("SVFT", {}), ("LoRAXS", {}),
-    ]  # fmt: skip
-    for name, options in methods[: None if plan.device == "cuda" else 2]:
-        config = getattr(adapters, f"{name}Config")
-        settings = {"r": 16, "target_modules": "all-linear", "task_type": "CAUSAL_LM"} | options
-        words = " ".join(f"{key}={value}" for key, value in options.items())
-        yield f"{name} {words}".strip(), functools.partial(parity_of, plan, config, settings)
-    for r in (64, 1024):
-        yield f"factors of rank {r}", functools.partial(parity_of_factors, plan, r)
-
-
-def parity_of(plan: Plan, config: Any, settings: dict[str, Any]) -> dict[str, float]:
-    """Distances of the loss and of all gradients together (relative), with every trained number 0.01."""
-    from peft import get_peft_model
-    from transformers import AutoModelForCausalLM
-
-    base = AutoModelForCausalLM.from_pretrained(REPO / "recipes/tiny/model", dtype=torch.float32)
-    ids = torch.randint(100, (2, 300), generator=torch.Generator().manual_seed(0))
-    found = {}
-    for device in ("cpu", plan.device):
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")
-            model = get_peft_model(copy.deepcopy(base).to(device), config(**settings))
-        trained = [p for p in model.parameters() if p.requires_grad]
-        for p in trained:
-            p.data.fill_(0.01)
-        loss = model(input_ids=ids.to(device), labels=ids.to(device)).loss
-        loss.backward()
-        found[device] = float(loss.detach()), torch.cat([p.grad.flatten().cpu() for p in trained])
-    (loss_here, ours), (loss_there, theirs) = found["cpu"], found[plan.device]
-    far = {"loss": abs(loss_here - loss_there), "gradients": float((theirs - ours).norm() / ours.norm())}
-    if far["loss"] > 1e-4 or far["gradients"] > 1e-2:
-        raise ValueError(f"the GPU computes something else: {far}")
-    return far
-
-
-def parity_of_factors(plan: Plan, r: int) -> dict[str, float]:
-    """Share of equal pivots of a bfloat16 weight, and the largest distance of the write maps."""
-    from adapters.loldu import loldu_factors
-
-    m, n = (4096, 1024) if plan.device == "cuda" else (256, 128)
-    W = torch.randn(m, n, generator=torch.Generator().manual_seed(1)).bfloat16()
-    here, there = (
-        loldu_factors(W.to(device)[:, :r], lambda rows, device=device: W.to(device)[rows.long()])
-        for device in ("cpu", plan.device)
-    )
-    return {
-        "equal_pivots": float((here.pivots == there.pivots.cpu()).float().mean()),
-        "write": float((here.write - there.write.cpu()).abs().max()),
-    }
-
-
-RUNS = {  # name -> (options, the run whose losses it must have)
-    "float32": ("--dtype float32", ""),
-    "fsdp2": ("--dtype float32 --sharding fsdp2", "float32"),
-    "offload": ("--dtype float32 --sharding fsdp2 --cpu-offload", "float32"),
-    "packing": ("--packing", ""),
-    "varlen": ("--attention varlen", ""),
-    "nf4": ("--quantize nf4", ""),
-    "int8": ("--quantize int8", ""),
-    "nf4 fsdp2": ("--quantize nf4 --sharding fsdp2", ""),
-    "lora": ("--method lora --rank 8", ""),
-    "svfit": ("--method svfit --async-save", ""),
-}
-RUN = (
-    "--model recipes/tiny/model --data recipes/tiny/instructions/train.json --prompt-template short --max-length 192 "
-    "--rank 64 --targets all-linear --batch-size 16 --micro-batch-size 8 --eval-records 16 --show-samples 0 --no-report"
-)
-SAME = 5e-6  # float32: the same sums in another order
-
-
-def short_runs(plan: Plan) -> Steps:
-    """Runs of the recipe side by side, each a separate process; importing takes most of their time."""
-    folder = Path(tempfile.mkdtemp())
-    chosen = RUNS if plan.device == "cuda" else {name: RUNS[name] for name in ("float32", "fsdp2")}
-    steps = "12" if plan.device == "cuda" else "2"
-    started = time.perf_counter()
-    running = {}
-    for name, (options, _) in chosen.items():
-        command = [
-            sys.executable,
-            "recipes/llama2_alpaca_loldu.py",
-            *RUN.split(),
-            *options.split(),
-            "--max-steps",
-            steps,
-        ]
-        with (folder / f"{name}.log").open("w") as log:
-            where = ["--cache", str(folder / "cache"), "--output", str(folder / name)]
-            environment = os.environ | {"PYTHONPATH": str(REPO), "HF_HUB_OFFLINE": "1"}
-            running[name] = subprocess.Popen([*command, *where], stdout=log, stderr=log, cwd=REPO, env=environment)
-    losses: dict[str, list[float]] = {}
-
-    def result(name: str) -> dict[str, Any]:
-        code, log = running[name].wait(), (folder / f"{name}.log").read_text()
-        print(f"--- {name}\n{log}", flush=True)
-        if code:
-            raise RuntimeError(log.strip().splitlines()[-1])
-        events = [json.loads(line) for line in (folder / name / "events.jsonl").read_text().splitlines()]
-        losses[name] = [event["loss"] for event in events if "loss" in event]
-        found = {"loss": losses[name][-1], "s": time.perf_counter() - started, "lines": len(log.splitlines())}
-        if same := chosen[name][1]:
-            far = max(abs(a - b) for a, b in zip(losses[name], losses[same], strict=True))
-            found["from_" + same] = far
-            if far > SAME:
-                raise ValueError(f"losses differ by {far:.2g} from those of {same}, allowed {SAME:g}")
-        return found
-
-    for name in chosen:
-        yield name, functools.partial(result, name)
-    shutil.rmtree(folder, ignore_errors=True)
-
-
-def gpu_tests(plan: Plan) -> Steps:
-    def run_tests() -> dict[str, Any]:
-        report = Path(tempfile.mkdtemp()) / "tests.xml"
-        how = ["-m", "gpu", "-v", "-p", "no:cacheprovider", f"--junitxml={report}"]
-        how += ["--collect-only"] if plan.device == "cpu" else []
-        code = subprocess.run([sys.executable, "-m", "pytest", *how, *GPU_TESTS], cwd=REPO, check=False).returncode
-        if plan.device == "cpu":
-            return {"collected": code == 0}
-        return passed(report)
-
-    yield "pytest -m gpu", run_tests
-
-
-def passed(report: Path) -> dict[str, int]:
-    """Counts of a JUnit file. Raises ValueError if a test failed, or none passed: then nothing was tested."""
-    suite = ElementTree.parse(report).getroot().find("testsuite")
-    assert suite is not None
-    counts = {name: int(suite.get(name, 0)) for name in ("tests", "failures", "errors", "skipped")}
-    counts["passed"] = counts["tests"] - counts["failures"] - counts["errors"] - counts["skipped"]
-    if counts["failures"] or counts["errors"] or not counts["passed"]:
-        raise ValueError(f"{counts}; tests that need ../shared/data are skipped without it")
-    return counts
-
-
-def training_bf16(plan: Plan) -> Steps:
-    yield from training(plan, base_model(plan, plan.layers))
-
-
-def training_nf4(plan: Plan) -> Steps:
-    from launcher.models.layers import FourBit
-
-    model = base_model(plan, plan.layers)
-    for name, linear in list(model.named_modules()):
-        if isinstance(linear, nn.Linear) and "proj" in name:
-            packed = FourBit(linear, "nf4", linear.weight.dtype)
-            packed.keep(nn.Parameter(packed.pack(linear.weight.detach(), linear.weight.device), requires_grad=False))
-            model.set_submodule(name, packed)
-    empty_cache(plan)
-    yield from training(plan, model)
-
-
-def training(plan: Plan, base: nn.Module) -> Steps:
-    """The floor, then ours and LoRA rank by rank, on one base that each leaves as it was."""
-    yield "floor", lambda: measured(plan, base)
-    for r in plan.ranks:
-        for method in ("loldu", *LORA):
-
-            def step(method: str = method, r: int = r) -> dict[str, Any]:
-                started = time.perf_counter()
-                model = adapted(base, method, r)
-                synchronize(plan)
-                seconds = time.perf_counter() - started
-                try:
-                    return {"adapt_s": seconds} | measured(plan, model)
-                finally:
-                    model.unload()
-                    empty_cache(plan)
-
-            yield f"{method}-{r}", step
-
-
-def one_layer(plan: Plan) -> Steps:
-    """Forward and backward of one Linear of each shape, frozen and adapted, and of the adapter's products alone."""
-    from adapters.functions import lower_linear
-
-    dtype = getattr(torch, plan.dtype)
-    for m, n in ((plan.hidden, plan.hidden), (plan.inner, plan.hidden), (plan.hidden, plan.inner)):
-        for r in plan.ranks:
-
-            def step(m: int = m, n: int = n, r: int = r) -> dict[str, float]:
-                linear = nn.Linear(n, m, bias=False, device=plan.device, dtype=dtype).requires_grad_(False)
-                model = adapted(nn.Sequential(linear), "loldu", r, ["0"])
-                x = torch.randn(plan.batch, plan.length, n, device=plan.device, dtype=dtype, requires_grad=True)
-                g = torch.randn(plan.batch, plan.length, m, device=plan.device, dtype=dtype)
-                write, read = (torch.randn(*shape, device=plan.device) for shape in ((m, r), (r, r)))
-                write = write.to(dtype)
-                h, flat = torch.randn(g[..., 0].numel(), r, device=plan.device, requires_grad=True), g.view(-1, m)
-
-                def products() -> None:
-                    taken = lower_linear(h, read)
-                    flat.addmm_(h.detach().to(dtype), write.T, alpha=1e-30)  # 0.0 would skip the product
-                    torch.autograd.grad(taken, h, (flat @ write).float())
-
-                bare = timed(plan, lambda: torch.autograd.grad(F.linear(x, linear.weight), x, g))
-                trained = [p for p in model.parameters() if p.requires_grad]
-                ours = timed(plan, lambda: torch.autograd.grad(model(x), [x, *trained], g))
-                alone = timed(plan, products)
-                return {
-                    "bare_ms": bare,
-                    "adapted_ms": ours,
-                    "products_ms": alone,
-                    "beside_products_ms": ours - bare - alone,
-                }
-
-            yield f"{m} x {n}, rank {r}", step
-    for r in (*plan.ranks, plan.hidden // 4, plan.hidden):
-        yield f"read, rank {r}", lambda r=r: read_precisions(plan, r)
-
-
-def read_precisions(plan: Plan, r: int) -> dict[str, float]:
-    """Time and relative error of the read map in float32, TF32 and bfloat16, against float64, inputs in the dtype.
-
-    And in float32 by blocks, as the layer multiplies it, whose numbers are the same to rounding.
-    """
-    from adapters.functions import lower_linear
-    from adapters.loldu import loldu_factors
-
-    dtype = getattr(torch, plan.dtype)
-    generator = torch.Generator(plan.device).manual_seed(0)
-    W = torch.randn(plan.hidden, plan.hidden, device=plan.device, generator=generator)
-    read = loldu_factors(W[:, :r], lambda rows: W[rows.long()]).read
-    taken = torch.randn(plan.batch * plan.length, r, device=plan.device, generator=generator).to(dtype)
-    exact, found = F.linear(taken.double(), read.double()), {}
-    for name, tf32, kind in (
-        ("float32", False, torch.float32),
-        ("tf32", True, torch.float32),
-        (plan.dtype, False, dtype),
-    ):
-        torch.backends.cuda.matmul.allow_tf32 = tf32
-        map_, into = read.to(kind), (lambda kind=kind: taken.to(kind))
-        found[f"{name}_ms"] = timed(plan, lambda map_=map_, into=into: F.linear(into(), map_).to(dtype))
-        error = F.linear(into(), map_).to(dtype).double() - exact
-        found[f"{name}_error"] = float(error.norm() / exact.norm())
-    torch.backends.cuda.matmul.allow_tf32 = False
-    found["float32_blocks_ms"] = timed(plan, lambda: lower_linear(taken.float(), read).to(dtype))
-    return found
-
-
-def factor_times(plan: Plan) -> Steps:
-    from adapters.loldu import loldu_factors
-
-    for m, n in ((plan.hidden, plan.hidden), (plan.inner, plan.hidden)):
-        for r in (*plan.ranks, plan.hidden):
-
-            def step(m: int = m, n: int = n, r: int = r) -> dict[str, float]:
-                W = torch.randn(m, n, device=plan.device)
-                return {"factors_ms": timed(plan, lambda: loldu_factors(W[:, :r], lambda rows: W[rows.long()]))}
-
-            yield f"{m} x {n}, rank {r}", step
-
-
-def attention(plan: Plan) -> Steps:
-    """Ours at the first rank: torch's own kernels for attention, and flash-attn if it is installed."""
-    from torch.nn.attention import SDPBackend, sdpa_kernel
-
-    few = base_model(plan, plan.few_layers)
-    model = adapted(few, "loldu", plan.ranks[0])
-    for kernel in (SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH):
-        if plan.device == "cpu" and kernel is SDPBackend.EFFICIENT_ATTENTION:
-            continue
-
-        def step(kernel: SDPBackend = kernel) -> dict[str, Any]:
-            with sdpa_kernel(kernel):
-                return measured(plan, model)
-
-        yield f"sdpa {kernel.name.lower()}", step
-
-    def flash() -> Any:
-        if plan.device == "cpu" or importlib.util.find_spec("flash_attn") is None:
-            return "not measured: flash-attn is not installed" if plan.device == "cuda" else "not measured: no GPU"
-        few.set_attn_implementation("flash_attention_2")
-        return measured(plan, model)
-
-    yield "flash-attn", flash
-
-
-def compiled(plan: Plan) -> Steps:
-    base = base_model(plan, plan.compiled_layers)
-    for name in ("floor", "loldu", "lora"):
-        for how in ("eager", "compiled"):
-
-            def step(name: str = name, how: str = how) -> dict[str, Any]:
-                torch.compiler.reset()
-                model = copy.deepcopy(base) if name == "floor" else adapted(copy.deepcopy(base), name, plan.ranks[0])
-                if how == "eager":
-                    return measured(plan, model)
-                breaks = torch._dynamo.explain(model)(**batch_of(plan, model)).graph_break_count
-                torch.compiler.reset()
-                model.compile(backend=plan.compiler)
-                started = time.perf_counter()
-                loss_of(plan, model).backward()
-                synchronize(plan)
-                seconds = time.perf_counter() - started
-                return {"first_step_s": seconds, "graph_breaks": breaks} | measured(plan, model)
-
-            yield f"{name}-{plan.ranks[0]} {how}", step
-
-
-SECTIONS: dict[str, Callable[[Plan], Steps]] = {
-    "parity": parity, "bf16": training_bf16, "runs": short_runs, "nf4": training_nf4, "tests": gpu_tests,
-    "layer": one_layer, "attention": attention, "factors": factor_times, "compile": compiled,
-}  # fmt: skip
-
-
-# --- what the sections share ---
-
-
-def base_model(plan: Plan, layers: int) -> Any:
-    """A frozen Llama of the plan's shapes whose random weights are made on the device."""
-    from transformers import LlamaConfig, LlamaForCausalLM
-
-    torch.manual_seed(0)
-    sizes = {"hidden_size": plan.hidden, "intermediate_size": plan.inner, "vocab_size": plan.vocabulary}
-    config = LlamaConfig(
-        **sizes, num_hidden_layers=layers, num_attention_heads=plan.heads, max_position_embeddings=plan.length
-    )
-    with torch.device(plan.device):
-        model = LlamaForCausalLM._from_config(config, dtype=getattr(torch, plan.dtype), attn_implementation="sdpa")
-    return model.requires_grad_(False).train()
-
-
-def adapted(base: nn.Module, method: str, r: int, targets: Any = "all-linear") -> Any:
-    from peft import LoraConfig, get_peft_model
-
-    from adapters import LoLDUConfig
-
-    warnings.simplefilter("ignore")
-    how: dict[str, Any] = {"r": r, "target_modules": targets}
-    if targets == "all-linear":
-        how["task_type"] = "CAUSAL_LM"
-    if method == "loldu":
-        return get_peft_model(base, LoLDUConfig(**how))
-    return get_peft_model(base, LoraConfig(lora_alpha=r, **how), autocast_adapter_dtype=method == "lora")
-
-
-def batch_of(plan: Plan, model: Any) -> dict[str, Any]:
-    """Token ids as labels, and their embeddings, through which all contenders take the gradient."""
-    generator = torch.Generator(plan.device).manual_seed(1)
-    ids = torch.randint(plan.vocabulary, (plan.batch, plan.length), generator=generator, device=plan.device)
-    embeddings = model.get_input_embeddings()(ids).detach().requires_grad_()
-    return {"inputs_embeds": embeddings, "labels": ids, "use_cache": False}
-
-
-def loss_of(plan: Plan, model: Any) -> Tensor:
-    return model(**batch_of(plan, model)).loss
-
-
-def measured(plan: Plan, model: Any) -> dict[str, Any]:
-    """Tokens per second (median step), the spread of the steps, and the peak of the memory over them."""
-    trained = [p for p in model.parameters() if p.requires_grad]
-    optimizer = torch.optim.AdamW(trained, lr=1e-5, fused=plan.device == "cuda") if trained else None
-
-    def step() -> None:
-        loss_of(plan, model).backward()
-        if optimizer:
-            optimizer.step()
-            optimizer.zero_grad()
-
-    for _ in range(2):
-        step()
-    if plan.device == "cuda":
-        torch.cuda.reset_peak_memory_stats()
-    seconds = []
-    for _ in range(plan.steps):
-        synchronize(plan)
-        started = time.perf_counter()
-        step()
-        synchronize(plan)
-        seconds.append(time.perf_counter() - started)
-    return {
-        "tokens_per_s": plan.batch * plan.length / median(seconds),
-        "step_s_min": min(seconds),
-        "step_s_max": max(seconds),
-        "peak_bytes": torch.cuda.max_memory_allocated() if plan.device == "cuda" else 0,
-        "trained": sum(p.numel() for p in trained),
-    }
-
-
-def timed(plan: Plan, do: Callable[[], Any]) -> float:
-    """Milliseconds of one call: the median of five batches of calls."""
-    calls = 5 if plan.device == "cuda" else 1
-    do()
-    batches = []
-    for _ in range(5):
-        synchronize(plan)
-        started = time.perf_counter()
-        for _ in range(calls):
-            do()
-        synchronize(plan)
-        batches.append((time.perf_counter() - started) / calls * 1e3)
-    return median(batches)
-
-
-def synchronize(plan: Plan) -> None:
-    if plan.device == "cuda":
-        torch.cuda.synchronize()
-
-
-def empty_cache(plan: Plan) -> None:
-    if plan.device == "cuda":
-        torch.cuda.empty_cache()
 
 
 if __name__ == "__main__":

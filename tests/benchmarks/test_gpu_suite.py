@@ -3,11 +3,13 @@
 import json
 import sys
 from dataclasses import replace
+from pathlib import Path
 
 import psutil
 import pytest
+from launching import REPO
 
-from benchmarks import gpu_suite
+from benchmarks import gpu_measuring, gpu_sections, gpu_suite
 
 # A section's command: writes what it has found to the file after --output, then does the rest.
 WRITES = "import sys, time; open(sys.argv[sys.argv.index('--output') + 1], 'w').write('{\"first\": 1}'); "
@@ -80,18 +82,25 @@ def test_sections_that_no_time_is_left_for_are_named(tmp_path, monkeypatch, caps
     assert json.loads((tmp_path / "a.json").read_text())["sections"]["layer"]["found"] == {}
 
 
+def test_the_suite_runs_every_file_with_tests_that_need_a_gpu():
+    files = [file for file in (REPO / "tests").rglob("test_*.py") if file.name != Path(__file__).name]
+    marked = {str(file.relative_to(REPO)) for file in files if "pytest.mark.gpu" in file.read_text()}
+
+    assert marked == set(gpu_sections.GPU_TESTS)
+
+
 JUNIT = '<testsuites><testsuite tests="{}" failures="{}" errors="0" skipped="{}"/></testsuites>'
 
 
 def test_tests_that_all_skip_are_no_success(tmp_path):
     report = tmp_path / "tests.xml"
     report.write_text(JUNIT.format(79, 0, 70))
-    assert gpu_suite.passed(report)["passed"] == 9
+    assert gpu_sections.passed(report)["passed"] == 9
 
     for counts in ((79, 0, 79), (79, 1, 0)):
         report.write_text(JUNIT.format(*counts))
         with pytest.raises(ValueError, match="are skipped without it"):
-            gpu_suite.passed(report)
+            gpu_sections.passed(report)
 
 
 def test_ours_is_compared_with_the_faster_lora():
@@ -104,10 +113,10 @@ def test_ours_is_compared_with_the_faster_lora():
 
 
 def test_the_lora_of_the_baseline_has_adapters_in_both_precisions():
-    plan = replace(gpu_suite.REHEARSAL, layers=1)
+    plan = replace(gpu_measuring.REHEARSAL, layers=1)
     dtypes = {}
-    for method in gpu_suite.LORA:
-        model = gpu_suite.adapted(gpu_suite.base_model(plan, 1), method, 4)
+    for method in gpu_measuring.LORA:
+        model = gpu_measuring.adapted(gpu_measuring.base_model(plan, 1), method, 4)
         dtypes[method] = {str(p.dtype) for p in model.parameters() if p.requires_grad}
 
     assert dtypes == {"lora": {"torch.float32"}, "lora_bf16": {"torch.bfloat16"}}
@@ -115,7 +124,7 @@ def test_the_lora_of_the_baseline_has_adapters_in_both_precisions():
 
 @pytest.mark.parametrize("name", ["parity", "bf16", "nf4", "layer", "factors", "attention"])
 def test_every_step_of_a_section_runs_on_tiny_shapes(name, tmp_path):
-    gpu_suite.run_here(name, gpu_suite.REHEARSAL, tmp_path / "part.json")
+    gpu_suite.run_here(name, gpu_measuring.REHEARSAL, tmp_path / "part.json")
 
     found = json.loads((tmp_path / "part.json").read_text())
     assert len(found) >= 3
@@ -127,7 +136,7 @@ def test_a_failing_step_is_named_and_the_next_one_runs(tmp_path, monkeypatch):
     monkeypatch.setitem(gpu_suite.SECTIONS, "layer", lambda plan: iter(steps.items()))
 
     with pytest.raises(SystemExit, match="1"):
-        gpu_suite.run_here("layer", gpu_suite.REHEARSAL, tmp_path / "part.json")
+        gpu_suite.run_here("layer", gpu_measuring.REHEARSAL, tmp_path / "part.json")
 
     found = json.loads((tmp_path / "part.json").read_text())
     assert found == {"bad": {"error": "ZeroDivisionError: division by zero"}, "good": {"ms": 2.0}}
