@@ -15,11 +15,10 @@ from launcher.data.joined import join
 from launcher.data.microbatches import plan
 from launcher.data.templates import Template
 from launcher.evaluation.choices import Choice, accuracy
-from launcher.models import joined
 from launcher.models.files import context_length
 from launcher.models.head_loss import HeadLoss
-from launcher.tasks.base import on_device
-from launcher.tasks.joining import check_joined
+from launcher.tasks.base import Layout, on_device
+from launcher.tasks.joining import layout_for_evaluation
 
 MOST_ROWS, MOST_POSITIONS = 16, 2048  # of a forward pass
 Tick = Callable[[int], None]
@@ -36,36 +35,27 @@ class Scorer:
 
     def __init__(self, model: Any, tokenizer: Any):
         self.model, self.forward, self.pad_id = model, HeadLoss(model), tokenizer.pad_token_id or 0
-        self.joins: bool | None = None  # whether a batch is one row without padding; not known before the first samples
+        self.layout: Layout | None = None  # of a batch; not known before the first samples
 
     @torch.no_grad()
     def sample_losses(self, data: Encoded, samples: Sequence[int], tick: Tick) -> list[tuple[float, int]]:
         """(sum of the losses, tokens with loss) of each of these samples, in order."""
         if not samples:
             return []
-        if self.joins is None:
-            self.joins = self._joins(data)
+        if self.layout is None:
+            self.layout = layout_for_evaluation(self.forward, data.distinct_ids())
         lengths, device = data.lengths, next(self.model.parameters()).device
-        [parts] = plan([lengths[sample] for sample in samples], 1, MOST_ROWS, MOST_POSITIONS, flat=self.joins)
+        [parts] = plan([lengths[sample] for sample in samples], 1, MOST_ROWS, MOST_POSITIONS, flat=self.layout.flat)
         found: dict[int, tuple[float, int]] = {}
         for part in parts:
             rows = [samples[place] for place in part]
-            batch = join(data, rows) if self.joins else collate(data, rows, pad_id=self.pad_id)
+            batch = join(data, rows) if self.layout.flat else collate(data, rows, pad_id=self.pad_id)
             losses = self.forward.token_losses(**on_device(self.forward.prepare(batch), device), use_cache=False)
             counts = data.targets[rows].tolist()  # the losses of one sample follow those of another
             for row, own in zip(rows, losses.double().split(counts), strict=True):
                 found[row] = float(own.sum()), len(own)
             tick(len(found))
         return [found[sample] for sample in samples]
-
-    def _joins(self, data: Encoded) -> bool:
-        """As in training: on CPUs, under SDPA, if this model gives the same for samples in one row."""
-        settings, device = self.model.config, next(self.model.parameters()).device
-        if self.forward.prompt or device.type != "cpu" or settings._attn_implementation != "sdpa":
-            return False
-        joined.register()
-        longest = min(context_length(self.model), 1 << 20)
-        return not check_joined(self.model, self.model, data.distinct_ids(), longest, training=False)
 
 
 def choice_scores(

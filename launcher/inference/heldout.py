@@ -11,10 +11,12 @@ from launcher.config import Config, DataConfig, from_dict
 from launcher.data import encode
 from launcher.inference.sources import Source
 from launcher.models.files import load_tokenizer
+from launcher.models.head_loss import HeadLoss
 from launcher.progress import Bars
 from launcher.tasks.base import Samples
 from launcher.tasks.choose import task_of
 from launcher.tasks.evaluation import Evaluation
+from launcher.tasks.joining import layout_for_evaluation
 
 AT_MOST = 200  # records that are used of a --data file
 
@@ -45,13 +47,14 @@ def held_out(source: Source, file: str | None) -> tuple[encode.Encoded, Any]:
 
 
 def mean_loss(model: Any, encoded: encode.Encoded, tokenizer: Any) -> float:
-    """Loss per target token."""
-    config = Config()
+    """Loss per target token. The model's head computes losses afterwards."""
+    config, forward = Config(), HeadLoss(model.eval())
     evaluation = Evaluation(
         config=config,
         samples=Samples(train=encoded, held_out=encoded),
-        model=model.eval(),
-        forward=model,
+        model=model,
+        forward=forward,
+        layout=layout_for_evaluation(forward, encoded.distinct_ids()),
         tokenizer=tokenizer,
         device=next(model.parameters()).device,
         bar=Bars(Console(stderr=True)).bar,

@@ -13,7 +13,10 @@ from torch import Tensor, nn
 
 from launcher.data.batches import collate
 from launcher.data.joined import join, shared_beginning
-from launcher.tasks.base import on_device
+from launcher.models import joined
+from launcher.models.files import context_length
+from launcher.models.head_loss import HeadLoss
+from launcher.tasks.base import Layout, on_device
 
 PARTS = [4, 6, 3, 5]  # tokens of a beginning and of three samples behind it
 # Allowed difference of outputs as a share of their norm. Attention across samples moves them by 0.01 to 1 on random
@@ -50,11 +53,11 @@ def check_joined(model: Any, forward: Callable[..., Any], ids: Tensor, longest: 
     last = torch.zeros(int(offsets[-1]), dtype=torch.bool)
     last[offsets[1:] - 1] = True
     known: Any = SimpleNamespace(ids=torch.cat(samples).int(), loss=last, offsets=offsets)
-    rows, joined = range(len(samples)), join(known, range(len(samples)))
+    rows, one_row = range(len(samples)), join(known, range(len(samples)))
     shared = shared_beginning(samples, list(last.split([len(sample) for sample in samples])))
     others = slice(len(samples[0]), len(samples[0]) + len(samples[1]) - shared)  # the second sample's own places
-    changed = joined | {"input_ids": joined["input_ids"].clone()}
-    changed["input_ids"][0, others] = joined["input_ids"][0, others].flip(0)
+    changed = one_row | {"input_ids": one_row["input_ids"].clone()}
+    changed["input_ids"][0, others] = one_row["input_ids"][0, others].flip(0)
 
     def outputs(batch: dict[str, Any]) -> Tensor:
         without = {name: value for name, value in batch.items() if name != "labels"}
@@ -70,9 +73,9 @@ def check_joined(model: Any, forward: Callable[..., Any], ids: Tensor, longest: 
     narrow, floor = dtype not in FLOOR, FLOOR.get(dtype, COARSE)
     model.train(training)  # some models build another mask there
     try:
-        together, besides = outputs(joined)[0], outputs(changed)[0]
+        together, besides = outputs(one_row)[0], outputs(changed)[0]
         model.eval()
-        evaluated = outputs(joined)[0] if training else together
+        evaluated = outputs(one_row)[0] if training else together
         padded: Any = outputs(collate(known, rows, pad_id=0)) if narrow else []
         alone = in_one_row([outputs(collate(known, [row], pad_id=0))[0] for row in rows])
     except Exception as error:  # code of a model that expects another mask may raise any error
@@ -86,9 +89,20 @@ def check_joined(model: Any, forward: Callable[..., Any], ids: Tensor, longest: 
     leak = max(apart(besides[part], together[part]) for part in (slice(others.start), slice(others.stop, None)))
     if leak > max(rounding, floor):
         return f"in this model one sample's outputs change by {leak:.2g} with another's tokens"
-    if (off := max(apart(one_row, alone) for one_row in (together, evaluated))) > max(5 * rounding, floor):
+    if (off := max(apart(found, alone) for found in (together, evaluated))) > max(5 * rounding, floor):
         return f"this model's outputs differ by {off:.2g} if samples stand in one row, by {rounding:.2g} by rounding"
     return ""
+
+
+def layout_for_evaluation(forward: HeadLoss, ids: Tensor) -> Layout:
+    """How batches are laid out for a model that is not trained: samples in one row on CPUs, under SDPA, if the model
+    gives the same for them; otherwise padded rows. ids are tokens of the samples."""
+    model = forward.model
+    if forward.prompt or next(model.parameters()).device.type != "cpu" or model.config._attn_implementation != "sdpa":
+        return Layout()
+    joined.register()
+    longest = min(context_length(model), 1 << 20)
+    return Layout() if check_joined(model, model, ids, longest, training=False) else Layout(attention="joined")
 
 
 def _numbers(settings: dict[str, Any]) -> Iterator[tuple[str, int]]:

@@ -19,6 +19,7 @@ from launcher.evaluation import harness, run
 from launcher.evaluation.choices import Choice, accuracy, read_choices
 from launcher.evaluation.likelihood import Scorer, choice_scores, encoded
 from launcher.evaluation.scores import mean, ratio
+from launcher.tasks.base import Layout
 
 QUESTIONS = [
     {"question": "Which word is an animal?", "choices": ["The dog.", "Blue", "Seven"], "answer": 0},
@@ -128,7 +129,7 @@ def test_choices_are_computed_behind_their_question_once_with_logits_of_their_ow
 
     assert computed == [(1, data.lengths[0] + sum(int(n) + 1 for n in data.targets[1:]))]  # and the token before each
     assert scorer.forward.logits_rows - before == int(data.targets.sum())
-    scorer.joins = False
+    scorer.layout = Layout()
     padded = scorer.sample_losses(data, [0, 1, 2], lambda done: None)
     assert [count for _, count in joined] == [count for _, count in padded] == data.targets.tolist()
     assert [loss for loss, _ in joined] == pytest.approx([loss for loss, _ in padded], rel=1e-6)
