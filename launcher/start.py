@@ -7,7 +7,7 @@ import os
 import sys
 import warnings
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager, nullcontext, suppress
 from contextvars import ContextVar
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -18,6 +18,7 @@ from launcher.config_file import read_config
 from launcher.exit_codes import DONE, FAILED, INTERRUPTED, MISTAKE, Failed
 from launcher.optimizers import OPTIMIZERS
 from launcher.options import Misread, parse_config, with_home
+from launcher.packages import without_bitsandbytes
 from launcher.processes import print_error
 from launcher.recipes import find_recipe, recipe_names, run_name, run_python
 from launcher.text import expected, printable
@@ -159,12 +160,11 @@ def _start(config: Config, name: str, **settings: Any) -> int:
     if os.environ.get("RANK", "0") == "0":  # torch and transformers take seconds to import
         with suppress(OSError, ValueError):  # a closed terminal does not end the run
             print(f"starting {name}", flush=True)
-    if config.model.quantize == "none" and OPTIMIZERS[config.optimizer.optimizer].package != "bitsandbytes":
-        # PEFT imports bitsandbytes wherever it is installed, a quarter of the start-up. Here it counts as missing.
-        sys.modules.setdefault("bitsandbytes", None)  # type: ignore[arg-type]
-    from launcher.training.run import run
+    needed = config.model.quantize != "none" or OPTIMIZERS[config.optimizer.optimizer].package == "bitsandbytes"
+    with nullcontext() if needed else without_bitsandbytes():
+        from launcher.training.run import run
 
-    return run(config, name, **settings)
+        return run(config, name, **settings)
 
 
 def guarded(act: Callable[[], Any]) -> int:

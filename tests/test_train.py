@@ -209,3 +209,29 @@ def test_accelerate_starts_two_processes_with_the_losses_of_one(first, tmp_path)
     assert ended.returncode == 0, ended.stderr
     assert "2 processes (ddp)" in ended.stdout
     assert losses(tmp_path / "runs" / "two") == pytest.approx(losses(first), abs=5e-6)
+
+
+@pytest.mark.slow
+def test_a_plain_run_and_then_a_quantised_one_work_in_one_process(tmp_path):
+    """As in a notebook: the first run hides bitsandbytes from PEFT, which imports it slowly and does not need it."""
+    script = tmp_path / "notebook.py"
+    words = ["train", "llama2_alpaca_loldu", "--tiny", "--max-steps", "1", "--eval-records", "0", "--show-samples", "0"]
+    script.write_text(
+        "import sys\nfrom launcher.cli import main\n"
+        f"words = {words} + ['--no-exact-match', '--method', 'lora', '--cache', 'cache', '--output']\n"
+        "assert main([*words, 'plain']) == 0\n"
+        "assert 'bitsandbytes' not in sys.modules\n"
+        "assert main([*words, 'quantised', '--quantize', 'nf4']) == 0\n"
+        "assert main(['generate', 'quantised', '--prompt', 'Sort: cab', '--max-tokens', '2']) == 0\n"
+    )
+
+    done = subprocess.run(
+        [sys.executable, script],
+        cwd=tmp_path,
+        env=os.environ | {"PYTHONPATH": str(REPO)},
+        capture_output=True,
+        text=True,
+    )
+
+    assert done.returncode == 0, done.stderr
+    assert "nf4" in (tmp_path / "quantised" / "config.json").read_text()

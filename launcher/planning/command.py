@@ -13,6 +13,7 @@ from typing import Any
 from launcher.config import Config, data_name
 from launcher.exit_codes import DONE, MISTAKE
 from launcher.options import Misread
+from launcher.packages import without_bitsandbytes
 
 PLAN = """usage: loldu plan RECIPE|FILE [options]
 
@@ -40,8 +41,8 @@ def plan(arguments: Sequence[str]) -> int:
         return code
 
     def act(config: Config, name: str, instead: Any = None, **_: Any) -> int:
-        sys.modules.setdefault("bitsandbytes", None)  # type: ignore[arg-type]  # PEFT would import it, for nothing
-        return _act(config, instead, rest, asked)
+        with without_bitsandbytes():
+            return _act(config, instead, rest, asked)
 
     with _uncollected(), instead_of_training(act):
         return train(rest)
