@@ -159,8 +159,9 @@ class Tally:
     answers: int = 0
     joined: int = 0  # answers that the tokenizer joins with their prompt
     first_joined: str = ""
-    whole: int = 0  # samples that were not cut
-    stopped: int = 0  # those with an answer that ends in a token that stops generation
+    whole: int = 0  # answers of samples that were not cut
+    endless: int = 0  # those that do not end in a token that stops generation
+    first_endless: str = ""
 
     def add(self, later: Tally) -> None:
         """Add the counts of the records after these."""
@@ -168,11 +169,12 @@ class Tally:
         self.shortest = min(found, default=None)
         self.bad = (self.bad + later.bad)[:SHOWN]
         self.first_joined = self.first_joined or later.first_joined
+        self.first_endless = self.first_endless or later.first_endless
         for name in ("bad_kinds", "left_out"):
             setattr(self, name, dict(Counter(getattr(self, name)) + Counter(getattr(later, name))))
         for name in (
             "samples", "kept", "tokens", "target_tokens", "truncated", "split", "last_characters", "all_characters",
-            "answers", "joined", "whole", "stopped",
+            "answers", "joined", "whole", "endless",
         ):  # fmt: skip
             setattr(self, name, getattr(self, name) + getattr(later, name))
 
@@ -430,10 +432,13 @@ class _Seen:
         return None
 
     def count_stop(self, ids: np.ndarray, answers: np.ndarray) -> None:
-        """Count a whole sample, and whether an answer of it ends in a token that ends generation."""
-        self.tally.whole += 1
-        ends = answers & ~np.append(answers[1:], False)
-        self.tally.stopped += any(token in self.stop for token in ids[ends].tolist())
+        """Count the answers of a whole sample, and those that do not end in a token that ends generation."""
+        ends = np.flatnonzero(answers & ~np.append(answers[1:], False))
+        endless = [end for end in ends.tolist() if int(ids[end]) not in self.stop]
+        self.tally.whole += len(ends)
+        self.tally.endless += len(endless)
+        if endless and not self.tally.first_endless:
+            self.tally.first_endless = repr(self.tokenizer.decode(ids[: endless[0] + 1].tolist())[-30:])
 
     def notes(self, total: Tally, template: Template) -> Iterator[str]:
         if total.split:
@@ -450,11 +455,14 @@ class _Seen:
                 f"beginning of the answer (the first: {total.first_joined}), so generation starts from other tokens "
                 "than training: let the template end with a line break, not with a space"
             )
-        if total.whole and not total.stopped:
+        if total.endless:
             names = ", ".join(repr(self.tokenizer.decode([token])) for token in sorted(self.stop)) or "none"
+            all_are = total.endless == total.whole
             yield (
-                f"no answer ends in a token that stops generation ({names}), so the model would not learn to stop: "
-                f"let the template {template.name} write one of them at the end of each answer"
+                ("no answer ends" if all_are else f"{total.endless:,} of {total.whole:,} answers do not end")
+                + f" in a token that stops generation ({names}), so the model would not learn to stop"
+                + ("" if all_are else f" after them (the first ends in {total.first_endless})")
+                + f": let the template {template.name} write one of them at the end of each answer"
             )
 
     def _ids(self, text: str) -> list[int]:

@@ -643,6 +643,17 @@ def test_answers_that_never_end_in_a_token_that_stops_are_a_warning(template, ca
     assert "no answer ends in a token that stops generation ('</s>')" in caplog.text
 
 
+def test_answers_of_one_kind_that_do_not_end_in_a_token_that_stops_are_counted(caplog):
+    """DeepSeek V3's template ends no answer that makes a single tool call."""
+    template = CHATML.replace("</s>", "{{ '' if 'call' in m.content else '</s>' }}")
+    talk = [*CHAT[:1], {"role": "assistant", "content": "call f"}, *CHAT]
+
+    encode([{"messages": talk}], byte_tokenizer(template), prompt_template="chat")
+
+    assert "1 of 3 answers do not end in a token that stops generation ('</s>')" in caplog.text
+    assert "<|assistant|>call f')" in caplog.text
+
+
 # --- templates that rewrite earlier turns ---
 
 FORGETS_THINKING = (  # Qwen 3's way: thinking is written in the last answer alone

@@ -185,6 +185,40 @@ def test_tools_calls_and_results_reach_the_model(real_tokenizer):
     )
 
 
+def deepseek_call(*names, content):
+    calls = [{"type": "function", "function": {"name": name, "arguments": {"a": 1}}} for name in names]
+    return [{"role": "user", "content": "Add."}, {"role": "assistant", "content": content, "tool_calls": calls}]
+
+
+def test_deepseek_v3s_template_writes_calls_of_answers_without_text(real_tokenizer):
+    """It wants none as their content, and closes the answer at the second call only."""
+    two = deepseek_call("add", "mul", content="")
+    results = [{"role": "tool", "content": "3"}, {"role": "tool", "content": "4"}]
+    tokenizer = real_tokenizer("deepseek_v3")
+
+    data = encoded([*two, *results, {"role": "assistant", "content": "Three."}], tokenizer)
+
+    ids, loss = sample_of(data, 0)
+    learned = tokenizer.decode([token for token, counts in zip(ids, loss, strict=True) if counts])
+    call = '<｜tool▁call▁begin｜>function<｜tool▁sep｜>{}\n```json\n{{"a": 1}}\n```<｜tool▁call▁end｜>'
+    end = "<｜end▁of▁sentence｜>"
+    assert learned == (
+        f"<｜tool▁calls▁begin｜>{call.format('add')}\n{call.format('mul')}<｜tool▁calls▁end｜>{end}Three.{end}"
+    )
+    assert not data.report.notes
+
+
+def test_deepseek_v3s_template_that_leaves_a_call_open_or_out_is_named(real_tokenizer):
+    tokenizer = real_tokenizer("deepseek_v3")
+    one = [*deepseek_call("add", content=""), {"role": "tool", "content": "3"}, {"role": "assistant", "content": "3"}]
+
+    notes = encoded(one, tokenizer).report.notes
+
+    assert any("1 of 2 answers do not end in a token that stops generation" in note for note in notes)
+    with pytest.raises(ValueError, match=r"'add', and .* does not write tool_calls beside an answer's text"):
+        encoded(deepseek_call("add", content="Let me look."), tokenizer)
+
+
 def test_todays_date_does_not_change_the_tokens(real_tokenizer):
     tokenizer = real_tokenizer("smollm2")
     tokenizer.chat_template = "{{ strftime_now('%d %b %Y') }} {{ date_string }}|" + tokenizer.chat_template
