@@ -13,7 +13,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from launcher.config import Config
+from launcher.config import Config, DataConfig
 from launcher.config_file import read_config
 from launcher.exit_codes import DONE, FAILED, INTERRUPTED, MISTAKE, Failed
 from launcher.optimizers import OPTIMIZERS
@@ -89,7 +89,8 @@ def run_recipe(
         """Train the small model that comes with the project on the data beside it: minutes on a CPU, no network."""
 
     def read(config: Config) -> Options:
-        return _parse(Options(**vars(config)), arguments, prog or f"recipes/{name}.py")
+        parsed = _parse(Options(**vars(config)), arguments, prog or f"recipes/{name}.py")
+        return _for_other_data(parsed, config.data, {word.partition("=")[0] for word in arguments})
 
     def plain(options: Options) -> Config:
         config = Config(**{part: value for part, value in vars(options).items() if part != "tiny"})
@@ -135,6 +136,19 @@ def _for_another_task(config: Any, words: set[str]) -> Any:
     if dropped:
         log.warning("the recipe's %s belong to another task than %s: left out", ", ".join(dropped), config.data.task)
     return replace(config, **parts)
+
+
+def _for_other_data(config: Any, recipe: DataConfig, words: set[str]) -> Any:
+    """The config without the recipe's --eval-data if that is a split of its own dataset and --data names another."""
+    own = recipe.eval_data
+    if own is None or not own.startswith(f"{recipe.data}:") or "--data" not in words or "--eval-data" in words:
+        return config
+    log.warning(
+        "--data replaces the recipe's dataset, so its --eval-data %s is left out: give --eval-data FILE, or "
+        "--eval-records N to hold out records of --data",
+        own,
+    )
+    return replace(config, data=replace(config.data, eval_data=None))
 
 
 def _option(name: str) -> str:

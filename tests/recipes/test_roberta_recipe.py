@@ -140,3 +140,15 @@ def test_every_task_is_a_complete_run_with_a_head_that_is_saved():
         assert config.adapter.modules_to_save == ("classifier",)
     with pytest.raises(ValueError, match="--glue must be one of mnli"):
         roberta_glue("snli")
+
+
+def test_other_data_leave_out_the_recipes_own_held_out_split(monkeypatch, caplog, tmp_path):
+    """A user who gives --data has said nothing about --eval-data, so no error speaks of it."""
+    asked = []
+    monkeypatch.setattr(start, "_start", lambda config, name, **_: asked.append(config.data) or 0)
+
+    for words in ([], ["--data", "mine.json"], ["--data=mine.json", "--eval-data", "held.json"]):
+        assert start.run_recipe("roberta_glue_loldu", partial(roberta_glue, "sst2"), None, words) == 0
+
+    assert [data.eval_data for data in asked] == ["nyu-mll/glue:sst2:validation", None, "held.json"]
+    assert caplog.text.count("so its --eval-data nyu-mll/glue:sst2:validation is left out") == 1
