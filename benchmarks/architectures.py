@@ -132,6 +132,7 @@ OWN: dict[str, dict[str, Any]] = {
         },
     },
     "bamba": {"attn_layer_indices": [1]},
+    "rwkv": {"num_hidden_layers": 8},  # it treats layers from the seventh on differently in evaluation
     "granitemoehybrid": {"layer_types": ["mamba", "attention"]},
     "zaya": {"num_experts_per_tok": 1},
     "kimi_linear": FULL_HEADS | {"num_hidden_layers": 5, "linear_head_dim": 16, "linear_num_heads": 4},

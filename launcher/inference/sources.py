@@ -37,7 +37,7 @@ from launcher.inference.patterns import check_patterns
 from launcher.models.files import base_folder, check_json_files, first_line, has_tokenizer, load_tokenizer, recorded_run
 from launcher.models.image_processor import is_image_model, model_type
 from launcher.models.quantize import check_base, check_quantize, keep_packing
-from launcher.models.skeleton import restore_padding_rows
+from launcher.models.skeleton import keep_scale, restore_padding_rows
 from launcher.processes import Ranks
 from launcher.progress import Bars
 from launcher.text import needs_code
@@ -258,6 +258,7 @@ def load_model(source: Source, *, dtype: str = "auto", device: str = "auto") -> 
         keep_packing(model)
     if "quantization_config" not in model.config.to_dict():
         restore_padding_rows(model, source.base)
+    keep_scale(model)
     if source.adapter is None:
         return model.eval()
     with warnings.catch_warnings():

@@ -398,7 +398,15 @@ def restore_padding_rows(base: Any, folder: Path) -> None:
             weight[row] = open_tensor(info)[row].to(weight)
 
 
+def keep_scale(base: Any) -> None:
+    """Leave the weights as they are in evaluation, in place. From its seventh layer on, RWKV halves some of its own,
+    against overflow in float16, but not the adapters on them, and it fails on quantised ones."""
+    if getattr(base.config, "rescale_every", 0):
+        base.config.rescale_every = 0
+
+
 def prepare_base(base: Any, config: ModelConfig, folder: Path) -> None:
+    keep_scale(base)
     base.name_or_path = str(folder.resolve()) if Path(config.model).is_dir() else config.model
     if config.gradient_checkpointing and hasattr(base, "enable_gradient_checkpointing"):  # of diffusers
         base.enable_gradient_checkpointing()

@@ -4,8 +4,9 @@ from pathlib import Path
 
 import pytest
 import torch
-from transformers import LlamaForCausalLM
+from transformers import LlamaForCausalLM, RwkvConfig, RwkvForCausalLM
 
+from adapters import LoLDUConfig
 from launcher.config import ModelConfig
 from launcher.models.build import build
 from launcher.processes import Stopped
@@ -77,3 +78,28 @@ def test_loading_a_quantised_base_tells_of_each_parameter_and_can_be_stopped_the
         build(config, stories, None, factors=lambda module: None, device=torch.device("cpu"), progress=progress, **how)
 
     assert told == [(number, 47) for number in range(1, 6)]  # 5 layers of 9, the embedding and the last norm
+
+
+@pytest.mark.parametrize("kind", ["none", "nf4"])
+def test_rwkvs_weights_and_their_adapters_have_one_scale_in_evaluation(kind, tmp_path):
+    """transformers halves some from the seventh layer on, and the hidden states with them, but no adapter."""
+    torch.manual_seed(0)
+    sizes: dict = {"vocab_size": 32, "hidden_size": 32, "attention_hidden_size": 32, "intermediate_size": 64}
+    RwkvForCausalLM(RwkvConfig(**sizes, num_hidden_layers=8, context_length=32)).save_pretrained(tmp_path)
+    adapter = LoLDUConfig(r=4, target_modules=["output", "value"], task_type="CAUSAL_LM")
+    how: dict = {
+        "dtype": "float32",
+        "attention": "eager",
+        "device": torch.device("cpu"),
+        "factors": lambda module: None,
+    }
+    model = build(ModelConfig(model=str(tmp_path), quantize=kind), tmp_path, adapter, **how)
+    ids = torch.arange(1, 13)[None]
+
+    with torch.no_grad():
+        for parameter in model.parameters():
+            if parameter.requires_grad:
+                parameter.add_(torch.randn_like(parameter))
+        trained, evaluated = (model.train(mode)(input_ids=ids, use_cache=False).logits for mode in (True, False))
+
+    assert torch.equal(trained, evaluated)
