@@ -1,7 +1,7 @@
 """The prompt template of a run, saved by content beside what the run trained.
 
 prompt_template.json is read by our own commands. chat_template.jinja is the same template for transformers and for
-servers, which find it beside a model; a template without turns is written as one.
+servers, which find it beside a model and its tokenizer; a template without turns is written as one.
 """
 
 from __future__ import annotations
@@ -21,6 +21,17 @@ def save_template(template: Template, tokenizer: Any, folder: Path) -> None:
     jinja = as_jinja(template, has_bos=tokenizer.bos_token_id is not None)
     (folder / PROMPT_TEMPLATE).write_text(json.dumps(template._asdict(), indent=2) + "\n", encoding="utf-8")
     (folder / CHAT_TEMPLATE).write_text(jinja, encoding="utf-8")
+    drop_older(folder)
+
+
+def drop_older(folder: Path) -> None:
+    """Remove the template in tokenizer_config.json if there is a chat_template.jinja: servers read one or the other."""
+    file = folder / "tokenizer_config.json"
+    if not (file.is_file() and (folder / CHAT_TEMPLATE).is_file()):
+        return
+    settings = json.loads(file.read_text(encoding="utf-8"))
+    if settings.pop("chat_template", None) is not None:
+        file.write_text(json.dumps(settings, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
 
 
 def read_template(folder: Path) -> Template | None:

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import json
 import math
+import shutil
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
@@ -21,12 +22,14 @@ from adapters.base import FactorConfig
 from adapters.lora_export import FILE, lower_rank
 from adapters.lora_export import export_lora as write_lora
 from adapters.trained import TrainedConfig
+from launcher.data.saved_template import CHAT_TEMPLATE, PROMPT_TEMPLATE, drop_older
 from launcher.exit_codes import Failed
 from launcher.inference.checks import probe_logits, quantised_gap
 from launcher.inference.merge import new_folder
 from launcher.inference.pictures import export_lora as export_pictures
 from launcher.inference.pictures import find_drawn
 from launcher.inference.sources import Source, adapter_config, choose_device, find, load_model
+from launcher.models.files import copy_tokenizer
 from launcher.progress import Bars
 from launcher.text import printable
 
@@ -86,6 +89,11 @@ def export_lora(
             _lower(partial, rank, replace(source, adapter=partial), wanted, device, tolerance, console)
         written = json.loads((partial / "adapter_config.json").read_text(encoding="utf-8"))
         convolutions = _has_convolutions(partial)
+        copy_tokenizer(source.tokenizer, partial)
+        for name in (PROMPT_TEMPLATE, CHAT_TEMPLATE):
+            if (source.adapter / name).is_file():
+                shutil.copyfile(source.adapter / name, partial / name)
+        drop_older(partial)
     console.print(f"LoRA adapter of rank {written['r']} in {printable(str(out))}")
     for line in _servers(written, convolutions):
         console.print(line)

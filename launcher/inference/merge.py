@@ -36,13 +36,13 @@ from adapters.base import FactorConfig
 from adapters.checkpoint_files import TensorInfo, list_tensors
 from adapters.checkpoint_names import Conversion, model_tensors
 from adapters.layer import FactorLayer
-from launcher.data.saved_template import PROMPT_TEMPLATE
+from launcher.data.saved_template import PROMPT_TEMPLATE, drop_older
 from launcher.factorization.targets import skeleton
 from launcher.files import allow_by_umask, disk_errors
 from launcher.inference.checks import compare, loss_change, plain
 from launcher.inference.heldout import held_out
 from launcher.inference.sources import DTYPES, Kind, Source, adapter_config, attach, choose_device, find, load_model
-from launcher.models.files import first_line
+from launcher.models.files import TOKENIZER_PATTERNS, first_line
 from launcher.models.quantize import check_quantize, linear_layers, transformers_config
 from launcher.progress import Bars, growth
 from launcher.text import printable
@@ -51,9 +51,8 @@ NAMES = {torch.float64: "F64", torch.float32: "F32", torch.bfloat16: "BF16", tor
 FLOATS = {name: dtype for dtype, name in NAMES.items()}  # as safetensors writes them
 BYTES = {"F64": 8, "I64": 8, "U64": 8, "F32": 4, "I32": 4, "U32": 4, "F16": 2, "BF16": 2, "I16": 2, "U16": 2}
 BESIDE_WEIGHTS = (
-    "generation_config.json", "tokenizer*", "special_tokens_map.json", "added_tokens.json", "vocab.*", "merges.txt",
-    "spiece.model", "tekken.json", "chat_template*", PROMPT_TEMPLATE, "*processor_config.json", "LICENSE*", "NOTICE*",
-    "USE_POLICY*",
+    *TOKENIZER_PATTERNS, "generation_config.json", "chat_template*", PROMPT_TEMPLATE, "*processor_config.json",
+    "LICENSE*", "NOTICE*", "USE_POLICY*",
 )  # fmt: skip
 
 
@@ -134,6 +133,7 @@ def merge(
                 for file in folder.glob(pattern):
                     if file.is_file() and not (partial / file.name).exists():
                         shutil.copyfile(file, partial / file.name)
+        drop_older(partial)
         if held is not None:
             console.print(loss_change(source, partial, written, quantize, held, device))
         elif check:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib.util
 import os
 import re
+import shutil
 import sys
 from pathlib import Path
 from typing import Any
@@ -22,6 +23,10 @@ JSON_FILES = (
 LAYERS, MOST_LAYERS = ("num_hidden_layers", "num_layers", "n_layer", "n_layers"), 10_000
 JSON_BYTES = 64 << 20  # of each; longer ones are damaged
 UNKNOWN = "\u0378"  # a character that Unicode has not assigned, so that no vocabulary has it
+TOKENIZER_PATTERNS = (
+    "tokenizer*", "special_tokens_map.json", "added_tokens.json", "vocab.*", "merges.txt", "spiece.model",
+    "tekken.json",
+)  # fmt: skip
 TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "tekken.json", "vocab.json", "vocab.txt", "spiece.model")
 
 
@@ -149,6 +154,19 @@ def check_ids(tokenizer: Any, largest: int, rows: int, *, labels: bool = False) 
         )
     if pad is not None and pad >= rows:
         tokenizer.pad_token_id = 0
+
+
+def copy_tokenizer(base: Path, folder: Path) -> None:
+    """Copy the base's tokenizer, with its code if it has some, beside what was trained: other programs expect it there.
+
+    generation_config.json names the tokens that stop generation.
+    """
+    settings = base / "tokenizer_config.json"
+    has_code = settings.is_file() and "auto_map" in read_json(settings, JSON_BYTES)
+    for pattern in (*TOKENIZER_PATTERNS, "generation_config.json", *(["*.py"] if has_code else [])):
+        for file in base.glob(pattern):
+            if file.is_file() and not (folder / file.name).exists():
+                shutil.copyfile(file, folder / file.name)
 
 
 def has_tokenizer(folder: Path) -> bool:

@@ -24,7 +24,7 @@ from launcher.data.joined import join
 from launcher.data.saved_template import save_template
 from launcher.data.templates import Template
 from launcher.methods import exports_lora, peft_config, prompt_tokens
-from launcher.models.files import base_folder, has_tokenizer, load_tokenizer
+from launcher.models.files import base_folder, copy_tokenizer, has_tokenizer, load_tokenizer
 from launcher.models.image_processor import is_image_model, model_type
 
 if TYPE_CHECKING:
@@ -198,7 +198,8 @@ class Task(Protocol):
         return []
 
     def add_files(self, samples: Samples, tokenizer: Any, folder: Path) -> None:
-        """Write what else belongs beside the adapter or model in a folder: the template of prompts, if there is one."""
+        """Write what else belongs beside the adapter or model in a folder: tokenizer and prompt template."""
+        copy_tokenizer(Path(tokenizer.name_or_path), folder)
         if samples.template is not None:
             save_template(samples.template, tokenizer, folder)
 

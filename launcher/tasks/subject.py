@@ -251,6 +251,9 @@ class Subject(Task):
         (total,) = evaluation.total(samples, measure, size=evaluation.batch_size)
         return {"eval_loss": float(total) / len(samples)}
 
+    def add_files(self, samples: Samples, tokenizer: Any, folder: Path) -> None:
+        """Nothing: a pipeline has its own tokenizer."""
+
     def next_steps(self, config: Config, output: Path, saved: Path) -> list[str]:
         return [f"Draw pictures: loldu generate {output} --prompts {json.dumps(config.data.instance_prompt)}"]
 

@@ -10,6 +10,7 @@ from transformers import AutoTokenizer
 
 from launcher.config import AdapterConfig, Config, DataConfig, ModelConfig, OptimizerConfig, RunConfig
 from launcher.data.templates import load_template, prompt_ids
+from launcher.inference.export import export_lora
 from launcher.inference.merge import merge
 from launcher.training.run import run
 
@@ -23,13 +24,16 @@ JINJA = (
 def trained(babyllama, tmp_path_factory):
     """A run of two steps in a folder, made with a .jinja file that is gone afterwards; and that template."""
     folder = tmp_path_factory.mktemp("template")
+    base = shutil.copytree(babyllama, folder / "base")
+    settings = json.loads((base / "tokenizer_config.json").read_text()) | {"chat_template": "{{ messages[0].content }}"}
+    (base / "tokenizer_config.json").write_text(json.dumps(settings))
     file, data = folder / "talk.jinja", folder / "a.json"
     file.write_text(JINJA)
     data.write_text(json.dumps([{"prompt": f"Say {i}.", "completion": "yes " * (i + 1)} for i in range(8)]))
-    tokenizer = AutoTokenizer.from_pretrained(babyllama)
+    tokenizer = AutoTokenizer.from_pretrained(base)
     template = load_template(str(file), tokenizer, conversations=False)
     config = Config(
-        model=ModelConfig(model=str(babyllama), dtype="float32"),
+        model=ModelConfig(model=str(base), dtype="float32"),
         data=DataConfig(data=str(data), prompt_template=str(file), max_length=128, eval_records=2),
         adapter=AdapterConfig(rank=4),
         optimizer=OptimizerConfig(batch_size=2, max_steps=2),
@@ -55,11 +59,15 @@ def test_answers_use_the_template_of_the_training(trained, place, capsys):
     assert "saved with the model" in capsys.readouterr().err
 
 
-def test_the_merged_folder_gives_other_servers_the_same_tokens(trained):
+@pytest.mark.parametrize("place", ["run/adapter", "merged", "lora"])
+def test_a_folder_gives_other_programs_the_same_tokens(trained, place):
+    """To transformers alone, as in other people's servers, although the base has another template of its own."""
     folder, template = trained
-    if not (folder / "merged").exists():
-        merge(str(folder / "run"), out=str(folder / "merged"))
-    tokenizer = AutoTokenizer.from_pretrained(folder / "merged")
+    if place == "merged" and not (folder / place).exists():
+        merge(str(folder / "run"), out=str(folder / place))
+    if place == "lora":
+        export_lora(str(folder / "run"), out=str(folder / place))
+    tokenizer = AutoTokenizer.from_pretrained(folder / place)
     record = {"instruction": "Say 3.", "input": "", "output": ""}
 
     sent = tokenizer.apply_chat_template(
@@ -67,6 +75,8 @@ def test_the_merged_folder_gives_other_servers_the_same_tokens(trained):
     )
 
     assert sent == prompt_ids(record, template, tokenizer)
+    assert "chat_template" not in json.loads((folder / place / "tokenizer_config.json").read_text())
+    assert json.loads((folder / place / "generation_config.json").read_text())["eos_token_id"] == tokenizer.eos_token_id
 
 
 def test_the_loss_on_held_out_records_needs_no_template_file(trained):
