@@ -9,13 +9,14 @@ Shapes: b pairs of a micro-batch, B = 2 b rows (chosen ones, then rejected ones)
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from functools import cached_property, partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from peft import PeftConfig
@@ -27,8 +28,9 @@ from launcher.data.bad_records import BadRecord, BadRecords
 from launcher.data.batches import NO_LOSS, collate
 from launcher.data.chat import many
 from launcher.data.crew import Crew
-from launcher.data.encode import DataReport, Encoded, encode
+from launcher.data.encode import DataReport, Encoded, Encoder, Part, Tally, encoded
 from launcher.data.pairs import load_pairs
+from launcher.data.tokenised import encode_once
 from launcher.tasks.base import Batch, Layout, Sampled, Samples, Task
 from launcher.tasks.evaluation import Evaluation
 from launcher.tasks.instruct import Instruct, questions_of
@@ -75,6 +77,68 @@ class PairReport(DataReport):
         return line
 
 
+class PairEncoder:
+    """Pairs {chosen, rejected} as two samples each, one after the other; an answer over max_length loses its end.
+
+    A pair of which an answer keeps no token is dropped and counted. Raises ValueError when none is left, and for pairs
+    that the template cannot carry, unless on_bad_record is skip.
+    """
+
+    report_type: type[DataReport] = PairReport
+
+    def __init__(
+        self, first: records.Record, tokenizer: Any, config: DataConfig, template: templates.Template | None = None
+    ):
+        self.answers = Encoder(first["chosen"], tokenizer, replace(config, max_length=WHOLE), template)
+        self.config = config
+
+    @classmethod
+    def key(cls, first: records.Record, tokenizer: Any, config: DataConfig) -> list[Any]:
+        return [f"{cls.__module__}.{cls.__qualname__}", *Encoder.key(first["chosen"], tokenizer, config)]
+
+    def part(self, pairs: Sequence[records.Record]) -> Part:
+        bad, usable = BadRecords(self.config.on_bad_record), []
+        with many("rendering the chat template"):
+            for pair in pairs:
+                try:
+                    for record in pair.values():
+                        if len(templates.render(record, self.answers.template, self.answers.tokenizer).samples) > 1:
+                            raise BadRecord("several answers", _several(record))
+                    usable.append(pair)
+                except BadRecord as error:
+                    bad.add(error)
+        whole = self.answers.part([record for pair in usable for record in (pair["chosen"], pair["rejected"])])
+        ends = whole.lengths.cumsum()
+        starts = ends - whole.lengths
+        kept = np.minimum(ends, starts + self.config.max_length)
+        learned = np.concatenate([[0], whole.loss.cumsum()])
+        both = ((learned[kept] - learned[starts]).reshape(-1, 2) > 0).all(1)  # an answer of each is left
+        chosen = np.repeat(both, 2)
+        spans = [slice(*span) for span in zip(starts[chosen].tolist(), kept[chosen].tolist(), strict=True)]
+        ids, loss = (
+            np.concatenate([tokens[:0], *(tokens[span] for span in spans)]) for tokens in (whole.ids, whole.loss)
+        )
+        lengths = (kept - starts)[chosen]
+        tally = replace(
+            whole.tally, bad=bad.first, bad_kinds=dict(bad.kinds), samples=len(usable), kept=len(lengths),
+            tokens=len(ids), target_tokens=int(loss.sum()), truncated=int((kept < ends)[chosen].sum()),
+        )  # fmt: skip
+        return Part(lengths, np.ones_like(lengths), ids, loss, tally)
+
+    def report(self, tallies: Iterable[Tally], count: int) -> DataReport:
+        total, most = Tally(), self.config.max_length
+        for tally in tallies:
+            total.add(tally)
+        bad = BadRecords(self.config.on_bad_record, total.bad, total.bad_kinds)
+        left_out, kept = bad.tell("the pairs", count), total.kept // 2
+        if not kept:
+            raise ValueError(f"no pair is left: the prompt alone of each fills --max-length {most}")
+        notes = (*([left_out] if left_out else []), *self.answers.seen.notes(total, self.answers.template))
+        return PairReport(
+            total.samples, kept, total.truncated, total.samples - kept, total.tokens, total.target_tokens, most, notes
+        )
+
+
 class Prefer(Instruct):
     """Preference optimisation. Held-out questions can be answered as in instruction tuning (--show-samples)."""
 
@@ -100,21 +164,18 @@ class Prefer(Instruct):
                 "changes weights and needs no gradients before training"
             )
 
-    def read(self, config: Config, tokenizer: Any, cache: Path) -> Samples:
-        data = config.data
-        train, held_out = self._pairs(data)
-        template = templates.template_of(data, train[0]["chosen"], tokenizer)
-        encoded = partial(encode_pairs, tokenizer=tokenizer, data=data, template=template)
+    def read_together(self, config: Config, tokenizer: Any, cache: Path, crew: Crew) -> Samples:
+        data, each = config.data, crew.comm.each
+        train, held_out = each("data", lambda: self._pairs(data))
+        template = each("data", lambda: templates.template_of(data, train[0]["chosen"], tokenizer))
+        tokens = partial(encode_once, tokenizer=tokenizer, config=data, folder=cache, crew=crew, kind=PairEncoder)
         asked = [pair["chosen"] for pair in held_out] if config.run.show_samples else []
         return Samples(
-            train=encoded(train),
-            held_out=encoded(held_out) if held_out else None,
+            train=pairs_of(tokens(train), data),
+            held_out=pairs_of(tokens(held_out), data) if held_out else None,
             template=template,
-            questions=list(questions_of(asked, template, tokenizer)),
+            questions=each("data", lambda: list(questions_of(asked, template, tokenizer))),
         )
-
-    def read_together(self, config: Config, tokenizer: Any, cache: Path, crew: Crew) -> Samples:
-        return Task.read_together(self, config, tokenizer, cache, crew)
 
     def sample(self, config: Config, tokenizer: Any, cache: Path, most: int) -> Sampled:
         return Task.sample(self, config, tokenizer, cache, most)
@@ -156,52 +217,18 @@ TASK: Task = Prefer()
 def encode_pairs(
     pairs: Sequence[records.Record], tokenizer: Any, data: DataConfig, template: templates.Template
 ) -> Pairs:
-    """Tokenise pairs {chosen, rejected}; an answer over data.max_length loses its end.
+    """What `PairEncoder` makes of these pairs, in memory."""
+    return pairs_of(encoded(PairEncoder(pairs[0], tokenizer, data, template), pairs), data)
 
-    A pair of which an answer keeps no token is dropped and counted. Raises ValueError when none is left, and for pairs
-    that the template cannot carry, unless data.on_bad_record is skip.
-    """
-    bad, usable = BadRecords(data.on_bad_record), []
-    with many("rendering the chat template"):
-        for pair in pairs:
-            try:
-                for record in pair.values():
-                    if len(templates.render(record, template, tokenizer).samples) > 1:
-                        raise BadRecord("several answers", _several(record))
-                usable.append(pair)
-            except BadRecord as error:
-                bad.add(error)
-    records.warn(bad.tell("the pairs", len(pairs)))
-    flat = [record for pair in usable for record in (pair["chosen"], pair["rejected"])]
-    whole = encode(flat, tokenizer, replace(data, max_length=WHOLE), template)
-    assert len(whole) == 2 * len(usable)
 
-    ids, loss, lengths, cut = [], [], [], 0
-    for first in range(0, len(whole), 2):
-        spans = [slice(*whole.offsets[each : each + 2].tolist()) for each in (first, first + 1)]
-        kept = [slice(span.start, min(span.stop, span.start + data.max_length)) for span in spans]
-        if all(bool(whole.loss[span].any()) for span in kept):
-            ids += [whole.ids[span] for span in kept]
-            loss += [whole.loss[span] for span in kept]
-            lengths += [span.stop - span.start for span in kept]
-            cut += sum(one.stop != other.stop for one, other in zip(spans, kept, strict=True))
-    count = len(lengths) // 2
-    if not count:
-        raise ValueError(f"no pair is left: the prompt alone of each fills --max-length {data.max_length}")
-    borders = torch.tensor([0, *lengths]).cumsum(0)
-    masks = torch.cat(loss)
-    report = PairReport(
-        len(usable), count, cut, len(usable) - count, len(masks), int(masks.sum()), data.max_length, whole.report.notes
-    )
+def pairs_of(answers: Encoded, data: DataConfig) -> Pairs:
+    """The pairs of answers that `PairEncoder` made."""
+    count = len(answers) // 2
     return Pairs(
-        ids=torch.cat(ids),
-        loss=masks,
-        offsets=borders[::2].contiguous(),
-        targets=torch.ones(count, dtype=torch.int64),
-        report=report,
-        borders=borders,
+        ids=answers.ids, loss=answers.loss, offsets=answers.offsets[::2].contiguous(),
+        targets=torch.ones(count, dtype=torch.int64), report=answers.report, borders=answers.offsets,
         preference=Preference(data.preference_loss, data.preference_beta),
-    )
+    )  # fmt: skip
 
 
 def compare(forward: Any, batch: Batch) -> tuple[Tensor, Tensor]:

@@ -13,6 +13,8 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from adapters import LoLDUConfig
 from launcher.config import AdapterConfig, Config, DataConfig, ModelConfig, OptimizerConfig, RunConfig
+from launcher.data import tokenised
+from launcher.data.crew import Crew
 from launcher.data.pairs import load_pairs
 from launcher.data.templates import load_template
 from launcher.models.head_loss import HeadLoss
@@ -21,6 +23,7 @@ from launcher.tasks import prefer
 from launcher.tasks.base import Layout
 from launcher.training.resolve import resolve
 from launcher.training.run import run
+from tests.communicators import together
 
 TINY = REPO / "recipes" / "tiny"
 ENGINES = ["ddp", "fsdp2", "zero2", "zero3"]
@@ -83,6 +86,33 @@ SETTINGS = {
 
 def events(config):
     return [json.loads(line) for line in open(f"{config.run.output}/events.jsonl")]
+
+
+def test_processes_share_the_work_and_the_next_start_finds_it(config, tokenizer, tmp_path, monkeypatch):
+    """Answers are cut, and pairs whose prompt fills a sample are dropped, as in memory."""
+    rows = [{"prompt": "and " * (i % 30), "chosen": "yes " * (i % 7 + 1), "rejected": "no " * 9} for i in range(1, 48)]
+    (tmp_path / "pairs.json").write_text(json.dumps(rows))
+    config = replace(config, data=replace(config.data, max_length=80))
+    monkeypatch.setattr(tokenised, "CHUNK", 5)
+    parts, own = [], prefer.PairEncoder.part
+    monkeypatch.setattr(prefer.PairEncoder, "part", lambda self, some: parts.append(len(some)) or own(self, some))
+    train, held_out = prefer.TASK._pairs(config.data)
+    template = load_template("short", tokenizer, conversations=False)
+    wanted = [prefer.encode_pairs(some, tokenizer, config.data, template) for some in (train, held_out)]
+    parts.clear()
+
+    found = together(3, lambda comm: prefer.TASK.read_together(config, tokenizer, tmp_path / "cache", Crew(comm)))
+    once = sum(parts)
+    again = prefer.TASK.read(config, tokenizer, tmp_path / "cache")
+
+    assert once == sum(parts) == len(rows)
+    assert wanted[0].report.truncated
+    assert wanted[0].report.dropped
+    for samples in (*found, again):
+        for mine, alone in zip((samples.train, samples.held_out), wanted, strict=True):
+            assert mine.digest() == alone.digest()
+            assert torch.equal(mine.targets, alone.targets)
+            assert str(mine.report) == str(alone.report)
 
 
 @pytest.mark.parametrize("method", SETTINGS)
