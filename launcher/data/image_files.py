@@ -384,7 +384,7 @@ def _row_labels(rows: Any, column: str, where: str) -> tuple[tuple[str, ...], np
     return tuple(map(str, known)), np.array([number[value] for value in values], dtype=np.int64)
 
 
-def _bytes_of(file: Path) -> bytes:
+def bytes_of(file: Path) -> bytes:
     """The content of a regular file. Raises OSError for another kind, and LimitExceeded."""
     most = limits().image_bytes
     with open_regular(file) as opened:
@@ -407,7 +407,7 @@ def _reader(split: Split, listing: Listing, columns: Columns) -> Callable[[int],
 
         def read_file(place: int) -> bytes:
             check(place)
-            return _bytes_of(path / listing.name(place))
+            return bytes_of(path / listing.name(place))
 
         return read_file
     if split.kind == "zip":
@@ -425,6 +425,6 @@ def _reader(split: Split, listing: Listing, columns: Columns) -> Callable[[int],
         found = rows[place][columns.image]
         if not found or (found["bytes"] is None and not found["path"]):
             raise ValueError("there is no image")
-        return found["bytes"] if found["bytes"] is not None else _bytes_of(Path(found["path"]))
+        return found["bytes"] if found["bytes"] is not None else bytes_of(Path(found["path"]))
 
     return read_row

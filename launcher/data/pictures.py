@@ -5,17 +5,18 @@ Pixels are uint8 (3, H, W), red, green and blue.
 
 from __future__ import annotations
 
-import warnings
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
-from PIL import Image, ImageOps
+from PIL import Image
 from torch import Tensor
 
-from launcher.files import open_regular
+from launcher.data.bad_records import BadRecord
+from launcher.data.image_files import bytes_of
+from launcher.data.pixels import decoded
 
 SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".bmp")
 
@@ -51,15 +52,14 @@ def _from_hub(name: str, option: str) -> Path:
 def read_picture(file: Path, side: int) -> Tensor:
     """The picture, turned as its camera noted, its shorter side scaled to `side` pixels.
 
-    Raises ValueError naming the file if it is damaged, cut short, or no picture.
+    Raises ValueError naming the file if it cannot be used, as in `launcher.data.pixels`.
     """
     try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("error", Image.DecompressionBombWarning)
-            with open_regular(file) as raw, Image.open(raw) as opened:
-                turned = ImageOps.exif_transpose(opened).convert("RGB")
-    except (OSError, ValueError, SyntaxError, Image.DecompressionBombError, Image.DecompressionBombWarning) as error:
-        raise ValueError(f"{file} cannot be read as a picture ({error}): replace it, or take it out") from None
+        turned = decoded(bytes_of(file), "RGB")
+    except BadRecord as error:
+        raise ValueError(f"{file} {error}: replace it, or take it out") from None
+    except (OSError, ValueError) as error:
+        raise ValueError(f"{file} cannot be read ({error}): replace it, or take it out") from None
     scale = side / min(turned.size)
     width, height = (max(side, round(length * scale)) for length in turned.size)
     scaled = turned.resize((width, height), Image.Resampling.LANCZOS)

@@ -5,6 +5,7 @@ import shutil
 from dataclasses import replace
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from diffusers import DDPMScheduler, StableDiffusionPipeline, UNet2DConditionModel
@@ -395,8 +396,10 @@ def test_a_missing_package_is_named(config, monkeypatch):
     ("values", "message"),
     [
         ({"data": "empty"}, "holds no pictures"),
-        ({"data": "text"}, "0.png cannot be read as a picture"),
-        ({"data": "cut"}, "0.png cannot be read as a picture"),
+        ({"data": "text"}, "0.png is no image that can be read"),
+        ({"data": "cut"}, "0.png is damaged or cut short"),
+        ({"data": "wide"}, "0.png has more than 8 bits per channel"),
+        ({"data": "script"}, "0.png is no image that can be read"),
         ({"data": "missing"}, "neither a folder of pictures here nor a data set"),
         ({"resolution": 33}, "--resolution 33 must be a multiple of 2"),
         ({"eval_data": None, "eval_records": 2}, "leaves none to train on"),
@@ -405,8 +408,10 @@ def test_a_missing_package_is_named(config, monkeypatch):
 )
 def test_bad_pictures_and_prompts_are_refused_by_name(values, message, config, made, tmp_path, monkeypatch, capfd):
     monkeypatch.chdir(tmp_path)
-    for name in ("empty", "text", "cut"):
+    for name in ("empty", "text", "cut", "wide", "script"):
         (tmp_path / name).mkdir()
+    Image.fromarray(np.full((64, 64), 40_000, dtype=np.uint16)).save(tmp_path / "wide" / "0.png")
+    Image.new("RGB", (64, 64)).save(tmp_path / "script" / "0.png", format="EPS")  # for which Pillow starts Ghostscript
     (tmp_path / "text" / "0.png").write_text("no picture")
     (tmp_path / "cut" / "0.png").write_bytes((made / "pictures" / "0.png").read_bytes()[:80])
 
