@@ -16,7 +16,7 @@ import numpy as np
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 
-from launcher.reports.read import Change, Line, Run
+from launcher.reports.read import Change, Line, Run, layer_order
 
 INK = "#010203"  # a colour that nothing else has
 COLOURS = ("#3b82d6", "#e0693e", "#2f9e62", "#a463c9", "#c79a1b", "#d64f84", "#4aa3a2", "#8a7a6a")
@@ -46,8 +46,9 @@ GAP = 0.006  # between two modules, of the map's width
 def curves(runs: Sequence[Run]) -> dict[str, Figure]:
     """One figure for each quantity that any of the runs has, by title."""
     per_step = {"Loss": "loss", "Learning rate": "lr", "Gradient norm": "grad_norm"}
+    units = {run.counts for run in runs if run.metrics}
     measured = {
-        "Tokens per second": "tokens_per_s",
+        f"{' or '.join(sorted(units)).capitalize()} per second": "tokens_per_s",
         "Memory (GiB)": "memory_gib",
         "Padding (share of positions)": "padding",
     }
@@ -59,16 +60,16 @@ def curves(runs: Sequence[Run]) -> dict[str, Figure]:
         title = {"eval_loss": "Held-out loss"}.get(name, f"Held-out {name.replace('_', ' ')}")
         _add(found, title, name, [(run, run.evaluations) for run in runs], marker="o")
     for title, name in measured.items():
-        _add(found, title, name, [(run, run.metrics) for run in runs])
+        of = [(run, run.metrics if name != "padding" or run.counts == "tokens" else []) for run in runs]
+        _add(found, title, name, of)
     return found
 
 
 def change_map(changes: Sequence[Change]) -> Figure:
     """Every trained number: a row for each layer, a block of columns for each module, colour for its change."""
-    layers = sorted({change.layer for change in changes})
-    parts = list(
-        dict.fromkeys(change.part for change in sorted(changes, key=lambda c: (c.layer, "attn" not in c.part)))
-    )
+    layers = sorted({change.layer for change in changes}, key=layer_order)
+    in_order = sorted(changes, key=lambda change: (layer_order(change.layer), "attn" not in change.part))
+    parts = list(dict.fromkeys(change.part for change in in_order))
     cells = {part: min(MAP_COLUMNS, max(len(c.change) for c in changes if c.part == part)) for part in parts}
     wide = max(1, round(1 / GAP / sum(cells.values())))  # columns of a cell; a gap has one
     width = wide * sum(cells.values()) + len(parts) - 1
@@ -87,15 +88,25 @@ def change_map(changes: Sequence[Change]) -> Figure:
         figure = Figure(figsize=(10, 1.6 + 0.22 * max(len(layers), 4)), layout="constrained")
         axes = figure.subplots()
         shown = axes.imshow(image, aspect="auto", cmap="coolwarm", vmin=-bound, vmax=bound, interpolation="nearest")
-        axes.set_xticks(centres, [part.rpartition(".")[2] for part in parts], rotation=20 if len(parts) > 4 else 0)
+        turned: dict[str, Any] = {"rotation": 20, "ha": "right"} if len(parts) > 4 else {}
+        axes.set_xticks(centres, short_names(parts), **turned)
         every = max(1, len(layers) // 16)
-        labels = [str(layer) if layer >= 0 else "" for layer in layers]
-        axes.set_yticks(range(0, len(layers), every), labels[::every])
+        axes.set_yticks(range(0, len(layers), every), layers[::every])
         axes.set_ylabel("layer")
         axes.spines[:].set_visible(False)
         axes.tick_params(length=0)
         figure.colorbar(shown, ax=axes, label="change", pad=0.01)
     return figure
+
+
+def short_names(parts: Sequence[str]) -> list[str]:
+    """The ends of these names, with as many of their words as tell them apart; a number stays with its word."""
+    words = [re.sub(r"\.(?=\d+(?:\.|$))", "\0", part).split(".") for part in parts]
+    for count in range(1, max(map(len, words)) + 1):
+        names = [".".join(each[-count:]).replace("\0", ".") for each in words]
+        if len(set(names)) == len(parts):
+            break
+    return names
 
 
 def binned(values: np.ndarray, cells: int) -> np.ndarray:
@@ -160,6 +171,8 @@ def _add(
         steps = [step for _, _, points in drawn for step, _ in points]
         if min(steps) == max(steps):
             axes.set_xlim(steps[0] - 1, steps[0] + 1)
+        if name == "padding":
+            axes.set_ylim(bottom=0, top=None if any(value for *_, points in drawn for _, value in points) else 1)
         axes.grid(alpha=0.15, color=INK)
         if len(sources) > 1:
             figure.set_figheight(HEIGHT + LEGEND_ROW * len(drawn))

@@ -45,6 +45,7 @@ def report(runs: Sequence[Run], *, refresh_s: int = 0, first: Mapping[str, Figur
                     "name": run.name,
                     "count": f"{sum(len(change.change) for change in run.changes):,}",
                     "modules": len(run.changes),
+                    "others": others(run),
                     "unit": run.unit,
                     "binned": any(len(change.change) > MAP_COLUMNS for change in run.changes),
                     "picture": Markup(svg(figure)),
@@ -66,6 +67,13 @@ def report(runs: Sequence[Run], *, refresh_s: int = 0, first: Mapping[str, Figur
         settings=[(name, shown(value)) for name, value in flat(runs[0].config).items()] if len(runs) == 1 else [],
     )
     return Report(html, pictures)
+
+
+def others(run: Run) -> str:
+    """How many trained numbers the map does not have: a new head, --modules-to-save, LoRA's A. Empty if it has all."""
+    trained = run.resolved.get("trained")
+    more = trained - sum(len(change.change) for change in run.changes) if type(trained) is int else 0
+    return f"{more:,}" if more > 0 else ""
 
 
 def score_table(runs: Sequence[Run]) -> dict[str, Any] | None:

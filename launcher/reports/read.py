@@ -18,6 +18,7 @@ from launcher.files import open_regular, parse_json, read_json, read_or_empty
 
 Line = dict[str, Any]
 LAYER = re.compile(r"(?:^|\.)(\d+)\.")  # the first number in a module's name is that of its layer
+BLOCK = re.compile(r"(down|mid|up)_blocks?\b(.*?)\.transformer_blocks\.(\d+)\.")  # a UNet's; its layers are nested
 PEFT_PREFIX = "base_model.model."
 CORE, VALUES = ".core", ".values"
 STARTS_AT_ZERO = ".lora_B.weight"  # of LoRA's two matrices; A starts from random values that are not stored
@@ -27,7 +28,7 @@ class Change(NamedTuple):
     """The trained numbers of one module, as changes since step 0."""
 
     module: str  # as in the base model
-    layer: int  # -1 if the name has no number
+    layer: str  # the number of its layer; of a UNet its block: up 1.0. Empty if the name has no number
     part: str  # the module's name inside its layer
     change: np.ndarray  # (count,) float64
 
@@ -47,6 +48,11 @@ class Run:
     changes: list[Change] = field(default_factory=list)
     scores: dict[str, dict[str, Any]] = field(default_factory=dict)  # of loldu eval: task -> model -> metric
     unit: str = ""  # what a change is relative to
+
+    @property
+    def counts(self) -> str:
+        """What its samples consist of: tokens, patches, samples."""
+        return str(self.resolved.get("counts", "tokens"))
 
     @property
     def name(self) -> str:
@@ -164,10 +170,8 @@ def read_changes(folder: Path) -> tuple[list[Change], str]:
     changes = []
     for name, core in trained.items():
         module = module_of(name)
-        found = LAYER.search(module)
-        part = module[found.end() :] if found else module
         relative = core * (scale / np.abs(values[name]).max() if divides else 1 / largest)
-        changes.append(Change(module, int(found[1]) if found else -1, part, relative.ravel()))
+        changes.append(Change(module, *layer_of(module), relative.ravel()))
     unit = "relative to the module's largest frozen value" if divides else f"relative to the largest, {largest:.3g}"
     return changes, unit
 
@@ -177,6 +181,21 @@ def module_of(name: str) -> str:
     module = name.removeprefix(PEFT_PREFIX)
     module = module.removesuffix(STARTS_AT_ZERO).removesuffix(CORE)
     return re.sub(r"\.[a-z]+_map$", "", module)
+
+
+def layer_of(module: str) -> tuple[str, str]:
+    """(layer, part): `3` and `self_attn.q_proj`; of a UNet `up 1.0.0` (block, attention, layer) and `attn2.to_q`."""
+    if found := BLOCK.search(module):
+        numbers = [word for word in (*found[2].split("."), found[3]) if word.isdigit()]
+        return f"{found[1]} {'.'.join(numbers)}", module[found.end() :]
+    found = LAYER.search(module)
+    return (found[1], module[found.end() :]) if found else ("", module)
+
+
+def layer_order(layer: str) -> tuple[Any, ...]:
+    """A key that sorts layers as data flows through them: by number, a UNet's down, then mid, then up."""
+    kind, _, numbers = layer.rpartition(" ")
+    return ("", "down", "mid", "up").index(kind), *(int(number) for number in numbers.split(".") if number)
 
 
 def differing_settings(runs: list[Run]) -> list[tuple[str, list[str]]]:

@@ -403,6 +403,7 @@ def _introduce(
             "attention_reason": chosen.attention_reason, "steps": steps, "world_size": ranks.world_size,
             "sharding": chosen.sharding, "base_folder": str(start.base.resolve()), "trained": trained,
             "token_share": round(token_share, 4),
+            **({} if chosen.task.counts == "tokens" else {"counts": chosen.task.counts}),
             "device": torch.cuda.get_device_name(chosen.device) if chosen.device.type == "cuda" else "cpu",
         }  # fmt: skip
         whole = {"config": as_dict(config), "resolved": resolved, "identity": identity, "versions": versions()}

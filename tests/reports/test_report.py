@@ -6,6 +6,7 @@ import subprocess
 import threading
 import urllib.error
 import urllib.request
+from dataclasses import replace
 from functools import partial
 from http.server import ThreadingHTTPServer
 
@@ -15,9 +16,9 @@ from safetensors.numpy import save_file
 
 from launcher import cli
 from launcher.reports.commands import _Page, write_report
-from launcher.reports.figures import binned, curves, moving_mean, png, svg, thinned
+from launcher.reports.figures import binned, curves, moving_mean, png, short_names, svg, thinned
 from launcher.reports.page import largest_movers, report
-from launcher.reports.read import module_of, read_run
+from launcher.reports.read import layer_of, layer_order, module_of, read_run
 from launcher.text import UNSAFE
 
 MODULES = ("self_attn.q_proj", "mlp.up_proj")
@@ -73,7 +74,7 @@ def test_a_report_is_one_file_with_curves_trained_numbers_and_settings(tmp_path)
 def test_changes_are_relative_to_the_modules_largest_frozen_value(tmp_path):
     run = read_run(write_run(tmp_path / "run", scale=3.0))
 
-    [first, *_] = [change for change in run.changes if change.layer == 1]
+    [first, *_] = [change for change in run.changes if change.layer == "1"]
     assert np.allclose(first.change, 3.0 * np.arange(6) * 0.02 / 2.0)
     assert run.unit == "relative to the module's largest frozen value"
 
@@ -309,3 +310,51 @@ def test_scores_of_loldu_eval_are_in_the_report(tmp_path):
 
     assert "<td>arc_easy</td><td>acc</td><td>0.8125 ± 0.0101</td><td>0.9000 ± 0.0101</td>" in page
     assert "damaged" not in page
+
+
+def test_the_map_of_a_unet_has_a_row_for_each_block_and_of_other_models_for_each_layer():
+    blocks = ["up_blocks.1.attentions.0.transformer_blocks.0", "mid_block.attentions.0.transformer_blocks.0",
+              "down_blocks.0.attentions.1.transformer_blocks.0"]  # fmt: skip
+    found = [layer_of(f"{block}.attn2.to_out.0") for block in blocks]
+
+    assert found == [(layer, "attn2.to_out.0") for layer in ("up 1.0.0", "mid 0.0", "down 0.1.0")]
+    assert sorted(["up 1.0.0", "mid 0.0", "down 0.1.0"], key=layer_order) == ["down 0.1.0", "mid 0.0", "up 1.0.0"]
+    assert layer_of("model.layers.11.mlp.experts.3.up_proj") == ("11", "mlp.experts.3.up_proj")
+    assert sorted(["11", "2", ""], key=layer_order) == ["", "2", "11"]
+    assert layer_of("lm_head") == ("", "lm_head")
+
+
+@pytest.mark.parametrize(
+    ("parts", "names"),
+    [
+        (["self_attn.q_proj", "mlp.up_proj"], ["q_proj", "up_proj"]),
+        (["attn1.to_out.0", "attn2.to_out.0"], ["attn1.to_out.0", "attn2.to_out.0"]),
+        (["attn1.to_out.0", "attn1.to_q"], ["to_out.0", "to_q"]),
+        (["attention.output.dense", "output.dense"], ["attention.output.dense", "output.dense"]),
+    ],
+)
+def test_the_names_below_the_map_tell_its_modules_apart(parts, names):
+    assert short_names(parts) == names
+
+
+def test_numbers_that_the_map_does_not_have_are_counted(tmp_path):
+    folder = write_run(tmp_path / "run")
+    config = json.loads((folder / "config.json").read_text())
+    config["resolved"]["trained"] = 30
+    (folder / "config.json").write_text(json.dumps(config))
+
+    html = report([read_run(folder)]).html
+
+    assert "6 further trained numbers are not shown" in html
+    assert "Every trained number" not in html
+
+
+def test_speed_is_counted_in_what_the_task_counts_and_only_text_has_padding(tmp_path):
+    folder = write_run(tmp_path / "run")
+    (folder / "metrics.jsonl").write_text('{"step": 1, "tokens_per_s": 3.0, "padding": 0.0}\n')
+    text = read_run(folder)
+    pictures = replace(text, resolved=text.resolved | {"counts": "patches"})
+
+    assert list(curves([text]))[-2:] == ["Tokens per second", "Padding (share of positions)"]
+    assert list(curves([pictures]))[-1] == "Patches per second"
+    assert "Patches or tokens per second" in curves([text, pictures])
