@@ -12,7 +12,7 @@ import hashlib
 import math
 import re
 import shlex
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -27,9 +27,9 @@ from launcher.data import records
 from launcher.data.encode import DataReport, Encoded
 from launcher.data.files import holds_csv
 from launcher.tasks import label_images
-from launcher.tasks.base import Batch, Layout, Samples, Task, by_length
-from launcher.tasks.evaluation import Evaluation
-from launcher.tasks.labels import CLASSES, Labels, head_settings, metrics, moments, save_classes
+from launcher.tasks.base import Batch, Layout, Samples, Task
+from launcher.tasks.classifier import Classifier
+from launcher.tasks.labels import CLASSES, Labels, head_settings, save_classes
 
 
 @dataclass(frozen=True)
@@ -56,11 +56,10 @@ class Labelled(Encoded):
         return hashlib.sha256(super().digest().encode() + self.labels.numpy().tobytes()).hexdigest()
 
 
-class Label(Task):
+class Label(Classifier):
     """Sequence classification, or regression with one output."""
 
     peft_type = "SEQ_CLS"
-    labels = True
 
     def wants(self, config: Config) -> bool:
         return bool(config.data.text_columns) or config.data.image_column is not None
@@ -96,21 +95,6 @@ class Label(Task):
     def collate(self, data: Encoded, rows: Sequence[int], layout: Layout) -> Batch:
         assert isinstance(data, Labelled)
         return collate(data, rows, layout.pad_id)
-
-    def loss(self, forward: Callable[..., Any], batch: Batch, targets: int) -> Tensor:
-        return forward(**batch).loss * (len(batch["labels"]) / targets)  # the model's loss is the mean of the batch
-
-    def evaluate(self, evaluation: Evaluation) -> dict[str, float]:
-        held_out = evaluation.held_out
-        assert isinstance(held_out, Labelled)
-
-        def measure(rows: Sequence[int]) -> tuple[Tensor, Tensor]:
-            batch = evaluation.batch(self, rows)
-            output = evaluation.forward(**batch)
-            return output.loss * len(rows), moments(output.logits, batch["labels"])
-
-        loss, sums = evaluation.total(by_length(held_out), measure, size=evaluation.batch_size)
-        return {"eval_loss": float(loss) / len(held_out), **metrics(sums, held_out.classes)}
 
     def add_files(self, samples: Samples, tokenizer: Any, folder: Path) -> None:
         assert isinstance(samples.train, Labelled)

@@ -8,7 +8,7 @@ from __future__ import annotations
 import hashlib
 import json
 import shlex
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -44,8 +44,8 @@ from launcher.models.image_processor import (
     model_type,
 )
 from launcher.tasks.base import Batch, Layout, Sampled, Samples, Task
-from launcher.tasks.evaluation import Evaluation
-from launcher.tasks.labels import CLASSES, Labels, head_settings, metrics, moments, save_classes
+from launcher.tasks.classifier import Classifier
+from launcher.tasks.labels import CLASSES, Labels, head_settings, save_classes
 
 CLASSES_ASSUMED = 2  # for a plan without data
 
@@ -85,13 +85,12 @@ class Pictured(Encoded):
         return sha.hexdigest()
 
 
-class LabelImages(Task):
+class LabelImages(Classifier):
     """Classification of images, or regression with one output."""
 
     peft_type = None  # PEFT has no name for it
     text = False
     counts = "patches"
-    labels = True
 
     def check(self, config: Config, adapter: PeftConfig | None) -> None:
         pixels.check_pillow()
@@ -151,22 +150,6 @@ class LabelImages(Task):
         assert isinstance(data, Pictured)
         images = pixels.in_threads(partial(_pixels, data, layout.step), rows)
         return {"pixel_values": torch.stack(images), "labels": data.labels[torch.tensor(rows)]}
-
-    def loss(self, forward: Callable[..., Any], batch: Batch, targets: int) -> Tensor:
-        return forward(**batch).loss * (len(batch["labels"]) / targets)  # the model's loss is the mean of the batch
-
-    def evaluate(self, evaluation: Evaluation) -> dict[str, float]:
-        held_out = evaluation.held_out
-        assert isinstance(held_out, Pictured)
-
-        def measure(rows: Sequence[int]) -> tuple[Tensor, Tensor]:
-            batch = evaluation.batch(self, rows)
-            output = evaluation.forward(**batch)
-            return output.loss * len(rows), moments(output.logits, batch["labels"])
-
-        rows = range(len(held_out))
-        loss, sums = evaluation.total(rows, measure, size=evaluation.batch_size)
-        return {"eval_loss": float(loss) / len(held_out), **metrics(sums, held_out.classes)}
 
     def add_files(self, samples: Samples, tokenizer: Any, folder: Path) -> None:
         """The names of the classes, in the order of the head's outputs, and the image processor."""

@@ -32,6 +32,7 @@ from launcher.models.build import build
 from launcher.models.quantize import Quantised
 from launcher.processes import Ranks
 from launcher.tasks import label
+from launcher.tasks import labels as labels_module
 from launcher.training.ahead import Ahead
 from launcher.training.loop import Clock, batch_loss, evaluate
 from launcher.training.packing import Way
@@ -294,8 +295,8 @@ def test_metrics_are_accuracy_and_the_correlation_of_predictions_with_labels():
     generator = torch.Generator().manual_seed(0)
     logits, labels = torch.randn(50, 2, generator=generator), torch.randint(0, 2, (50,), generator=generator)
 
-    sums = label.moments(logits[:20], labels[:20]) + label.moments(logits[20:], labels[20:])
-    found = label.metrics(sums, ("no", "yes"))
+    sums = labels_module.moments(logits[:20], labels[:20]) + labels_module.moments(logits[20:], labels[20:])
+    found = labels_module.metrics(sums, ("no", "yes"))
 
     said = logits.argmax(-1)
     assert found["accuracy"] == pytest.approx(float((said == labels).float().mean()))
@@ -306,7 +307,7 @@ def test_the_metric_of_numbers_is_pearsons_correlation():
     generator = torch.Generator().manual_seed(0)
     logits, labels = torch.randn(50, 1, generator=generator), torch.randn(50, generator=generator)
 
-    found = label.metrics(label.moments(logits, labels), ())
+    found = labels_module.metrics(labels_module.moments(logits, labels), ())
 
     assert found == {"correlation": pytest.approx(np.corrcoef(logits[:, 0], labels)[0, 1], abs=1e-6)}
 
@@ -363,9 +364,9 @@ def test_collating_labelled_batches_counts_as_waiting_for_data(monkeypatch):
 
 
 def test_a_constant_prediction_has_correlation_zero():
-    sums = label.moments(torch.tensor([[1.0, 0.0]] * 4), torch.tensor([0, 0, 0, 1]))
+    sums = labels_module.moments(torch.tensor([[1.0, 0.0]] * 4), torch.tensor([0, 0, 0, 1]))
 
-    assert label.metrics(sums, ("no", "yes")) == {"accuracy": 0.75, "correlation": 0.0}
+    assert labels_module.metrics(sums, ("no", "yes")) == {"accuracy": 0.75, "correlation": 0.0}
 
 
 ROW = {"sentence": "good", "label": 1}
