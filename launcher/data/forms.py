@@ -40,7 +40,7 @@ MEDIA = ("image", "images", "image_url", "audio", "audios", "input_audio", "vide
 SYSTEM = ("system", "system_prompt", "system_message")
 NOT_HONOURED = {  # fields that carry meaning in some public format
     "parallel_tool_calls", "response_format", "documents", "rejected", "margin", "mask", "loss_weight", "prefix",
-    "sample_weight", "training_detail", "train_detail",
+    "sample_weight", "training_detail", "train_detail", "rationale", "cot", "chain_of_thought",
 }  # fmt: skip
 NOT_MAPPED = {*SYSTEM, "history", "tools", "functions", "input", "context", "chat_template_kwargs"}  # by --columns
 DESIRABLE = ("label", "kto_tag")  # false: an answer to avoid

@@ -213,6 +213,10 @@ def _own_config(folder: Path) -> Iterator[None]:
         if reason := needs_code(error):
             raise ValueError(f"{folder}: {reason}") from None
         raise ValueError(_damaged_config(folder, error)) from error
+    except ImportError as error:  # Gemma 3n's vision tower is timm's
+        lacking = re.search(r"pip install ([\w.\[\]-]+)", str(error))
+        what = f"pip install {lacking[1]}" if lacking else " ".join(str(error).split())[:200]
+        raise ValueError(f"{folder}: this type of model needs a package that is not installed: {what}") from error
     except Exception as error:  # these libraries have many kinds of errors with no common parent
         raise ValueError(_damaged_config(folder, error)) from error
 

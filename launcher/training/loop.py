@@ -10,7 +10,7 @@ import hashlib
 import logging
 import math
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
@@ -289,8 +289,6 @@ def gradients(training: Training, step: int) -> tuple[Tensor, Tensor, GlobalBatc
         loss = batch_loss(training, rows, batch.targets, step)
         training.engine.backward(loss)
         total += loss.detach()
-    if step == 1 and training.comm.ranks.is_main:
-        warn_of_idle(training.engine.parameters)
     asked = torch.full((), float(training.stop.asked()), device=training.device)  # torch.tensor would wait for a copy
     total, stops = training.engine.reduce([total, asked])
     return total, stops, batch
@@ -313,19 +311,6 @@ def begin_next(training: Training, step: int, parts: Sequence[Sequence[Any]]) ->
     elif step < training.steps:
         make = partial(collated, training, step=step + 1)
         training.ahead.begin(lambda: training.batches.at(step + 1).of_rank(rank)[0], make, step + 1)
-
-
-def warn_of_idle(parameters: Mapping[str, torch.nn.Parameter]) -> None:
-    """Log the modules whose trained numbers got no gradient. Call it after a backward pass, before `reduce`."""
-    idle = sorted({name.partition(".base_layer")[0] for name, p in parameters.items() if p.grad is None})
-    if not idle or len(idle) == len(parameters):  # DeepSpeed keeps gradients elsewhere
-        return
-    names = ", ".join(idle[:3]) + (f" and {len(idle) - 3} more" if len(idle) > 3 else "")
-    log.warning(
-        "no gradient reached %s in the first step: these do not train, since the model does not use them on this data "
-        "(or reads their weights itself). Leave them out with --exclude",
-        names,
-    )
 
 
 def suspects(training: Training, step: int) -> list[int]:

@@ -199,6 +199,7 @@ def test_fields_with_a_meaning_that_is_not_used_are_named_once_with_their_count(
         ({"q": "Hi?", "a": "Ho.", "context": "Here.", "system_prompt": "S"},
          ("prompt=q", "answer=a", "input=context", "system=system_prompt"), []),
         ({"instruction": "Hi?", "output": "Ho.", "reasoning": "Hm."}, (), ["reasoning"]),
+        ({"question": "Hi?", "answer": "Ho.", "cot": "Hm."}, ("prompt=question", "answer=answer"), ["cot"]),
         ({"prompt": "Hi?", "completion": "Ho.", "weight": 0.5}, (), ["weight"]),
         ({"prompt": "Hi?", "completion": "Ho.", "weight": 1, "label": True}, (), []),
     ],
