@@ -21,6 +21,7 @@ JSON_FILES = (
     "model.safetensors.index.json", "adapter_config.json",
 )  # fmt: skip
 LAYERS, MOST_LAYERS = ("num_hidden_layers", "num_layers", "n_layer", "n_layers"), 10_000
+WRONG_FIELD = "Validation error for field"  # of transformers, in the config of a model
 JSON_BYTES = 64 << 20  # of each; longer ones are damaged
 UNKNOWN = "\u0378"  # a character that Unicode has not assigned, so that no vocabulary has it
 TOKENIZER_PATTERNS = (
@@ -84,8 +85,8 @@ def check_json_files(folder: Path) -> None:
         if not isinstance(found, dict):
             raise ValueError(f"{file} is damaged (it holds no object): fetch this file again")
         for count in LAYERS:  # transformers would build them one after the other, without end
-            if name == "config.json" and isinstance(layers := found.get(count), int) and layers > MOST_LAYERS:
-                raise ValueError(f"{file} says {count} {layers!s:.20}, at most {MOST_LAYERS} are supported")
+            if name == "config.json" and isinstance(layers := found.get(count), int) and not 0 <= layers <= MOST_LAYERS:
+                raise ValueError(f"{file} says {count} {layers!s:.20}, supported are 0 to {MOST_LAYERS}")
 
 
 def recorded_run(folder: Path) -> dict[str, Any] | None:
@@ -112,6 +113,11 @@ def load_tokenizer(folder: Path, *, trust_remote_code: bool = False) -> Any:
             return found
         except BaseException as error:  # tokenizer libraries raise bare Exceptions, and panic
             reason = needs_code(error) or first_line(expected(error))
+            if WRONG_FIELD in reason:  # it is read on the way to the tokenizer
+                lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+                raise ValueError(
+                    f"{folder / 'config.json'} is damaged ({' '.join(lines[:2])}): fetch it again"
+                ) from None
     raise ValueError(f"{folder} has no tokenizer that loads ({reason}): copy the model's tokenizer files there")
 
 

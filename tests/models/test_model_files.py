@@ -75,12 +75,23 @@ def test_a_panic_anywhere_else_is_one_line_too(stories, tmp_path, capsys):
         Communicator(Ranks()).each("data", lambda: tokenizer.encode("once"))
 
 
+def test_a_wrong_value_in_the_config_is_not_blamed_on_the_tokenizer(stories, tmp_path):
+    for file in stories.glob("*.json"):
+        shutil.copy(file, tmp_path)
+    config = json.loads((stories / "config.json").read_text())
+    (tmp_path / "config.json").write_text(json.dumps({**config, "num_hidden_layers": [1]}))
+
+    with pytest.raises(ValueError, match=r"config\.json is damaged .*num_hidden_layers.*: fetch it again"):
+        files.load_tokenizer(tmp_path)
+
+
 @pytest.mark.parametrize(
     ("name", "content", "said"),
     [
         ("config.json", "[" * 100_000, "is damaged .*nested too deeply"),
         ("config.json", "[]", "is damaged .*it holds no object"),
-        ("config.json", '{"num_hidden_layers": 1000000000}', "says num_hidden_layers 1000000000, at most"),
+        ("config.json", '{"num_hidden_layers": 1000000000}', "says num_hidden_layers 1000000000, supported"),
+        ("config.json", '{"num_hidden_layers": -1}', "says num_hidden_layers -1, supported"),
         ("generation_config.json", '"x"', "is damaged .*it holds no object"),
         ("tokenizer_config.json", "{", "is damaged"),
         ("tokenizer.json", None, "is not a regular file"),
