@@ -63,7 +63,7 @@ def test_a_run_outside_slurm_saves_and_is_not_restarted(cluster, tmp_path):
 
     done = cluster.loldu("simulate-preempt", run)
 
-    assert process.wait(30) == 75
+    assert process.wait(120) == 75
     assert "nothing restarts a run outside Slurm" in done.stdout
     again = cluster.loldu("simulate-preempt", run, check=False)
     assert again.returncode == 2

@@ -181,7 +181,9 @@ def test_a_crash_loop_stops(cluster, crash_loop):
 def test_a_taken_port_and_differing_code_end_clearly(cluster, tmp_path):
     taken, differ = tmp_path / "taken", tmp_path / "differ"
     holder = (
-        f"{sys.executable} -c 'import socket, time; s = socket.create_server((\"\", 23456)); time.sleep(60)' &\nsleep 1"
+        f"{sys.executable} -c 'import socket, time; s = socket.create_server((\"\", 23456)); time.sleep(600)' &\n"
+        f"until {sys.executable} -c 'import socket; socket.create_connection((\"127.0.0.1\", 23456))'\n"
+        "do sleep 0.1; done"
     )
     entry = tmp_path / "python"  # an interpreter that is another one on node2
     entry.write_text(f"#!/bin/bash\n[ $(hostname) = node1 ] || exec {sys.base_prefix}/bin/python3 \"$@\"\n"

@@ -458,7 +458,7 @@ def test_a_weight_without_factors_is_named_on_all_ranks_and_nothing_is_half_writ
 
     errors = together(2, lambda comm: factorize(requests_for(model), folder, comm))
 
-    assert time.monotonic() - started < 10
+    assert time.monotonic() - started < 60  # nobody waits until a rank counts as missing
     for error in errors:
         assert isinstance(error, ValueError)
         for word in ("layers.1.up", "layers.1.up.weight in", "model.safetensors", "NaN", "--exclude layers.1.up"):
@@ -646,25 +646,33 @@ def test_a_full_disk_on_one_rank_is_named_on_all(model, folder, monkeypatch):
 
 
 def _work_until_killed(port: int, model: Path, folder: Path, working) -> None:
-    share.make = lambda *_args: time.sleep(1) or working.set() or time.sleep(60)
+    share.make = lambda *_args: time.sleep(1) or working.set() or time.sleep(600)
     store = dist.TCPStore("127.0.0.1", port, is_master=False)
     factorize(requests_for(model), folder, Communicator(Ranks(1, 2, 1, 2), store))
 
 
 def test_a_killed_rank_is_named_with_its_weight(model, folder, monkeypatch):
-    """With a shorter patience than the real one, so that the test is quick."""
-    monkeypatch.setattr(watch, "SILENCE_S", 1.5)
+    """Its silence counts from then on, so that the test is quick, and right on a busy machine."""
+    monkeypatch.setattr(watch, "SILENCE_S", 600.0)
     store = dist.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
     fork = multiprocessing.get_context("fork")
     working = fork.Event()
     other = fork.Process(target=_work_until_killed, args=(store.port, model, folder, working))
     other.start()
-    threading.Thread(target=lambda: working.wait(30) and os.kill(other.pid, signal.SIGKILL)).start()
+
+    def kill():
+        assert working.wait(120)
+        os.kill(other.pid, signal.SIGKILL)
+        other.join()
+        watch.SILENCE_S = 1.0
+
+    killer = threading.Thread(target=kill)
+    killer.start()
 
     with pytest.raises(RuntimeError, match=r"no heartbeat from rank 1 .* the last one at layers\.\d\.\w+: it died"):
         factorize(requests_for(model), folder, Communicator(Ranks(0, 2, 0, 2), store))
 
-    other.join()
+    killer.join()
 
 
 def _die_at_the_third_weight(model: Path, folder: Path) -> None:
@@ -732,5 +740,5 @@ def test_two_processes_share_the_work_and_both_name_the_bad_weight(model, folder
         answer = json.loads((tmp_path / f"{rank}.json").read_text())
         assert answer["done"] == {name: list(how) for name, how in alone.items()}
         assert "layers.0.up" in answer["message"]
-        assert answer["seconds"] < 10
+        assert answer["seconds"] < 60
     assert_nothing_half_written(folder)
