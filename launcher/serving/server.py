@@ -27,6 +27,7 @@ from launcher.serving.requests import Engine
 from launcher.serving.service import Models, Service
 
 log = logging.getLogger(__name__)
+STOPS = (signal.SIGTERM, signal.SIGINT)
 LATE_S = 2.0  # for cancelled answers to inform their clients
 MOST_CONNECTIONS = 4096
 OTHER_FILES = 128  # open files that are not connections
@@ -118,7 +119,7 @@ class _Run:
         watch_s: float,
     ) -> int:
         loop = asyncio.get_running_loop()
-        for each in (signal.SIGTERM, signal.SIGINT):
+        for each in STOPS:
             loop.add_signal_handler(each, self.signalled)
         self.server.capture_signals = contextlib.nullcontext  # type: ignore[method-assign,assignment] # ours, above
 
@@ -142,6 +143,10 @@ class _Run:
         if self.service.models is not None:
             await asyncio.to_thread(self.service.models.engine.stop, 0.0)
             self.service.models.prompts.shutdown(wait=False, cancel_futures=True)
+        if self.draining is not None:  # a repeated signal must not kill what has ended well, while Python shuts down
+            for each in STOPS:
+                loop.remove_signal_handler(each)
+                signal.signal(each, signal.SIG_IGN)
         log.info("stopped%s", f"; {self.cut} answers were cut short" if self.cut else "")
         return FAILED if self.cut else DONE
 

@@ -73,7 +73,7 @@ class Browser:
         assert "exceptionDetails" not in found, found["exceptionDetails"]
         return found["result"].get("value")
 
-    def until(self, script, seconds=60.0):
+    def until(self, script, seconds=180.0):
         """Wait until a script is true."""
         deadline = time.monotonic() + seconds
         while not self.run(f"!!({script})"):

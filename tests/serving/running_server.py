@@ -84,7 +84,7 @@ class Server:
         return [line if line == "[DONE]" else json.loads(line) for line in lines]
 
 
-def until(true, seconds=60.0):
+def until(true, seconds=180.0):
     """Wait until a condition holds."""
     deadline = time.monotonic() + seconds
     while not true():

@@ -46,7 +46,7 @@ class Asked:
     def emit(self, token):
         self.tokens.append(token)
         self.begun.set()
-        assert self.released.wait(60), "not released in a minute"
+        assert self.released.wait(180), "not released in three minutes"
         if token.finish:
             self.ended.set()
 
@@ -54,7 +54,7 @@ class Asked:
         self.released.set()
 
     def wait(self):
-        assert self.ended.wait(60), "no answer in a minute"
+        assert self.ended.wait(180), "no answer in three minutes"
         return self
 
     @property
@@ -234,7 +234,7 @@ def long_request(engine, model, held=False, **sampling):
     """One that has begun and has not ended: held, or sampled at a temperature where the end is unlikely."""
     how = Sampling(**{"max_tokens": 400, "temperature": 50.0, "seed": 3, **sampling})
     asked = Asked(engine, model, QUESTIONS[0], how, held=held)
-    assert asked.begun.wait(60)
+    assert asked.begun.wait(180)
     return asked
 
 
@@ -435,7 +435,7 @@ def test_a_failure_of_the_engines_thread_ends_every_request_and_refuses_more(fol
     engine = small_engine(folder)
     engine.start()
     asked = [Asked(engine, "a0", QUESTIONS[0], Sampling(400, 50.0), held=True) for _ in range(3)]
-    assert asked[0].begun.wait(60)
+    assert asked[0].begun.wait(180)
 
     def fail(*args, **kwargs):
         raise RuntimeError("out of memory, say")

@@ -43,10 +43,10 @@ class Process:
             self.said += line
 
     def url(self):
-        until(lambda: self.process.poll() is not None or " at http://" in self.said, 60)
+        until(lambda: self.process.poll() is not None or " at http://" in self.said, 240)
         return re.search(r" at (http://\S+)", self.said)[1]
 
-    def wait(self, seconds=60):
+    def wait(self, seconds=180):
         code = self.process.wait(seconds)
         self.reader.join()
         return code
@@ -114,6 +114,17 @@ def test_an_idle_server_ends_on_ctrl_c_with_exit_code_0(serve):
 
     assert server.wait(120) == 0
     assert server.said.endswith("stopped\n")
+
+
+@pytest.mark.slow
+def test_a_signal_that_is_repeated_when_the_server_has_ended_does_not_change_its_exit_code(serve):
+    server = serve(late=1)
+    server.url()
+
+    server.process.send_signal(signal.SIGTERM)
+
+    assert server.wait(120) == 0
+    assert server.said.endswith("stopped\nlate\n")
 
 
 @pytest.mark.slow
