@@ -97,6 +97,7 @@ class Label(Classifier):
         return collate(data, rows, layout.pad_id)
 
     def add_files(self, samples: Samples, tokenizer: Any, folder: Path) -> None:
+        super().add_files(samples, tokenizer, folder)
         assert isinstance(samples.train, Labelled)
         save_classes(samples.train.classes, folder)
 
