@@ -335,6 +335,8 @@ def remedy(refused: Mapping[str, str]) -> str:
     shown = [*list(refused.values())[:5], *([f"and {len(refused) - 5} more"] if len(refused) > 5 else [])]
     several = f"{len(refused)} weights have no factors: " if len(refused) > 1 else ""
     them = "the layer" if len(refused) == 1 else "these layers"
+    if any("are NaN or infinite" in why for why in refused.values()):  # which the base itself would compute with
+        return f"{several}{'; '.join(shown)}; the checkpoint is damaged: fetch it again, or ask who made it"
     return f"{several}{'; '.join(shown)}; leave {them} out with --exclude {' '.join(refused)}, or lower --rank"
 
 

@@ -610,6 +610,18 @@ def test_a_weight_that_changed_under_its_old_time_is_noticed_although_its_factor
     assert not torch.equal(factors_of(request, folder).values, first.values)
 
 
+def test_a_weight_with_nan_is_a_damaged_checkpoint_and_no_layer_to_leave_out(tmp_path, folder):
+    """Without its adapter the layer would still compute NaN."""
+    weight = torch.randn(16, 12)
+    weight[3, 0] = float("nan")
+    save_file({"q.weight": weight}, tmp_path / "model.safetensors")
+
+    with pytest.raises(
+        ValueError, match=r"^q \(q.weight in .*NaN or infinite; the checkpoint is damaged: fetch it again"
+    ):
+        factorize(requests_for(tmp_path), folder, ALONE)
+
+
 def test_all_weights_without_factors_are_listed_at_once_and_the_others_are_kept(model, folder):
     weights = load_file(model / "model.safetensors")
     weights["layers.0.q.weight"].zero_()
