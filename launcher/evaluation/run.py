@@ -6,7 +6,7 @@ import json
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, nullcontext, redirect_stdout, suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +17,7 @@ from rich.text import Text
 
 from launcher.data.bad_records import BadRecord
 from launcher.data.records import load_records, load_rows
-from launcher.data.templates import answer_text, expected_text, prompt_ids
+from launcher.data.templates import Template, answer_text, expected_text, prompt_ids
 from launcher.evaluation import harness
 from launcher.evaluation.choices import Choice, read_choices
 from launcher.evaluation.likelihood import Scorer, choice_scores, encoded
@@ -69,6 +69,7 @@ class Loaded:
     source: Source
     comm: Communicator
     bars: Bars
+    said: set[str] = field(default_factory=set)  # notes that were printed already
 
 
 def run(asked: Asked) -> dict[str, Any]:
@@ -197,9 +198,20 @@ def _gathered(loaded: Loaded, mine: list[Any]) -> list[Any]:
     return [parts[place % len(parts)][place // len(parts)] for place in range(sum(map(len, parts)))]
 
 
+def _template(asked: Asked, loaded: Loaded, *, conversations: bool) -> Template:
+    """The template; the first process prints it, once for all tasks."""
+
+    def say(text: str) -> None:
+        if text not in loaded.said:
+            loaded.bars.console.print(text, markup=False, highlight=False, soft_wrap=True)
+            loaded.said.add(text)
+
+    return choose_template(asked.prompt_template, loaded.source, loaded.tokenizer, conversations=conversations, say=say)
+
+
 def _choices(asked: Asked, loaded: Loaded, questions: Sequence[Choice]) -> Measure:
     some = questions[: asked.limit or len(questions)]
-    template = choose_template(asked.prompt_template, loaded.source, loaded.tokenizer, conversations=False)
+    template = _template(asked, loaded, conversations=False)
 
     def measure(bar: Callable[..., None]) -> Scores:
         mine = _shared(loaded, len(some))
@@ -226,7 +238,7 @@ def _records(asked: Asked, loaded: Loaded, file: Path) -> Measure:
     records: list[Any] = loaded.comm.each("tasks", lambda: list(load_records(str(file), option="--tasks ")))
     records = records[: asked.limit or len(records)]
     chat = "messages" in records[0]
-    template = choose_template(asked.prompt_template, loaded.source, loaded.tokenizer, conversations=chat)
+    template = _template(asked, loaded, conversations=chat)
     data = loaded.comm.each("tasks", lambda: encoded(records, loaded.tokenizer, loaded.model, template))
     asked_for: list[tuple[list[int], str]] = []
     for record in records:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, TextIO
@@ -106,8 +106,20 @@ def _draw(
     draw(drawn, drawing, seed=how.seed, dtype=how.dtype, device=how.device, as_json=json)
 
 
-def choose_template(setting: str | None, source: Source, tokenizer: Any, *, conversations: bool) -> Template:
-    """The requested template, else the run's, else the model's chat template, else alpaca. Prints its choice."""
+def _note(text: str) -> None:
+    """Print to standard error: standard output carries only answers, for pipes."""
+    print(printable(text), file=sys.stderr, flush=True)
+
+
+def choose_template(
+    setting: str | None,
+    source: Source,
+    tokenizer: Any,
+    *,
+    conversations: bool,
+    say: Callable[[str], None] = _note,
+) -> Template:
+    """The requested template, else the run's, else the model's chat template, else alpaca. Says which it chose."""
     if setting is not None:
         return load_template(setting, tokenizer, conversations=conversations)
     if source.saved_template is not None:
@@ -119,13 +131,8 @@ def choose_template(setting: str | None, source: Source, tokenizer: Any, *, conv
     else:
         template = load_template("auto", tokenizer, conversations=conversations)
         why = "the model has no chat template; --prompt-template none sends the bare prompt"
-    _note(f"prompt template: {template.name} ({why})")
+    say(f"prompt template: {template.name} ({why})")
     return template
-
-
-def _note(text: str) -> None:
-    """Print to standard error: standard output carries only answers, for pipes."""
-    print(printable(text), file=sys.stderr, flush=True)
 
 
 def _asked(prompt: str | None, prompt_file: str | None, input: str, data: str | None, limit: int) -> list[Record]:

@@ -270,3 +270,14 @@ def test_a_yaml_file_of_a_task_runs_no_code_unless_it_is_trusted(babyllama, tmp_
     assert code == 2
     assert "give --trust-remote-code if you trust the file" in capsys.readouterr().err
     assert not (tmp_path / "ran").exists()
+
+
+def test_the_template_is_named_once_for_all_tasks(capsys, babyllama, tmp_path):
+    tasks = []
+    for number in (1, 2):
+        (tmp_path / f"{number}.json").write_text(json.dumps(QUESTIONS[:1]))
+        tasks.append(str(tmp_path / f"{number}.json"))
+
+    assert main(["eval", str(babyllama), "--tasks", *tasks]) == 0
+
+    assert capsys.readouterr().err.count("prompt template: alpaca") == 1
