@@ -150,7 +150,8 @@ def test_gpus_are_named_by_count_and_memory_or_name(given, count, memory):
 
 
 @pytest.mark.slow
-def test_the_predicted_peak_is_within_a_tenth_of_the_measured_one(tmp_path):
+@pytest.mark.parametrize("sharding", ["none", "fsdp2"])
+def test_the_predicted_peak_is_within_a_tenth_of_the_measured_one(sharding, tmp_path):
     """A Llama of 60 million parameters with the embedded model's tokenizer, trained for two steps in float32."""
     from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
@@ -164,7 +165,7 @@ def test_the_predicted_peak_is_within_a_tenth_of_the_measured_one(tmp_path):
     AutoModelForCausalLM.from_config(config).save_pretrained(folder)
     AutoTokenizer.from_pretrained(tiny).save_pretrained(folder)
     data = benchmark.TINY / "instructions" / "train.json"
-    name = "tiny/loldu/none/float32"
+    name = f"tiny/loldu/{sharding}/float32"
     words = benchmark.command(name, folder, data, "short", tmp_path)
 
     measured, predicted = benchmark.measure(words, name, tmp_path), benchmark.predict(words, name)
