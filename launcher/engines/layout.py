@@ -26,7 +26,8 @@ class Layout(NamedTuple):
     trained: float  # trained numbers that it holds
     gradients: float
     optimizer: float
-    gathered: float  # most that is whole at a time beside its own part
+    gathered: float  # most that is whole beside its own part while layers compute
+    at_root: float  # and once the backward pass has left them, when the root unit's gradients are exchanged
     exchanged: float  # buffer of the exchange of gradients, after the backward pass
     sent_per_pass: float  # in one forward and backward pass
     sent_per_step: float  # once in a step
@@ -56,21 +57,24 @@ def layout(info: EngineInfo, units: Sequence[Unit], world: int, local_world: int
         reduced = 2 * part * (trained + 4 * CONTROL_NUMBERS)
         return Layout(
             frozen, trained, gradients=trained / split, optimizer=2 * trained / split, gathered=0.0,
-            exchanged=trained if world > 1 else 0.0, sent_per_pass=0.0, sent_per_step=reduced,
+            at_root=0.0, exchanged=trained if world > 1 else 0.0, sent_per_pass=0.0, sent_per_step=reduced,
             across_per_step=several * reduced,
         )  # fmt: skip
     *layers, root = units
     largest = max((unit.frozen + unit.trained for unit in layers), default=0.0)
-    moved = max((unit.trained for unit in units), default=0.0)
-    # The root unit stays whole between its forward and backward pass. A layer is also in the buffer of its gather.
-    gathered = root.frozen + root.trained + 2 * largest + 2 * moved if group > 1 else 0.0
+    moved = max((unit.trained for unit in layers), default=0.0)
+    # The root unit stays whole between its forward and backward pass, and its gradient until all layers have made
+    # theirs. A layer is also in the buffer of its gather. Gradients are exchanged from a copy.
+    gathered = root.frozen + 2 * root.trained + 2 * largest + 2 * moved if group > 1 else 0.0
+    root_exchange = root.frozen + 3 * root.trained if group > 1 else 0.0
     inside, copies = (group - 1) / group, world // group
     whole, at_root = frozen + trained, root.frozen + root.trained
     sent = inside * (2 * (whole - at_root) + at_root + trained)
     between = 2 * (copies - 1) / copies * trained / group
     return Layout(
         frozen / group, trained / group, gradients=trained / group, optimizer=2 * trained / group, gathered=gathered,
-        exchanged=0.0, sent_per_pass=sent, sent_per_step=between + 2 * part * 4 * CONTROL_NUMBERS,
+        at_root=root_exchange, exchanged=0.0, sent_per_pass=sent,
+        sent_per_step=between + 2 * part * 4 * CONTROL_NUMBERS,
         across_per_pass=sent if group > local_world else 0.0,
         across_per_step=several * between * min(group, local_world),
     )  # fmt: skip

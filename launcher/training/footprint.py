@@ -266,15 +266,19 @@ def footprint(
     whole = parts.weights + parts.factors
     weights = lies.frozen * parts.weights / whole if whole else 0.0
     factors = lies.frozen - weights
-    alive = 0.0 if traced is None else traced.mapped_peak if info.maps_large_blocks else traced.peak
+    gathered, alive = max(lies.gathered, lies.at_root), 0.0
+    if traced is not None and info.maps_large_blocks:
+        gathered, alive = max((lies.gathered, traced.mapped_layers), (lies.at_root, traced.mapped_after), key=sum)
+    elif traced is not None:
+        alive = traced.peak
     unpacked = float(parts.largest_packed * itemsize)
     resident = fixed + lies.frozen + lies.trained + lies.optimizer
-    training = resident + lies.gradients + lies.gathered + alive + unpacked
+    training = resident + lies.gradients + gathered + alive + unpacked
     reducing = resident + lies.gradients + lies.exchanged
     loading = fixed + lies.frozen + lies.trained + mapped / (1 if info.holds_base else group)
     return Footprint(
         fixed=fixed, weights=weights, factors=factors, trained=lies.trained, gradients=lies.gradients,
-        optimizer=lies.optimizer, gathered=lies.gathered, activations=alive, unpacked=unpacked,
+        optimizer=lies.optimizer, gathered=gathered, activations=alive, unpacked=unpacked,
         peak=max(training, reducing, loading), loading=loading,
         sent=lies.sent_per_pass * passes + lies.sent_per_step,
         across=lies.across_per_pass * passes + lies.across_per_step,

@@ -34,6 +34,8 @@ class Traced(NamedTuple):
     peak: float  # most that is alive in a pass beside the gradients, which exist before it
     operations: float  # multiplications and additions of both passes
     mapped_peak: float  # the peak of an engine that maps large blocks, which leaves fewer holes
+    mapped_layers: float  # of that, the most until the backward pass has left the first layer
+    mapped_after: float  # and after that
 
 
 def trace(model: nn.Module, run: Callable[[], Tensor], layers: nn.ModuleList | None, holes: float = 0.0) -> Traced:
@@ -60,7 +62,8 @@ class _Phases(NamedTuple):
 
 
 def _whole(phases: _Phases) -> Traced:
-    return Traced(max(phases.peak, phases.after), phases.operations, max(phases.mapped_peak, phases.mapped_after))
+    most = max(phases.peak, phases.after), phases.operations, max(phases.mapped_peak, phases.mapped_after)
+    return Traced(*most, phases.mapped_peak, phases.mapped_after)
 
 
 def equal_layers(model: nn.Module, layers: list[nn.Module]) -> nn.ModuleList | None:

@@ -130,6 +130,16 @@ def test_all_processes_together_hold_the_model(name, world, local, group):
     assert (found.across_per_pass + found.across_per_step > 0) == (world > local)
 
 
+def test_the_gradient_of_the_root_unit_is_exchanged_once_the_layers_are_done():
+    """Before that it waits in full beside a gathered layer; then a copy of it is sent, and no layer is gathered."""
+    units = [Unit(10.0, 10.0)] * 4 + [Unit(0.0, 300.0)]
+
+    found = layout(ENGINES["fsdp2"], units, 2, 2, 2)
+
+    assert found.gathered == 300 + 300 + 2 * 20 + 2 * 10
+    assert found.at_root == 3 * 300
+
+
 def test_a_sharded_step_gathers_each_layer_twice():
     """As benchmarks/scaling.py has it: layers forward and backward, the rest once, gradients scattered once."""
     units = [Unit(1e6, 0.0)] * 4 + [Unit(3e6, 0.0)]
