@@ -7,6 +7,7 @@ this module checks that `adapters` and `launcher` are the ones beside it before 
 from __future__ import annotations
 
 import gc
+import os
 import sys
 from collections.abc import Callable
 from importlib import import_module
@@ -74,7 +75,12 @@ def main() -> int:
     check_packages()
     from launcher.cli import main as command
 
-    code = command(sys.argv[1:])
+    try:
+        code = command(sys.argv[1:])
+        sys.stdout.flush()
+    except BrokenPipeError:  # nobody reads on, as in `loldu --help | head -1`; Python would flush once more as it ends
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 1
     gc.freeze()  # the interpreter would search a million objects of torch and transformers for cycles as it ends: 1 s
     return code
 

@@ -1,5 +1,6 @@
 """The front door and the command line, as a shell sees them."""
 
+import os
 import subprocess
 import sys
 import threading
@@ -34,6 +35,19 @@ def test_every_command_has_options_and_help(capsys):
 
 
 HELPS = [[*name.split(), "--help"] for name in cli.COMMANDS]
+
+
+def test_a_reader_that_has_ended_gives_no_traceback():
+    """As in `loldu --help | head -1`."""
+    reading, writing = os.pipe()
+    os.close(reading)
+
+    done = subprocess.run(
+        [sys.executable, "-m", "launcher", "--help"], stdout=writing, stderr=subprocess.PIPE, cwd=REPO
+    )
+    os.close(writing)
+
+    assert (done.returncode, done.stderr) == (1, b"")
 
 
 @pytest.mark.parametrize(
