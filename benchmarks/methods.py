@@ -28,6 +28,7 @@ import io
 import itertools
 import json
 import math
+import os
 import platform
 import random
 import shutil
@@ -291,9 +292,13 @@ class Campaign:
 
     def next(self, name: str, model: str, task: str) -> dict[str, Any] | None:
         """The next run of a method on a model and a task; None if all are done."""
-        for rate in self.rates(name, model, task) if task not in self.study.without_search else ():
-            if self.result(self.searched(name, model, task, rate)) is None:
-                return self.searched(name, model, task, rate)
+        if task in self.study.without_search:
+            if (first := self.next(name, *self.study.first)) is not None:
+                return first
+        else:
+            for rate in self.rates(name, model, task):
+                if self.result(self.searched(name, model, task, rate)) is None:
+                    return self.searched(name, model, task, rate)
         best = self.best(name, model, task)
         for seed in self.study.seeds:
             if self.result(row := self.study.what(model, task, name, best, seed, "test")) is None:
@@ -352,12 +357,13 @@ class Campaign:
         commit = subprocess.run(["git", "rev-parse", "HEAD"], capture_output=True, text=True, cwd=REPO).stdout.strip()
         head = {"date": time.strftime("%Y-%m-%d"), "commit": commit, "machine": f"{platform.machine()}, 1 thread"}
         partial = self.study.results.with_suffix(".tmp")
-        with self.study.results.with_suffix(".lock").open("w") as lock:
-            fcntl.flock(lock, fcntl.LOCK_EX)
-            self.found = [*self.read(), row]
-            rows = ",\n".join(json.dumps(row) for row in self.found)
-            partial.write_text(f'{json.dumps(head)[:-1]}, "runs": [\n{rows}\n]}}\n')
-            partial.replace(self.study.results)
+        lock = os.open(partial.parent, os.O_RDONLY)
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        self.found = [*self.read(), row]
+        rows = ",\n".join(json.dumps(row) for row in self.found)
+        partial.write_text(f'{json.dumps(head)[:-1]}, "runs": [\n{rows}\n]}}\n')
+        partial.replace(self.study.results)
+        os.close(lock)  # and with it the lock
 
     def left(self) -> str:
         """How many runs are left, if no search extends beyond an edge, and about how long they take."""
