@@ -89,7 +89,8 @@ def export_lora(
             _lower(partial, rank, replace(source, adapter=partial), wanted, device, tolerance, console)
         written = json.loads((partial / "adapter_config.json").read_text(encoding="utf-8"))
         convolutions = _has_convolutions(partial)
-        copy_tokenizer(source.tokenizer, partial)
+        if source.tokenizer == source.adapter:
+            copy_tokenizer(source.adapter, partial)
         for name in (PROMPT_TEMPLATE, CHAT_TEMPLATE):
             if (source.adapter / name).is_file():
                 shutil.copyfile(source.adapter / name, partial / name)

@@ -198,10 +198,16 @@ class Task(Protocol):
         return []
 
     def add_files(self, samples: Samples, tokenizer: Any, folder: Path) -> None:
-        """Write what else belongs beside the adapter or model in a folder: tokenizer and prompt template."""
-        copy_tokenizer(Path(tokenizer.name_or_path), folder)
-        if samples.template is not None:
-            save_template(samples.template, tokenizer, folder)
+        """Write what else belongs beside the adapter or model in a folder: the prompt template, and the tokenizer.
+
+        An adapter has a tokenizer, which takes megabytes, only if the base's own would give other prompts.
+        """
+        template = samples.template
+        other = template is not None and (template.jinja or "") != tokenizer.chat_template
+        if other or (folder / "config.json").is_file():
+            copy_tokenizer(Path(tokenizer.name_or_path), folder)
+        if template is not None:
+            save_template(template, tokenizer, folder)
 
     def next_steps(self, config: Config, output: Path, saved: Path) -> list[str]:
         """Lines that say what can be done with the result. output is the run folder, saved the adapter or model."""

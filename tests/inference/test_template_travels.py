@@ -79,6 +79,25 @@ def test_a_folder_gives_other_programs_the_same_tokens(trained, place):
     assert json.loads((folder / place / "generation_config.json").read_text())["eos_token_id"] == tokenizer.eos_token_id
 
 
+def test_an_adapter_whose_prompts_are_the_bases_own_has_no_tokenizer(chat_model, tmp_path):
+    """Its weights take kilobytes, a tokenizer megabytes, and thousands of adapters may share a base."""
+    data = tmp_path / "a.json"
+    data.write_text(json.dumps([{"prompt": f"Say {i}.", "completion": "yes " * (i + 1)} for i in range(8)]))
+    config = Config(
+        model=ModelConfig(model=str(chat_model), dtype="float32"),
+        data=DataConfig(data=str(data), prompt_template="chat", max_length=128),
+        adapter=AdapterConfig(rank=4),
+        optimizer=OptimizerConfig(batch_size=2, max_steps=1),
+        run=RunConfig(output=str(tmp_path / "run"), cache=str(tmp_path / "cache"), report=False),
+    )
+    assert run(config, "template") == 0
+    adapter = tmp_path / "run" / "adapter"
+
+    assert (adapter / "chat_template.jinja").read_text() == AutoTokenizer.from_pretrained(chat_model).chat_template
+    assert not (adapter / "tokenizer.json").exists()
+    assert not list(adapter.glob("tokenizer*"))
+
+
 def test_the_loss_on_held_out_records_needs_no_template_file(trained):
     folder, _ = trained
 
