@@ -36,6 +36,15 @@ def log_levels():
         logging.getLogger(name).setLevel(logging.NOTSET)
 
 
+@pytest.fixture(autouse=True)
+def compilers():
+    """CC and CXX stay as they are: a test that builds PEFT's BOFT itself would change those of the tests after it."""
+    from launcher.models.skeleton import same_compiler
+
+    with same_compiler():
+        yield
+
+
 @pytest.hookimpl(optionalhook=True)
 def pytest_xdist_make_scheduler(config, log):
     """With `pytest -n 2`, tests of one file run in order on one process, since they share fixtures.

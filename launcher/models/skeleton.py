@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import os
 import re
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -53,7 +54,8 @@ def skeleton(
 def adapted(base: Any, adapter: PeftConfig, **how: Any) -> nn.Module:
     """PEFT's model of this base. Raises ValueError for a kind of layer that the method does not support."""
     try:
-        return get_peft_model(base, adapter, **how)
+        with same_compiler():
+            return get_peft_model(base, adapter, **how)
     except TypeError as error:
         if "not supported" not in str(error):
             raise
@@ -62,6 +64,19 @@ def adapted(base: Any, adapter: PeftConfig, **how: Any) -> nn.Module:
             f"--method {method} does not support a layer that --targets names: {str(error).splitlines()[0]} Leave it "
             "out with --exclude, or give lora"
         ) from error
+
+
+@contextmanager
+def same_compiler() -> Iterator[None]:
+    """Restore CC and CXX: PEFT's BOFT sets both to gcc and leaves them so without CUDA; C++ then does not link."""
+    before = {name: os.environ.get(name) for name in ("CC", "CXX")}
+    try:
+        yield
+    finally:
+        for name, value in before.items():
+            os.environ.pop(name, None)
+            if value is not None:
+                os.environ[name] = value
 
 
 def _draw_adapter(base: Any, adapter: PeftConfig) -> nn.Module:

@@ -28,7 +28,7 @@ from launcher.engines.registry import ENGINES
 from launcher.models import joined
 from launcher.models.head_loss import HeadLoss
 from launcher.models.quantize import bytes_per_number, linear_layers
-from launcher.models.skeleton import empty_model, exchange, in_head, prepare_base
+from launcher.models.skeleton import empty_model, exchange, in_head, prepare_base, same_compiler
 from launcher.models.suitable import leave_out
 from launcher.tasks.base import Layout as BatchLayout
 from launcher.tasks.base import Task
@@ -98,7 +98,8 @@ def _adapted(base: Any, adapter: Any, config: ModelConfig, folder: Path, **how: 
             modules = {name: min(m.weight.shape) for name, m in base.named_modules() if isinstance(m, nn.Linear)}
             adapter = adapter.with_ranks(modules)
         return get_peft_model(base, adapter)
-    return get_peft_model(base, adapter, autocast_adapter_dtype=True, low_cpu_mem_usage=True)
+    with same_compiler():
+        return get_peft_model(base, adapter, autocast_adapter_dtype=True, low_cpu_mem_usage=True)
 
 
 def recast(made: Sketch, dtype: str) -> None:

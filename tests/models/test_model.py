@@ -1,14 +1,18 @@
 """Progress and stop requests while the model is loaded."""
 
+import os
+import warnings
 from pathlib import Path
 
 import pytest
 import torch
+from peft import BOFTConfig
 from transformers import LlamaForCausalLM, RwkvConfig, RwkvForCausalLM
 
 from adapters import LoLDUConfig
 from launcher.config import ModelConfig
 from launcher.models.build import build
+from launcher.models.skeleton import adapted
 from launcher.processes import Stopped
 
 
@@ -103,3 +107,16 @@ def test_rwkvs_weights_and_their_adapters_have_one_scale_in_evaluation(kind, tmp
         trained, evaluated = (model.train(mode)(input_ids=ids, use_cache=False).logits for mode in (True, False))
 
     assert torch.equal(trained, evaluated)
+
+
+def test_the_compiler_that_peft_chooses_for_boft_is_not_that_of_the_process(monkeypatch):
+    """Torch would compile the layers with gcc, which does not link C++."""
+    monkeypatch.setattr("peft.tuners.boft.layer._FBD_CUDA", None)
+    monkeypatch.delenv("CXX", raising=False)
+    base = torch.nn.Sequential(torch.nn.Linear(8, 8))
+
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        adapted(base, BOFTConfig(target_modules=["0"], boft_block_size=4))
+
+    assert "CXX" not in os.environ
