@@ -6,9 +6,10 @@
 
 Settings: our choice. Rank 64 on all linear layers with normalised directions, at a learning rate that suits them
 (3e-2), SmolLM2's own chat template, bfloat16, 60 steps of 8 samples.
-Measured on 2026-11-27, one thread of a shared two-core x86 CPU, the first 5,000 records of Alpaca, one seed: 554 s in
-all, 466 s of them steps, at most 2.9 GiB; loss on 64 held-out records 1.8699 before and 1.7501 after; the adapter's
-file has 273 kB. To "What is the capital of France?" the tuned model answers "The capital of France is Paris."
+Measured on 2026-11-27, one thread of an x86 CPU that computes bfloat16, the first 5,000 records of Alpaca, factors in
+the cache, one seed: 164 s in all, 137 s of them steps, at most 2.2 GiB; loss on 64 held-out records 1.8697 before and
+1.7506 after; the adapter's weights have 273 kB. To "What is the capital of France?" the tuned model answers "The
+capital of France is Paris."
 """
 
 from launcher.config import AdapterConfig, Config, DataConfig, ModelConfig, OptimizerConfig, RunConfig
