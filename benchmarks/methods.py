@@ -22,13 +22,11 @@ from __future__ import annotations
 
 import argparse
 import ctypes
-import fcntl
 import gc
 import io
 import itertools
 import json
 import math
-import os
 import platform
 import random
 import shutil
@@ -50,6 +48,7 @@ REPO = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(REPO))
 
 from launcher.config import AdapterConfig, Config, DataConfig, ModelConfig, OptimizerConfig, RunConfig  # noqa: E402
+from launcher.files import alone  # noqa: E402
 from launcher.training.loop import Training  # noqa: E402
 from launcher.training.run import run  # noqa: E402
 
@@ -357,13 +356,11 @@ class Campaign:
         commit = subprocess.run(["git", "rev-parse", "HEAD"], capture_output=True, text=True, cwd=REPO).stdout.strip()
         head = {"date": time.strftime("%Y-%m-%d"), "commit": commit, "machine": f"{platform.machine()}, 1 thread"}
         partial = self.study.results.with_suffix(".tmp")
-        lock = os.open(partial.parent, os.O_RDONLY)
-        fcntl.flock(lock, fcntl.LOCK_EX)
-        self.found = [*self.read(), row]
-        rows = ",\n".join(json.dumps(row) for row in self.found)
-        partial.write_text(f'{json.dumps(head)[:-1]}, "runs": [\n{rows}\n]}}\n')
-        partial.replace(self.study.results)
-        os.close(lock)  # and with it the lock
+        with alone(partial.parent):
+            self.found = [*self.read(), row]
+            rows = ",\n".join(json.dumps(row) for row in self.found)
+            partial.write_text(f'{json.dumps(head)[:-1]}, "runs": [\n{rows}\n]}}\n')
+            partial.replace(self.study.results)
 
     def left(self) -> str:
         """How many runs are left, if no search extends beyond an edge, and about how long they take."""

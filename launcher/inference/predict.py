@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -75,9 +76,7 @@ def predict(
     """`loldu predict` (commands.py) describes the arguments. Predictions go to out, everything else to stderr."""
     out = out or sys.stdout
     check_options(how, text, images, data, limit)
-    source = find(
-        model, adapter=how.adapter, base=how.base, trust_remote_code=how.trust_remote_code, classifies=True
-    )  # fmt: skip
+    source = find(model, adapter=how.adapter, base=how.base, trust_remote_code=how.trust_remote_code, classifies=True)
     pictures = is_image_model(model_type(source.base))
     items = read_items(source, how, pictures=pictures, text=text, images=images, data=data)
     items = items[:limit] if limit else items
@@ -201,9 +200,7 @@ def load_classifier(source: Source, how: Classifying, *, pictures: bool) -> Clas
     if how.max_length and how.max_length > context_length(base):
         raise ValueError(f"--max-length {how.max_length} is more than this model's context of {context_length(base)}")
     length = length or min(context_length(base), MOST_TOKENS)
-    return Classifier(
-        model=model.eval(), classes=classes, tokenizer=tokenizer, processor=processor, max_length=length
-    )  # fmt: skip
+    return Classifier(model=model.eval(), classes=classes, tokenizer=tokenizer, processor=processor, max_length=length)
 
 
 def classes_of(source: Source) -> Labels:
@@ -225,13 +222,22 @@ def classes_of(source: Source) -> Labels:
 
 
 def check_labels(items: Sequence[Item], classes: Labels) -> None:
-    """Raises ValueError naming the first label that the model does not know."""
+    """Raises ValueError naming the first label that the model cannot give: no class of its own, or no number."""
     for item in items:
-        if classes and item.label is not None and str(item.label) not in classes:
-            raise ValueError(
-                f"{printable(item.name):.80} has the label {item.label!r}, the model knows: {', '.join(classes)}. Give "
-                "another --label-column (one that does not exist: without labels)"
-            )
+        if item.label is None or (str(item.label) in classes if classes else _is_number(item.label)):
+            continue
+        knows = f"the model knows: {', '.join(classes)}" if classes else "the model predicts numbers"
+        raise ValueError(
+            f"{printable(item.name):.80} has the label {item.label!r:.80}, {printable(knows)}. Give another "
+            "--label-column (one that does not exist: without labels)"
+        )
+
+
+def _is_number(label: Any) -> bool:
+    try:
+        return math.isfinite(float(label))
+    except (TypeError, ValueError, OverflowError):
+        return False
 
 
 @torch.no_grad()

@@ -119,6 +119,8 @@ def test_numbers_are_predicted_for_pairs_of_texts(tiny_roberta, sst2_rows, tmp_p
 
     assert all(isinstance(line["value"], float) and "match" not in line for line in found)
     assert f"correlation {evaluation['correlation']:.4f} over 20" in capsys.readouterr().err
+    assert main(["predict", str(folder), "--data", str(held_out), "--label-column", "a"]) == 2
+    assert "the model predicts numbers. Give another --label-column" in capsys.readouterr().err
     assert main(["predict", str(folder), "--text", rows[0]["a"]]) == 2
     assert "--text takes 2 for this model, got 1" in capsys.readouterr().err
 
