@@ -99,14 +99,15 @@ def parse_config(default: Any, arguments: Sequence[str], prog: str) -> Any:
 
 
 def _leaves(kind: Any, default: Any, path: str, group: str) -> Iterator[_Leaf]:
-    doc, hints = parse_from_object(kind), get_type_hints(kind, include_extras=True)
+    docs = [parse_from_object(each) for each in kind.__mro__ if is_dataclass(each)]
+    hints = get_type_hints(kind, include_extras=True)
     for field in sorted(fields(kind), key=lambda field: is_dataclass(hints[field.name])):
         value = getattr(default, field.name) if default is not MISSING else field.default
         if is_dataclass(hints[field.name]):
             about = (parse_from_object(hints[field.name]).short_description or "").rstrip(".")
             yield from _leaves(hints[field.name], value, f"{path}{field.name}.", f"{field.name}: {about}")
         else:
-            help = _help(doc, field.name)
+            help = next(filter(None, (_help(doc, field.name) for doc in docs)), "")
             yield _Leaf(path=path + field.name, hint=hints[field.name], default=value, help=help, group=group)
 
 
