@@ -181,4 +181,4 @@ def test_the_predicted_peak_is_within_a_tenth_of_the_measured_one(sharding, tmp_
     measured, predicted = benchmark.measure(words, name, tmp_path), benchmark.predict(words, name)
 
     assert predicted["peak_bytes"] == pytest.approx(measured["peak_bytes"], rel=0.1), (predicted, measured)
-    assert measured["peak_bytes"] > 0.8e9
+    assert measured["peak_bytes"] > 0.7e9, "mostly the model, not the interpreter"
