@@ -78,6 +78,11 @@ def classes_of(source: Source) -> Labels:
     from transformers import AutoConfig
 
     config = AutoConfig.from_pretrained(source.base, trust_remote_code=source.trust_remote_code)
+    if config.problem_type == "multi_label_classification":
+        raise ValueError(
+            f"{source.base_name} gives each text several labels ({config.problem_type}), which is not supported: give "
+            "a model with one class for each text"
+        )
     if config.num_labels == 1 or config.problem_type == "regression":
         return ()
     return tuple(str(config.id2label[number]) for number in range(config.num_labels))
@@ -112,8 +117,9 @@ def inputs(classifier: Classifier, items: Sequence[Item]) -> Mapping[str, Tensor
     if classifier.processor is None:
         columns = [list(column) for column in zip(*(item.content() for item in items), strict=True)]
         made = classifier.tokenizer(
-            *columns, truncation=True, max_length=classifier.max_length, padding=len(items) > 1, return_tensors="pt"
-        )
+            *columns, truncation=True, max_length=classifier.max_length, padding=len(items) > 1, padding_side="right",
+            return_tensors="pt",
+        )  # fmt: skip
         known = {"input_ids", "attention_mask", "token_type_ids"}
         return {name: each for name, each in made.items() if name in known}
     processor = classifier.processor

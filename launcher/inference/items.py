@@ -87,16 +87,18 @@ def _rows(data: str, columns: Sequence[str], label: str) -> list[Item]:
     return items
 
 
-def check_labels(items: Sequence[Item], classes: Labels) -> None:
+def check_labels(items: Sequence[Item], classes: Labels, *, pictures: bool) -> None:
     """Raises ValueError naming the first label that the model cannot give: no class of its own, or no number."""
     for item in items:
         if item.label is None or (str(item.label) in classes if classes else _is_number(item.label)):
             continue
         knows = f"the model knows: {', '.join(classes)}" if classes else "the model predicts numbers"
-        raise ValueError(
-            f"{printable(item.name):.80} has the label {item.label!r:.80}, {printable(knows)}. Give another "
-            "--label-column (one that does not exist: without labels)"
+        without = (
+            "To predict without labels, give --images FILE ..."
+            if pictures
+            else "Give another --label-column (one that does not exist: without labels)"
         )
+        raise ValueError(f"{printable(item.name):.80} has the label {item.label!r:.80}, {printable(knows)}. {without}")
 
 
 def _is_number(label: Any) -> bool:

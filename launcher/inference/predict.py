@@ -38,7 +38,7 @@ def predict(
     items = read_items(source, how, pictures=pictures, text=text, images=images, data=data)
     items = items[:limit] if limit else items
     classifier = load_classifier(source, how, pictures=pictures)
-    check_labels(items, classifier.classes)
+    check_labels(items, classifier.classes, pictures=pictures)
     sums, found = torch.zeros(SUMS, dtype=torch.float64), []
     with Bars(Console(stderr=True, quiet=len(items) <= how.batch_size)).bar("classifying", len(items)) as show:
         for predictions, logits in batches(classifier, items, how.batch_size):

@@ -88,8 +88,11 @@ class Server:
                     event = json.loads(text.removeprefix("data: "))
                 except ValueError:
                     raise ServerError(f"{self.url} sent an event that is not JSON") from None
-                if "error" in event:
-                    raise ServerError(str(event["error"].get("message")), event["error"].get("code"))
+                if not isinstance(event, dict):
+                    raise ServerError(f"{self.url} sent an event that is no object")
+                if (error := event.get("error")) is not None:
+                    known = error if isinstance(error, dict) else {"message": error}
+                    raise ServerError(str(known.get("message")), known.get("code"))
                 yield event
         raise ServerError(f"{self.url} ended before the answer did")
 

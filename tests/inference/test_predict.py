@@ -7,7 +7,7 @@ import shutil
 import pytest
 import torch
 from PIL import Image
-from transformers import AutoModelForSequenceClassification, AutoTokenizer
+from transformers import AutoModelForSequenceClassification, AutoTokenizer, BertConfig, BertForSequenceClassification
 
 from launcher.cli import main
 from launcher.config import AdapterConfig, Config, DataConfig, ModelConfig, OptimizerConfig, RunConfig
@@ -139,7 +139,13 @@ def test_images_get_the_classes_that_the_evaluation_counted(tiny_vit, image_fold
     right = round(evaluation["accuracy"] * 12)
     assert f"{right} of 12 right" in capsys.readouterr().err
 
-    file = next((held / "test" / "red").iterdir())
+    (held / "test" / "red").rename(held / "test" / "violet")
+    assert main(["predict", str(folder), "--data", str(held)]) == 2
+    assert capsys.readouterr().err.endswith(
+        "has the label 'violet', the model knows: blue, green, red. To predict without labels, give --images FILE ...\n"
+    )
+
+    file = next((held / "test" / "violet").iterdir())
     [line] = lines(folder, images=[str(file)])
     assert line["image"] == str(file)
     assert set(line["probabilities"]) == {"blue", "green", "red"}
@@ -159,6 +165,38 @@ def test_a_plain_classifier_gives_what_transformers_computes(tiny_roberta, tmp_p
 
     assert list(line["probabilities"]) == ["no", "maybe", "yes"]
     torch.testing.assert_close(torch.tensor(list(line["probabilities"].values())), expected, atol=1e-5, rtol=0)
+
+
+def plain_bert(folder, tokenizer, **settings):
+    """A random classifier with positions in a table, and its tokenizer."""
+    torch.manual_seed(0)
+    sizes = {"hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 16}
+    BertForSequenceClassification(BertConfig(vocab_size=len(tokenizer), **sizes, **settings)).save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    return folder
+
+
+def test_padding_follows_a_text_whatever_the_tokenizer_says(tiny_roberta, tmp_path):
+    """Padding before a text would move it to other positions than in training."""
+    model = plain_bert(tmp_path, AutoTokenizer.from_pretrained(tiny_roberta, padding_side="left"))
+    data = tmp_path / "data.json"
+    data.write_text(json.dumps([{"text": "bad"}, {"text": "a good film with good actors"}]))
+
+    together = lines(model, Classifying(columns=("text",)), data=str(data))
+    alone = lines(model, Classifying(columns=("text",), batch_size=1), data=str(data))
+
+    for one, other in zip(together, alone, strict=True):
+        assert one["probabilities"] == pytest.approx(other["probabilities"], abs=2e-6)
+
+
+def test_a_classifier_with_several_labels_for_a_text_is_refused(tiny_roberta, tmp_path, capsys):
+    """Its logits are not shares of one choice."""
+    tokenizer = AutoTokenizer.from_pretrained(tiny_roberta)
+    model = plain_bert(tmp_path, tokenizer, problem_type="multi_label_classification", num_labels=3)
+
+    assert main(["predict", str(model), "--text", "a"]) == 2
+
+    assert "gives each text several labels (multi_label_classification)" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(
