@@ -19,10 +19,10 @@ CACHED = {  # functions that remember whether bitsandbytes is installed
 }
 
 
-def versions() -> dict[str, str]:
-    """Of Python and of each package; "missing" if one is not installed."""
+def versions(*more: str) -> dict[str, str]:
+    """Of Python, of each package and of `more` packages; "missing" if one is not installed."""
     found = {"python": platform.python_version()}
-    for package in PACKAGES:
+    for package in (*PACKAGES, *more):
         try:
             found[package] = importlib.metadata.version(package)
         except importlib.metadata.PackageNotFoundError:

@@ -360,7 +360,8 @@ def _row_labels(rows: Any, column: str, where: str) -> tuple[tuple[str, ...], np
     """The classes and the label of each row: places in them, or numbers to predict."""
     names = getattr(rows.features[column], "names", None)
     values = rows.with_format(None).select_columns([column])[:][column]
-    if odd := next((i for i, value in enumerate(values) if not isinstance(value, (int, float, str))), None):
+    odd = next((i for i, value in enumerate(values) if not isinstance(value, (int, float, str))), None)
+    if odd is not None:
         raise ValueError(f"{where}, record {odd}: {column!r} is a class or a number, got {values[odd]!r:.40}")
     kinds = {type(value) for value in values}
     if kinds <= {int, float} and float in kinds:

@@ -66,11 +66,11 @@ def _listed(row: Mapping[str, Any]) -> Choice | None:
         return None
     if isinstance(answer, bool) or len(choices) < 2:
         return None
-    if isinstance(answer, int):
+    known = list(map(str, labels)) if isinstance(labels, list) else [chr(ord("A") + i) for i in range(len(choices))]
+    if isinstance(answer, int) and not any(name.isdigit() for name in known):
         right = answer if 0 <= answer < len(choices) else None
     else:
-        known = list(labels) if isinstance(labels, list) else [chr(ord("A") + i) for i in range(len(choices))]
-        places = [names.index(answer) for names in (known, choices) if answer in names]
+        places = [names.index(str(answer)) for names in (known, choices) if str(answer) in names]
         right = places[0] if places else None
     if right is None:
         return None

@@ -105,6 +105,7 @@ class Subject(Task):
     peft_type = None
     text = False
     counts = "samples"
+    packages = ("diffusers",)
 
     def wants(self, config: Config) -> bool:
         return bool(config.data.instance_prompt)

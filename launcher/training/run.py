@@ -406,7 +406,10 @@ def _introduce(
             **({} if chosen.task.counts == "tokens" else {"counts": chosen.task.counts}),
             "device": torch.cuda.get_device_name(chosen.device) if chosen.device.type == "cuda" else "cpu",
         }  # fmt: skip
-        whole = {"config": as_dict(config), "resolved": resolved, "identity": identity, "versions": versions()}
+        whole = {
+            "config": as_dict(config), "resolved": resolved, "identity": identity,
+            "versions": versions(*chosen.task.packages),
+        }  # fmt: skip
         with disk_errors("config.json", start.output, "give --output elsewhere"):
             write_atomically(start.output / "config.json", json.dumps(whole, indent=2) + "\n")
     adapter, size_of_batch = config.adapter, config.optimizer.batch_size

@@ -150,6 +150,8 @@ def test_a_folder_without_classes_is_refused(names, message, tmp_path):
     ("labels", "message"),
     [
         ([0, 1, None], "record 2: 'kind' is a class or a number, got None"),
+        ([None, 1, 0], "record 0: 'kind' is a class or a number, got None"),
+        ([[1], [0]], r"record 0: 'kind' is a class or a number, got \[1\]"),
         ([0, -1, 1], "record 1, has the label -1: it is unlabelled"),
         ([0, 1, 70000], "numbers up to 70000: classes are numbered from 0"),
     ],

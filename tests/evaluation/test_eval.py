@@ -73,6 +73,18 @@ def test_all_forms_of_questions_are_read():
         read_choices([QUESTIONS[0], {"question": "?", "choices": ["a", "b"], "answer": "c"}], "here")
 
 
+@pytest.mark.parametrize(
+    ("labels", "answer"), [(["1", "2", "3"], 2), ([1, 2, 3], 2), (["1", "2", "3"], "2"), (["A", "B", "C"], 1)]
+)
+def test_a_number_is_a_label_if_labels_are_numbers_and_else_a_place(labels, answer):
+    """ARC numbers some choices from 1."""
+    row = {"question": "Which is a colour?", "choices": {"text": ["Ten", "Red", "Up"], "label": labels}}
+
+    [found] = read_choices([row | {"answerKey": answer}], "here")
+
+    assert found.right == 1
+
+
 def test_a_choice_is_as_likely_as_its_own_tokens(loaded):
     """The sum of log-probabilities of its tokens after the prompt, in a pass of its own without padding."""
     model, tokenizer = loaded

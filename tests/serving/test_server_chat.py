@@ -3,6 +3,7 @@
 import io
 import subprocess
 import sys
+from contextlib import nullcontext
 from pathlib import Path
 
 import pytest
@@ -10,7 +11,7 @@ from scripted_engine import ScriptedEngine
 
 from launcher.cli import main
 from launcher.inference.options import Answering
-from launcher.inference.server_chat import chat_with_server
+from launcher.inference.server_chat import Server, chat_with_server
 
 KEY = "a-key-of-24-characters-x"
 REPO = Path(__file__).resolve().parents[2]
@@ -61,6 +62,19 @@ def test_an_error_of_the_server_is_told_and_the_conversation_goes_on(start, caps
 
     assert said == "pirate: u: hi\na: \n"
     assert "shorten it" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("line", "told"),
+    [(b"data: 5", "no object"), (b'data: {"error": "busy"}', "busy"), (b"data: {", "not JSON"), (b"", "ended before")],
+)
+def test_an_event_that_is_no_answer_is_told(line, told, monkeypatch, capsys):
+    monkeypatch.setattr(Server, "models", lambda self: ["model"])
+    monkeypatch.setattr(Server, "ask", lambda *_: nullcontext([line + b"\n"]))
+
+    talk("localhost", "hi")
+
+    assert told in capsys.readouterr().err
 
 
 def test_control_characters_in_an_answer_are_written_out(start):

@@ -5,6 +5,7 @@ import shutil
 from dataclasses import replace
 from pathlib import Path
 
+import diffusers
 import numpy as np
 import pytest
 import torch
@@ -171,6 +172,8 @@ def test_a_run_learns_two_pictures_and_its_adapter_loads_in_diffusers(config, ma
         pipe.unet = PeftModel.from_pretrained(pipe.unet, f"{config.run.output}/adapter")
         after = subject.TASK.loss(pipe.unet, batch, 4)
     assert after < before - 0.05
+    recorded = json.loads(Path(config.run.output, "config.json").read_text())["versions"]
+    assert recorded["diffusers"] == diffusers.__version__
 
 
 @pytest.mark.parametrize("method", ["loldu", "lora"])
