@@ -20,7 +20,7 @@ class Command(NamedTuple):
     summary: str
 
 
-HEAD = "Fine-tune large language models by training only the diagonal of a frozen matrix factorisation."
+HEAD = "Fine-tune large language models by training a small core between frozen factors of each weight."
 FOOT = "Options of a command: loldu COMMAND --help"
 COMMANDS: Mapping[str, Command] = {
     "train": Command("launcher.start:train", "train with a recipe or a file of settings"),

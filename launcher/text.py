@@ -34,6 +34,14 @@ def json_line(value: Any) -> str:
     return UNSAFE.sub(lambda found: f"\\u{ord(found[0]):04x}", json.dumps(value, ensure_ascii=False))
 
 
+def padding(token_share: float) -> str:
+    """What share of the computed positions is no token, for the screen."""
+    if token_share >= 1:
+        return "no padding"
+    share = 1 - token_share
+    return f"{'less than 1%' if share < 0.005 else f'{share:.0%}'} of computed positions are padding"
+
+
 def needs_code(error: BaseException) -> str | None:
     """Why a folder did not load, if the reason is that it would run its own Python code and that was not allowed."""
     if "trust_remote_code" not in str(error):

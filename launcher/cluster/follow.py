@@ -43,9 +43,13 @@ def logs(given: str, *, follow: bool = False, rank: int | None = None, lines: in
     """Print the last lines of a run's logs; with follow also new lines until the run ends. Returns an exit code."""
     folder = runs.find_run(given)
     end = time.monotonic() + limit_s if limit_s else float("inf")
-    files = log_files(folder, rank)
+    files, shown = log_files(folder, rank), shlex.quote(given)
+    if not files and not (folder / "job.json").exists() and (folder / "events.jsonl").exists():
+        raise ValueError(
+            f"{folder} has no logs, since loldu train prints to its terminal: loldu status {shown} shows its step, "
+            f"loldu report {shown} its curves"
+        )
     if not files and not follow:
-        shown = shlex.quote(given)
         raise ValueError(
             f"{folder} has no logs yet: loldu status {shown} shows why, loldu logs -f {shown} waits for them"
         )

@@ -520,7 +520,7 @@ def status(given: Sequence[str] = (), *, as_json: bool = False, run: Run = subpr
     if as_json:
         print(json.dumps(rows, indent=2))
     elif not rows:
-        print(f"no runs in {runs.RUNS}/: start one with loldu submit or loldu launch")
+        print(f"no runs in {runs.RUNS}/: start one with loldu train, loldu launch or loldu submit")
     else:
         _print_table(rows)
     return 0

@@ -38,7 +38,9 @@ def converse(
         command, _, rest = line.strip().partition(" ")
         if command == "/quit":
             return
-        if command == "/reset":
+        if command == "/help":
+            note(known)
+        elif command == "/reset":
             history = []
             note("(conversation cleared)")
         elif command == "/system" and without_turns is None:

@@ -119,7 +119,8 @@ def chat_with_server(
     if model is not None and model not in models:
         raise ValueError(f"{server.url} does not serve {model}; {nearest(model, set(models[:1000]))}")
     chosen = [model or models[0]]
-    note(f"{server.url}: {chosen[0]}, one of {len(models):,} models")
+    others = f"one of {len(models):,} models" if len(models) > 1 else "its only model"
+    note(f"{server.url}: {chosen[0]}, {others}")
     # without --max-tokens an answer may be as long as the server allows
     sent = {name: getattr(how, name) for name in SENT if name != "max_tokens" or how.max_tokens != defaults.max_tokens}
 

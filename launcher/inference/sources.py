@@ -117,7 +117,8 @@ def _find(model: str, base: str | None, classifies: bool) -> Source:
 def adapter_config(folder: Path, *, classifies: bool = False) -> Any:
     """The PEFT config of an adapter folder.
 
-    Raises ValueError if its weight file is missing, damaged or not finite, or if it is a classifier and none is wanted.
+    Raises ValueError if its weight file is missing, damaged or not finite, or if it is a classifier and none is wanted,
+    or the reverse.
     """
     weights = folder / ADAPTER_WEIGHTS
     if not weights.is_file():
@@ -161,6 +162,11 @@ def adapter_config(folder: Path, *, classifies: bool = False) -> Any:
             f"adapter {folder} is a text classifier, which generates no text: loldu predict names the classes. To "
             "merge, load its base with AutoModelForSequenceClassification, then PeftModel.from_pretrained, and call "
             "merge_and_unload()"
+        )
+    if config.task_type == "CAUSAL_LM" and classifies:
+        raise ValueError(
+            f"adapter {folder} belongs to a language model, which names no classes: loldu generate and loldu chat "
+            "answer with it"
         )
     return config
 

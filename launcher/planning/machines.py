@@ -105,12 +105,13 @@ def _gpus(count: int, nodes: int, sheet: str, memory: float, said: str) -> Machi
 def _cpu(nodes: int, processes: int) -> Machines:
     rates = {name: _product_rate(getattr(torch, name)) for name in ("float32", "bfloat16")}
     memory, _ = main_memory()
+    counts = {"core": os.cpu_count() or 1, "thread": torch.get_num_threads()}
+    cores, threads = (f"{count} {name}{'s' * (count != 1)}" for name, count in counts.items())
     shown = ", ".join(f"{rate / 1e9:.0f} billion operations/s in {name}" for name, rate in rates.items())
     return Machines(
         nodes=nodes, local=processes, gpu=None, memory=float(memory),
         operations={name: rate * CPU_USE for name, rate in rates.items()}, factoring=rates["float32"] * FACTOR_USE,
-        said=f"this machine's CPU ({os.cpu_count()} cores, {torch.get_num_threads()} threads a process): {shown}, "
-        f"measured now, at {CPU_USE:.0%}",
+        said=f"this machine's CPU ({cores}, {threads} a process): {shown}, measured now, at {CPU_USE:.0%}",
     )  # fmt: skip
 
 

@@ -11,7 +11,7 @@ from rich.table import Table
 from rich.text import Text
 
 from launcher.planning.predict import Plan, Way
-from launcher.text import printable
+from launcher.text import padding, printable
 
 PARTS = (
     ("fixed", "Python, libraries, tokens"),
@@ -100,7 +100,7 @@ def show(found: Plan, command: str | None, data: str) -> None:
     say(f"method: {config.adapter.method}, {found.parts.trained_numbers:,} trained numbers")
     say(
         f"data: {data}, {found.sampled.of:,} samples; lengths from {found.sampled.how}; "
-        f"{1 - found.work.token_share:.0%} of computed positions are padding"
+        f"{padding(found.work.token_share)}"
     )
     say(f"machines: {where}, {gb(machines.room())} for each process; {machines.said}")
     for note in found.notes:

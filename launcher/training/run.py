@@ -47,6 +47,7 @@ from launcher.packages import versions
 from launcher.processes import Communicator, Ranks, Stopped, connect, print_error, same_everywhere
 from launcher.tasks.base import Layout, Samples, on_device, padding_id
 from launcher.tasks.joining import check_joined
+from launcher.text import padding
 from launcher.training import factoring
 from launcher.training.ending import post, tell
 from launcher.training.factoring import Factoring
@@ -432,8 +433,8 @@ def _introduce(
     if chosen.device.type == "cpu" and ranks.is_main and (reason := unusable_gpus()):
         log.warning("%s", reason)
     rows = " packed rows" if config.data.packing else ""
-    padding = f", {1 - token_share:.0%} of computed positions are padding" if chosen.task.text else ""
-    say(f"training: {steps} steps, batch size {size_of_batch}{rows}{padding}")
+    padded = f", {padding(token_share)}" if chosen.task.text else ""
+    say(f"training: {steps} steps, batch size {size_of_batch}{rows}{padded}")
     learning_rate = config.optimizer.learning_rate
     if ranks.is_main and (unusual := unusual_learning_rate(adapter.method, chosen.adapter, learning_rate)):
         log.warning(unusual)

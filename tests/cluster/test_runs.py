@@ -117,3 +117,11 @@ def test_following_shows_each_new_line_once_and_ends_with_the_run(run, capsys, m
 def test_a_run_without_logs_gives_the_command_that_waits_for_them(run):
     with pytest.raises(ValueError, match="loldu logs -f first waits for them"):
         follow.logs("first")
+
+
+@pytest.mark.parametrize("follows", [False, True])
+def test_a_run_of_loldu_train_has_no_logs_to_wait_for(run, follows):
+    (run / "events.jsonl").write_text('{"step": 1, "loss": 2.0}\n')
+
+    with pytest.raises(ValueError, match="loldu train prints to its terminal: loldu status first shows its step"):
+        follow.logs("first", follow=follows)

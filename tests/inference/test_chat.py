@@ -43,6 +43,12 @@ def test_each_turn_sees_the_turns_before_it_until_reset(chat_model, asked):
     assert asked[2] == "u: New\na: "
 
 
+def test_help_shows_the_commands_again(chat_model, capsys):
+    assert talk(chat_model, "/help") == ""
+
+    assert capsys.readouterr().err.count("/quit or Ctrl-D exits") == 2
+
+
 def test_the_system_text_comes_first_and_begins_the_talk_anew(chat_model, asked):
     talk(chat_model, "Hi", "/system Be kind", "Hello", max_tokens=2)
 

@@ -229,6 +229,17 @@ def test_a_model_without_a_head_is_refused(tiny_roberta, tiny_vit, tmp_path, cap
         assert "has no classification head" in capsys.readouterr().err.splitlines()[-1]
 
 
+def test_an_adapter_of_a_language_model_is_refused(sentences, tmp_path, capsys):
+    copied = tmp_path / "adapter"
+    shutil.copytree(sentences[0] / "adapter", copied)
+    settings = json.loads((copied / "adapter_config.json").read_text())
+    (copied / "adapter_config.json").write_text(json.dumps(settings | {"task_type": "CAUSAL_LM"}))
+
+    assert main(["predict", str(copied), "--text", "a"]) == 2
+
+    assert "belongs to a language model, which names no classes" in capsys.readouterr().err
+
+
 @pytest.mark.parametrize("text", ["{", "[1, 2]", '["one"]', None])
 def test_classes_that_are_missing_or_damaged_are_named(text, sentences, tmp_path, capsys):
     copied = tmp_path / "adapter"

@@ -201,7 +201,7 @@ def test_a_run_on_flattened_rows_has_the_curve_of_padded_ones(
     ]
     assert losses[1] == pytest.approx(losses[0], abs=5e-6)
     assert len({tuple(borders) for borders, _ in kernel.calls}) > 3  # those of three steps beside the probe's
-    assert "0% of computed positions are padding" in capsys.readouterr().out
+    assert "batch size 6, no padding" in capsys.readouterr().out
 
 
 @pytest.mark.gpu
