@@ -87,5 +87,5 @@ def main(arguments: Sequence[str]) -> int:
 
 def overview() -> str:
     """All commands, a line each."""
-    lines = [f"  loldu {name:<16} {command.summary}" for name, command in COMMANDS.items()]
+    lines = [f"  loldu {name:<17} {command.summary}" for name, command in COMMANDS.items()]
     return "\n".join([HEAD, "", *lines, "", FOOT])

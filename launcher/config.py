@@ -112,12 +112,12 @@ class DataConfig(Checked):
     """Columns of other names, as prompt=question answer=solution; also input, system, history, messages, tools. With
     --task text: text=COLUMN; with --task prefer: prompt, chosen and rejected."""
     eval_data: str | None = None
-    """File with held-out records of the same form. Without it, eval_records are held out of data."""
+    """File with held-out records of the same form. Without it, --eval-records are held out of --data."""
     eval_records: CountOrZero = 0
-    """Number of held-out records for evaluation; 0 without eval_data means no evaluation."""
+    """Number of held-out records for evaluation; 0 without --eval-data means no evaluation."""
     fewer_eval_records: bool = False
-    """Hold out a tenth of the records if there are no more than eval_records. A recipe's own eval_records are taken so
-    unless --eval-records is given."""
+    """Hold out a tenth of the records if there are no more than --eval-records. Recipes do so by default, unless
+    --eval-records is given."""
     prompt_template: str = "auto"
     """auto (the chat template for conversations, else alpaca), short, alpaca, chat, none (the bare prompt), FILE.jinja
     (a chat template), or a FILE with {instruction} and {input} (a part in [brackets] is left out without input)"""
@@ -130,26 +130,26 @@ class DataConfig(Checked):
     loss_on: Literal["answers", "all"] = "answers"
     """Which tokens carry loss."""
     packing: bool = False
-    """Put several samples into one row of max_length tokens, without attention between samples."""
+    """Put several samples into one row of --max-length tokens, without attention between samples."""
     on_bad_record: Literal["error", "skip"] = "error"
     """error ends the run with a list of the first ten records that cannot be used and a count of each kind of fault;
     skip leaves them out and logs the same list."""
     text_columns: tuple[str, ...] = ()
     """With --task label: the one or two columns with the text to classify."""
     image_column: str | None = None
-    """With --task label: the column with the image to classify; of a folder with one subfolder per class, or a .zip of
-    it, any name (image)."""
+    """With --task label: the column with the image to classify. For a folder with one subfolder per class, or a .zip of
+    one, give image."""
     label_column: str = "label"
-    """With text_columns or image_column: the column with a class (whole number from 0, or name), or a fraction to
+    """With --text-columns or --image-column: the column with a class (whole number from 0, or name), or a fraction to
     predict. A folder's subfolders are its classes."""
     random_crop: Annotated[float, Range(0, 1, above=True)] = 0.08
-    """With image_column: train on a random part of each image, with at least this share of its area; 1 turns it off."""
+    """With --image-column: train on a random part of each image, at least this share of its area; 1 turns it off."""
     random_flip: bool = True
-    """With image_column: mirror half of the training images, drawn anew each time."""
+    """With --image-column: mirror half of the training images, at random each time."""
     exact_match: bool = False
     """At each evaluation, also generate every held-out answer greedily and count exact matches."""
     answer_tokens: Count = 64
-    """Maximum tokens of an answer that is generated for exact_match."""
+    """Maximum tokens of an answer that is generated for --exact-match."""
     preference_loss: Literal["dpo", "orpo"] = "dpo"
     """With --task prefer: DPO compares with the base model (the adapter disabled), ORPO adds its odds ratio to the loss
     of the chosen answer and needs no reference."""
@@ -159,21 +159,21 @@ class DataConfig(Checked):
     """With --task subject: the words for the pictures of --data, with a rare one that names the subject: a photo of sks
     dog."""
     class_prompt: str = ""
-    """With --task subject: the words for the subject's class (a photo of a dog), whose pictures are trained beside, so
-    that the model does not forget it."""
+    """With --task subject: the words for the subject's class (a photo of a dog). Pictures of the class are trained too,
+    so that the model does not forget it."""
     class_data: str | None = None
-    """Folder with pictures of the class. Without it the base makes class_pictures of them before training."""
+    """Folder with pictures of the class. Without it, the base draws --class-pictures of them before training."""
     class_pictures: Count = 100
-    """Number of pictures of the class to make; they are kept in the cache."""
+    """Number of pictures of the class to draw; they are kept in the cache."""
     prior_weight: Annotated[float, Range(0, 1e3)] = 0.0
-    """With class_prompt: weight of the loss on pictures of the class (1 in DreamBooth); 0 trains without them."""
+    """With --class-prompt: weight of the loss on pictures of the class (1 in DreamBooth); 0 trains without them."""
     resolution: CountOrZero = 0
     """With --task subject: side of the square pictures in pixels; 0 is the side that the pipeline was made for."""
     crop: Literal["center", "random"] = "center"
-    """With --task subject: which square of a picture is seen, after its shorter side was scaled to resolution. Latents
-    of centers are computed once; with random the VAE runs in each step."""
+    """With --task subject: which square of a picture is used, after its shorter side was scaled to --resolution.
+    Latents of center crops are computed once; with random, the VAE runs in each step."""
     flip: bool = False
-    """With --task subject: mirror half of the pictures, drawn in each step; not for subjects with a left and a
+    """With --task subject: mirror half of the pictures, at random in each step; not for subjects with a left and a
     right."""
 
     def __post_init__(self) -> None:
@@ -201,11 +201,12 @@ class AdapterConfig(Checked):
     method: str = "loldu"
     """loldu or another method of this project, the name of any PEFT method, or full: train the base model itself."""
     rank: Count = 64
-    """Trained diagonal entries per weight, at most the weight's smaller side."""
+    """The method's rank: for loldu and svfit the trained diagonal entries per weight, for lora the usual r. At most the
+    weight's smaller side."""
     targets: tuple[str, ...] = ("q_proj", "v_proj")
     """Last parts of the names of the modules to adapt, or the single word all-linear."""
     exclude: tuple[str, ...] = ()
-    """Modules that are not adapted although targets matches them."""
+    """Modules that are not adapted although --targets matches them."""
     modules_to_save: tuple[str, ...] = ()
     """Modules that are trained in full and saved with the adapter, such as a new classification head."""
     options: tuple[str, ...] = ()
@@ -228,7 +229,7 @@ class AdapterConfig(Checked):
 
 @dataclass(frozen=True, kw_only=True)
 class OptimizerConfig(Checked):
-    """The optimizer and its schedule; every value is a pure function of the step."""
+    """The optimizer and its learning-rate schedule."""
 
     optimizer: OptimizerName = "adamw"
     """adamw, adamw8bit, lion and lion8bit (bitsandbytes; one process or ddp), or gradnormlorp (for --method full)."""
@@ -241,12 +242,12 @@ class OptimizerConfig(Checked):
     micro_batch_size: CountOrZero = 0
     """Maximum samples per forward pass of a process; 0 means the process's whole share of the batch."""
     micro_batch_tokens: CountOrZero = 0
-    """Maximum positions (samples x the longest of them) per forward pass; 0 means those of micro_batch_size samples of
-    mean length."""
+    """Maximum positions (samples x the longest of them) per forward pass; 0 means those of --micro-batch-size samples
+    of mean length."""
     max_steps: CountOrZero = 0
-    """Number of optimizer steps; 0 means as many as epochs needs."""
+    """Number of optimizer steps; 0 means as many as --epochs needs."""
     epochs: Annotated[float, Range(0, 1e6)] = 3.0
-    """Passes over the data, if max_steps is 0."""
+    """Passes over the data, if --max-steps is 0."""
     schedule: Literal["cosine", "linear", "constant"] = "cosine"
     """How the learning rate changes after the warm-up."""
     warmup_ratio: Share = 0.0
@@ -304,7 +305,7 @@ class RunConfig(Checked):
     max_seconds: Annotated[float, Range(0, 1e9)] = 0.0
     """Save and stop after this many seconds; 0 means no limit."""
     resume: str = "auto"
-    """auto resumes from the newest good checkpoint in output; never starts afresh; or the path of a checkpoint."""
+    """auto resumes from the newest good checkpoint in --output; never starts afresh; or the path of a checkpoint."""
     accept_changes: bool = False
     """Resume although settings that change the learning curve differ from those the run began with."""
     trackers: tuple[Literal["tensorboard", "wandb"], ...] = ()

@@ -161,8 +161,10 @@ def cache_ls(cache_folder: Folder = None, console: Console | None = None) -> int
 
 
 def cache_verify(cache_folder: Folder = None, console: Console | None = None) -> int:
-    """Check every byte of the cache against its checksums, and the factors against the weights of their base model
-    if it is still there; exit code 1 if a file is damaged or wrong (it is set aside).
+    """Check every cached file against its checksums, and factors against the weights of their base model.
+
+    Factors whose base model is gone or has changed are not compared. A damaged or wrong file is renamed, and the exit
+    code is 1 then.
 
     Args:
         cache_folder: Cache folder; default: the user's cache directory.

@@ -76,4 +76,4 @@ class Drawing:
     resolution: int = 0
     """With --prompts: side of the pictures in pixels; 0 is the one that the pipeline was made for."""
     out: str | None = None
-    """With --prompts: folder of the PNG files. Default: pictures in the run's folder, or in this one."""
+    """With --prompts: folder of the PNG files. Default: pictures/ in the run's folder, else in the current one."""

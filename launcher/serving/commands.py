@@ -47,7 +47,7 @@ def serve(
         api_key: Key that requests must send. Other users of this machine can see it: --api-key-file, or the variable
             LOLDU_API_KEY, keep it hidden.
         api_key_file: File with such keys, one a line.
-        watch_s: Seconds between two looks at the adapters' folders; 0 looks only at the start.
+        watch_s: Seconds between two scans of the adapter folders; 0 scans them only at the start.
         prompt_template: For chat with the base, and with adapters that have none of their own: auto, short, alpaca,
             chat, none or a FILE. Default: the base's own, or alpaca if it has none.
         dtype: auto (the one of the model's files), float32, bfloat16 or float16.
