@@ -68,13 +68,15 @@ def encode_once(
     return found
 
 
-def encoded_before(records: Sequence[Record], tokenizer: Any, config: DataConfig, folder: Path) -> Encoded | None:
+def encoded_before(
+    records: Sequence[Record], tokenizer: Any, config: DataConfig, folder: Path, kind: type[Encodes] = Encoder
+) -> Encoded | None:
     """What `encode_once` has in the cache for these records; None if it would have to tokenise them."""
     if not hasattr(tokenizer, "backend_tokenizer"):
         return None
-    file = folder / "tokenised" / f"{_key(records, tokenizer, config)}.safetensors"
+    file = folder / "tokenised" / f"{_key(records, tokenizer, config, kind)}.safetensors"
     digest = _verified(file)
-    return None if digest is None else _read(file, digest)
+    return None if digest is None else _read(file, digest, kind)
 
 
 @cache

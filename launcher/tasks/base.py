@@ -60,6 +60,18 @@ class Sampled(NamedTuple):
     how: str  # where these come from
 
 
+def sampled(
+    rows: Sequence[Record], most: int, encode: Callable[[Sequence[Record]], Encoded], before: Encoded | None = None
+) -> Sampled:
+    """The samples of all rows if they were tokenised before, else those of the first `most` rows."""
+    if before is not None:
+        return Sampled(before, len(before), "all records, tokenised before")
+    first = rows[:most]
+    some = encode(first)
+    how = f"the first {len(first):,} of {len(rows):,} records, tokenised now"
+    return Sampled(some, round(len(rows) * len(some) / len(first)), how)
+
+
 @dataclass(frozen=True, kw_only=True)
 class Layout:
     """How rows are laid out in a batch."""

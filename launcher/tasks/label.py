@@ -27,7 +27,7 @@ from launcher.data import records
 from launcher.data.encode import DataReport, Encoded
 from launcher.data.files import holds_csv
 from launcher.tasks import label_images
-from launcher.tasks.base import Batch, Layout, Samples, Task
+from launcher.tasks.base import Batch, Layout, Sampled, Samples, Task, sampled
 from launcher.tasks.classifier import Classifier
 from launcher.tasks.labels import CLASSES, Labels, head_settings, save_classes
 
@@ -87,6 +87,10 @@ class Label(Classifier):
         rows, held_rows, classes = load_splits(config.data)
         held_out = encode(held_rows, classes, tokenizer, config.data) if held_rows else None
         return Samples(train=encode(rows, classes, tokenizer, config.data), held_out=held_out)
+
+    def sample(self, config: Config, tokenizer: Any, cache: Path, most: int) -> Sampled:
+        rows, _, classes = load_splits(config.data)  # the head's size follows from the labels of all rows
+        return sampled(rows, most, lambda some: encode(some, classes, tokenizer, config.data))
 
     def head(self, train: Encoded, tokenizer: Any) -> dict[str, Any]:
         assert isinstance(train, Labelled)

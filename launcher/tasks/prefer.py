@@ -30,8 +30,8 @@ from launcher.data.chat import many
 from launcher.data.crew import Crew
 from launcher.data.encode import DataReport, Encoded, Encoder, Part, Tally, encoded
 from launcher.data.pairs import load_pairs
-from launcher.data.tokenised import encode_once
-from launcher.tasks.base import Batch, Layout, Sampled, Samples, Task
+from launcher.data.tokenised import encode_once, encoded_before
+from launcher.tasks.base import Batch, Layout, Sampled, Samples, Task, sampled
 from launcher.tasks.evaluation import Evaluation
 from launcher.tasks.instruct import Instruct, questions_of
 
@@ -178,7 +178,14 @@ class Prefer(Instruct):
         )
 
     def sample(self, config: Config, tokenizer: Any, cache: Path, most: int) -> Sampled:
-        return Task.sample(self, config, tokenizer, cache, most)
+        data = config.data
+        train, _ = self._pairs(data)
+        template = templates.template_of(data, train[0]["chosen"], tokenizer)
+        before = encoded_before(train, tokenizer, data, cache, PairEncoder)
+        return sampled(
+            train, most, lambda some: encode_pairs(some, tokenizer, data, template),
+            None if before is None else pairs_of(before, data),
+        )  # fmt: skip
 
     def splits(self, data: DataConfig) -> tuple[list[records.Record], list[records.Record]]:
         """The chosen answers, for the plain loss per token."""

@@ -24,9 +24,11 @@ from launcher.data.encode import DataReport, Encoded, Encodes, Part, Tally, enco
 from launcher.data.files import each_row
 from launcher.data.stored import store_splits, stored_splits
 from launcher.data.templates import Template
-from launcher.data.tokenised import encode_once
-from launcher.tasks.base import NextToken, Samples, Task
+from launcher.data.tokenised import encode_once, encoded_before
+from launcher.tasks.base import NextToken, Sampled, Samples, Task, sampled
 from launcher.tasks.evaluation import Evaluation
+
+CHARACTERS = 2_000_000  # at most these are tokenised for a plan
 
 
 class TextReport(DataReport):
@@ -106,6 +108,27 @@ class Text(NextToken):
         self, rows: Sequence[records.Record], tokenizer: Any, data: DataConfig, template: Template | None = None
     ) -> Encoded:
         return encoded(self.encoder(rows[0], tokenizer, data), rows)
+
+    def sample(self, config: Config, tokenizer: Any, cache: Path, most: int) -> Sampled:
+        train, _ = self.splits(config.data)
+        before = encoded_before(train, tokenizer, config.data, cache, self.encoder)
+        if before is None and sum(len(row["text"]) for row in train[:most]) > CHARACTERS:
+            return self._sample_of_long(train, tokenizer, config.data)
+        return sampled(train, most, lambda some: self.encode(some, tokenizer, config.data), before)
+
+    def _sample_of_long(self, rows: Sequence[records.Record], tokenizer: Any, data: DataConfig) -> Sampled:
+        """The samples of the first CHARACTERS: a .txt file is one text, however long."""
+        some: list[records.Record] = []
+        left = CHARACTERS
+        for row in rows:
+            some.append({"text": row["text"][:left]})
+            left -= len(some[-1]["text"])
+            if not left:
+                break
+        samples = self.encode(some, tokenizer, data)
+        every = sum(len(row["text"]) for row in rows)
+        how = f"the first {CHARACTERS:,} of {every:,} characters, tokenised now"
+        return Sampled(samples, round(len(samples) * every / CHARACTERS), how)
 
     def evaluate(self, evaluation: Evaluation) -> dict[str, float]:
         result = super().evaluate(evaluation)
