@@ -41,7 +41,8 @@ class Bars:
     def bar(
         self, what: str, total: int = 0, done: int = 0, *, unit: Unit = "", brief: bool = False
     ) -> Iterator[Callable[..., None]]:
-        """A bar as a `Show`. With a total of 0 nothing is shown until `of` gives it.
+        """A bar as a `Show`. With a total of 0 nothing is shown until `of` gives it; if the first call does, the time
+        that is left follows from the calls after it.
 
         brief: for work that is often over at once. Its bar disappears at the end, and a log file gets no line of what
         takes less than LINE_EVERY_S.
@@ -121,19 +122,23 @@ class _Lines:
     def __init__(self, console: Console, what: str, total: int, done: int, unit: Unit, brief: bool):
         self.console, self.what, self.total, self.unit, self.brief = console, what, total, unit, brief
         self.first = self.shown = done
-        self.started = self.last = time.monotonic()
+        self.started = self.since = self.last = time.monotonic()
+        self.begun = total > 0  # whether the work is that of this bar, from its first number on
 
     def __call__(self, done: int, note: str = "", of: int | None = None) -> None:
         now, self.total = time.monotonic(), of or self.total
         so_far = now - self.started
         pause_s = max(LINE_EVERY_S, min(so_far / 20, LINE_EVERY_S_AT_MOST))
+        if (self.total and not self.begun) or done < self.first:  # before that was other work: time counts from here
+            self.first, self.since = done, now
+        self.begun |= done != self.shown
         at_end = done >= self.total > 0 and not (self.brief and so_far < LINE_EVERY_S)
         if done == self.shown or not (at_end or now - self.last > pause_s):
             return
         self.shown, self.last = done, now
         left = ""
         if self.first < done < self.total:
-            left = f", {duration(so_far / (done - self.first) * (self.total - done))} left"
+            left = f", {duration((now - self.since) / (done - self.first) * (self.total - done))} left"
         text = f"{self.what} {counts(done, self.total, self.unit)} {one_line(note)}".rstrip() + left
         self.console.print(text, markup=False, highlight=False, soft_wrap=True)
 

@@ -91,6 +91,32 @@ def test_a_resumed_bar_counts_the_time_of_its_own_part_alone(clock):
     assert said(bars) == "training 910/1000, 2 min left\n"
 
 
+def test_time_before_the_first_number_of_resumed_work_does_not_count(clock):
+    """As in a sweep: a run starts, resumes at its step 900, and its file then shows a step."""
+    bars = in_a_file()
+
+    with bars.bar("run", brief=True) as show:
+        show(0, "starting")
+        clock[0] += 100.0
+        show(900, of=1000)
+        clock[0] += 10.0
+        show(910, of=1000)
+
+    assert said(bars).splitlines() == ["run 900/1000", "run 910/1000, 2 min left"]
+
+
+def test_work_that_goes_back_to_a_checkpoint_is_counted_from_there(clock):
+    bars = in_a_file()
+
+    with bars.bar("run", 1000, 947) as show:
+        clock[0] += 100.0
+        show(900)
+        clock[0] += 10.0
+        show(910)
+
+    assert said(bars).splitlines() == ["run 900/1000", "run 910/1000, 2 min left"]
+
+
 def test_a_bar_inside_another_stands_below_it_and_disappears():
     bars = on_a_terminal()
 

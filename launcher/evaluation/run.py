@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import json
 import sys
+import uuid
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import AbstractContextManager, nullcontext, redirect_stdout, suppress
+from contextlib import AbstractContextManager, contextmanager, nullcontext, redirect_stdout, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -169,8 +170,8 @@ def _task(asked: Asked, loaded: Loaded, task: str) -> dict[str, Any]:
         measure = _choices(asked, loaded, questions) if questions else _records(asked, loaded, path)
     scores: dict[str, Any] = {}
     for name, way in _ways(asked, loaded):
-        with way, loaded.bars.bar(f"{_named(task)}, {name}") as bar:
-            scores[name] = measure(bar)
+        with way:
+            scores[name] = measure(f"{_named(task)}, {name}")
     return {"scores": scores}
 
 
@@ -184,12 +185,28 @@ def _ways(asked: Asked, loaded: Loaded) -> Iterator[tuple[str, AbstractContextMa
     yield "adapter", nullcontext()
 
 
-Measure = Callable[[Callable[..., None]], Scores]
+Measure = Callable[[str], Scores]  # called with what the progress is labelled with
 
 
 def _shared(loaded: Loaded, count: int) -> list[int]:
     ranks = loaded.comm.ranks
     return list(range(count))[ranks.rank :: ranks.world_size]
+
+
+@contextmanager
+def _progress(loaded: Loaded, what: str, of: int) -> Iterator[Callable[[int], None]]:
+    """A bar of the samples that all processes have done, as a function of how many this one has done."""
+    store, before = loaded.comm.store, 0
+    key = loaded.comm.from_main("a name for the work", lambda: f"loldu/evaluated/{uuid.uuid4().hex}")
+    with loaded.bars.bar(what, of) as bar:
+
+        def tick(done: int) -> None:
+            nonlocal before
+            bar(done if store is None else store.add(key, done - before))
+            before = done
+
+        yield tick
+        bar(of)
 
 
 def _gathered(loaded: Loaded, mine: list[Any]) -> list[Any]:
@@ -213,14 +230,10 @@ def _choices(asked: Asked, loaded: Loaded, questions: Sequence[Choice]) -> Measu
     some = questions[: asked.limit or len(questions)]
     template = _template(asked, loaded, conversations=False)
 
-    def measure(bar: Callable[..., None]) -> Scores:
+    def measure(what: str) -> Scores:
         mine = _shared(loaded, len(some))
-        found = _gathered(
-            loaded,
-            choice_scores(
-                loaded.scorer, loaded.tokenizer, template, some, mine, lambda done: bar(done, of=len(mine))
-            ),
-        )  # fmt: skip
+        with _progress(loaded, what, len(some)) as tick:
+            found = _gathered(loaded, choice_scores(loaded.scorer, loaded.tokenizer, template, some, mine, tick))
         right = [each for each in found if each is not None]
         if not right:
             raise ValueError(f"none of {len(found)} questions fits the model's context")
@@ -246,20 +259,23 @@ def _records(asked: Asked, loaded: Loaded, file: Path) -> Measure:
             expected = expected_text(record, template, loaded.tokenizer)
             asked_for.append((prompt_ids(record, template, loaded.tokenizer), expected))
 
-    def measure(bar: Callable[..., None]) -> Scores:
+    def measure(what: str) -> Scores:
         mine = _shared(loaded, len(data))
-        losses = loaded.scorer.sample_losses(data, mine, lambda done: bar(done, of=len(mine)))
-        scores = {"loss": ratio(_gathered(loaded, [list(each) for each in losses]))}
+        with _progress(loaded, what, len(data)) as tick:
+            losses = _gathered(loaded, [list(each) for each in loaded.scorer.sample_losses(data, mine, tick)])
+        scores = {"loss": ratio(losses)}
         if asked.max_tokens:
             mine = _shared(loaded, len(asked_for))
             right: list[float] = []
-            for start in range(0, len(mine), ANSWERS):
-                part = [asked_for[place] for place in mine[start : start + ANSWERS]]
-                made = answer(loaded.model, loaded.tokenizer, [ids for ids, _ in part], max_tokens=asked.max_tokens)
-                texts = [answer_text(loaded.tokenizer.decode(ids, skip_special_tokens=True)) for ids in made]
-                right += [float(text == wanted) for text, (_, wanted) in zip(texts, part, strict=True)]
-                bar(len(right), "answers", of=len(mine))
-            scores["exact_match"] = mean(_gathered(loaded, right))
+            with _progress(loaded, f"{what}, answers", len(asked_for)) as tick:
+                for start in range(0, len(mine), ANSWERS):
+                    part = [asked_for[place] for place in mine[start : start + ANSWERS]]
+                    made = answer(loaded.model, loaded.tokenizer, [ids for ids, _ in part], max_tokens=asked.max_tokens)
+                    texts = [answer_text(loaded.tokenizer.decode(ids, skip_special_tokens=True)) for ids in made]
+                    right += [float(text == wanted) for text, (_, wanted) in zip(texts, part, strict=True)]
+                    tick(len(right))
+                matches = _gathered(loaded, right)
+            scores["exact_match"] = mean(matches)
         return scores
 
     return measure
@@ -272,7 +288,7 @@ def _harness(asked: Asked, loaded: Loaded, task: str) -> Measure:
         with redirect_stdout(sys.stderr):
             return harness.evaluate(task, loaded.model, loaded.tokenizer, limit=asked.limit)
 
-    def measure(bar: Callable[..., None]) -> Scores:
+    def measure(what: str) -> Scores:
         return loaded.comm.from_main("task", act, timeout_s=24 * 3600.0)
 
     return measure

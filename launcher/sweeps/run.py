@@ -68,7 +68,8 @@ def train_all(plan: Sweep, console: Console) -> int:
             name, began = f"[{place} of {total}] {grid.shown(variant.values)}", time.monotonic()
             words = child.command(plan.recipe, plan.options(variant), plan.processes)
             with Bars(console).bar(name, brief=True) as show:
-                code = child.train(words, log, lock, stop, partial(_show_step, folder, show))
+                show(0, "starting")
+                code = child.train(words, log, lock, stop, partial(_show_step, folder, show, child.progress(folder)))
             if code == DONE:
                 console.print(f"{name}: {_outcome(folder)}, {time.monotonic() - began:.0f} s")
             elif stop.requested or code in (STOPPED, INTERRUPTED):
@@ -145,7 +146,8 @@ def _outcome(folder: Path) -> str:
     return f"loss {run.steps[-1]['loss']:.4f}" if run.steps else "finished"
 
 
-def _show_step(folder: Path, show: Callable[..., None]) -> None:
+def _show_step(folder: Path, show: Callable[..., None], before: tuple[int, int]) -> None:
+    """Show the step of a run. before: what its folder holds of an earlier part, which is shown once it has resumed."""
     step, steps = child.progress(folder)
-    if steps:
+    if steps and (step, steps) != before:
         show(step, of=steps)

@@ -1,18 +1,22 @@
 """`loldu eval`: its scores against sums by hand, adapter and base side by side, and what it refuses."""
 
+import io
 import json
 import math
 import statistics
 import sys
 import time
-from threading import Thread
+from threading import Event, Thread
+from types import SimpleNamespace
 
 import pytest
 import torch
 from launching import finish, start
+from rich.console import Console
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from adapters import LoLDUConfig
+from launcher import progress
 from launcher.cli import main
 from launcher.data.templates import load_template
 from launcher.evaluation import harness, run
@@ -20,6 +24,7 @@ from launcher.evaluation.choices import Choice, accuracy, read_choices
 from launcher.evaluation.likelihood import Scorer, choice_scores, encoded
 from launcher.evaluation.scores import mean, ratio
 from launcher.tasks.base import Layout
+from tests.communicators import together
 
 QUESTIONS = [
     {"question": "Which word is an animal?", "choices": ["The dog.", "Blue", "Seven"], "answer": 0},
@@ -252,6 +257,28 @@ def test_a_task_of_the_harness_gives_the_accuracy_that_we_find(capsys, babyllama
     for metric in ("acc", "acc_norm"):
         assert theirs[metric]["value"] == pytest.approx(ours[metric]["value"])
         assert theirs[metric]["stderr"] == pytest.approx(ours[metric]["stderr"])
+
+
+def test_the_bar_counts_the_samples_of_all_processes(monkeypatch):
+    monkeypatch.setattr(progress, "LINE_EVERY_S", -1.0)  # a line for each call
+    written, first_is_done = [io.StringIO(), io.StringIO()], Event()
+
+    def evaluate(comm):
+        console = Console(file=written[comm.ranks.rank], quiet=not comm.ranks.is_main)
+        loaded = SimpleNamespace(comm=comm, bars=progress.Bars(console))
+        with run._progress(loaded, "task, model", 10) as tick:
+            if comm.ranks.is_main:
+                first_is_done.wait(60)
+            for done in range(1, 6):
+                tick(done)
+            first_is_done.set()
+
+    assert together(2, evaluate) == [None, None]
+
+    assert [line.partition(",")[2].split(",")[0] for line in written[0].getvalue().splitlines()] == [
+        f" model {count}/10" for count in range(6, 11)
+    ]
+    assert written[1].getvalue() == ""
 
 
 @pytest.mark.slow
