@@ -70,12 +70,12 @@ def _split(arguments: Sequence[str], asked: dict[str, Any]) -> list[str]:
             asked["json"] = True
         elif flag in OWN:
             text = value if equals else next(words, "")
+            if not text or text.startswith("--"):
+                raise Misread(f"{flag}: expected one value (loldu plan --help)")
             try:
                 asked[flag.removeprefix("--")] = OWN[flag](text)
             except ValueError:
                 raise Misread(f"{flag}: expected a whole number, got {text!r} (loldu plan --help)") from None
-            if not text or text.startswith("-"):
-                raise Misread(f"{flag}: expected one value (loldu plan --help)")
         else:
             rest.append(word)
     if {"gpus", "processes"} <= asked.keys():

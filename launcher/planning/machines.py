@@ -89,6 +89,8 @@ def parse(gpus: str | None, nodes: int, processes: int) -> Machines:
         name = known[kind.lower()]
         return _gpus(count, nodes, name, DEVICES[name][0], f"{name}, by its data sheet")
     most = float(size[1])
+    if most * GB <= CONTEXT:
+        raise ValueError(f"--gpus {gpus}: CUDA alone takes {CONTEXT / GB} GB of a GPU: give one with more memory")
     near = BY_MEMORY[min(BY_MEMORY, key=lambda have: abs(have - most))]
     return _gpus(count, nodes, near, most * GB, f"{size[1]} GB, with the rates of an {near} by its data sheet")
 

@@ -11,6 +11,7 @@ from rich.table import Table
 from rich.text import Text
 
 from launcher.planning.predict import Plan, Way
+from launcher.progress import duration as minutes
 from launcher.text import padding, printable
 
 PARTS = (
@@ -35,10 +36,10 @@ def gb(size: float) -> str:
 
 
 def duration(seconds: float) -> str:
-    """2 h 5 min, 3 min, 4.2 s."""
-    if seconds >= 3600:
-        return f"{seconds // 3600:.0f} h {seconds % 3600 / 60:.0f} min"
-    return f"{seconds / 60:.0f} min" if seconds >= 120 else f"{seconds:.3g} s"
+    """2 h 05 min, 3 min, 4.2 s, 12 ms."""
+    if seconds >= 120:
+        return minutes(seconds)
+    return f"{seconds:.3g} s" if seconds >= 1 or not seconds else f"{seconds * 1000:.3g} ms"
 
 
 def as_json(found: Plan, command: str | None) -> str:
@@ -90,8 +91,8 @@ def show(found: Plan, command: str | None, data: str) -> None:
     """Print the plan."""
     console = Console(highlight=False)
 
-    def say(text: str) -> None:
-        console.print(Text(printable(text)), soft_wrap=True)
+    def say(text: str, *, copied: bool = False) -> None:
+        console.print(Text(printable(text)), soft_wrap=copied or not console.is_terminal)
 
     config, machines, asked = found.config, found.machines, found.asked
     where = f"{machines.processes} process{'es' if machines.processes > 1 else ''}"
@@ -141,7 +142,7 @@ def show(found: Plan, command: str | None, data: str) -> None:
     as_asked = " as asked" if way.asked else ""
     lasts = f"about {duration(way.step_s * found.steps)}" if found.known else f"{duration(way.step_s)} a step"
     say(f"Recommended{as_asked}: {_name(way)}, {gb(way.takes.peak)} a process, {lasts}:")
-    say(f"  {command}")
+    say(f"  {command}", copied=True)
 
 
 def _table(found: Plan) -> Table:

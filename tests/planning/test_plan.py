@@ -97,6 +97,9 @@ def test_the_screen_shows_parts_ways_and_a_command(capsys):
     ("words", "said"),
     [
         (["--gpus", "8xbananas"], "give COUNTxMEMORY (8x80GB)"),
+        (["--gpus", "8x0.5GB"], "CUDA alone takes 0.8 GB"),
+        (["--gpus", "--nodes", "2"], "--gpus: expected one value"),
+        (["--gpus", "8x80GB", "--nodes", "-1"], "--nodes and --processes are at least 1, got -1"),
         (["--nodes", "two"], "--nodes: expected a whole number, got 'two'"),
         (["--gpus", "8x80GB", "--processes", "2"], "leave it out with --gpus"),
         (["--model", "nowhere"], "neither a folder here nor in the hub cache"),
