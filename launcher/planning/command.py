@@ -91,15 +91,17 @@ def _act(config: Config, instead: Any, words: Sequence[str], asked: dict[str, An
     from launcher.training.run import quiet_libraries
 
     quiet_libraries()
-    if not task_of(config).text:
+    if (task := task_of(config)).unplanned is not None:
         raise ValueError(
-            "loldu plan predicts runs of language models, and --task subject is none: leave it out, or start it"
+            f"loldu plan does not predict {task.unplanned}: loldu train with the same options and --max-steps 1 prints "
+            "the memory that a step takes"
         )
     extra: list[str] = []
     folder = _folder(config)
     if folder is None and instead is not None:
-        note = f"{config.model.model} is not here: this plans the embedded model, which the recipe would train instead"
-        print(f"{note}. To plan your own: --model DIR", file=sys.stderr)
+        own = config.model.model
+        note = f"{own} is not here: this plans the embedded model, which the recipe would train instead"
+        print(f"{note}. To plan {own}: hf download {own} config.json, or --model DIR", file=sys.stderr)
         config, extra = instead(), ["--tiny"]
         folder = _folder(config)
     if folder is None:

@@ -281,7 +281,7 @@ def _samples(resolved: Resolved, folder: Path, notes: list[str]) -> tuple[Sample
     count = max(RECORDS, config.optimizer.batch_size)
     assumed = task.assumed(config, folder, count)
     why = f"{' and '.join(missing)} is not here" if missing else f"{folder} has no tokenizer or image processor"
-    notes.append(f"{why}: {count:,} samples of {assumed.lengths[0]} tokens are assumed")
+    notes.append(f"{why}: {count:,} samples of {assumed.lengths[0]} {task.counts} are assumed")
     return Sampled(assumed, count, ASSUMED), None
 
 

@@ -124,7 +124,8 @@ def show(found: Plan, command: str | None, data: str) -> None:
     if found.factored:
         table.add_row(f"factors of {found.factored} weights on disk", gb(found.factor_bytes))
         table.add_row("time to make them", duration(found.factor_s))
-    table.add_row("tokens on disk", gb(found.token_bytes))
+    if found.token_bytes:
+        table.add_row("tokens on disk", gb(found.token_bytes))
     passes = found.work.passes
     table.add_row(f"time of a step ({passes} pass{'es' if passes > 1 else ''})", duration(asked.step_s))
     if found.known:
@@ -147,12 +148,12 @@ def show(found: Plan, command: str | None, data: str) -> None:
 
 def _table(found: Plan) -> Table:
     table = Table(title="All ways", title_justify="left")
-    for name in ("sharding", "precision", "peak", "checkpointed", "sent", "step", "fits"):
+    for name in ("sharding", "precision", "peak", "check-\npointed", "sent", "step", "fits"):  # 80 columns in all
         table.add_column(name, justify="left" if name in ("sharding", "precision", "fits") else "right")
     for way in [way for way in found.ways if not way.checkpointing]:
         twin = next((other for other in found.ways if _twin(other, way)), way)
         if way.takes is None:
-            table.add_row(way.sharding, way.precision, "", "", "", "", "not supported")
+            table.add_row(way.sharding, way.precision, "", "", "", "", "refused")
             continue
         fits = "yes" if way.why_not is None else "checkpointed" if twin.why_not is None else "no"
         less = gb(twin.takes.peak) if twin is not way and twin.takes else ""

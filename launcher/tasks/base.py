@@ -106,6 +106,7 @@ class Task(Protocol):
     labels: bool = False  # the model has a classification head instead of its head for words
     flattens: bool = False  # a batch may be one row of all its samples, as with packing
     packages: tuple[str, ...] = ()  # whose versions a run records, beside those that every run has
+    unplanned: str | None = None  # runs that `loldu plan` cannot predict, in words
 
     def wants(self, config: Config) -> bool:
         """Whether a config that names no task (--task auto) asks for this one."""

@@ -29,7 +29,7 @@ from launcher.data.files import holds_csv
 from launcher.tasks import label_images
 from launcher.tasks.base import Batch, Layout, Sampled, Samples, Task, sampled
 from launcher.tasks.classifier import Classifier
-from launcher.tasks.labels import CLASSES, Labels, head_settings, save_classes
+from launcher.tasks.labels import CLASSES, CLASSES_ASSUMED, Labels, head_settings, save_classes
 
 
 @dataclass(frozen=True)
@@ -92,9 +92,16 @@ class Label(Classifier):
         rows, _, classes = load_splits(config.data)  # the head's size follows from the labels of all rows
         return sampled(rows, most, lambda some: encode(some, classes, tokenizer, config.data))
 
+    def assumed(self, config: Config, base: Path, count: int) -> Encoded:
+        plain = super().assumed(config, base, count)
+        return Labelled(
+            plain.ids, torch.zeros_like(plain.loss), plain.offsets, torch.ones_like(plain.targets), plain.report,
+            tuple(map(str, range(CLASSES_ASSUMED))), torch.arange(count) % CLASSES_ASSUMED, segments=None,
+        )  # fmt: skip
+
     def head(self, train: Encoded, tokenizer: Any) -> dict[str, Any]:
         assert isinstance(train, Labelled)
-        return head_settings(train.classes, tokenizer.pad_token_id)
+        return head_settings(train.classes, tokenizer.pad_token_id if tokenizer else 0)  # a plan may lack one
 
     def collate(self, data: Encoded, rows: Sequence[int], layout: Layout) -> Batch:
         assert isinstance(data, Labelled)

@@ -45,9 +45,7 @@ from launcher.models.image_processor import (
 )
 from launcher.tasks.base import Batch, Layout, Sampled, Samples, Task
 from launcher.tasks.classifier import Classifier
-from launcher.tasks.labels import CLASSES, Labels, head_settings, save_classes
-
-CLASSES_ASSUMED = 2  # for a plan without data
+from launcher.tasks.labels import CLASSES, CLASSES_ASSUMED, Labels, head_settings, save_classes
 
 
 @dataclass(frozen=True)

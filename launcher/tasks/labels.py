@@ -13,6 +13,7 @@ from launcher.files import read_json
 
 CLASSES = "classes.json"  # in the folder of an adapter or model
 SUMS = 7  # numbers that `moments` counts
+CLASSES_ASSUMED = 2  # for a plan without data
 Labels = tuple[str, ...]  # the classes, in the order of the head's outputs; empty for regression
 
 

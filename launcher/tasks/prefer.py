@@ -187,6 +187,9 @@ class Prefer(Instruct):
             None if before is None else pairs_of(before, data),
         )  # fmt: skip
 
+    def assumed(self, config: Config, base: Path, count: int) -> Encoded:
+        return pairs_of(super().assumed(config, base, 2 * count), config.data)
+
     def splits(self, data: DataConfig) -> tuple[list[records.Record], list[records.Record]]:
         """The chosen answers, for the plain loss per token."""
         train, held_out = self._pairs(data)

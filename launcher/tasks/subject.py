@@ -106,6 +106,7 @@ class Subject(Task):
     text = False
     counts = "samples"
     packages = ("diffusers",)
+    unplanned = "runs of image pipelines"
 
     def wants(self, config: Config) -> bool:
         return bool(config.data.instance_prompt)

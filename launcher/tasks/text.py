@@ -9,11 +9,13 @@ from __future__ import annotations
 import math
 from array import array
 from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import torch
 from peft import PeftConfig
 
 from launcher.config import Config, DataConfig
@@ -115,6 +117,11 @@ class Text(NextToken):
         if before is None and sum(len(row["text"]) for row in train[:most]) > CHARACTERS:
             return self._sample_of_long(train, tokenizer, config.data)
         return sampled(train, most, lambda some: self.encode(some, tokenizer, config.data), before)
+
+    def assumed(self, config: Config, base: Path, count: int) -> Encoded:
+        plain = super().assumed(config, base, count)
+        loss = torch.arange(len(plain.ids)) % config.data.max_length > 0
+        return replace(plain, loss=loss, targets=plain.offsets.diff() - 1)
 
     def _sample_of_long(self, rows: Sequence[records.Record], tokenizer: Any, data: DataConfig) -> Sampled:
         """The samples of the first CHARACTERS: a .txt file is one text, however long."""

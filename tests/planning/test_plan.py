@@ -116,6 +116,37 @@ def test_a_mistake_is_one_line(words, said, capsys):
     assert error.count("\n") == 1
 
 
+def test_a_classifier_of_images_is_planned(capsys):
+    found = planned(capsys, "vit_images_loldu", "--tiny", "--gpus", "2x24GB")
+
+    assert found["data"]["samples"] == 1197
+    assert found["asked"]["sharding"] == "ddp"
+    assert found["asked"]["bytes"]["activations"] > 0
+    assert found["notes"] == []
+
+
+@pytest.mark.parametrize(
+    "task", [["label", "--text-columns", "text"], ["prefer"], ["text"], ["instruct"]], ids=lambda words: words[0]
+)
+def test_each_task_is_planned_without_data_and_tokenizer(task, capsys):
+    found = planned(
+        capsys, "llama2_alpaca_loldu", "--model", str(SHAPES / "llama-2-7b"), "--data", "no/data", "--gpus", "1x80GB",
+        "--task", *task, "--micro-batch-size", "2",
+    )  # fmt: skip
+
+    assert found["data"]["lengths_from"] == "assumptions"
+    assert found["asked"]["bytes"]["activations"] > 1e9
+    assert [note.partition(":")[0] for note in found["notes"]] == ["no/data is not here"]
+
+
+def test_a_pipeline_is_refused_by_name(capsys):
+    pytest.importorskip("diffusers")
+
+    assert main(["plan", "stable_diffusion_subject_loldu", "--tiny"]) == 2
+
+    assert "does not predict runs of image pipelines: loldu train with the same" in capsys.readouterr().err
+
+
 @pytest.mark.parametrize("name", ENGINES)
 @pytest.mark.parametrize(("world", "local", "group"), [(1, 1, 1), (8, 8, 8), (16, 8, 8), (16, 8, 16)])
 def test_all_processes_together_hold_the_model(name, world, local, group):
