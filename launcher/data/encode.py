@@ -8,6 +8,7 @@ Shapes: S samples, T tokens of all samples together, B rows of a micro-batch, N 
 
 from __future__ import annotations
 
+import bisect
 import copy
 import hashlib
 import itertools
@@ -338,7 +339,7 @@ class _Seen:
         self.tokenizer = tokenizer
         self.offsets = _untrimmed(tokenizer)
         self.stop = stop_ids(tokenizer)
-        self.added = np.array(sorted(tokenizer.added_tokens_decoder), dtype=np.int64)
+        self.added = frozenset(tokenizer.added_tokens_decoder)
         self.segments: dict[str, list[int]] = {}
         self.tally = Tally()  # of the part at work
 
@@ -361,15 +362,15 @@ class _Seen:
         found = self.offsets(
             texts,
             add_special_tokens=False,
-            return_offsets_mapping=True,
             return_attention_mask=False,
             return_token_type_ids=False,
             verbose=False,
         )
+        # As Python's tuples, offsets take eight times the memory of their array: those of one text at a time.
         flat = itertools.chain.from_iterable
         return [
-            _Tokens(ids, *np.fromiter(flat(offsets), dtype=np.int64, count=2 * len(ids)).reshape(-1, 2).T)
-            for ids, offsets in zip(found["input_ids"], found["offset_mapping"], strict=True)
+            _Tokens(ids, *np.fromiter(flat(one.offsets), dtype=np.int64, count=2 * len(ids)).reshape(-1, 2).T)
+            for ids, one in zip(found["input_ids"], found.encodings, strict=True)
         ]
 
     def _by_prefixes(self, text: str, borders: list[int]) -> _Tokens:
@@ -398,16 +399,18 @@ class _Seen:
         """
         checks = []
         for number, (sample, found, places) in enumerate(zip(samples, tokens, spans, strict=True)):
-            added = np.flatnonzero(np.isin(found.ids, self.added))
+            added = (
+                [] if self.added.isdisjoint(found.ids) else [i for i, id in enumerate(found.ids) if id in self.added]
+            )
             for (start, _), (first, _) in zip(sample.answers, places, strict=True):
-                before = added[added < first]
-                cut = int(before[-1]) if len(before) else 0
-                begin = int(found.begins[cut]) if len(before) else 0
+                before = bisect.bisect_left(added, first)
+                cut = added[before - 1] if before else 0
+                begin = int(found.begins[cut]) if before else 0
                 checks.append((number, sample.text[begin:start], found.ids[cut:first], start))
         if len(self.segments) > MOST_SEGMENTS:
             self.segments.clear()
         unknown = list({segment for _, segment, _, _ in checks if segment and segment not in self.segments})
-        found_ids = self.tokenizer(unknown, add_special_tokens=False, verbose=False)["input_ids"] if unknown else []
+        found_ids = self._all_ids(unknown) if unknown else []
         ids = dict(zip(unknown, found_ids, strict=True)) | {"": []}
         self.segments |= {segment: made for segment, made in ids.items() if len(segment) < SHORT_SEGMENT}
         apart = {}
@@ -466,7 +469,13 @@ class _Seen:
             )
 
     def _ids(self, text: str) -> list[int]:
-        return self.tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]
+        return self._all_ids([text])[0]
+
+    def _all_ids(self, texts: list[str]) -> list[list[int]]:
+        found = self.tokenizer(
+            texts, add_special_tokens=False, return_attention_mask=False, return_token_type_ids=False, verbose=False
+        )
+        return found["input_ids"]
 
 
 def stop_ids(tokenizer: Any) -> set[int]:

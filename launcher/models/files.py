@@ -10,6 +10,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
+import torch
 from transformers import AutoTokenizer
 
 from adapters.checkpoint_files import is_pipeline, list_tensors, local_folder
@@ -106,6 +107,8 @@ def load_tokenizer(folder: Path, *, trust_remote_code: bool = False) -> Any:
             f"the tokenizer of {folder} has no tokenizer.json, and reading its other files takes "
             f"{' and '.join(missing)}: pip install {' '.join(missing)}"
         )
+    # The library starts its threads, one per core, with the first tokenizer: too many if processes share the cores.
+    os.environ.setdefault("RAYON_NUM_THREADS", str(torch.get_num_threads()))
     if has_tokenizer(folder):
         try:
             found = AutoTokenizer.from_pretrained(folder, local_files_only=True, trust_remote_code=trust_remote_code)

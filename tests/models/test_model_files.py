@@ -4,6 +4,8 @@ import importlib.util
 import json
 import os
 import shutil
+import subprocess
+import sys
 
 import pytest
 import tokenizers
@@ -47,6 +49,34 @@ def test_a_tokenizer_json_needs_no_other_package(stories, monkeypatch):
     monkeypatch.setattr(files, "_is_installed", lambda module: False)
 
     assert files.load_tokenizer(stories)("once")["input_ids"]
+
+
+COUNT_THREADS = """
+import os, sys
+from pathlib import Path
+from launcher.models import files
+
+def threads():
+    return len(list(Path("/proc/self/task").iterdir()))
+
+before = threads()
+tokenizer = files.load_tokenizer(Path(sys.argv[1]))
+tokenizer(["a text"] * 100)
+print(threads() - before)
+"""
+
+
+@pytest.mark.parametrize(("given", "started"), [({"OMP_NUM_THREADS": "1"}, 1), ({"RAYON_NUM_THREADS": "3"}, 3)])
+def test_a_tokenizer_starts_as_many_threads_as_torch_uses(given, started, stories):
+    """By default the library starts one for each core, also in each of several processes."""
+    others = {name: value for name, value in os.environ.items() if name != "RAYON_NUM_THREADS"}
+    environment = others | {"TOKENIZERS_PARALLELISM": "true"} | given
+
+    done = subprocess.run(
+        [sys.executable, "-c", COUNT_THREADS, str(stories)], env=environment, capture_output=True, text=True, check=True
+    )
+
+    assert int(done.stdout) == started
 
 
 def with_a_panic(stories, folder):
