@@ -4,7 +4,7 @@
 
 The records are those of --data, again and again, each with a number before it so that no two are equal. All processes
 read, check and tokenise them through the code of a run, into an empty cache; then they read it once more from there.
-Runs with few and with many processes take turns. Of each process: processor seconds, and the peak of its own memory
+Runs with few and with many processes take turns; each process has one thread. Of each: processor seconds, and the peak of its own memory
 (anonymous pages; those of mapped files are not counted) above what it held before. Seconds are those of the slowest.
 """
 
@@ -106,7 +106,7 @@ def measure(folder: Path, processes: int, options: argparse.Namespace) -> dict[s
         *(__file__, "--folder", str(folder), "--model", str(options.model), "--max-length", str(options.max_length)),
     ]
     (folder / "cache").mkdir()
-    subprocess.run(command, check=True, cwd=REPO, env={**os.environ, "PYTHONPATH": str(REPO)})
+    subprocess.run(command, check=True, cwd=REPO, env={**os.environ, "PYTHONPATH": str(REPO), "OMP_NUM_THREADS": "1"})
     found = [json.loads((folder / f"{rank}.json").read_text()) for rank in range(processes)]
     subprocess.run(["rm", "-r", str(folder / "cache")], check=True)
     assert len({each["digest"] for each in found}) == 1
