@@ -7,11 +7,13 @@ formula. The functions support torch.func and forward-mode gradients.
 from __future__ import annotations
 
 from collections.abc import Iterator
+from functools import cache
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.autograd import Function
 
 # Eight blocks of rows of a triangle need 9/16 of the multiplications. Measured on a CPU in float32: below FROM rows or
 # TOKENS it is not faster; for 512 tokens it takes 0.77 of the time at 512 rows (0.91 if rows are reordered first), 0.65
@@ -23,14 +25,14 @@ def take_rows(y0: Tensor, rows: Tensor) -> tuple[Tensor, Tensor]:
     """y0 (..., m), and its entries at rows (r,)."""
     if torch.compiler.is_compiling() or not torch.is_grad_enabled():  # the call of a Function costs more than its work
         return y0, y0.index_select(-1, rows)
-    return _TakeRows.apply(y0, rows)
+    return _apply(_TakeRows, y0, rows)
 
 
 def add_rows(onto: Tensor, added: Tensor, rows: Tensor) -> Tensor:
     """onto (..., m) plus added (..., r) at its entries rows (r,)."""
     if torch.compiler.is_compiling():
         return onto.index_add(-1, rows, added)
-    return _AddRows.apply(onto, added, rows)
+    return _apply(_AddRows, onto, added, rows)
 
 
 def lower_linear(x: Tensor, L: Tensor, rows: Tensor | None = None) -> Tensor:
@@ -42,7 +44,7 @@ def lower_linear(x: Tensor, L: Tensor, rows: Tensor | None = None) -> Tensor:
         return F.linear(x, L if rows is None else L.index_select(0, rows))
     if torch.compiler.is_compiling():
         return _lower_linear(x, L, rows)
-    return _LowerLinear.apply(x, L, rows)
+    return _apply(_LowerLinear, x, L, rows)
 
 
 def in_blocks(x: Tensor) -> bool:
@@ -79,7 +81,27 @@ def _part(L: Tensor, rows: Tensor | None, height: slice, width: slice) -> Tensor
     return L[height, width] if rows is None else L[:, width].index_select(0, rows[height])
 
 
-class _TakeRows(torch.autograd.Function):
+def _apply(function: type[Function], *inputs: Any) -> Any:
+    """function.apply(*inputs), for half of its time on the host outside torch.func's transforms (5 us, not 14): there a
+    function needs no setup_context, for which torch binds the inputs to forward's signature in each call."""
+    transformed = torch._C._are_functorch_transforms_active()
+    return (function if transformed else _plain(function)).apply(*inputs)
+
+
+@cache
+def _plain(function: type[Function]) -> type[Function]:
+    """The same function without setup_context."""
+
+    def forward(ctx: Any, *inputs: Any) -> Any:
+        output = function.forward(*inputs)
+        function.setup_context(ctx, inputs, output)
+        return output
+
+    parts = {"forward": forward, "backward": function.backward, "jvp": function.jvp}
+    return type(function.__name__, (Function,), {name: staticmethod(part) for name, part in parts.items()})
+
+
+class _TakeRows(Function):
     """Both gradients in one pass.
 
     Autograd alone fills a tensor of y0's size with zeros, writes the r numbers into it, and adds both into a third.
@@ -105,7 +127,7 @@ class _TakeRows(torch.autograd.Function):
         return y0.view_as(y0), y0.index_select(-1, ctx.saved_tensors[0])
 
 
-class _AddRows(torch.autograd.Function):
+class _AddRows(Function):
     """Autograd alone keeps `added` only for its shape."""
 
     generate_vmap_rule = True
@@ -128,7 +150,7 @@ class _AddRows(torch.autograd.Function):
         return onto.index_add(-1, ctx.saved_tensors[0], added)
 
 
-class _LowerLinear(torch.autograd.Function):
+class _LowerLinear(Function):
     """Autograd alone keeps the reordered parts of L, and fills a tensor of x's size for each block's gradient."""
 
     generate_vmap_rule = True

@@ -4,8 +4,9 @@
 
 The records are those of --data, again and again, each with a number before it so that no two are equal. All processes
 read, check and tokenise them through the code of a run, into an empty cache; then they read it once more from there.
-Runs with few and with many processes take turns; each process has one thread. Of each: processor seconds, and the peak of its own memory
-(anonymous pages; those of mapped files are not counted) above what it held before. Seconds are those of the slowest.
+Runs with few and with many processes take turns; each process has one thread. Of each process: processor seconds, and
+the peak of its own memory (anonymous pages; those of mapped files are not counted) above what it held before. Seconds
+are those of the slowest.
 """
 
 from __future__ import annotations

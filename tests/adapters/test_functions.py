@@ -1,5 +1,7 @@
 """The forward pass's own functions against their plain formulas, and what they save."""
 
+import inspect
+
 import pytest
 import torch
 import torch.nn.functional as F
@@ -46,6 +48,31 @@ def test_rows_are_taken_and_added_to_as_by_indexing():
     assert torch.equal(sum_, expected)
     assert torch.autograd.gradcheck(lambda y0: take_rows(y0, rows), y0, check_forward_ad=True)
     assert torch.autograd.gradcheck(lambda y0, added: add_rows(y0, added, rows), (y0, added), check_forward_ad=True)
+
+
+def test_torch_binds_a_signature_in_transforms_alone(monkeypatch, small_blocks):
+    """It takes the host longer than the rest of the call. Gradients are equal bit for bit."""
+    bound, own = [], inspect.signature
+    monkeypatch.setattr(torch.autograd.function.inspect, "signature", lambda f, **how: bound.append(f) or own(f, **how))
+    y0, added, rows, L = (
+        random(2, 5, 7),
+        random(2, 5, 4, seed=1),
+        torch.tensor([5, 0, 2, 3]),
+        random(4, 4, seed=2).tril(),
+    )
+
+    def loss(y0, added):
+        y, taken = take_rows(y0, rows)
+        return add_rows(y, lower_linear(taken * added, L), rows).square().sum()
+
+    given = [y0.clone().requires_grad_(), added.clone().requires_grad_()]
+    plain = torch.autograd.grad(loss(*given), given)
+    outside = len(bound)
+    transformed = torch.func.grad(loss, argnums=(0, 1))(y0, added)
+
+    assert outside == 0
+    assert len(bound) >= 3
+    assert all(torch.equal(a, b) for a, b in zip(plain, transformed, strict=True))
 
 
 @pytest.mark.parametrize(
