@@ -53,7 +53,7 @@ def encode_once(
 
     def look() -> list[Any]:
         file = folder / "tokenised" / f"{_key(records, tokenizer, config, kind)}.safetensors"
-        return [str(file), _verified(file)]
+        return [str(file), _verified(file, kind)]
 
     machines = crew.led("data", look)
     (name, digest), file = machines[0], Path(machines[0][0])
@@ -224,14 +224,14 @@ def _header(sizes: dict[str, int], report: DataReport, digest: str) -> bytes:
     return len(text).to_bytes(8, "little") + text
 
 
-def _verified(file: Path) -> str | None:
+def _verified(file: Path, kind: type[Encodes] = Encoder) -> str | None:
     """The digest of the tokens in a file; None if it is missing or, with a warning, damaged."""
     try:
         if file.exists() and not file.is_file():  # opening a FIFO would wait for ever
             raise ValueError("it is not a regular file")
         with safe_open(file, framework="pt") as opened:
             expected = opened.metadata()["digest"]
-        found = _read(file, None)
+        found = _read(file, None, kind)
         digest = found.digest()
         if _with_targets(digest, found.targets.numpy()) != expected:
             raise ValueError("its tokens differ from their digest")

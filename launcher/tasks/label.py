@@ -8,24 +8,29 @@ used. A checkpoint without a head gets a new one, drawn from the seed, trained w
 
 from __future__ import annotations
 
+import copy
 import hashlib
+import itertools
 import math
 import re
 import shlex
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from peft import PeftConfig
 from torch import Tensor
 
 from launcher.config import Config, DataConfig
 from launcher.data import records
-from launcher.data.encode import DataReport, Encoded
+from launcher.data.crew import ALONE, Crew
+from launcher.data.encode import DataReport, Encoded, Part, Tally, encoded
 from launcher.data.files import holds_csv
+from launcher.data.tokenised import encode_once
 from launcher.tasks import label_images
 from launcher.tasks.base import Batch, Layout, Sampled, Samples, Task, sampled
 from launcher.tasks.classifier import Classifier
@@ -50,7 +55,7 @@ class Labelled(Encoded):
 
     classes: Labels
     labels: Tensor  # (S,) int64 indices into classes, or float32 for regression
-    segments: Tensor | None  # (T,) int8: first or second text, for models with token types
+    segments: Tensor | None  # (T,) int32: first or second text, for models with token types
 
     def digest(self) -> str:
         return hashlib.sha256(super().digest().encode() + self.labels.numpy().tobytes()).hexdigest()
@@ -84,9 +89,18 @@ class Label(Classifier):
             )
 
     def read(self, config: Config, tokenizer: Any, cache: Path) -> Samples:
-        rows, held_rows, classes = load_splits(config.data)
-        held_out = encode(held_rows, classes, tokenizer, config.data) if held_rows else None
-        return Samples(train=encode(rows, classes, tokenizer, config.data), held_out=held_out)
+        return self.read_together(config, tokenizer, cache, ALONE)
+
+    def read_together(self, config: Config, tokenizer: Any, cache: Path, crew: Crew) -> Samples:
+        rows, held_rows, classes = crew.comm.each("data", lambda: load_splits(config.data))
+        tokens = partial(encode_once, tokenizer=tokenizer, config=config.data, folder=cache, crew=crew)
+
+        def labelled(rows: Sequence[records.Record]) -> Labelled:
+            texts = [{"texts": row["texts"]} for row in rows]
+            segments = tokens(texts, kind=SegmentEncoder) if has_segments(tokenizer) else None
+            return with_labels(tokens(texts, kind=LabelEncoder), segments, rows, classes)
+
+        return Samples(train=labelled(rows), held_out=labelled(held_rows) if held_rows else None)
 
     def sample(self, config: Config, tokenizer: Any, cache: Path, most: int) -> Sampled:
         rows, _, classes = load_splits(config.data)  # the head's size follows from the labels of all rows
@@ -144,31 +158,73 @@ def load_splits(config: DataConfig) -> tuple[list[records.Record], list[records.
     return train, held_out, labels
 
 
+class LabelEncoder:
+    """Each row as the tokenizer joins one text or two; above max_length, the longer text loses its end."""
+
+    report_type: type[DataReport] = LabelReport
+    output = "input_ids"  # of the tokenizer
+
+    def __init__(self, first: records.Record, tokenizer: Any, config: DataConfig):
+        if tokenizer.pad_token_id is None:
+            raise ValueError(
+                "this tokenizer has no padding token, which classification needs: set pad_token in its files"
+            )
+        self.tokenizer = copy.deepcopy(tokenizer)  # truncation changes its settings, of which the cache's key is made
+        self.max_length = config.max_length
+
+    @classmethod
+    def key(cls, first: records.Record, tokenizer: Any, config: DataConfig) -> list[Any]:
+        return [f"{cls.__module__}.{cls.__qualname__}", tokenizer.truncation_side]
+
+    def part(self, rows: Sequence[records.Record]) -> Part:
+        texts = [list(column) for column in zip(*(row["texts"] for row in rows), strict=True)]
+        found = self.tokenizer(*texts, verbose=False)
+        cut = sum(len(ids) > self.max_length for ids in found["input_ids"])
+        if cut:
+            found = self.tokenizer(*texts, truncation=True, max_length=self.max_length, verbose=False)
+        lengths = np.array([len(ids) for ids in found[self.output]], dtype=np.int64)
+        ids = np.fromiter(itertools.chain.from_iterable(found[self.output]), dtype=np.int32, count=int(lengths.sum()))
+        tally = Tally(samples=len(rows), kept=len(rows), tokens=len(ids), target_tokens=len(rows), truncated=cut)
+        return Part(lengths, np.ones_like(lengths), ids, np.zeros(len(ids), dtype=np.bool_), tally)
+
+    def report(self, tallies: Iterable[Tally], count: int) -> DataReport:
+        total = Tally()
+        for tally in tallies:
+            total.add(tally)
+        return LabelReport(count, count, total.truncated, 0, total.tokens, count, self.max_length)
+
+
+class SegmentEncoder(LabelEncoder):
+    """Of each token, in place of its id: whether it belongs to the first or the second text."""
+
+    output = "token_type_ids"
+
+
+def has_segments(tokenizer: Any) -> bool:
+    """Whether the model is told which text a token belongs to."""
+    return "token_type_ids" in tokenizer.model_input_names
+
+
 def encode(rows: Sequence[records.Record], labels: Labels, tokenizer: Any, config: DataConfig) -> Labelled:
-    """Tokenise each row as the tokenizer joins one text or two; above max_length, the longer text loses its end."""
-    if tokenizer.pad_token_id is None:
-        raise ValueError("this tokenizer has no padding token, which classification needs: set pad_token in its files")
-    texts = [list(column) for column in zip(*(row["texts"] for row in rows), strict=True)]
-    lengths = [len(ids) for ids in tokenizer(*texts, verbose=False)["input_ids"]]
-    found = tokenizer(*texts, truncation=True, max_length=config.max_length, verbose=False)
-    flat = {name: torch.tensor([x for part in found[name] for x in part]) for name in found}
-    offsets = torch.tensor([0, *(len(ids) for ids in found["input_ids"])]).cumsum(0)
+    """Tokenise and label the rows, all in memory."""
+    kinds = (LabelEncoder, SegmentEncoder) if has_segments(tokenizer) else (LabelEncoder,)
+    tokens, *segments = (encoded(kind(rows[0], tokenizer, config), rows) for kind in kinds)
+    return with_labels(tokens, segments[0] if segments else None, rows, labels)
+
+
+def with_labels(tokens: Encoded, segments: Encoded | None, rows: Sequence[records.Record], labels: Labels) -> Labelled:
+    """The rows' tokens with their labels."""
     if labels:
-        answers = torch.tensor([labels.index(_name(row["label"])) for row in rows])
+        places = {name: place for place, name in enumerate(labels)}
+        answers = torch.tensor([places[_name(row["label"])] for row in rows])
     else:
         answers = torch.tensor([float(row["label"]) for row in rows])
-    cut = sum(length > config.max_length for length in lengths)
-    tokens, count = int(offsets[-1]), len(rows)
+    assert isinstance(tokens.report, LabelReport)
     return Labelled(
-        ids=flat["input_ids"].int(),
-        loss=torch.zeros(tokens, dtype=torch.bool),
-        offsets=offsets,
-        targets=torch.ones(count, dtype=torch.int64),
-        report=LabelReport(count, count, cut, 0, tokens, count, config.max_length, classes=len(labels)),
-        classes=labels,
-        labels=answers,
-        segments=flat["token_type_ids"].to(torch.int8) if "token_type_ids" in flat else None,
-    )
+        ids=tokens.ids, loss=tokens.loss, offsets=tokens.offsets, targets=tokens.targets,
+        report=replace(tokens.report, classes=len(labels)), known_digest=tokens.known_digest, classes=labels,
+        labels=answers, segments=None if segments is None else segments.ids,
+    )  # fmt: skip
 
 
 def collate(data: Labelled, rows: Sequence[int], pad_id: int) -> dict[str, Tensor]:

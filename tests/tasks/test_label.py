@@ -14,6 +14,7 @@ from peft import get_peft_model_state_dict
 from tokenizers import Tokenizer
 from tokenizers.models import WordLevel
 from tokenizers.pre_tokenizers import Whitespace
+from tokenizers.processors import TemplateProcessing
 from transformers import (
     AutoModelForSequenceClassification,
     AutoTokenizer,
@@ -28,6 +29,8 @@ from transformers import (
 
 from adapters import LoLDUConfig
 from launcher.config import AdapterConfig, Config, DataConfig, ModelConfig, OptimizerConfig, RunConfig
+from launcher.data import tokenised
+from launcher.data.crew import Crew
 from launcher.models.build import build
 from launcher.models.quantize import Quantised
 from launcher.processes import Ranks
@@ -39,6 +42,7 @@ from launcher.training.packing import Way
 from launcher.training.report import Screen
 from launcher.training.resolve import resolve
 from launcher.training.run import run
+from tests.communicators import together
 
 
 @pytest.fixture
@@ -97,6 +101,44 @@ def test_a_long_row_is_cut_and_counted(tokenizer, tmp_path):
 
     assert found.lengths[0] == 48
     assert "1 cut at 48 tokens" in str(found.report)
+
+
+@pytest.mark.parametrize("segments", [False, True])
+def test_processes_share_the_work_and_the_next_start_finds_it(segments, tokenizer, tmp_path, monkeypatch):
+    """Also for a model that is told which text a token belongs to. What is cut and counted is the same as in memory."""
+    rows = [{"a": "good " * i, "b": "bad film", "label": ("no", "yes")[i % 2]} for i in range(1, 41)]
+    settings = Config(data=config(write(tmp_path, rows), text_columns=("a", "b"), eval_records=9))
+    if segments:
+        tokenizer.model_input_names = ["input_ids", "token_type_ids", "attention_mask"]
+        pair = "<s>:0 $A:0 </s>:0 $B:1 </s>:1"
+        special = [(token, tokenizer.convert_tokens_to_ids(token)) for token in ("<s>", "</s>")]
+        tokenizer.backend_tokenizer.post_processor = TemplateProcessing(
+            single="<s> $A </s>", pair=pair, special_tokens=special
+        )
+    monkeypatch.setattr(tokenised, "CHUNK", 5)
+    parts, own = [], label.LabelEncoder.part
+    monkeypatch.setattr(label.LabelEncoder, "part", lambda self, some: parts.append(len(some)) or own(self, some))
+    train, held_out, classes = label.load_splits(settings.data)
+    wanted = [label.encode(some, classes, tokenizer, settings.data) for some in (train, held_out)]
+    parts.clear()
+
+    found = together(3, lambda comm: label.TASK.read_together(settings, tokenizer, tmp_path / "cache", Crew(comm)))
+    once = sum(parts)
+    again = label.TASK.read(settings, tokenizer, tmp_path / "cache")
+
+    assert once == sum(parts) == len(rows) * (1 + segments)
+    assert wanted[0].report.truncated
+    for samples in (*found, again):
+        for mine, alone in zip((samples.train, samples.held_out), wanted, strict=True):
+            assert mine.digest() == alone.digest()
+            assert torch.equal(mine.labels, alone.labels)
+            assert (mine.segments is None) is not segments
+            assert mine.segments is None or torch.equal(mine.segments, alone.segments)
+            assert mine.report == alone.report
+    if segments:
+        end = found[0].train.lengths[0]
+        assert found[0].train.segments[:end].tolist() == tokenizer(*train[0]["texts"])["token_type_ids"]
+        assert set(found[0].train.segments.tolist()) == {0, 1}
 
 
 @pytest.mark.parametrize(("max_length", "code"), [(64, 0), (65, 2)])
