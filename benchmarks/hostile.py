@@ -5,10 +5,9 @@
     python benchmarks/hostile.py --model FOLDER --results FILE --seconds 800        # again and again: it resumes
     python benchmarks/hostile.py --model FOLDER --again FILE                        # the cases that had a fault
 
-FOLDER is a small causal language model. The cases are in tests/fuzz/cases.py and, for the kinds that are named with
---kind alone, in format_cases.py. With --every N only each N-th case runs;
-with --seconds no case starts after that time, and the same command continues with the next one. The results record how
-many cases exist and how many ran. The time that a case waits for a processor does not count.
+FOLDER is a small causal language model. The cases are in tests/fuzz/cases.py and format_cases.py. With --every N only
+each N-th case runs; with --seconds no case starts after that time, and the same command continues with the next one. The
+results record how many cases exist and how many ran. The time that a case waits for a processor does not count.
 """
 
 from __future__ import annotations
@@ -38,9 +37,12 @@ for name, value in {
 }.items():
     os.environ.setdefault(name, value)
 
-from cases import KINDS, Case, Materials, train_words  # noqa: E402
+from cases import KINDS as COMMAND_KINDS  # noqa: E402
+from cases import Case, Materials, train_words  # noqa: E402
 from format_cases import FORMAT_KINDS  # noqa: E402
 from harness import Ended, command, faults, run, snapshot  # noqa: E402
+
+KINDS = COMMAND_KINDS | FORMAT_KINDS
 
 
 def preload() -> None:
@@ -117,9 +119,7 @@ def counts(bad: list[dict]) -> dict[str, int]:
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", type=Path, required=True)
-    parser.add_argument(
-        "--kind", action="append", choices=list(KINDS | FORMAT_KINDS), help="default: those of cases.py"
-    )
+    parser.add_argument("--kind", action="append", choices=list(KINDS), help="default: all")
     parser.add_argument("--every", type=int, default=1)
     parser.add_argument("--seconds", type=float, default=float("inf"))
     parser.add_argument("--only", default="", help="run only cases whose name contains this, and print what they say")
@@ -132,7 +132,7 @@ def main() -> int:
         place = Path(name)
         os.environ["XDG_CACHE_HOME"] = str(place / "cache-home")
         made = materials(chosen.model.resolve(), place / "materials")
-        known = [case for kind in chosen.kind or KINDS for case in (KINDS | FORMAT_KINDS)[kind](made)]
+        known = [case for kind in chosen.kind or KINDS for case in KINDS[kind](made)]
         wanted = [case for case in known if chosen.only in case.name]
         if chosen.again:
             return again(chosen.again, wanted, place)
