@@ -110,10 +110,10 @@ class Chat(NamedTuple):
                 return self._render(record, end, prompt, spans=spans)
         clock.restart()
         text, marked = self._call(record, end, prompt, spans=spans)
-        if len(text) > limits().template_characters:
+        if len(text) > limits().text_characters:
             raise LimitExceeded(
                 f"the chat template writes {len(text):,} characters for one conversation: "
-                + limits().raised("template_characters")
+                + limits().raised("text_characters")
             )
         return text, marked
 

@@ -35,6 +35,7 @@ from launcher.files import read_json
 log = logging.getLogger(__name__)
 CHUNK = 1000  # records tokenised at once: enough to keep a fast tokenizer busy, little memory
 IDS_AT_ONCE = 1 << 22
+CHARACTERS_AT_ONCE = 1 << 20  # that a tokenizer gets in one call; it takes up to 400 bytes of memory for each
 SHORT_SEGMENT = 256  # characters; the ids of shorter ones (headers of answers, which repeat) are kept
 MOST_SEGMENTS = 4096  # that are kept; without a chat template each is a separate prompt
 
@@ -237,7 +238,9 @@ class Encoder:
         with many("rendering the chat template"):
             rendered = [seen.add(one) for one in _render(records, self.template, self.tokenizer, bad)]
         samples = [each for one in rendered for each in one.samples]
-        for sample_ids, answers in _tokenise(samples, seen, self.head, self.tail):
+        for sample_ids, answers in itertools.chain.from_iterable(
+            _tokenise(samples[group], seen, self.head, self.tail) for group in groups([len(s.text) for s in samples])
+        ):
             tally.samples += 1
             needed = int(answers.argmax()) + 1
             if needed > config.max_length:
@@ -273,6 +276,18 @@ class Encoder:
             total.samples, total.kept, total.truncated, total.samples - total.kept, total.tokens, total.target_tokens,
             most, notes,
         )  # fmt: skip
+
+
+def groups(sizes: Sequence[int], most: int = CHARACTERS_AT_ONCE) -> Iterator[slice]:
+    """Neighbours of at most this size together; one that is larger is alone."""
+    start = total = 0
+    for at, size in enumerate(sizes):
+        if at > start and total + size > most:
+            yield slice(start, at)
+            start, total = at, 0
+        total += size
+    if start < len(sizes):
+        yield slice(start, len(sizes))
 
 
 def _render(records: Sequence[Record], template: Template, tokenizer: Any, bad: BadRecords) -> Iterator[Rendered]:

@@ -18,6 +18,8 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
+from launcher.data.bad_records import BadRecord
+
 PREFIX = "LOLDU_"  # of the environment variables: LOLDU_TEMPLATE_SECONDS and so on
 
 
@@ -27,7 +29,7 @@ class Limits:
 
     template_seconds: float = 5.0  # to render one conversation
     template_bytes: int = 2**30  # of memory, beyond what the process has, while a conversation is rendered
-    template_characters: int = 2**24  # of one rendered conversation
+    text_characters: int = 2**21  # of one text that is tokenised: a prompt with its answer, a rendered conversation
     read_bytes: int = 2**34  # of one data file
     read_ratio: int = 100  # times its own size, that a compressed data file may unpack to
     image_bytes: int = 2**28  # of the file of one image
@@ -57,6 +59,15 @@ def limits() -> Limits:
 
 class LimitExceeded(ValueError):
     """A file or a template that takes more than its limit."""
+
+
+def check_length(text: str, whose: str) -> str:
+    """The text. Raises BadRecord if it is too long to be tokenised at once; whose: the beginning of the message."""
+    if len(text) > limits().text_characters:
+        raise BadRecord(
+            "a text that is too long", f"{whose} has {len(text):,} characters: {limits().raised('text_characters')}"
+        )
+    return text
 
 
 class _TooSlow(BaseException):

@@ -15,6 +15,7 @@ from launcher.config import DataConfig
 from launcher.data.bad_records import BadRecord
 from launcher.data.chat import TEMPLATE_DATE, Chat, Rendered, Sample, compiled, samples_of
 from launcher.data.forms import Record, as_conversation
+from launcher.data.limits import check_length
 
 SHORT = "### Instruction:\n{instruction}[\n### Input:\n{input}]\n### Response:\n"
 # The two prompts of github.com/tatsu-lab/stanford_alpaca (train.py, PROMPT_DICT), letter for letter.
@@ -126,7 +127,8 @@ def render_prompt(record: Record, template: Template, tokenizer: Any) -> str:
             f"--prompt-template {template.name} has no {{input}}, but a record has one: {record['input']!r:.60}",
         )
     text = template.with_input if record["input"] else template.without_input
-    return re.sub(r"\{(instruction|input)\}", lambda match: record[match[1]], text)  # in one pass: data may hold braces
+    prompt = re.sub(r"\{(instruction|input)\}", lambda match: record[match[1]], text)  # one pass: data may hold braces
+    return check_length(prompt, f"the prompt of the record that begins {record['instruction']!r:.50}")
 
 
 def prompt_ids(record: Record, template: Template, tokenizer: Any) -> list[int]:
@@ -167,7 +169,7 @@ def render(record: Record, template: Template, tokenizer: Any) -> Rendered:
     """
     if template.jinja is None:
         prompt = render_prompt(record, template, tokenizer)
-        text = prompt + record["output"]
+        text = check_length(prompt + record["output"], f"the record that begins {record['instruction']!r:.50}")
         return Rendered([Sample(text, ((len(prompt), len(text)),))])
     return samples_of(as_conversation(record), _chat(template, tokenizer), _marks(tokenizer))
 

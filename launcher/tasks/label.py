@@ -28,8 +28,9 @@ from torch import Tensor
 from launcher.config import Config, DataConfig
 from launcher.data import records
 from launcher.data.crew import ALONE, Crew
-from launcher.data.encode import DataReport, Encoded, Part, Tally, encoded
+from launcher.data.encode import DataReport, Encoded, Part, Tally, encoded, groups
 from launcher.data.files import holds_csv
+from launcher.data.limits import check_length
 from launcher.data.tokenised import encode_once
 from launcher.tasks import label_images
 from launcher.tasks.base import Batch, Layout, Sampled, Samples, Task, sampled
@@ -177,13 +178,17 @@ class LabelEncoder:
         return [f"{cls.__module__}.{cls.__qualname__}", tokenizer.truncation_side]
 
     def part(self, rows: Sequence[records.Record]) -> Part:
-        texts = [list(column) for column in zip(*(row["texts"] for row in rows), strict=True)]
-        found = self.tokenizer(*texts, verbose=False)
-        cut = sum(len(ids) > self.max_length for ids in found["input_ids"])
-        if cut:
-            found = self.tokenizer(*texts, truncation=True, max_length=self.max_length, verbose=False)
-        lengths = np.array([len(ids) for ids in found[self.output]], dtype=np.int64)
-        ids = np.fromiter(itertools.chain.from_iterable(found[self.output]), dtype=np.int32, count=int(lengths.sum()))
+        made: list[list[int]] = []
+        cut = 0
+        for group in groups([sum(map(len, row["texts"])) for row in rows]):
+            texts = [list(column) for column in zip(*(row["texts"] for row in rows[group]), strict=True)]
+            found = self.tokenizer(*texts, verbose=False)
+            longer = sum(len(ids) > self.max_length for ids in found["input_ids"])
+            if longer:
+                found = self.tokenizer(*texts, truncation=True, max_length=self.max_length, verbose=False)
+            made, cut = made + found[self.output], cut + longer
+        lengths = np.array([len(ids) for ids in made], dtype=np.int64)
+        ids = np.fromiter(itertools.chain.from_iterable(made), dtype=np.int32, count=int(lengths.sum()))
         tally = Tally(samples=len(rows), kept=len(rows), tokens=len(ids), target_tokens=len(rows), truncated=cut)
         return Part(lengths, np.ones_like(lengths), ids, np.zeros(len(ids), dtype=np.bool_), tally)
 
@@ -254,7 +259,7 @@ def _load(source: str, *, option: str = "--data", columns: Sequence[str], label:
             raise ValueError(
                 f"{where} is a {type(row).__name__}, expected an object with {', '.join(columns)}, {label}"
             )
-        texts = [records.text_of(row, column, where) for column in columns]
+        texts = [check_length(records.text_of(row, column, where), f"{where}: its {column!r}") for column in columns]
         value = row.get(label) if numbers is None else numbers[index]
         if isinstance(value, bool) or not isinstance(value, (int, float, str)):
             there = f"the {type(value).__name__} {value!r:.40}" if label in row else f"its columns: {', '.join(row)}"

@@ -1,11 +1,13 @@
 """Plain text: the model learns to predict every token (continued pretraining). Selected by --task text.
 
 Each text is enclosed by the tokenizer's start and end tokens. A text of more than --max-length tokens becomes several
-samples, each beginning with the last token of the one before: every token is predicted exactly once.
+samples, each beginning with the last token of the one before: every token is predicted exactly once. To limit memory, a
+very long text is tokenised in parts; a warning says so, because a token at their border may differ.
 """
 
 from __future__ import annotations
 
+import itertools
 import math
 from array import array
 from collections.abc import Iterable, Iterator, Sequence
@@ -22,7 +24,7 @@ from launcher.config import Config, DataConfig
 from launcher.data import records
 from launcher.data.bad_records import BadRecord, BadRecords
 from launcher.data.crew import ALONE, Crew
-from launcher.data.encode import DataReport, Encoded, Encodes, Part, Tally, encoded
+from launcher.data.encode import CHARACTERS_AT_ONCE, DataReport, Encoded, Encodes, Part, Tally, encoded, groups
 from launcher.data.files import each_row
 from launcher.data.stored import store_splits, stored_splits
 from launcher.data.templates import Template
@@ -53,22 +55,42 @@ class TextEncoder:
 
     @classmethod
     def key(cls, first: records.Record, tokenizer: Any, config: DataConfig) -> list[Any]:
-        return [f"{cls.__module__}.{cls.__qualname__}", tokenizer.bos_token_id, tokenizer.eos_token_id]
+        return [
+            f"{cls.__module__}.{cls.__qualname__}",
+            CHARACTERS_AT_ONCE,
+            tokenizer.bos_token_id,
+            tokenizer.eos_token_id,
+        ]
 
     def part(self, rows: Sequence[records.Record]) -> Part:
         ids, counts, loss = array("i"), array("q"), bytearray()
-        texts = [row["text"] for row in rows]
-        for tokens in self.tokenizer(texts, add_special_tokens=False, verbose=False)["input_ids"]:
-            whole = self.head + tokens + self.tail
+        texts, split = [row["text"] for row in rows], sum(len(row["text"]) > CHARACTERS_AT_ONCE for row in rows)
+        for tokens in itertools.chain.from_iterable(
+            self._tokens(texts[group]) for group in groups(list(map(len, texts)))
+        ):
+            whole = array("i", self.head) + tokens + array("i", self.tail)
             for at in range(0, max(len(whole) - 1, 0), self.max_length - 1):
                 part = whole[at : at + self.max_length]
                 ids.extend(part)
                 counts.append(len(part))
                 loss += b"\0" + b"\1" * (len(part) - 1)
         lengths = np.array(counts, dtype=np.int64)
-        tally = Tally(samples=len(rows), kept=len(lengths), tokens=len(ids), target_tokens=len(ids) - len(lengths))
+        tally = Tally(
+            samples=len(rows), kept=len(lengths), tokens=len(ids), target_tokens=len(ids) - len(lengths), split=split
+        )
         masks = np.frombuffer(loss, dtype=np.bool_)
         return Part(lengths, lengths - 1, np.array(ids, dtype=np.int32), masks, tally)
+
+    def _tokens(self, texts: list[str]) -> Iterator[array]:
+        """The tokens of some short texts, or of one that may be long, which is tokenised in parts."""
+        if len(texts) > 1:
+            found = self.tokenizer(texts, add_special_tokens=False, verbose=False)["input_ids"]
+            yield from (array("i", ids) for ids in found)
+            return
+        whole = array("i")
+        for text in parts_of(texts[0]):
+            whole.extend(self.tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"])
+        yield whole
 
     def report(self, tallies: Iterable[Tally], count: int) -> DataReport:
         total = Tally()
@@ -76,7 +98,13 @@ class TextEncoder:
             total.add(tally)
         if not total.kept:
             raise ValueError("every text is a single token, which leaves none to predict: give longer texts")
-        return TextReport(count, total.kept, 0, 0, total.tokens, total.target_tokens, self.max_length)
+        note = (
+            f"{total.split:,} of {count:,} texts are longer than {CHARACTERS_AT_ONCE:,} characters and tokenised in "
+            "parts that end at a line break or a blank: a token there may differ from those of the whole text"
+        )
+        return TextReport(
+            count, total.kept, 0, 0, total.tokens, total.target_tokens, self.max_length, (note,) if total.split else ()
+        )
 
 
 class Text(NextToken):
@@ -143,6 +171,16 @@ class Text(NextToken):
 
 
 TASK: Task = Text()
+
+
+def parts_of(text: str, most: int = CHARACTERS_AT_ONCE) -> Iterator[str]:
+    """The text in parts of at most this many characters, which end at a line break, else a blank, else anywhere."""
+    start = 0
+    while len(text) - start > most:
+        cut = next((at + 1 for mark in "\n " if (at := text.rfind(mark, start, start + most)) >= start), start + most)
+        yield text[start:cut]
+        start = cut
+    yield text[start:]
 
 
 def column_of(columns: tuple[str, ...]) -> str:

@@ -2,6 +2,7 @@
 other when packed."""
 
 import gzip
+import itertools
 import json
 import logging
 import math
@@ -739,7 +740,7 @@ def test_a_prompt_that_opens_the_thinking_is_followed_by_thinking(in_content):
             "{% for a in range(99999) %}{% for b in range(9999) %}x{% endfor %}{% endfor %}",
             r"takes more than 0\.5 seconds|takes too much memory",
         ),
-        ("{{ 'a' * 20000000 }}", r"writes 20,000,000 characters for one conversation: .*LOLDU_TEMPLATE_CHARACTERS"),
+        ("{{ 'a' * 20000000 }}", r"writes 20,000,000 characters for one conversation: .*LOLDU_TEXT_CHARACTERS"),
     ],
 )
 def test_a_template_that_fails_or_takes_too_much_is_refused(template, expected, monkeypatch):
@@ -748,6 +749,34 @@ def test_a_template_that_fails_or_takes_too_much_is_refused(template, expected, 
 
     with pytest.raises(ValueError, match=expected):
         encode([{"messages": CHAT}], byte_tokenizer(template), prompt_template="chat")
+
+
+@pytest.mark.parametrize("sizes", [[], [5], [50], [3, 3, 3, 3], [9, 50, 1], [50, 50], [4, 4, 4, 50, 2]])
+def test_a_tokenizer_gets_neighbours_up_to_a_size_together(sizes):
+    found = [sizes[group] for group in encoding.groups(sizes, 10)]
+
+    assert [size for group in found for size in group] == sizes
+    assert all(group and (len(group) == 1 or sum(group) <= 10) for group in found)
+    assert all(sum(one) + other[0] > 10 for one, other in itertools.pairwise(found))
+
+
+def test_groups_of_texts_give_the_samples_of_all_at_once(monkeypatch):
+    rows = [{"instruction": "Add." * number, "input": "", "output": "3" * number} for number in range(1, 9)]
+    at_once = encode(rows)
+
+    monkeypatch.setattr(encoding.groups, "__defaults__", (60,))
+
+    assert encode(rows).digest() == at_once.digest()
+
+
+def test_a_text_that_is_too_long_is_refused_or_left_out(monkeypatch):
+    monkeypatch.setattr("launcher.data.limits.limits", lambda: Limits(text_characters=200))
+    rows = [ALPACA, {**ALPACA, "output": "3" * 300}]
+
+    with pytest.raises(ValueError, match=r"begins 'Add\.' has 3\d\d characters: .*raise it with LOLDU_TEXT_CHARACTERS"):
+        encode(rows)
+
+    assert len(encode(rows, on_bad_record="skip")) == 1
 
 
 def loop_for_ever():

@@ -31,6 +31,7 @@ from adapters import LoLDUConfig
 from launcher.config import AdapterConfig, Config, DataConfig, ModelConfig, OptimizerConfig, RunConfig
 from launcher.data import tokenised
 from launcher.data.crew import Crew
+from launcher.data.limits import Limits
 from launcher.models.build import build
 from launcher.models.quantize import Quantised
 from launcher.processes import Ranks
@@ -139,6 +140,26 @@ def test_processes_share_the_work_and_the_next_start_finds_it(segments, tokenize
         end = found[0].train.lengths[0]
         assert found[0].train.segments[:end].tolist() == tokenizer(*train[0]["texts"])["token_type_ids"]
         assert set(found[0].train.segments.tolist()) == {0, 1}
+
+
+def test_groups_of_rows_give_the_samples_of_all_at_once(tokenizer, tmp_path, monkeypatch):
+    rows = [{"sentence": "word " * number, "label": number % 2} for number in range(1, 20)]
+    found, _, labels = label.load_splits(config(write(tmp_path, rows)))
+    at_once = label.encode(found, labels, tokenizer, config("x", max_length=16))
+
+    monkeypatch.setattr(label.groups, "__defaults__", (100,))
+    in_groups = label.encode(found, labels, tokenizer, config("x", max_length=16))
+
+    assert in_groups.digest() == at_once.digest()
+    assert in_groups.report == at_once.report
+    assert in_groups.report.truncated
+
+
+def test_a_text_that_is_too_long_is_named(tmp_path, monkeypatch):
+    monkeypatch.setattr("launcher.data.limits.limits", lambda: Limits(text_characters=9))
+
+    with pytest.raises(ValueError, match=r"record 1 of .*: its 'sentence' has 10 characters: .*LOLDU_TEXT_CHARACTERS"):
+        label.load_splits(config(write(tmp_path, [{"sentence": "a" * size, "label": size} for size in (9, 10)])))
 
 
 @pytest.mark.parametrize(("max_length", "code"), [(64, 0), (65, 2)])

@@ -45,6 +45,43 @@ def events(config):
     return [json.loads(line) for line in open(f"{config.run.output}/events.jsonl")]
 
 
+@pytest.mark.parametrize(
+    ("given", "parts"),
+    [
+        ("ab\ncd ef", ["ab\n", "cd ", "ef"]),
+        ("abcdefgh", ["abcd", "efgh"]),
+        ("a\nb c d", ["a\n", "b c ", "d"]),
+        ("", [""]),
+    ],
+)
+def test_the_parts_of_a_long_text_end_at_a_line_break_or_a_blank_if_there_is_one(given, parts):
+    assert list(text.parts_of(given, 4)) == parts
+
+
+def test_a_very_long_text_is_tokenised_in_parts_with_a_warning(tokenizer, monkeypatch):
+    lines = "".join(f"once upon a time there were {number} models\n" for number in range(40))
+    other = [{"text": "a short text"}]
+    whole = text.TASK.encode([{"text": lines}, *other], tokenizer, DataConfig(max_length=48))
+    calls = []
+
+    class Listening:
+        bos_token_id, eos_token_id = tokenizer.bos_token_id, tokenizer.eos_token_id
+
+        def __call__(self, texts, **how):
+            calls.append(texts)
+            return tokenizer(texts, **how)
+
+    monkeypatch.setattr(text, "CHARACTERS_AT_ONCE", 500)
+    monkeypatch.setattr(text.groups, "__defaults__", (500,))
+    monkeypatch.setattr(text.parts_of, "__defaults__", (500,))
+    found = text.TASK.encode([{"text": lines}, *other], Listening(), DataConfig(max_length=48))
+
+    assert max(len(given) if isinstance(given, str) else sum(map(len, given)) for given in calls) <= 500
+    assert "1 of 2 texts are longer than 500 characters and tokenised in parts" in found.report.notes[0]
+    assert not whole.report.notes
+    assert tokenizer.decode(found.ids[found.loss]).split() == tokenizer.decode(whole.ids[whole.loss]).split()
+
+
 def test_every_token_of_a_long_text_is_predicted_exactly_once(tokenizer):
     story = "once upon a time there was a model " * 20
 
