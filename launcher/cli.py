@@ -9,7 +9,7 @@ from typing import Any, NamedTuple
 
 from launcher.config import nearest
 from launcher.exit_codes import DONE, MISTAKE
-from launcher.options import parse_call, with_home
+from launcher.options import parse_call
 from launcher.start import guarded, train
 
 
@@ -52,7 +52,6 @@ COMMANDS: Mapping[str, Command] = {
 
 def main(arguments: Sequence[str]) -> int:
     """The `loldu` command; returns its exit code."""
-    arguments = with_home(arguments)
     words = 2 if arguments[:1] == ["cache"] else 1
     name, rest = " ".join(arguments[:words]), list(arguments[words:])
     if name in ("", "-h", "--help"):

@@ -429,4 +429,7 @@ def _problem(hint: Any, value: Any) -> str | None:
             return "must be a number"
         return None if abs(value) < math.inf else "must be a finite number"  # written so that NaN fails too
     assert hint is str, hint
-    return None if isinstance(value, str) else "must be text"
+    if not isinstance(value, str):
+        return "must be text"
+    half = next((letter for letter in value if "\ud800" <= letter <= "\udfff"), None)
+    return f"must be text in UTF-8, without {half!r}" if half else None

@@ -71,6 +71,20 @@ def read_or_empty(file: Path) -> str:
         return ""
 
 
+def user_path(text: str | Path) -> Path:
+    """The path that a user gave, with the home folder for ~ or ~name at its beginning.
+
+    A shell does this for --output ~/x, but not for --output=~/x, nor in quotes, nor in a file of settings. Raises
+    ValueError if there is no such home folder, and no file of this very name.
+    """
+    try:
+        return Path(text).expanduser()
+    except RuntimeError:
+        if os.path.lexists(text):
+            return Path(text)
+        raise ValueError(f"{text}: there is no such home directory; give an absolute path") from None
+
+
 def open_regular(file: Path) -> BinaryIO:
     """Open a file for reading. Raises OSError for anything else, such as a FIFO, whose opening would wait forever."""
     descriptor = os.open(file, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)

@@ -12,7 +12,6 @@ from __future__ import annotations
 
 import argparse
 import inspect
-import os
 import types
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import MISSING, dataclass, fields, is_dataclass, replace
@@ -50,15 +49,6 @@ class _Leaf:
     group: str = ""  # empty: the command's own
     positional: bool = False
     repeated: bool = False
-
-
-def with_home(arguments: Sequence[str]) -> list[str]:
-    """The arguments with the home folder in --name=~/x, which a shell fills in for --name ~/x alone."""
-    return [
-        f"{name}={os.path.expanduser(value)}" if name.startswith("--") and value.split("/")[0] == "~" else word
-        for word in arguments
-        for name, _, value in [word.partition("=")]
-    ]
 
 
 def parse_call(
@@ -220,7 +210,9 @@ def _reader(hint: Any) -> tuple[Callable[[str], Any], str] | None:
         return partial(_read, int, "a whole number"), "N"
     if kind is float:
         return partial(_read, float, "a number"), "X"
-    return {str: (str, "TEXT"), bool: (bool, "")}.get(kind)
+    if kind is str:
+        return partial(_read, _text, "text in UTF-8"), "TEXT"
+    return (bool, "") if kind is bool else None
 
 
 def _choices(kind: Any) -> Iterator[Any]:
@@ -233,6 +225,12 @@ def _read(read: Callable[[str], Any], expected: str, text: str) -> Any:
         return read(text)
     except (ValueError, KeyError):
         raise argparse.ArgumentTypeError(f"expected {expected}, got {text!r}") from None
+
+
+def _text(word: str) -> str:
+    """The word. Raises ValueError if it holds bytes that are no text: such a name can neither be shown nor recorded."""
+    word.encode()
+    return word
 
 
 def _hyphens(word: str) -> str:

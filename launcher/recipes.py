@@ -10,6 +10,7 @@ from importlib.util import module_from_spec, spec_from_file_location
 from pathlib import Path
 
 from launcher.config_file import SUFFIXES
+from launcher.files import user_path
 from launcher.shipped import recipes_folder
 
 
@@ -21,7 +22,7 @@ def recipe_names() -> list[str]:
 def find_recipe(given: str) -> Path:
     """The absolute path of a recipe or settings file. Raises ValueError listing the recipes."""
     named = recipes_folder() / f"{given}.py"
-    for path in (Path(given).expanduser(), named):
+    for path in (user_path(given), named):
         if path.suffix in (".py", *SUFFIXES) and path.is_file() and (path != named or given in recipe_names()):
             return path.resolve()
     if Path(given).is_dir() and (Path(given) / "config.json").is_file():

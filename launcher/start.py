@@ -17,7 +17,7 @@ from launcher.config import Config, DataConfig
 from launcher.config_file import read_config
 from launcher.exit_codes import DONE, FAILED, INTERRUPTED, MISTAKE, Failed
 from launcher.optimizers import OPTIMIZERS
-from launcher.options import Misread, parse_config, with_home
+from launcher.options import Misread, parse_config
 from launcher.packages import without_bitsandbytes
 from launcher.processes import print_error
 from launcher.recipes import find_recipe, recipe_names, run_name, run_python
@@ -80,8 +80,6 @@ def run_recipe(
     If the recipe's own base model or data are not available, tiny takes their place and a banner reports it. A model or
     dataset that the user names is never substituted.
     """
-
-    arguments = with_home(arguments)
 
     @dataclass(frozen=True, kw_only=True)
     class Options(Config):

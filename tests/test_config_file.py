@@ -89,6 +89,8 @@ def test_records_beside_the_settings_are_ignored_and_the_run_gets_a_new_folder(t
         ("adapter: &a {options: *a}", "not YAML|must be a list|nested too deeply|unknown"),
         ("a: " + "[" * 5000, "nested too deeply|not YAML"),
         ("a: b\0", "not YAML"),
+        ('run: {output: "x\\ud800"}', r"--output \(run\.output\) must be text in UTF-8, without '.ud800', got"),
+        ('adapter: {targets: ["\\udfff"]}', "must be a list; each entry must be text in UTF-8"),
         (LAUGHS, "must be text, got .{,200}$"),
     ],
 )  # fmt: skip

@@ -12,7 +12,15 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-from launcher.files import allow_by_umask, digest, disk_errors, read_or_empty, replacing, write_atomically
+from launcher.files import (
+    allow_by_umask,
+    digest,
+    disk_errors,
+    read_or_empty,
+    replacing,
+    user_path,
+    write_atomically,
+)
 
 PROJECT = Path(__file__).resolve().parents[1]
 
@@ -123,3 +131,15 @@ def test_nothing_is_imported_but_the_standard_library():
     code = "import sys, launcher.files; assert not {'torch', 'safetensors', 'transformers'} & sys.modules.keys()"
 
     subprocess.run([sys.executable, "-c", code], cwd=PROJECT, check=True)
+
+
+def test_a_users_path_may_begin_with_a_home_folder(tmp_path, monkeypatch):
+    monkeypatch.setenv("HOME", "/home/me")
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "~nobody-here.json").touch()
+
+    assert user_path("~/my runs/x") == Path("/home/me/my runs/x")
+    assert user_path("a/~/x") == Path("a/~/x")
+    assert user_path("~nobody-here.json") == Path("~nobody-here.json")
+    with pytest.raises(ValueError, match="~nobody-here/x: there is no such home directory; give an absolute path"):
+        user_path("~nobody-here/x")

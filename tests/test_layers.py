@@ -39,7 +39,7 @@ MAY_IMPORT = {  # beside itself; in the order in which data flows
     "launcher.packages": set(),
     "launcher.exit_codes": set(),
     "launcher.config_file": {"launcher.config", "launcher.files"},
-    "launcher.recipes": {"launcher.config_file", "launcher.shipped"},  # finds and starts them
+    "launcher.recipes": {"launcher.config_file", "launcher.files", "launcher.shipped"},  # finds and starts them
     "launcher.devices": set(),
     "launcher.processes": {
         "launcher.devices", "launcher.engines.registry", "launcher.shipped", "launcher.text",

@@ -9,7 +9,7 @@ from typing import Annotated, Literal
 import pytest
 
 from launcher.config import AdapterConfig, Config, DataConfig
-from launcher.options import Misread, Option, parse_call, parse_config, with_home
+from launcher.options import Misread, Option, parse_call, parse_config
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -147,19 +147,9 @@ def test_every_field_of_the_config_has_a_help_text(capsys):
     assert not bare
 
 
-def test_the_home_folder_is_filled_in_after_an_equals_sign_too(monkeypatch):
-    """A shell does that for `--output ~/x` alone; `--output=~/x` made a folder named ~."""
-    monkeypatch.setenv("HOME", "/home/me")
+@pytest.mark.parametrize("words", [["--a=x\udcff"], ["--a", "\udcff"], ["--several", "x", "\ud800"]])
+def test_bytes_that_are_no_text_are_refused_before_anything_starts(words):
+    def function(*, a: str = "", several: tuple[str, ...] = ()) -> None: ...
 
-    words = with_home(["train", "x", "--output=~/x", "--data", "~y", "--a=~", "--template={~/x}", "--b=~other/x"])
-
-    assert words == [
-        "train",
-        "x",
-        "--output=/home/me/x",
-        "--data",
-        "~y",
-        "--a=/home/me",
-        "--template={~/x}",
-        "--b=~other/x",
-    ]
+    with pytest.raises(Misread, match=r"^--(a|several): expected text in UTF-8, got '.*' \(loldu x --help\)$"):
+        parse_call(function, words, "loldu x")

@@ -75,6 +75,39 @@ def test_the_same_settings_as_yaml_give_the_same_losses(train, first, tmp_path):
     assert losses(tmp_path / "runs" / "mine") == losses(first)
 
 
+@pytest.mark.parametrize("given", ["option", "quoted option", "settings"])
+def test_a_path_may_begin_with_the_home_folder_everywhere(given, train, tmp_path, monkeypatch):
+    """A shell fills it in for --output ~/x alone."""
+    home = tmp_path / "home" / "me"
+    home.mkdir(parents=True)
+    monkeypatch.setenv("HOME", str(home))
+    (home / "model").symlink_to(TINY / "model")
+    (home / "train.json").write_text(json.dumps([{"instruction": "Say yes.", "input": "", "output": "yes"}] * 4))
+    paths = {"model": "~/model", "data": "~/train.json", "output": "~/my runs/x", "cache": "~/my cache"}
+    sections = {"model": "model", "data": "data", "output": "run", "cache": "run"}
+    others = ["--max-steps=1", "--rank=4", "--eval-records=0", "--batch-size=2"]
+    (tmp_path / "mine.yaml").write_text(
+        yaml.safe_dump(
+            {part: {name: paths[name] for name in paths if sections[name] == part} for part in sections.values()}
+        )
+    )
+    words = {
+        "option": ["llama2_alpaca_loldu", *(f"--{name}={path}" for name, path in paths.items())],
+        "quoted option": [
+            "llama2_alpaca_loldu",
+            *(word for name, path in paths.items() for word in (f"--{name}", path)),
+        ],
+        "settings": ["mine.yaml"],
+    }[given]
+
+    code, error = train(*words, *others)
+
+    assert (code, error) == (0, error)
+    assert (home / "my runs" / "x" / "adapter").is_dir()
+    assert (home / "my cache").is_dir()
+    assert not (tmp_path / "~").exists()
+
+
 def test_a_python_file_runs_as_python_would_run_it(train, tmp_path, capfd):
     (tmp_path / "other.py").write_text("value = 5")
     (tmp_path / "mine.py").write_text(

@@ -10,7 +10,6 @@ import time
 import uuid
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
-from pathlib import Path
 from typing import Any
 
 from launcher.cluster import hostfile as hostfiles
@@ -19,6 +18,7 @@ from launcher.cluster.environment import differences
 from launcher.cluster.fleet import AGENT, Fleet, by_srun, over_ssh
 from launcher.cluster.slurm import ask
 from launcher.engines.registry import names
+from launcher.files import user_path
 
 GREET_S = 60.0
 SHARED_S = 5.0  # how long a network file system may take to show what another node wrote
@@ -242,7 +242,7 @@ def check_optional(fleet: Fleet, facts: Mapping[str, Mapping[str, Any]]) -> list
 
 def check_folder(fleet: Fleet, names: Sequence[str], folder: str) -> list[Finding]:
     """Check that the folder is shared: each node writes a file, then each node reads all of them."""
-    place = Path(folder) / f".loldu-doctor-{uuid.uuid4().hex}"
+    place = user_path(folder) / f".loldu-doctor-{uuid.uuid4().hex}"
     each = {name: {"file": str(place / name), "text": name} for name in names}
     _, unwritten = fleet.ask_all("write", 30.0, each)
     findings = [

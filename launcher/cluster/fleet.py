@@ -16,7 +16,7 @@ from types import TracebackType
 from typing import Any
 
 from launcher.cluster.agent import PREFIX
-from launcher.files import parse_json
+from launcher.files import parse_json, user_path
 from launcher.text import one_line
 
 AGENT = Path(__file__).resolve().with_name("agent.py")
@@ -213,7 +213,7 @@ def over_ssh(
     return [
         "ssh", "-T", "-o", "BatchMode=yes", "-o", "ConnectTimeout=10", "-o", "ConnectionAttempts=1",
         "-o", "ServerAliveInterval=3", "-o", "ServerAliveCountMax=3", "-o", "ControlMaster=no", "-o", "LogLevel=ERROR",
-        *(["-p", str(ssh_port)] if ssh_port else []), *(["-F", ssh_config] if ssh_config else []),
+        *(["-p", str(ssh_port)] if ssh_port else []), *(["-F", str(user_path(ssh_config))] if ssh_config else []),
         "--", host, f"exec /bin/sh -c {quote(steps)}",
     ]  # fmt: skip
 

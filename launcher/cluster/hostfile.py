@@ -12,9 +12,8 @@ from __future__ import annotations
 import re
 import sys
 from dataclasses import dataclass, replace
-from pathlib import Path
 
-from launcher.files import read_text
+from launcher.files import read_text, user_path
 
 NAME = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_.-]{0,252}")
 
@@ -65,7 +64,7 @@ class Host:
 def read(file: str) -> list[Host]:
     """The hosts in the order of the file; the first one is the head node. Raises ValueError listing every mistake."""
     try:
-        text = read_text(Path(file))
+        text = read_text(user_path(file))
     except (OSError, ValueError) as error:
         reason = error.strerror if isinstance(error, OSError) else "not a text file of at most a megabyte"
         raise ValueError(

@@ -15,7 +15,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from launcher.files import disk_errors, open_regular, parse_json, read_json, read_or_empty, write_atomically
+from launcher.files import disk_errors, open_regular, parse_json, read_json, read_or_empty, user_path, write_atomically
 from launcher.recipes import run_name
 from launcher.text import one_line
 
@@ -49,13 +49,8 @@ def run_folder(name: str | None, recipe: Path, options: Sequence[str]) -> Path:
     output = option("--output", options)
     if output is not None and name is not None:
         raise ValueError(f"--name {name} and the recipe's --output {output} both set the run folder: give one of them")
-    if output is None:
-        folder = RUNS / safe_name(default_name(recipe) if name is None else name)
-    else:
-        try:
-            folder = Path(output).expanduser()
-        except RuntimeError:
-            raise ValueError(f"--output {output}: there is no such home directory; give an absolute path") from None
+    named = RUNS / safe_name(default_name(recipe) if name is None else name)
+    folder = named if output is None else user_path(output)
     return Path(os.path.abspath(folder))
 
 
@@ -193,7 +188,7 @@ def changed(path: Path) -> float:
 
 def find_run(given: str, root: Path = RUNS) -> Path:
     """The run folder for a name, a folder or a job id. Raises ValueError listing the runs in root."""
-    for folder in (Path(given), root / given, root / re.sub(r"[^A-Za-z0-9._-]+", "-", given).strip(".-")[:100]):
+    for folder in (user_path(given), root / given, root / re.sub(r"[^A-Za-z0-9._-]+", "-", given).strip(".-")[:100]):
         if given and folder != root and os.path.isdir(folder) and is_run(folder):
             return Path(os.path.abspath(folder))
     base, _, task = given.partition("_")

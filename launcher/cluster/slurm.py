@@ -21,7 +21,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from launcher.cluster import runs
-from launcher.files import read_or_empty
+from launcher.files import read_or_empty, user_path
 from launcher.recipes import find_recipe
 from launcher.text import one_line
 
@@ -330,7 +330,7 @@ def submit(
     """
     file = find_recipe(recipe)
     folder = folder or runs.run_folder(name, file, recipe_options)
-    tasks = read_tasks(Path(resources.array)) if resources.array else ()
+    tasks = read_tasks(user_path(resources.array)) if resources.array else ()
     if tasks and runs.option("--output", recipe_options) is not None:
         raise ValueError("--output cannot be used with --array: give a --name, and each run gets a folder task-N in it")
     options = tuple(recipe_options) if tasks else runs.with_output(recipe_options, folder)

@@ -23,6 +23,7 @@ from pathlib import Path
 from typing import Any, BinaryIO, NamedTuple
 
 from launcher.data.limits import LimitExceeded, limits
+from launcher.files import user_path
 
 CSV = (".csv", ".tsv")
 TEXT = (".json", ".jsonl", ".ndjson", ".txt", *CSV)
@@ -51,7 +52,7 @@ class Source(NamedTuple):
 def source_of(text: str) -> Source:
     """Split `b.parquet:0.3` into name and weight. Raises ValueError for a weight that is not above 0."""
     name, _, weight = text.rpartition(":")
-    if not name or Path(text).expanduser().exists() or not re.fullmatch(r"\d+(\.\d*)?|\.\d+", weight):
+    if not name or user_path(text).exists() or not re.fullmatch(r"\d+(\.\d*)?|\.\d+", weight):
         return Source(text, 1.0)
     if not 0 < float(weight) <= 1000:
         raise ValueError(f"the weight of {text} lies above 0 and is at most 1000, got {weight}")
@@ -70,7 +71,7 @@ def each_row(source: str, option: str) -> Iterator[Any]:
     are read at once). Raises ValueError naming the option, the file and the line of a mistake, perhaps after the rows
     before it.
     """
-    path = Path(source).expanduser()
+    path = user_path(source)
     if not is_local(source):
         return _read_hub(source, option)
     return _read_folder(path, option) if path.is_dir() else _read_file(path, option)
@@ -79,15 +80,13 @@ def each_row(source: str, option: str) -> Iterator[Any]:
 def is_local(source: str) -> bool:
     """Whether a source is a path and not the name of a hub dataset."""
     return (
-        Path(source).expanduser().exists()
-        or _unpacked_name(source).endswith(SUFFIXES)
-        or source.startswith((".", "~", os.sep))
+        user_path(source).exists() or _unpacked_name(source).endswith(SUFFIXES) or source.startswith((".", "~", os.sep))
     )
 
 
 def holds_csv(source: str) -> bool:
     """Whether a source is a CSV file or a folder with one: there every value is text."""
-    path = Path(source).expanduser()
+    path = user_path(source)
     files = path.rglob("*") if path.is_dir() else [path]
     return any(_unpacked_name(file.name).endswith(CSV) for file in files)
 

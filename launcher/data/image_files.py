@@ -24,7 +24,7 @@ import numpy as np
 from launcher.data.files import HELD_OUT, TRAINING
 from launcher.data.files import IMAGES as SUFFIXES
 from launcher.data.limits import LimitExceeded, limits
-from launcher.files import open_regular
+from launcher.files import open_regular, user_path
 
 log = logging.getLogger(__name__)
 HELD_OUT_FIRST = ("validation", "valid", "val", "dev", "test", "eval")  # which split is evaluated, if there are several
@@ -97,7 +97,7 @@ def splits_of(source: str, option: str, columns: Columns) -> dict[Split, Listing
             Split(source, kind, name): _list_rows(rows, columns, f"{option} {source}")
             for name, rows in _rows(source, option).items()
         }
-    path = Path(source).expanduser()
+    path = user_path(source)
     entries = list(_zip_entries(path, option) if kind == "zip" else _folder_entries(path, option))
     return {Split(source, kind, name): listing for name, listing in _arranged(entries, f"{option} {source}").items()}
 
@@ -161,7 +161,7 @@ class Images:
 
 
 def _kind(source: str, option: str) -> str:
-    path = Path(source).expanduser()
+    path = user_path(source)
     if path.is_dir():
         if (path / "dataset_dict.json").is_file() or (path / "state.json").is_file():
             return "rows"
@@ -274,7 +274,7 @@ def _rows(source: str, option: str) -> dict[str, Any]:
     """The splits of a source of rows, by name, as `datasets.Dataset`: mapped from the cache of `datasets`."""
     import datasets
 
-    path = Path(source).expanduser()
+    path = user_path(source)
     datasets.disable_progress_bars()
     try:
         if path.is_dir() and ((path / "dataset_dict.json").is_file() or (path / "state.json").is_file()):
@@ -397,7 +397,7 @@ def bytes_of(file: Path) -> bytes:
 
 def _reader(split: Split, listing: Listing, columns: Columns) -> Callable[[int], bytes]:
     """A function that reads the file of an image by its place."""
-    path, most = Path(split.source).expanduser(), limits().image_bytes
+    path, most = user_path(split.source), limits().image_bytes
 
     def check(place: int) -> None:
         if listing.sizes[place] > most:

@@ -17,6 +17,7 @@ from torch import Tensor
 from launcher.data.bad_records import BadRecord
 from launcher.data.image_files import bytes_of
 from launcher.data.pixels import decoded
+from launcher.files import user_path
 
 SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".bmp")
 
@@ -26,7 +27,7 @@ def find_pictures(folder: str, option: str) -> list[Path]:
 
     option: the one that named the folder, for the message. Raises ValueError if there are none.
     """
-    place = Path(folder).expanduser()
+    place = user_path(folder)
     if not place.is_dir():
         place = _from_hub(folder, option)
     files = sorted(

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import re
 from functools import lru_cache
-from pathlib import Path
 from typing import Any, NamedTuple
 
 from launcher.config import DataConfig
@@ -16,6 +15,7 @@ from launcher.data.bad_records import BadRecord
 from launcher.data.chat import TEMPLATE_DATE, Chat, Rendered, Sample, compiled, samples_of
 from launcher.data.forms import Record, as_conversation
 from launcher.data.limits import check_length
+from launcher.files import user_path
 
 SHORT = "### Instruction:\n{instruction}[\n### Input:\n{input}]\n### Response:\n"
 # The two prompts of github.com/tatsu-lab/stanford_alpaca (train.py, PROMPT_DICT), letter for letter.
@@ -63,7 +63,7 @@ def load_template(setting: str, tokenizer: Any, *, conversations: bool, date: st
                 + ("" if conversations else ", short or alpaca")
             )
         return check_template(Template("chat", jinja=tokenizer.get_chat_template(), date=date))
-    path = Path(setting).expanduser()
+    path = user_path(setting)
     if path.suffix == ".jinja" and path.is_file():
         return check_template(Template(setting, jinja=path.read_text(encoding="utf-8"), date=date))
     if setting == "alpaca":

@@ -9,7 +9,7 @@ from typing import Any
 import yaml
 
 from launcher.evaluation.scores import Score
-from launcher.files import read_text
+from launcher.files import read_text, user_path
 
 INSTALL = "pip install 'loldu-launcher[eval]'"
 
@@ -39,12 +39,12 @@ def task_name(task: str) -> tuple[str, str | None]:
     if Path(task).suffix not in (".yaml", ".yml"):
         return task, None
     try:
-        settings = yaml.load(read_text(Path(task)), Loader=_Lenient)
+        settings = yaml.load(read_text(user_path(task)), Loader=_Lenient)
     except (OSError, ValueError, yaml.YAMLError, RecursionError) as error:
         raise ValueError(f"--tasks {task} cannot be read ({str(error).splitlines()[0]}): give a file in YAML") from None
     if not isinstance(settings, dict) or not isinstance(settings.get("task"), str):
         raise ValueError(f"--tasks {task} describes no task of lm-evaluation-harness: it has no `task: NAME`")
-    return settings["task"], str(Path(task).resolve().parent)
+    return settings["task"], str(user_path(task).resolve().parent)
 
 
 class _Lenient(yaml.SafeLoader):

@@ -23,7 +23,7 @@ from launcher.evaluation import harness
 from launcher.evaluation.choices import Choice, read_choices
 from launcher.evaluation.likelihood import Scorer, choice_scores, encoded
 from launcher.evaluation.scores import Score, mean, plain, ratio
-from launcher.files import alone, read_json, write_atomically
+from launcher.files import alone, read_json, user_path, write_atomically
 from launcher.inference.generate import choose_template
 from launcher.inference.options import Quantize
 from launcher.inference.sources import Source, choose_device, find, load
@@ -80,7 +80,7 @@ def run(asked: Asked) -> dict[str, Any]:
     if asked.limit < 0 or asked.max_tokens < 0:
         raise ValueError(f"--limit and --max-tokens are at least 0, got {asked.limit} and {asked.max_tokens}")
     for task in asked.tasks:
-        if not Path(task).expanduser().is_file() or Path(task).suffix in (".yaml", ".yml"):
+        if not user_path(task).is_file() or Path(task).suffix in (".yaml", ".yml"):
             harness.check_trust(task, asked.trust_remote_code)
             harness.check(task)
             harness.task_name(task)
@@ -95,7 +95,7 @@ def run(asked: Asked) -> dict[str, Any]:
 
 def _run(asked: Asked, source: Source, comm: Communicator) -> dict[str, Any]:
     ranks = comm.ranks
-    file = Path(asked.out) if asked.out else _run_file(source)
+    file = user_path(asked.out) if asked.out else _run_file(source)
     if file is not None:
         comm.from_main("the results", lambda: bool(_before(file)))
     device = choose_device(asked.device)
@@ -124,7 +124,7 @@ def _run(asked: Asked, source: Source, comm: Communicator) -> dict[str, Any]:
 
 
 def _named(task: str) -> str:
-    return Path(task).stem if Path(task).is_file() else task
+    return Path(task).stem if user_path(task).is_file() else task
 
 
 def _run_file(source: Source) -> Path | None:
@@ -161,7 +161,7 @@ def _write(file: Path, found: dict[str, Any]) -> None:
 
 def _task(asked: Asked, loaded: Loaded, task: str) -> dict[str, Any]:
     """The scores of the model, and of its base if it has an adapter."""
-    path = Path(task).expanduser()
+    path = user_path(task)
     if not path.is_file() or path.suffix in (".yaml", ".yml"):
         measure = _harness(asked, loaded, task)
     else:

@@ -15,6 +15,7 @@ from rich.table import Table
 
 from launcher.config import AdapterConfig
 from launcher.factorization import cache
+from launcher.files import user_path
 from launcher.options import Option
 from launcher.processes import Communicator, Ranks, connect
 from launcher.progress import Bars
@@ -229,10 +230,7 @@ def cache_prune(
 
 
 def _folder(cache_folder: str | None) -> Path:
-    try:
-        return Path(cache_folder).expanduser() if cache_folder else cache.default_folder()
-    except RuntimeError:
-        raise ValueError(f"--cache {cache_folder}: there is no such home directory; give an absolute path") from None
+    return user_path(cache_folder) if cache_folder else cache.default_folder()
 
 
 def _print(console: Console, text: str) -> None:

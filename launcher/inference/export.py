@@ -24,6 +24,7 @@ from adapters.lora_export import export_lora as write_lora
 from adapters.trained import TrainedConfig
 from launcher.data.saved_template import CHAT_TEMPLATE, PROMPT_TEMPLATE, drop_older
 from launcher.exit_codes import Failed
+from launcher.files import user_path
 from launcher.inference.checks import probe_logits, quantised_gap
 from launcher.inference.merge import new_folder
 from launcher.inference.pictures import export_lora as export_pictures
@@ -66,7 +67,7 @@ def export_lora(
     if not isinstance(config, (FactorConfig, TrainedConfig)):
         raise ValueError(f"{adapter} is a {config.peft_type.value} adapter: PEFT loads it already, nothing to export")
     console = Console(stderr=True, highlight=False, markup=False, soft_wrap=True)
-    with new_folder(Path(out), "--out") as partial:
+    with new_folder(user_path(out), "--out") as partial:
         model = load_model(source, device=device)
         model.peft_config["default"].base_model_name_or_path = source.base_name
         wanted = probe_logits(model)
@@ -98,7 +99,7 @@ def export_lora(
     console.print(f"LoRA adapter of rank {written['r']} in {printable(str(out))}")
     for line in _servers(written, convolutions):
         console.print(line)
-    return Path(out)
+    return user_path(out)
 
 
 def _lower(

@@ -5,7 +5,6 @@ from __future__ import annotations
 import sys
 from collections.abc import Callable, Iterator
 from dataclasses import replace
-from pathlib import Path
 from typing import Any, TextIO
 
 import torch
@@ -21,6 +20,7 @@ from launcher.data.templates import (
     prompt_ids,
     render_prompt,
 )
+from launcher.files import user_path
 from launcher.inference.options import Answering, Drawing
 from launcher.inference.pictures import Drawn, draw, find_drawn
 from launcher.inference.sources import Source, find, load
@@ -154,7 +154,7 @@ def _asked(prompt: str | None, prompt_file: str | None, input: str, data: str | 
         prompt = sys.stdin.read()
     elif prompt_file is not None:
         try:
-            prompt = Path(prompt_file).expanduser().read_text(encoding="utf-8")
+            prompt = user_path(prompt_file).read_text(encoding="utf-8")
         except (OSError, UnicodeDecodeError) as error:
             raise ValueError(
                 f"--prompt-file {prompt_file} cannot be read ({error}): give a text file in UTF-8"

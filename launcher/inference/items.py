@@ -5,12 +5,11 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 from launcher.data import records
 from launcher.data.image_files import Columns, Images, choose_split, held_out_split, splits_of
-from launcher.files import open_regular
+from launcher.files import open_regular, user_path
 from launcher.inference.options import Classifying
 from launcher.inference.sources import Source
 from launcher.tasks.labels import Labels
@@ -53,7 +52,7 @@ def read_items(
 def _image(file: str) -> Item:
     def content() -> Any:
         try:
-            with open_regular(Path(file).expanduser()) as opened:
+            with open_regular(user_path(file)) as opened:
                 return opened.read()
         except (OSError, ValueError) as error:
             raise ValueError(f"--images {file} cannot be read: {getattr(error, 'strerror', None) or error}") from None

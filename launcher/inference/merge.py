@@ -38,7 +38,7 @@ from adapters.checkpoint_names import Conversion, model_tensors
 from adapters.layer import FactorLayer
 from launcher.data.saved_template import PROMPT_TEMPLATE, drop_older
 from launcher.factorization.targets import skeleton
-from launcher.files import allow_by_umask, disk_errors
+from launcher.files import allow_by_umask, disk_errors, user_path
 from launcher.inference.checks import compare, loss_change, plain
 from launcher.inference.heldout import held_out
 from launcher.inference.sources import DTYPES, Kind, Source, adapter_config, attach, choose_device, find, load_model
@@ -114,7 +114,7 @@ def merge(
     config = adapter_config(source.adapter)
     held = held_out(source, data) if quantize != "none" else None
     console = Console(stderr=True, highlight=False, markup=False, soft_wrap=True)
-    with new_folder(Path(out), "--out") as partial:
+    with new_folder(user_path(out), "--out") as partial:
         whole = source
         if not isinstance(config, FactorConfig):
             console.print(f"PEFT merges {config.peft_type.value} adapters with the whole model in memory")
@@ -139,7 +139,7 @@ def merge(
         elif check:
             console.print(compare(source, partial, written, device))
     console.print(f"merged model in {printable(str(out))}")
-    return Path(out)
+    return user_path(out)
 
 
 def plan_merge(source: Source, dtype: torch.dtype | None, quantize: Kind = "none") -> Plan:
@@ -218,7 +218,7 @@ def new_folder(out: Path, option: str) -> Iterator[Path]:
 
     Raises ValueError if `out` is not empty, also if another start has just filled it, or the disk is full.
     """
-    out = out.expanduser().absolute()
+    out = user_path(out).absolute()
     try:
         os.lstat(out)
     except OSError as error:  # a name that is too long, a folder that may not be read

@@ -18,7 +18,7 @@ from adapters.checkpoint_files import is_pipeline, local_folder
 from adapters.lora_export import as_lora
 from launcher.data.pictures import save_picture
 from launcher.exit_codes import Failed
-from launcher.files import read_json
+from launcher.files import read_json, user_path
 from launcher.inference.merge import new_folder
 from launcher.inference.options import Drawing
 from launcher.inference.sources import DTYPES, attach, choose_device
@@ -46,7 +46,7 @@ def find_drawn(model: str, base: str | None = None) -> Drawn | None:
 
     Raises ValueError for a run without an adapter, and a pipeline that is not here.
     """
-    place = Path(model).expanduser()
+    place = user_path(model)
     adapter, run = _adapter(place), recorded_run(place)
     if adapter is not None:
         run = run or (recorded_run(place.parent) if place.name == "adapter" else None)
@@ -87,7 +87,7 @@ def draw(found: Drawn, drawing: Drawing, *, seed: int, dtype: str, device: str, 
         pipeline.unet = attach(pipeline.unet, found.adapter).eval()
         if (words := found.adapter / "text_encoder").is_dir():
             pipeline.text_encoder = attach(pipeline.text_encoder, words).eval()
-    out = Path(drawing.out).expanduser() if drawing.out else found.out
+    out = user_path(drawing.out) if drawing.out else found.out
     out.mkdir(parents=True, exist_ok=True)
     console = Console(stderr=True, highlight=False, markup=False, soft_wrap=True)
     files = []
@@ -119,7 +119,7 @@ def export_lora(found: Drawn, out: str, *, tolerance: float, device: str) -> Pat
     place = torch.device(choose_device(device))
     pipeline = pipelines.load_pipeline(found.pipeline, dtype=torch.float32, device=place)
     tensors: dict[str, Tensor] = {}
-    with new_folder(Path(out), "--out") as partial:
+    with new_folder(user_path(out), "--out") as partial:
         for part in [part for part, folder in folders.items() if folder.is_dir()]:
             model = attach(getattr(pipeline, part), folders[part])
             config: Any = model.peft_config["default"]
@@ -144,8 +144,8 @@ def export_lora(found: Drawn, out: str, *, tolerance: float, device: str) -> Pat
             )
     console = Console(stderr=True, highlight=False, markup=False, soft_wrap=True)
     console.print(f"checked: diffusers reads it back, largest difference of the predicted noise {gap:.2g}")
-    console.print(f"LoRA for pipe.load_lora_weights in {Path(out) / LORA}")
-    return Path(out)
+    console.print(f"LoRA for pipe.load_lora_weights in {user_path(out) / LORA}")
+    return user_path(out)
 
 
 @torch.no_grad()
@@ -175,7 +175,7 @@ def _bases(adapter: Path | None, run: dict[str, Any] | None) -> list[str]:
 
 
 def _pipeline(name: str) -> Path | None:
-    path = Path(name).expanduser()
+    path = user_path(name)
     folder = path if path.is_dir() else local_folder(name)
     return folder if folder is not None and is_pipeline(folder) else None
 

@@ -9,12 +9,11 @@ import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import fields
-from pathlib import Path
 from typing import Any, TextIO
 from urllib.parse import urlsplit
 
 from launcher.config import nearest
-from launcher.files import read_text
+from launcher.files import read_text, user_path
 from launcher.inference.conversation import Messages, converse, note
 from launcher.inference.options import Answering
 from launcher.text import one_line, printable
@@ -178,7 +177,7 @@ def _key(file: str | None) -> str | None:
     if file is None:
         return os.environ.get(KEY_VARIABLE)
     try:
-        lines = [line.strip() for line in read_text(Path(file).expanduser()).splitlines()]
+        lines = [line.strip() for line in read_text(user_path(file)).splitlines()]
     except (OSError, ValueError) as error:
         raise ValueError(f"--api-key-file {file} cannot be read ({error}): give a text file with the key") from None
     key = next((line for line in lines if line and not line.startswith("#")), None)

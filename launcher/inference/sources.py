@@ -32,6 +32,7 @@ from adapters.checkpoint_names import language_model_class
 from launcher.config import ModelConfig
 from launcher.data.saved_template import adapter_template, read_template
 from launcher.data.templates import Template
+from launcher.files import user_path
 from launcher.inference.options import Kind, Quantize
 from launcher.inference.patterns import check_patterns
 from launcher.models.files import base_folder, check_json_files, first_line, has_tokenizer, load_tokenizer, recorded_run
@@ -91,7 +92,7 @@ def find(
 
 
 def _find(model: str, base: str | None, classifies: bool) -> Source:
-    place = Path(model).expanduser()
+    place = user_path(model)
     if (place / "adapter_config.json").is_file():
         return _from_adapter(place, base, recorded_run(place.parent) if place.name == "adapter" else None, classifies)
     run = recorded_run(place)
@@ -437,7 +438,7 @@ def foreign(folder: Path, names: list[str]) -> str:
 def _from_adapter(folder: Path, base: str | None, run: dict[str, Any] | None, classifies: bool) -> Source:
     config = adapter_config(folder, classifies=classifies)
     names = [base] if base else [*_bases(run), *filter(None, [config.base_model_name_or_path])]
-    found = next((name for name in names if local_folder(str(Path(name).expanduser())) or local_folder(name)), None)
+    found = next((name for name in names if local_folder(str(user_path(name))) or local_folder(name)), None)
     if found is None:
         asked = " or ".join(dict.fromkeys(names)) or "a model that it does not name"
         raise ValueError(f"adapter {folder} needs its base model, {asked}, which is not here: give --base MODEL")

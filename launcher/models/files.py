@@ -14,7 +14,7 @@ import torch
 from transformers import AutoTokenizer
 
 from adapters.checkpoint_files import is_pipeline, list_tensors, local_folder
-from launcher.files import read_json
+from launcher.files import read_json, user_path
 from launcher.text import expected, needs_code
 
 JSON_FILES = (
@@ -37,7 +37,7 @@ def base_folder(model: str, option: str = "") -> Path:
 
     option: the option that named the model, for the message.
     """
-    path = Path(model).expanduser()
+    path = user_path(model)
     folder = path if path.is_dir() else local_folder(model)
     if folder is None:
         raise ValueError(

@@ -17,7 +17,7 @@ import torch
 from torch import nn
 
 from adapters.checkpoint_files import INDEX, is_pipeline, list_tensors, local_folder
-from launcher.files import read_json
+from launcher.files import read_json, user_path
 from launcher.models.denoiser import Denoiser
 from launcher.models.files import JSON_BYTES
 
@@ -48,7 +48,7 @@ def pipeline_folder(model: str, option: str = "") -> Path:
     option: the option that named it, for the message. Raises ValueError for what is missing, another kind of model or
     pipeline, and weights that exist only as pickles.
     """
-    path = Path(model).expanduser()
+    path = user_path(model)
     folder = path if path.is_dir() else local_folder(model)
     if folder is None:
         raise ValueError(

@@ -12,6 +12,7 @@ from typing import Any
 
 from launcher.config import Config, data_name
 from launcher.exit_codes import DONE, MISTAKE
+from launcher.files import user_path
 from launcher.options import Misread
 from launcher.packages import without_bitsandbytes
 
@@ -123,7 +124,7 @@ def _folder(config: Config) -> Path | None:
     """The folder with the base's config.json; its weights may be missing."""
     from adapters.checkpoint_files import local_folder
 
-    named = Path(config.model.model).expanduser()
+    named = user_path(config.model.model)
     folder = named if named.is_dir() else local_folder(config.model.model)
     return folder if folder is not None and (folder / "config.json").is_file() else None
 

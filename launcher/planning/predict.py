@@ -18,6 +18,7 @@ from launcher.data.microbatches import global_batches
 from launcher.engines.choose import check_sharding
 from launcher.engines.layout import PROCESS_BYTES
 from launcher.engines.registry import ENGINES, EngineInfo
+from launcher.files import user_path
 from launcher.main_memory import resident_bytes
 from launcher.models.files import first_line
 from launcher.models.skeleton import prepare_base
@@ -290,4 +291,4 @@ def _is_here(source: str) -> bool:
 
     name = re.sub(r":[\d.]+$", "", source)
     cached = Path(constants.HF_HUB_CACHE) / f"datasets--{name.partition(':')[0].replace('/', '--')}"
-    return Path(name).expanduser().exists() or cached.is_dir()
+    return user_path(name).exists() or cached.is_dir()

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from launcher.exit_codes import DONE
-from launcher.files import replacing
+from launcher.files import replacing, user_path
 
 REFRESH_S = 5
 NOTHING: Mapping[str, Any] = {}
@@ -27,11 +27,11 @@ def report(runs: tuple[str, ...], *, out: str | None = None, watch: bool = False
     """
     if not runs:
         raise ValueError("no run was given: loldu report runs/NAME [runs/OTHER ...]")
-    folders = [Path(run).expanduser() for run in runs]
+    folders = [user_path(run) for run in runs]
     if watch:
         serve(folders, port)
         return DONE
-    file = write_report(folders, Path(out) if out else None)
+    file = write_report(folders, user_path(out) if out else None)
     print(file)
     return DONE
 

@@ -8,6 +8,7 @@ import re
 from pathlib import Path
 from typing import Annotated
 
+from launcher.files import user_path
 from launcher.inference.options import Quantize
 from launcher.options import Option
 from launcher.serving.limits import Limits, read_keys
@@ -61,7 +62,7 @@ def serve(
     if not 0 <= watch_s < 1e6:
         raise ValueError(f"--watch-s is at least 0 (do not watch), got {watch_s:g}")
     keys = read_keys(api_key, api_key_file)
-    folders = [Path(each).expanduser() for each in adapters]
+    folders = [user_path(each) for each in adapters]
     if wrong := [each for each in folders if not each.is_dir()]:
         raise ValueError(f"--adapters {wrong[0]} is no folder: give the folder in which the adapters' folders are")
     from launcher.serving.server import logging_to_stderr, run

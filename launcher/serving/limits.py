@@ -16,7 +16,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from launcher.files import read_text
+from launcher.files import read_text, user_path
 from launcher.serving.errors import Refused
 
 log = logging.getLogger(__name__)
@@ -63,12 +63,12 @@ def read_keys(key: str | None, file: str | None) -> tuple[str, ...]:
         raise ValueError("--api-key and --api-key-file cannot be combined: give one of them")
     if file is not None:
         try:
-            lines = read_text(Path(file).expanduser()).splitlines()
+            lines = read_text(user_path(file)).splitlines()
         except (OSError, ValueError) as error:
             raise ValueError(
                 f"--api-key-file {file} cannot be read ({error}): give a text file, a key a line"
             ) from None
-        _warn_if_others_can_read(Path(file).expanduser())
+        _warn_if_others_can_read(user_path(file))
         keys = tuple(line.strip() for line in lines if line.strip() and not line.startswith("#"))
         if not keys:
             raise ValueError(f"--api-key-file {file} holds no key: write one a line")

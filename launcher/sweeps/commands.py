@@ -14,7 +14,7 @@ from rich.markup import escape
 from rich.table import Table
 
 from launcher.exit_codes import DONE
-from launcher.files import disk_errors, write_atomically
+from launcher.files import disk_errors, user_path, write_atomically
 from launcher.options import Misread
 from launcher.recipes import find_recipe, run_name
 from launcher.sweeps import grid, results
@@ -71,7 +71,7 @@ def sweep(
         first = settings.config.optimizer.seed
         varied |= {results.SEED: tuple(str(first + number) for number in range(seeds))}
     planned = grid.variants(varied)
-    folder = Path(output or Path("runs") / f"sweep-{run_name(file)}").expanduser()
+    folder = user_path(output or Path("runs") / f"sweep-{run_name(file)}")
     code = check(recipe, planned, recipe_options, folder, None if slurm is not None else processes)
     if code != DONE:
         return code

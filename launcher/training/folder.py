@@ -15,7 +15,16 @@ from pathlib import Path
 from typing import Any
 
 from launcher.config import Config
-from launcher.files import allow_by_umask, digest, disk_errors, read_json, read_or_empty, sync, write_atomically
+from launcher.files import (
+    allow_by_umask,
+    digest,
+    disk_errors,
+    read_json,
+    read_or_empty,
+    sync,
+    user_path,
+    write_atomically,
+)
 from launcher.models.denoiser import save_adapter
 from launcher.processes import Communicator, Ranks, agreed, nodes_without
 from launcher.progress import growth, silent
@@ -74,7 +83,7 @@ def prepare(
             if found is None and (folder / "config.json").exists():
                 _same_run(identity, _saved_identity(folder), folder)
         else:
-            found = _named_checkpoint(Path(config.run.resume), folder)
+            found = _named_checkpoint(user_path(config.run.resume), folder)
         if found is None:
             return str(folder), None
         _same_run(identity, found.meta["identity"], found.folder)

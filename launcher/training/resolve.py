@@ -17,6 +17,7 @@ from launcher.data import batches
 from launcher.devices import own_device
 from launcher.engines.choose import Demands, check_carries, check_offload, check_sharding
 from launcher.factorization.cache import default_folder
+from launcher.files import user_path
 from launcher.methods import peft_config, prompt_tokens
 from launcher.models.build import choose_attention, choose_dtype
 from launcher.models.quantize import READ_4BIT_CLASS, check_method, check_quantize
@@ -96,7 +97,7 @@ def resolve(config: Config, ranks: Ranks, *, gpus: bool | None = None) -> Resolv
         attention=attention,
         attention_reason=reason,
         device=own_device(ranks.local_rank, ranks.local_world_size),
-        cache=Path(config.run.cache) if config.run.cache else default_folder(),
+        cache=user_path(config.run.cache) if config.run.cache else default_folder(),
         on_gpu=on_gpu,
     )
 

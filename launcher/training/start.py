@@ -13,6 +13,7 @@ from transformers import AutoConfig
 
 from adapters.checkpoint_files import list_tensors
 from launcher.engines.engine import engine_class
+from launcher.files import user_path
 from launcher.models.build import settle_base
 from launcher.models.quantize import check_base
 from launcher.processes import Communicator
@@ -43,7 +44,7 @@ def begin(resolved: Resolved, name: str, comm: Communicator, stop: StopRequest, 
     """
     config = resolved.config
     named = config.run.output or f"runs/{name}-{time.strftime('%Y%m%d-%H%M%S')}"
-    output = Path(comm.from_main("run folder", lambda: named))
+    output = user_path(comm.from_main("run folder", lambda: named))
     base = Path(comm.together("base model", lambda: str(resolved.task.base_folder(config.model.model)))[0])
     trusted = config.model.trust_remote_code
 
