@@ -6,8 +6,8 @@
     python benchmarks/hostile.py --model FOLDER --again FILE                        # the cases that had a fault
 
 FOLDER is a small causal language model. The cases are in tests/fuzz/cases.py and format_cases.py. With --every N only
-each N-th case runs; with --seconds no case starts after that time, and the same command continues with the next one. The
-results record how many cases exist and how many ran. The time that a case waits for a processor does not count.
+each N-th case runs; with --seconds no case starts after that time, and the same command continues with the next one.
+The results record how many cases exist and how many ran. The time that a case waits for a processor does not count.
 """
 
 from __future__ import annotations
