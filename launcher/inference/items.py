@@ -5,9 +5,11 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
-from launcher.data import records
+from launcher.data import pixels, records
+from launcher.data.bad_records import BadRecord
 from launcher.data.image_files import Columns, Images, choose_split, held_out_split, splits_of
 from launcher.files import open_regular, user_path
 from launcher.inference.options import Classifying
@@ -26,9 +28,19 @@ class Item:
 
 
 def read_items(
-    source: Source, how: Classifying, *, pictures: bool, text: Sequence[str], images: Sequence[str], data: str | None
+    source: Source,
+    how: Classifying,
+    *,
+    pictures: bool,
+    text: Sequence[str],
+    images: Sequence[str],
+    data: str | None,
+    say: Callable[[str], None],
 ) -> list[Item]:
-    """The items that the options name. Raises ValueError if the model reads other ones."""
+    """The items that the options name. Raises ValueError if the model reads other ones.
+
+    say is called with which split of the images is read, if there are several.
+    """
     run = source.data or {}
     columns = how.columns or tuple(run.get("text_columns") or ())
     label = how.label_column or run.get("label_column") or "label"
@@ -43,7 +55,8 @@ def read_items(
     if len(how.columns) > (1 if pictures else 2):
         raise ValueError(f"--columns {' '.join(how.columns)}: give one column, or two with pairs of texts")
     if pictures:
-        return _listed(data, Columns(how.columns[0] if how.columns else run.get("image_column") or "image", label))
+        column = how.columns[0] if how.columns else run.get("image_column") or "image"
+        return _listed(data, Columns(column, label), say)
     if not columns:
         raise ValueError(f"{source.base_name} is in no run folder that names them: give --columns COLUMN")
     return _rows(data, columns, label)
@@ -60,15 +73,25 @@ def _image(file: str) -> Item:
     return Item(name=file, content=content)
 
 
-def _listed(data: str, columns: Columns) -> list[Item]:
+def _listed(data: str, columns: Columns, say: Callable[[str], None]) -> list[Item]:
     """The images of the held-out split of a source, or of its only one."""
     found = splits_of(data, "--data", columns)
     split = held_out_split(found) or choose_split(found, "--data")
     listing = found[split]
+    if len(found) > 1:
+        others = ", ".join(each.split for each in found if each != split)
+        say(f"images of the split {split.split} (not of {others})")
     read = Images([(split, listing)], columns)
+
+    def content(place: int) -> bytes:
+        try:
+            return pixels.read_image(read, place, bytes)
+        except BadRecord as error:
+            raise ValueError(str(error)) from None
+
     names = [listing.classes[label] if listing.classes else float(label) for label in listing.labels.tolist()]
     return [
-        Item(name=read.name(place), content=lambda place=place: read.read(place), label=names[place])  # type: ignore[misc]
+        Item(name=read.name(place), content=partial(content, place), label=names[place])
         for place in range(len(listing))
     ]
 

@@ -17,6 +17,7 @@ from launcher.inference.sources import find
 from launcher.models.image_processor import is_image_model, model_type
 from launcher.progress import Bars
 from launcher.tasks.labels import SUMS
+from launcher.text import printable
 
 
 def predict(
@@ -35,7 +36,7 @@ def predict(
     check_options(how, text, images, data, limit)
     source = find(model, adapter=how.adapter, base=how.base, trust_remote_code=how.trust_remote_code, classifies=True)
     pictures = is_image_model(model_type(source.base))
-    items = read_items(source, how, pictures=pictures, text=text, images=images, data=data)
+    items = read_items(source, how, pictures=pictures, text=text, images=images, data=data, say=_note)
     items = items[:limit] if limit else items
     classifier = load_classifier(source, how, pictures=pictures)
     check_labels(items, classifier.classes, pictures=pictures)
@@ -49,8 +50,13 @@ def predict(
             sums += counted(predictions, logits, classifier.classes)
             show(len(found))
     if sums[-1]:
-        print(summary(sums, classifier.classes, len(found)), file=sys.stderr, flush=True)
+        _note(summary(sums, classifier.classes, len(found)))
     return found
+
+
+def _note(text: str) -> None:
+    """Print to standard error: standard output carries only predictions."""
+    print(printable(text), file=sys.stderr, flush=True)
 
 
 def check_options(how: Classifying, text: Sequence[str], images: Sequence[str], data: str | None, limit: int) -> None:

@@ -137,7 +137,17 @@ def test_images_get_the_classes_that_the_evaluation_counted(tiny_vit, image_fold
 
     assert main(["predict", str(folder), "--data", str(held)]) == 0
     right = round(evaluation["accuracy"] * 12)
-    assert f"{right} of 12 right" in capsys.readouterr().err
+    shown = capsys.readouterr().err
+    assert f"{right} of 12 right" in shown
+    assert "images of the split test (not of train)" in shown
+
+    shutil.make_archive(str(tmp_path / "packed"), "zip", held / "test")
+    packed = bytearray((tmp_path / "packed.zip").read_bytes())
+    at = packed.index(b"\x89PNG") if b"\x89PNG" in packed else 60
+    packed[at + 20 : at + 40] = bytes(20)
+    (tmp_path / "packed.zip").write_bytes(packed)
+    assert main(["predict", str(folder), "--data", str(tmp_path / "packed.zip")]) == 2
+    assert "cannot be read" in capsys.readouterr().err.splitlines()[-1]
 
     (held / "test" / "red").rename(held / "test" / "violet")
     assert main(["predict", str(folder), "--data", str(held)]) == 2
