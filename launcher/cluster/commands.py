@@ -46,9 +46,9 @@ def status(runs: tuple[str, ...] = (), *, json: bool = False) -> int:
         runs: Names, folders or job ids; default: all runs in runs/.
         json: Print JSON.
     """
-    from launcher.cluster import slurm
+    from launcher.cluster import slurm_status
 
-    return slurm.status(runs, as_json=json)
+    return slurm_status.status(runs, as_json=json)
 
 
 def logs(
@@ -77,9 +77,9 @@ def cancel(run: str) -> int:
     Args:
         run: Name, folder or job id.
     """
-    from launcher.cluster import slurm
+    from launcher.cluster import slurm_status
 
-    return slurm.cancel(run)
+    return slurm_status.cancel(run)
 
 
 def launch(

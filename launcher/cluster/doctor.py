@@ -16,7 +16,7 @@ from launcher.cluster import hostfile as hostfiles
 from launcher.cluster.agent import together
 from launcher.cluster.environment import differences
 from launcher.cluster.fleet import AGENT, Fleet, by_srun, over_ssh
-from launcher.cluster.slurm import ask
+from launcher.cluster.slurm_jobs import ask
 from launcher.engines.registry import names
 from launcher.files import user_path
 

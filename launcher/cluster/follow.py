@@ -9,7 +9,7 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 
-from launcher.cluster import runs, slurm
+from launcher.cluster import runs, slurm_jobs
 from launcher.files import open_regular, read_or_empty
 from launcher.text import one_line, without_colours
 
@@ -80,7 +80,7 @@ def _print_logs(
         files = log_files(folder, None) if rank is None else files
 
 
-def alive(folder: Path, ask: Callable[[Path], slurm.JobState | None] = slurm.state_of) -> bool:
+def alive(folder: Path, ask: Callable[[Path], slurm_jobs.JobState | None] = slurm_jobs.state_of) -> bool:
     """Whether the run may still write."""
     state = ask(folder)
     return state.alive if state is not None else read_or_empty(folder / "state") in ("", "running")

@@ -9,7 +9,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Literal
 
-from launcher.cluster import runs, slurm
+from launcher.cluster import runs, slurm_jobs
 from launcher.files import read_or_empty
 
 POLL_S = 0.5
@@ -18,7 +18,7 @@ POLL_S = 0.5
 def simulate(given: str, *, how: Literal["warning", "requeue"] = "warning", timeout_s: float = 900.0) -> int:
     """Returns 0 if the run saved, restarted and trained a new step; otherwise prints how far it got and returns 1."""
     folder = runs.find_run(given)
-    state = slurm.state_of(folder)
+    state = slurm_jobs.state_of(folder)
     report = Report()
     before = int(runs.last_step(folder).get("step", 0))
     if state is None:
@@ -31,14 +31,14 @@ def simulate(given: str, *, how: Literal["warning", "requeue"] = "warning", time
         )
     restarts = state.restarts
     words = ["scancel", "--batch", "--signal=USR2"] if how == "warning" else ["scontrol", "requeue"]
-    answer = slurm.ask([*words, state.job_id])
+    answer = slurm_jobs.ask([*words, state.job_id])
     if answer.returncode:
         raise ValueError(f"{words[0]} refused: {answer.stderr.strip()}")
     report.add(f"{shlex.join([*words, state.job_id])} at step {before}")
     deadline = time.monotonic() + timeout_s
 
-    def now() -> slurm.JobState:
-        found = slurm.state_of(folder)
+    def now() -> slurm_jobs.JobState:
+        found = slurm_jobs.state_of(folder)
         assert found is not None
         return found
 

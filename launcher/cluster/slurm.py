@@ -1,4 +1,4 @@
-"""Slurm: the job script (a pure function), and the commands that submit, watch and cancel jobs.
+"""Slurm: the job script, a pure function, and the command that submits it.
 
 Slurm's signals shape the script. The warning before a time limit or preemption goes only to the batch shell, which asks
 rank 0 to stop through the run folder's control file. The job requeues itself only after a warning and never after TERM,
@@ -11,28 +11,23 @@ import json
 import os
 import re
 import shlex
-import shutil
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Literal
 
 from launcher.cluster import runs
-from launcher.files import read_or_empty, user_path
+from launcher.cluster.slurm_jobs import Run, ask, job_state
+from launcher.files import user_path
 from launcher.recipes import find_recipe
 from launcher.text import one_line
 
 RANK_ENTRY = Path(__file__).resolve().with_name("rank.py")
 STARTS_WITHOUT_A_STEP = 3
 PLACE = ("time", "partition", "account", "qos", "constraint")  # settings that are sbatch options of the same name
-COLUMNS = {  # of the status table: field -> heading
-    "run": "run", "state": "state", "step": "step", "loss": "loss", "saved_step": "saved", "job": "job",
-    "slurm": "Slurm", "nodes": "nodes", "restarts": "restarts",
-}  # fmt: skip
-Run = Callable[..., subprocess.CompletedProcess[str]]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -171,6 +166,8 @@ def script(job: Job) -> str:
 
 
 SETUP = "set +u                                 # modules and virtual environments read unset variables"
+
+
 TEMPLATE = r"""#!/bin/bash
 @HEADER@
 
@@ -282,19 +279,6 @@ def clean_environment(environ: Mapping[str, str]) -> dict[str, str]:
     }
 
 
-def ask(words: Sequence[str], run: Run = subprocess.run, **options: Any) -> subprocess.CompletedProcess[str]:
-    """Run a Slurm command. Raises ValueError if it is not installed or does not answer."""
-    if run is subprocess.run and shutil.which(words[0]) is None:
-        raise ValueError(
-            f"{words[0]} is not on PATH: Slurm's commands are on a cluster's login nodes (try: module load slurm). "
-            "loldu submit --dry-run prints the script without Slurm; loldu launch runs on hosts over ssh"
-        )
-    try:
-        return run(list(words), capture_output=True, text=True, timeout=120, **options)
-    except subprocess.TimeoutExpired:
-        raise ValueError(f"{words[0]} gave no answer in 120 s: check Slurm's controller with scontrol ping") from None
-
-
 def read_tasks(file: Path) -> tuple[tuple[str, ...], ...]:
     """The recipe options of each run of an array, one line per run; blank lines and # comments are skipped."""
     if not file.is_file():
@@ -370,229 +354,4 @@ def submit(
     print(f"job {job_id}: {resources.nodes} x {resources.processes} processes{f', {len(tasks)} runs' if tasks else ''}")
     print(f"folder   {one_line(str(folder))}\nscript   {one_line(str(folder / 'job.sbatch'))}")
     print(f"follow   loldu logs -f {shown}\nstate    loldu status {shown}\ncancel   loldu cancel {shown}")
-    return 0
-
-
-@dataclass(frozen=True)
-class JobState:
-    """The state of a job, as Slurm reports it."""
-
-    job_id: str
-    state: str  # PENDING, RUNNING, COMPLETED, FAILED …; UNKNOWN: Slurm forgets jobs some minutes after their end
-    reason: str = ""
-    nodes: str = ""
-    restarts: int = 0
-
-    @property
-    def alive(self) -> bool:
-        return self.state not in ENDED
-
-
-ENDED = {
-    "COMPLETED", "CANCELLED", "FAILED", "TIMEOUT", "NODE_FAIL", "OUT_OF_MEMORY", "BOOT_FAIL", "DEADLINE", "REVOKED",
-    "PREEMPTED", "UNKNOWN",
-}  # fmt: skip
-
-
-def job_states(asked: Sequence[tuple[Mapping[str, Any], str | None]], run: Run = subprocess.run) -> list[JobState]:
-    """The states of jobs in the given order; each is asked as (job.json, array task or None for the whole job).
-
-    Asks scontrol once for all jobs, then accounting (if the site has it) once for those that scontrol has forgotten.
-    """
-    found: dict[int, JobState] = {}
-    for cluster in dict.fromkeys(known.get("cluster") or "" for known, _ in asked):
-        where = ["-M", cluster] if cluster else []
-        left = {
-            at: (known["job_id"], task)
-            for at, (known, task) in enumerate(asked)
-            if (known.get("cluster") or "") == cluster
-        }
-        one = [job + (f"_{task}" if task is not None else "") for job, task in left.values()] if len(left) == 1 else []
-        answer = ask(["scontrol", *where, "-o", "show", "job", *one], run)
-        _sort_in(found, left, parse_scontrol(answer.stdout) if answer.returncode == 0 else [])
-        if left and (run is not subprocess.run or shutil.which("sacct")):
-            jobs = ",".join(dict.fromkeys(job for job, _ in left.values()))
-            answer = ask(["sacct", *where, "-n", "-P", "-X", "-j", jobs, "-o", "JobID,State,NodeList,Restarts"], run)
-            _sort_in(found, left, parse_sacct(answer.stdout) if answer.returncode == 0 else [])
-        for at, (job, task) in left.items():
-            job_id = job + (f"_{task}" if task is not None else "")
-            found[at] = JobState(job_id, "UNKNOWN", "Slurm has forgotten it")
-    return [found[at] for at in range(len(asked))]
-
-
-def _sort_in(found: dict[int, JobState], left: dict[int, tuple[str, str | None]], states: Sequence[JobState]) -> None:
-    """Move the jobs that have a state from left to found; a running task stands for its whole array."""
-    by_job: dict[str, list[JobState]] = {}
-    for state in states:
-        by_job.setdefault(state.job_id.partition("_")[0], []).append(state)
-    for at, (job, task) in list(left.items()):
-        mine = [state for state in by_job.get(job, []) if task is None or _holds(state.job_id.partition("_")[2], task)]
-        if mine:
-            found[at] = next((state for state in mine if state.alive), mine[0])
-            del left[at]
-
-
-def _holds(tasks: str, task: str) -> bool:
-    """Whether Slurm's list of array tasks, `3`, `0-4,7%2` or `0-8:2`, has this task. No list means the whole job."""
-    if tasks == "":
-        return True
-    for part in tasks.strip("[]").partition("%")[0].split(","):
-        if match := re.fullmatch(r"(\d+)(?:-(\d+)(?::(\d+))?)?", part, re.ASCII):
-            first, last, step = int(match[1]), int(match[2] or match[1]), int(match[3] or 1)
-            if first <= int(task) <= last and (int(task) - first) % max(step, 1) == 0:
-                return True
-    return False
-
-
-def job_state(known: Mapping[str, Any], run: Run = subprocess.run, task: str | None = None) -> JobState | None:
-    """The state of the job of a job.json; None if it is empty."""
-    return job_states([(known, task)], run)[0] if known else None
-
-
-def parse_scontrol(text: str) -> list[JobState]:
-    """Parse `scontrol -o show job`: one line of Name=value words for each job or array task.
-
-    Other users choose the names of their jobs, which may look like further fields: the name is skipped.
-    """
-    found = []
-    for line in text.split("\n"):
-        line = re.sub(r"\sJobName=.*\sUserId=", " UserId=", line)
-        fields = dict(re.findall(r"(?:^|\s)([A-Za-z]+)=(\S*)", line)[::-1])  # a name's first value counts
-        if {"JobId", "JobState"} <= fields.keys():
-            task = fields.get("ArrayTaskId")
-            job_id = f"{fields['ArrayJobId']}_{task}" if task and "ArrayJobId" in fields else fields["JobId"]
-            told = {name: value for name, value in fields.items() if value not in ("None", "(null)")}
-            reason, nodes, restarts = told.get("Reason", ""), told.get("NodeList", ""), _whole(told.get("Restarts"))
-            found.append(JobState(job_id, fields["JobState"], reason, nodes, restarts))
-    return found
-
-
-def parse_sacct(text: str) -> list[JobState]:
-    """Parse `sacct -n -P -X -o JobID,State,NodeList,Restarts`; a state may name a user: CANCELLED by 1000."""
-    found = []
-    for line in text.splitlines():
-        job_id, state, nodes, *rest = [*line.split("|"), "", ""]
-        if state:
-            state, *_ = state.split() or [""]
-            found.append(JobState(job_id, state, "", nodes.replace("None assigned", ""), _whole(rest[0])))
-    return found
-
-
-def _whole(text: str | None) -> int:
-    return int(text) if text and re.fullmatch(r"\d{1,9}", text, re.ASCII) else 0
-
-
-def task_of(folder: Path) -> tuple[Path, str | None]:
-    """The folder with job.json, and the task number if folder is one run of an array."""
-    if not (folder / "job.json").exists() and (match := re.fullmatch(r"task-(\d+)", folder.name)):
-        return folder.parent, match[1]
-    return folder, None
-
-
-def state_of(folder: Path, run: Run = subprocess.run) -> JobState | None:
-    """The state of the job that runs in folder; None if Slurm did not start it."""
-    top, task = task_of(folder)
-    return job_state(runs.job_of(top), run, task)
-
-
-def status(given: Sequence[str] = (), *, as_json: bool = False, run: Run = subprocess.run) -> int:
-    """Print the state of the given runs, or of all runs in runs/. Returns an exit code.
-
-    A damaged run is one row marked as damaged; the other rows are unaffected.
-    """
-    tops = [runs.find_run(one) for one in given] if given else runs.all_runs()
-    folders = {folder: top for top in tops for folder in runs.tasks_of(top) or [top]}
-    jobs, damaged = _jobs_of(list(folders))
-    states = _states_for_a_table(jobs, run)
-    rows: list[dict[str, Any]] = []
-    for folder, top in folders.items():
-        state, step = states.get(folder), runs.last_step(folder)
-        rows.append(
-            {
-                "run": folder.name if folder == top else f"{top.name}/{folder.name}",
-                "state": damaged.get(folder) or read_or_empty(folder / "state") or _before_its_start(state),
-                "step": step.get("step"), "loss": step.get("loss"), "saved_step": runs.checkpoint_step(folder),
-                "job": state.job_id if state else None, "slurm": state.state if state else None,
-                "reason": state.reason if state else "", "nodes": state.nodes if state else "",
-                "restarts": state.restarts if state else 0, "folder": str(folder),
-            }
-        )  # fmt: skip
-    if as_json:
-        print(json.dumps(rows, indent=2))
-    elif not rows:
-        print(f"no runs in {runs.RUNS}/: start one with loldu train, loldu launch or loldu submit")
-    else:
-        _print_table(rows)
-    return 0
-
-
-def _print_table(rows: Sequence[Mapping[str, Any]]) -> None:
-    from rich.console import Console
-    from rich.table import Table
-
-    table = Table(*COLUMNS.values())
-    for row in rows:
-        known = row["slurm"] if row["slurm"] != "UNKNOWN" else ""
-        reason = f"({row['reason']})" if row["reason"] else ""
-        loss = f"{row['loss']:.4f}" if row["loss"] is not None else ""
-        shown = {**row, "slurm": f"{known or ''} {reason}".strip(), "loss": loss}
-        cells = ("" if shown[name] is None else str(shown[name]) for name in COLUMNS)
-        table.add_row(*(one_line(cell, limit=80) for cell in cells))
-    # What runs and users wrote is text: "[/b]" in a state is neither markup nor an error.
-    console = Console(width=None if sys.stdout.isatty() else 160, markup=False, highlight=False, emoji=False)
-    console.print(table)
-
-
-def _jobs_of(folders: Sequence[Path]) -> tuple[dict[Path, dict[str, Any]], dict[Path, str]]:
-    """The job.json of each run folder that Slurm started, and for each damaged one the reason."""
-    jobs, damaged = {}, {}
-    for folder in folders:
-        try:
-            if known := runs.job_of(task_of(folder)[0]):
-                jobs[folder] = known
-        except ValueError as error:
-            damaged[folder] = str(error).rpartition("/")[2]
-    return jobs, damaged
-
-
-def _before_its_start(state: JobState | None) -> str:
-    if state is None or state.alive:
-        return "starting" if state is not None and state.state == "RUNNING" else "not started"
-    return "unknown"
-
-
-def _states_for_a_table(jobs: Mapping[Path, dict[str, Any]], run: Run) -> dict[Path, JobState]:
-    """The state of each job. On a machine without Slurm the table still shows what the run folders hold."""
-    try:
-        states = job_states([(known, task_of(folder)[1]) for folder, known in jobs.items()], run) if jobs else []
-    except ValueError:
-        states = [JobState(known["job_id"], "UNKNOWN", "no answer from Slurm here") for known in jobs.values()]
-    return dict(zip(jobs, states, strict=True))
-
-
-def cancel(given: str, *, run: Run = subprocess.run) -> int:
-    """Stop a run: through scancel for a Slurm job (it saves and is not requeued), else through the control file."""
-    folder = runs.find_run(given)
-    state = state_of(folder, run)
-    if state is None:
-        if read_or_empty(folder / "state") != "running":
-            raise ValueError(
-                f"{folder} is not running: its state is {read_or_empty(folder / 'state') or 'not written'}"
-            )
-        runs.write(folder / "control", "stop\n")
-        print(
-            f"asked {one_line(str(folder))} to save and stop; see when it has stopped with: "
-            f"loldu status {shlex.quote(str(folder))}"
-        )
-        return 0
-    if not state.alive:
-        raise ValueError(f"job {state.job_id} is not running: Slurm says {state.state}")
-    top, task = task_of(folder)
-    known = runs.job_of(top)
-    where = ["-M", known["cluster"]] if known.get("cluster") else []
-    job_id = known["job_id"] + (f"_{task}" if task is not None else "")
-    answer = ask(["scancel", *where, job_id], run)
-    if answer.returncode:
-        raise ValueError(f"scancel refused: {answer.stderr.strip()}")
-    print(f"cancelled job {job_id}; it saves and is not requeued")
     return 0

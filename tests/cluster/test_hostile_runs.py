@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from launcher import cli
-from launcher.cluster import follow, runs, slurm
+from launcher.cluster import follow, runs, slurm, slurm_jobs, slurm_status
 from launcher.cluster.slurm import Resources
 
 RECIPE = str(Path(__file__).resolve().parents[2] / "recipes" / "llama2_alpaca_loldu.py")
@@ -142,7 +142,7 @@ def test_a_link_in_a_run_folder_is_replaced_and_not_written_through(run, tmp_pat
     (run / "state").write_text("running\n")
     (run / name).symlink_to(target)
 
-    slurm.cancel("good")
+    slurm_status.cancel("good")
 
     assert target.read_text() == "years of work"
     assert (run / "control").read_text() == "stop\n"
@@ -224,7 +224,7 @@ def test_the_name_of_another_users_job_cannot_change_what_is_shown():
     )
     ours = "JobId=9 ArrayJobId=7 ArrayTaskId=0 JobName=ours UserId=me(0) JobState=COMPLETED"
 
-    found = slurm.parse_scontrol(f"{hostile}\n{ours}\nJobState=RUNNING\nJobId=5 JobState=RUNNING Restarts=many\n")
+    found = slurm_jobs.parse_scontrol(f"{hostile}\n{ours}\nJobState=RUNNING\nJobId=5 JobState=RUNNING Restarts=many\n")
 
     assert [(state.job_id, state.state, state.restarts) for state in found] == [
         ("8", "RUNNING", 0), ("7_0", "COMPLETED", 0), ("5", "RUNNING", 0),

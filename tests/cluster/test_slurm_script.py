@@ -11,9 +11,10 @@ from pathlib import Path
 
 import pytest
 
-from launcher.cluster import slurm
+from launcher.cluster import slurm, slurm_jobs, slurm_status
 from launcher.cluster.commands import split_recipe_options
-from launcher.cluster.slurm import Job, JobState, Resources, clean_environment, parse_sacct, parse_scontrol, script
+from launcher.cluster.slurm import Job, Resources, clean_environment, script
+from launcher.cluster.slurm_jobs import JobState, parse_sacct, parse_scontrol
 
 GOLDEN = Path(__file__).with_name("golden")
 REPO = Path(__file__).resolve().parents[2]
@@ -287,7 +288,7 @@ def test_status_asks_slurm_once_however_many_runs(tmp_path, monkeypatch, capsys)
         asked.append(words)
         return subprocess.CompletedProcess(words, 0, there if words[0] == "scontrol" else "8|FAILED|node2|1\n", "")
 
-    slurm.status(as_json=True, run=slurm_says)
+    slurm_status.status(as_json=True, run=slurm_says)
 
     rows = {row["run"]: (row["job"], row["slurm"]) for row in json.loads(capsys.readouterr().out)}
     assert rows == {
@@ -304,7 +305,7 @@ def test_a_task_is_found_in_a_list_of_pending_tasks():
         return subprocess.CompletedProcess(words, 0, f"{line}\nJobId=4 JobState=RUNNING\n", "")
 
     asked = [({"job_id": "9"}, task) for task in ("1", "3", "7", None)]
-    assert [state.state for state in slurm.job_states(asked, slurm_says)] == [
+    assert [state.state for state in slurm_jobs.job_states(asked, slurm_says)] == [
         "PENDING",
         "UNKNOWN",
         "PENDING",

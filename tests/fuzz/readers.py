@@ -168,11 +168,11 @@ def read_report_config(data: bytes, folder: Path) -> Any:
 
 
 def read_scontrol(data: bytes, folder: Path) -> Any:
-    from launcher.cluster import slurm
+    from launcher.cluster import slurm_jobs
 
     text = data.decode(errors="replace")
-    states = slurm.parse_scontrol(text) + slurm.parse_sacct(text)
-    return [slurm._holds(state.job_id.partition("_")[2], "3") for state in states]
+    states = slurm_jobs.parse_scontrol(text) + slurm_jobs.parse_sacct(text)
+    return [slurm_jobs._holds(state.job_id.partition("_")[2], "3") for state in states]
 
 
 def read_agent_message(data: bytes, folder: Path) -> Any:
