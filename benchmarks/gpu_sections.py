@@ -38,7 +38,7 @@ from benchmarks.gpu_measuring import (
 REPO = Path(__file__).resolve().parents[1]
 GPU_TESTS = (
     "tests/models/test_varlen.py", "tests/training/test_ahead.py", "tests/models/test_quantize.py",
-    "tests/engines/test_quantized_methods.py", "tests/data/test_encode.py", "tests/engines/test_offload.py",
+    "tests/engines/test_quantized_methods.py", "tests/data/test_batches.py", "tests/engines/test_offload.py",
 )  # fmt: skip
 
 Steps = Iterator[tuple[str, Callable[[], Any]]]

@@ -3,7 +3,7 @@
 import json
 
 import pytest
-from test_encode import ALPACA, CHAT, CHATML, byte_tokenizer, encode, prompt, write
+from byte_records import ALPACA, CHAT, CHATML, byte_tokenizer, encode, prompt, write
 
 from launcher.data import templates
 from launcher.data.saved_template import (
