@@ -45,3 +45,10 @@ def triangles(request) -> None:
     """Whether frozen triangles are multiplied whole or in blocks."""
     if request.param == "in blocks":
         request.getfixturevalue("small_blocks")
+
+
+@pytest.fixture
+def base(tmp_path):
+    """A tiny Llama's folder on disk."""
+    tiny_models.tiny_llama().save_pretrained(tmp_path / "base")
+    return tmp_path / "base"

@@ -8,51 +8,18 @@ from pathlib import Path
 
 import pytest
 import torch
+from many_folders import CLOSE, CONFIGS, alone, written
 from peft import LoraConfig, PeftModel, get_peft_model
 from safetensors.torch import load_file, save_file
-from tiny_models import adapted, layers, lm_config, randomise, tiny_gpt2, tiny_llama, tokens
+from tiny_models import adapted, layers, tiny_gpt2, tiny_llama, tokens
 from torch import nn
 from transformers import AutoModelForCausalLM, BitsAndBytesConfig
 
 from adapters import (
     BasePrecisionWarning,
     LoLDUConfig,
-    LoLDUXSConfig,
-    LoRAXSConfig,
     ManyAdapters,
-    SVFitConfig,
-    SVFTConfig,
 )
-
-CLOSE = {"rtol": 1e-5, "atol": 1e-5}  # float32: only the order of additions differs
-
-
-def written(folder, config, count=3, base=tiny_llama, seed=10):
-    """Folders of adapters with random cores, and the base's logits with each of them alone."""
-    expected = {}
-    for i in range(count):
-        model = randomise(get_peft_model(base(), copy.deepcopy(config)), seed=seed + i).eval()
-        model.save_pretrained(folder / f"a{i}")
-        expected[f"a{i}"] = model
-    return expected
-
-
-def alone(models, base, name, ids):
-    with torch.no_grad():
-        return (base if name is None else models[name])(ids).logits
-
-
-CONFIGS = {
-    "loldu": LoLDUConfig(r=8, target_modules="all-linear"),
-    "loldu normalised, scaled": LoLDUConfig(r=8, target_modules="all-linear", normalize_directions=True, scale=0.5),
-    "loldu full rank": LoLDUConfig(r=99, target_modules="all-linear"),
-    "lolduxs": LoLDUXSConfig(r=6, target_modules="all-linear"),
-    "svfit": SVFitConfig(r=8, target_modules="all-linear"),
-    "svfit by energy": SVFitConfig(energy=0.7, target_modules="all-linear"),
-    "svft": SVFTConfig(r=8, target_modules="all-linear", off_diagonals=2),
-    "loraxs": LoRAXSConfig(r=8, target_modules="all-linear"),
-    "loraxs normalised": LoRAXSConfig(r=8, target_modules=["q_proj", "down_proj"], normalize_directions=True),
-}
 
 
 @pytest.mark.parametrize("config", CONFIGS.values(), ids=CONFIGS.keys())
@@ -318,80 +285,6 @@ def test_what_was_saved_is_the_adapter(tmp_path):
         torch.testing.assert_close(loaded(ids).logits, models["a0"](ids).logits, **CLOSE)
 
 
-def broken(tmp_path, change):
-    """A saved adapter after a change of its config and tensors."""
-    model = adapted(tiny_llama(), seed=1)
-    model.save_pretrained(tmp_path)
-    from peft import PeftConfig
-
-    config, tensors = PeftConfig.from_pretrained(tmp_path), load_file(tmp_path / "adapter_model.safetensors")
-    change(config, tensors)
-    return config, tensors
-
-
-def _drop(name):
-    return lambda config, tensors: [tensors.pop(key) for key in list(tensors) if key.endswith(name)]
-
-
-LAYER = "model.layers.0.self_attn.q_proj"
-CHANGES = {
-    "another base": (lambda c, t: None, "does not fit this base"),
-    "a tensor of the base": (
-        lambda c, t: t.update(
-            {"base_model.model.model.layers.0.self_attn.q_proj.base_layer.weight": torch.ones(32, 32)}
-        ),
-        "holds tensors that are not part of the adapter",
-    ),
-    "no pivots": (_drop("pivots"), "lacks pivots of"),
-    "a rank of its config alone": (lambda c, t: setattr(c, "r", 10**9), "was saved at rank .*, but with r=1000000000"),
-    "another rank": (
-        lambda c, t: t.update({key: value[:3] for key, value in t.items() if key.endswith("core")}),
-        r"has shape \(3,\)",
-    ),
-    "a whole module": (lambda c, t: setattr(c, "modules_to_save", ["lm_head"]), "trains whole modules"),
-    "unknown modules": (
-        lambda c, t: [t.__setitem__(key.replace("q_proj", "query"), t.pop(key)) for key in list(t)],
-        "does not have: load it on the base it was trained on",
-    ),
-}
-
-
-@pytest.mark.parametrize("what", CHANGES)
-def test_what_does_not_fit_is_refused_by_name(what, tmp_path):
-    change, message = CHANGES[what]
-    config, tensors = broken(tmp_path, change)
-    many = ManyAdapters(tiny_llama(seed=9 if what == "another base" else 0))
-
-    with pytest.raises(ValueError, match=message):
-        many.add_tensors("bad", config, tensors)
-
-    assert not many.adapters
-    assert not many._hooks
-
-
-def test_variants_of_lora_are_refused(tmp_path):
-    get_peft_model(tiny_llama(), LoraConfig(use_dora=True, target_modules=["q_proj"])).save_pretrained(tmp_path)
-
-    with pytest.raises(ValueError, match="is a LoRA with use_dora, which cannot share a batch"):
-        ManyAdapters(tiny_llama()).add("dora", tmp_path)
-
-
-def test_a_name_in_use_an_unknown_name_and_a_wrong_number_of_rows_are_refused(tmp_path):
-    written(tmp_path, CONFIGS["loldu"], count=1)
-    many = ManyAdapters(model := tiny_llama())
-    many.add("a0", tmp_path / "a0")
-
-    with pytest.raises(ValueError, match="there is an adapter a0 already"):
-        many.add("a0", tmp_path / "a0")
-    with pytest.raises(KeyError, match="nobody"), many.rows(["nobody"]):
-        pass
-    with pytest.raises(KeyError, match="nobody"):
-        many.remove("nobody")
-    with pytest.raises(ValueError, match="do not keep rows apart"), many.rows(["a0"] * 3):
-        model(tokens(shape=(2, 12)))
-    assert torch.equal(model(tokens()).logits, tiny_llama()(tokens()).logits)  # the failed batch left nothing behind
-
-
 def test_gradients_of_a_table_are_those_of_each_adapter_alone(tmp_path):
     """Adapter i's row gets the gradient of its own samples, and no other's."""
     models = written(tmp_path, CONFIGS["loldu"])
@@ -441,75 +334,6 @@ def test_adapters_trained_in_one_run_are_those_trained_alone(tmp_path):
     found, expected, base = (each(ids[1]).logits for each in (loaded, alone.eval(), tiny_llama()))
     assert (expected - base).abs().max() > 0.1
     torch.testing.assert_close(found, expected, rtol=1e-3, atol=1e-3)
-
-
-# PEFT's own way: adapter_names in a mixed batch
-
-
-def with_adapters(count=3, **changes):
-    model = get_peft_model(tiny_llama(), lm_config(**changes), adapter_name="a0")
-    for i in range(1, count):
-        model.add_adapter(f"a{i}", lm_config(**changes))
-    for i in range(count):
-        randomise(model, f"a{i}", seed=40 + i)
-    return model.eval()
-
-
-def test_adapter_names_gives_each_sample_its_adapter(method):
-    model, ids = with_adapters(), tokens(shape=(5, 12))
-    names = ["a2", "__base__", "a0", "a2", "a1"]
-
-    with torch.no_grad():
-        mixed = model(ids, adapter_names=names).logits
-
-    for row, name in enumerate(names):
-        with torch.no_grad():
-            if name == "__base__":
-                with model.disable_adapter():
-                    assert torch.equal(mixed[row], model(ids).logits[row])
-            else:
-                model.set_adapter(name)
-                torch.testing.assert_close(mixed[row : row + 1], model(ids[row : row + 1]).logits, **CLOSE)
-
-
-def test_adapter_names_generates_with_beams_too(method):
-    model, ids = with_adapters(), tokens(shape=(3, 9))
-    settings = {"max_new_tokens": 8, "do_sample": False, "pad_token_id": 0, "attention_mask": torch.ones_like(ids)}
-
-    for beams in (1, 2):
-        mixed = model.generate(input_ids=ids, adapter_names=["a2", "a0", "a1"], num_beams=beams, **settings)
-        for row, name in enumerate(["a2", "a0", "a1"]):
-            model.set_adapter(name)
-            assert mixed[row].tolist() == model.generate(input_ids=ids, num_beams=beams, **settings)[row].tolist()
-
-
-@pytest.mark.not_lorasb
-def test_adapters_of_one_kind_hold_their_maps_once(method, tmp_path):
-    model = with_adapters()
-    model.save_pretrained(tmp_path)
-    loaded = PeftModel.from_pretrained(tiny_llama(), tmp_path / "a0", adapter_name="a0")
-    loaded.load_adapter(tmp_path / "a1", adapter_name="a1")
-    loaded(tokens())
-
-    for each in (model, loaded):
-        for layer in layers(each):
-            assert layer.maps["a0"].write.data_ptr() == layer.maps["a1"].write.data_ptr()
-            assert layer.maps["a0"].core.data_ptr() != layer.maps["a1"].core.data_ptr()
-
-
-def test_adapter_names_that_cannot_be_are_refused():
-    model, ids = with_adapters(), tokens()
-
-    with pytest.raises(ValueError, match="names nobody, which this model does not have"):
-        model(ids, adapter_names=["nobody", "a0"])
-    with pytest.raises(ValueError, match="3 names for a batch of 2 samples"):
-        model(ids, adapter_names=["a0"] * 3)
-    model.train()
-    with pytest.raises(ValueError, match="evaluation mode only"):
-        model(ids, adapter_names=["a0", "a1"])
-    model.eval().merge_adapter(["a0"])
-    with pytest.raises(ValueError, match="a0 is merged: call unmerge_adapter"):
-        model(ids, adapter_names=["a0", "a1"])
 
 
 TINY = Path(__file__).parents[2] / "recipes" / "tiny" / "model"

@@ -1,0 +1,188 @@
+"""A run that is resumed is the uninterrupted one, in the folder that it began in."""
+
+import json
+import shutil
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+from small_runs import events, losses, with_run
+
+import adapters  # noqa: F401 (registers LoLDU)
+from launcher.tasks import base as tasks
+from launcher.training.run import run
+
+
+def test_measurements_stand_once_after_a_resume_and_events_stay_deterministic(small, tmp_path):
+    whole = with_run(small, output=str(tmp_path / "whole"))
+    run(whole, "test")
+    run(small, "test")
+    folder = Path(small.run.output)
+    shutil.rmtree(folder / "checkpoints" / "step-000006")
+    (folder / "state").write_text("stopped\n")
+
+    assert run(small, "test") == 0
+
+    metrics = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    assert [line["step"] for line in metrics] == [1, 2, 3, 4, 5, 6]
+    assert (folder / "events.jsonl").read_bytes() == (Path(whole.run.output) / "events.jsonl").read_bytes()
+
+
+def test_a_resumed_run_may_ask_for_more_than_it_began_with(small, capsys):
+    """Its first evaluation has no exact match to show beside the last one's."""
+    begun = replace(small, optimizer=replace(small.optimizer, max_steps=2))
+    assert run(begun, "test") == 0
+
+    small = with_run(small, accept_changes=True)
+    more = run(replace(small, data=replace(small.data, exact_match=True, answer_tokens=4)), "test")
+
+    assert more == 0
+    assert "exact_match" in [event for event in events(small) if "eval_loss" in event][-1]
+    assert "Held-out records" in capsys.readouterr().out
+
+
+def test_a_resumed_run_is_the_uninterrupted_one_bit_for_bit(small, tmp_path):
+    """Stopped after step 4 (through the control of max_steps alone the schedule would change) and started again."""
+    whole = with_run(small, output=str(tmp_path / "whole"))
+    run(whole, "test")
+
+    run(small, "test")
+    folder = Path(small.run.output)
+    (folder / "state").write_text("stopped\n")
+    for name in ("COMPLETE", "index.json", "rank-00000.safetensors"):  # the crash came before step 6 was saved
+        (folder / "checkpoints" / "step-000006" / name).unlink()
+    with open(folder / "events.jsonl", "a") as file:
+        file.write('{"step": 7, "lo')
+    assert run(small, "test") == 0
+
+    assert events(small) == events(whole)
+    again, once = (load_file(Path(c.run.output) / "adapter" / "adapter_model.safetensors") for c in (small, whole))
+    assert all(torch.equal(again[name], once[name]) for name in once)
+
+
+def test_checkpoints_in_the_background_are_the_same(small, tmp_path):
+    behind = with_run(small, output=str(tmp_path / "behind"), async_save=True, save_every=1, keep_last=2)
+    run(small, "test")
+
+    assert run(behind, "test") == 0
+
+    assert events(behind) == events(small)
+    folder = Path(behind.run.output) / "checkpoints"
+    assert sorted(path.name for path in folder.iterdir()) == ["step-000005", "step-000006"]
+    found, once = (load_file(Path(c.run.output) / "checkpoints" / "step-000006" / "rank-00000.safetensors") for c in (behind, small))  # fmt: skip  # noqa: E501
+    assert all(torch.equal(found[name], once[name]) for name in once)
+
+
+def test_resume_with_a_path_goes_back_in_its_own_folder(small):
+    run(small, "test")
+    once, folder = events(small), Path(small.run.output) / "checkpoints"
+
+    assert run(with_run(small, resume=str(folder / "step-000002")), "test") == 0
+
+    assert events(small) == once
+    assert {path.name.split(".")[0] for path in folder.glob("*.before-*")} == {"step-000004", "step-000006"}
+
+
+@pytest.mark.slow
+def test_resume_with_a_path_from_another_folder_is_where_a_run_begins(small, tmp_path):
+    """Once it has checkpoints of its own, the same command resumes from those."""
+    run(small, "test")
+    source = Path(small.run.output) / "checkpoints" / "step-000002"
+    branch = with_run(small, output=str(tmp_path / "branch"), resume=str(source))
+
+    assert run(branch, "test") == 0
+    shutil.rmtree(Path(branch.run.output) / "checkpoints" / "step-000006")
+    (Path(branch.run.output) / "state").write_text("stopped\n")
+    assert run(branch, "test") == 0
+
+    after = [event for event in events(small) if event["step"] > 2]
+    assert events(branch) == after
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["adapter_model.safetensors", "SHA256SUMS"])
+def test_a_finished_adapter_that_was_damaged_is_named_and_made_again(small, name, capsys):
+    run(small, "test")
+    file = Path(small.run.output) / "adapter" / name
+    content = file.read_bytes()
+    middle = len(content) // 2
+    file.write_bytes(content[:middle] + bytes([content[middle] ^ 1]) + content[middle + 1 :])
+
+    assert run(small, "test") == 0
+
+    assert "SHA256SUMS" in "".join(capsys.readouterr().out.split())
+    assert file.read_bytes() == content
+
+
+def test_a_run_folder_without_a_readable_identity_is_refused(small, capsys):
+    run(small, "test")
+    shutil.rmtree(Path(small.run.output) / "checkpoints")
+    (Path(small.run.output) / "config.json").write_bytes(b'{"identity": \xff')
+
+    assert run(small, "test") == 2
+
+    assert "config.json is damaged and no checkpoint tells which run this was" in capsys.readouterr().err
+
+
+def test_a_finished_run_started_again_does_nothing(small, capsys):
+    run(small, "test")
+    before = (Path(small.run.output) / "events.jsonl").read_bytes()
+
+    assert run(small, "test") == 0
+
+    assert "already finished" in capsys.readouterr().out
+    assert (Path(small.run.output) / "events.jsonl").read_bytes() == before
+
+
+@pytest.mark.parametrize(
+    ("change", "named"),
+    [
+        (lambda c: replace(c, adapter=replace(c.adapter, rank=8)), "adapter was"),
+        (lambda c: replace(c, adapter=replace(c.adapter, method="lora")), "adapter was"),
+        (lambda c: replace(c, data=replace(c.data, max_length=64)), "data was"),
+        (lambda c: replace(c, optimizer=replace(c.optimizer, seed=1)), "seed was 42, now 1"),
+    ],
+)
+def test_another_run_in_the_folder_is_refused_by_name(small, change, named, capsys):
+    run(small, "test")
+
+    assert run(change(small), "test") == 2
+
+    error = capsys.readouterr().err
+    assert named in error
+    assert "--output" in error
+
+
+@pytest.mark.slow
+def test_resume_never_sets_the_old_run_aside(small, tmp_path):
+    run(small, "test")
+    first = losses(small)
+
+    other = replace(with_run(small, resume="never"), optimizer=replace(small.optimizer, seed=1))
+    assert run(other, "test") == 0
+
+    assert losses(other) != first
+    aside = [path for path in tmp_path.iterdir() if path.name.startswith("run-before-")]
+    assert len(aside) == 1
+    assert (aside[0] / "adapter").is_dir()
+
+
+def test_a_resume_with_smaller_micro_batches_has_the_curve_of_a_run_without_a_break(small, tmp_path, monkeypatch):
+    """Samples stand in one row behind their shared beginning, four or two of them: float32 rounding only."""
+    joined, own = [], tasks.join
+    monkeypatch.setattr(tasks, "join", lambda data, rows: joined.append(len(rows)) or own(data, rows))
+    small = replace(small, optimizer=replace(small.optimizer, batch_size=8, micro_batch_size=4))
+    whole = with_run(small, output=str(tmp_path / "whole"))
+    run(whole, "test")
+    smaller = replace(small, optimizer=replace(small.optimizer, micro_batch_size=2))
+
+    run(small, "test", on_step=lambda training, event: event["step"] == 3 and training.stop.request("the test"))
+    assert max(joined) == 4
+    joined.clear()
+    run(smaller, "test")
+
+    assert len(losses(smaller)) == 6
+    torch.testing.assert_close(losses(smaller), losses(whole), atol=5e-6, rtol=0)
+    assert max(joined) == 2
