@@ -38,9 +38,9 @@ for name, value in {
     os.environ.setdefault(name, value)
 
 from cases import KINDS as COMMAND_KINDS  # noqa: E402
-from cases import Case, Materials, train_words  # noqa: E402
 from format_cases import FORMAT_KINDS  # noqa: E402
 from harness import Ended, command, faults, run, snapshot  # noqa: E402
+from hostile_parts import Case, Materials, train_words  # noqa: E402
 
 KINDS = COMMAND_KINDS | FORMAT_KINDS
 

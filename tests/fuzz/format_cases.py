@@ -14,7 +14,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
-from cases import ASK, DEEP, RECORD, Case, Materials, model_folder, train_words
+from hostile_parts import ASK, DEEP, RECORD, Case, Materials, model_folder, train_words
 
 TURNS = [{"role": "user", "content": "hi"}, {"role": "assistant", "content": "yes"}]
 SETTINGS = {

@@ -12,8 +12,9 @@ from pathlib import Path
 
 import harness
 import pytest
-from cases import ASK, KINDS, train_words
+from cases import KINDS
 from format_cases import FORMAT_KINDS
+from hostile_parts import ASK, train_words
 
 REPO = Path(__file__).resolve().parents[2]
 RESULTS = REPO / "benchmarks" / "results" / "hostile.json"
