@@ -24,14 +24,10 @@ ALPACA_WITH_INPUT = (
     "Write a response that appropriately completes the request.\n\n"
     "### Instruction:\n{instruction}\n\n### Input:\n{input}\n\n### Response:"
 )
-
-
 ALPACA_WITHOUT_INPUT = (
     "Below is an instruction that describes a task. Write a response that appropriately completes the request.\n\n"
     "### Instruction:\n{instruction}\n\n### Response:"
 )
-
-
 OPTIONAL = re.compile(r"\[([^\[\]]*\{input\}[^\[\]]*)\]")
 CHOICES = "auto, short, alpaca, chat, none (the bare prompt), or a FILE with {instruction} and {input}"
 
