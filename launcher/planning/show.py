@@ -99,10 +99,9 @@ def show(found: Plan, command: str | None, data: str) -> None:
     where += f" on {machines.nodes} machines" if machines.nodes > 1 else ""
     say(f"model: {config.model.model}, {found.parts.numbers:,} parameters")
     say(f"method: {config.adapter.method}, {found.parts.trained_numbers:,} trained numbers")
-    say(
-        f"data: {data}, {found.sampled.of:,} samples; lengths from {found.sampled.how}; "
-        f"{padding(found.work.token_share)}"
-    )
+    how, is_text = found.sampled.how, found.resolved.task.text
+    lengths = f"; lengths from {how}; {padding(found.work.token_share)}" if is_text else f" ({how})"
+    say(f"data: {data}, {found.sampled.of:,} samples{lengths}")
     say(f"machines: {where}, {gb(machines.room())} for each process; {machines.said}")
     for note in found.notes:
         say(f"note: {note}")
