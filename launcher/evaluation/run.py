@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import sys
 import uuid
 from collections.abc import Callable, Iterator, Sequence
@@ -244,7 +245,7 @@ def _choices(asked: Asked, loaded: Loaded, questions: Sequence[Choice]) -> Measu
 
 
 def _count(number: int) -> Score:
-    return {"value": float(number), "stderr": 0.0, "n": number}
+    return {"value": number, "stderr": math.nan, "n": number}
 
 
 def _records(asked: Asked, loaded: Loaded, file: Path) -> Measure:
@@ -312,8 +313,10 @@ def _show(found: dict[str, dict[str, Any]], file: Path | None) -> None:
 
 
 def shown(score: Score | None) -> str:
-    """0.8125 ± 0.0101."""
+    """0.8125 ± 0.0101; a count as it is."""
     if score is None:
         return ""
+    if isinstance(score["value"], int):
+        return f"{score['value']:,}"
     error = score["stderr"]
     return f"{score['value']:.4f}" + (f" ± {error:.4f}" if error == error and error is not None else "")

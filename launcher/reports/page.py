@@ -32,10 +32,10 @@ NOTHING: Mapping[str, Any] = {}
 def report(runs: Sequence[Run], *, refresh_s: int = 0, first: Mapping[str, Figure] = NOTHING) -> Report:
     """The page about these runs; with refresh_s the browser loads it again after so many seconds.
 
-    first: further figures by title, shown before the curves.
+    first: further figures by title, each with a heading of its own before the curves.
     """
-    drawn = {**first, **curves(runs)}
-    maps, pictures = [], {file_name(title): png(figure) for title, figure in drawn.items()}
+    drawn = curves(runs)
+    maps, pictures = [], {file_name(title): png(figure) for title, figure in {**first, **drawn}.items()}
     for run in runs:
         if run.changes:
             figure = change_map(run.changes)
@@ -59,6 +59,7 @@ def report(runs: Sequence[Run], *, refresh_s: int = 0, first: Mapping[str, Figur
         columns=COLUMNS,
         summary=summary(runs[0]) if len(runs) == 1 else "",
         unmapped=[run.name for run in runs if run.state == "finished" and not run.changes],
+        first=[(title, Markup(svg(figure))) for title, figure in first.items()],
         curves=[(title, Markup(svg(figure))) for title, figure in drawn.items()],
         maps=maps,
         scores=score_table(runs),
@@ -86,8 +87,9 @@ def score_table(runs: Sequence[Run]) -> dict[str, Any] | None:
         for task, models in run.scores.items():
             for model, metrics in models.items():
                 for metric, score in metrics.items():
-                    error = score.get("stderr")
-                    text = f"{score['value']:.4f}" + (f" ± {error:.4f}" if isinstance(error, float) else "")
+                    error, value = score.get("stderr"), score["value"]
+                    text = f"{value:,}" if isinstance(value, int) else f"{value:.4f}"
+                    text += f" ± {error:.4f}" if isinstance(error, float) else ""
                     rows.setdefault((task, metric), {})[run.name, model] = text
     if not rows:
         return None
@@ -121,8 +123,9 @@ def summary(run: Run) -> str:
     if run.steps:
         said.append(f"step {run.steps[-1]['step']} of {resolved.get('steps', '?')}, loss {run.steps[-1]['loss']:.4f}")
     if run.evaluations:
-        first, last = run.evaluations[0]["eval_loss"], run.evaluations[-1]["eval_loss"]
-        said.append(f"held-out loss {first:.4f} at the start, {last:.4f} at step {run.evaluations[-1]['step']}")
+        first, last = run.evaluations[0], run.evaluations[-1]
+        losses = [f"{each['eval_loss']:.4f} at step {each['step']}" for each in (first, last)]
+        said.append(f"held-out loss {', '.join(dict.fromkeys(losses))}")
     return "; ".join(said)
 
 

@@ -172,7 +172,11 @@ def read_changes(folder: Path) -> tuple[list[Change], str]:
         module = module_of(name)
         relative = core * (scale / np.abs(values[name]).max() if divides else 1 / largest)
         changes.append(Change(module, *layer_of(module), relative.ravel()))
-    unit = "relative to the module's largest frozen value" if divides else f"relative to the largest, {largest:.3g}"
+    unit = (
+        "relative to the module's largest frozen value"
+        if divides
+        else f"relative to the largest change ({largest:.3g})"
+    )
     return changes, unit
 
 

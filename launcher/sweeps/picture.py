@@ -8,11 +8,12 @@ from collections.abc import Mapping, Sequence
 import matplotlib
 from matplotlib.figure import Figure
 
-from launcher.reports.figures import COLOURS, INK, STYLE
+from launcher.reports.figures import DASHES, INK, STYLE
 from launcher.sweeps.grid import shown, without
 from launcher.sweeps.results import SEED, Row, as_numbers
 
 MOST_BARS = 40
+MARKERS = "os^Dv<>P"  # with the dashes: colours are those of single runs in the report
 
 
 def picture(found: Sequence[Row], vary: Mapping[str, Sequence[str]], kind: str) -> Figure | None:
@@ -37,8 +38,9 @@ def picture(found: Sequence[Row], vary: Mapping[str, Sequence[str]], kind: str) 
             members = sorted(members, key=lambda row: float(row.values[axis]))
             axes.errorbar(
                 [float(row.values[axis]) for row in members], [row.loss for row in members],
-                yerr=[row.deviation for row in members], label=label or kind, color=COLOURS[number % len(COLOURS)],
-                marker="o", markersize=4, linewidth=1.4, capsize=2,
+                yerr=[row.deviation for row in members], label=label or kind, color=INK,
+                linestyle=list(DASHES.values())[number % len(DASHES)], marker=MARKERS[number % len(MARKERS)],
+                markersize=5, linewidth=1.4, capsize=2,
             )  # fmt: skip
         if min(float(row.values[axis]) for row in rows) > 0:
             axes.set_xscale("log")
@@ -49,7 +51,7 @@ def picture(found: Sequence[Row], vary: Mapping[str, Sequence[str]], kind: str) 
         axes.set_ylabel(kind)
         axes.grid(alpha=0.15, color=INK)
         if len(lines) > 1:
-            axes.legend(fontsize=8, loc="lower left", bbox_to_anchor=(0, 1), ncols=1 + (len(lines) > 4))
+            axes.legend(fontsize=10, loc="lower left", bbox_to_anchor=(0, 1), ncols=1 + (len(lines) > 4))
     return figure
 
 
@@ -59,7 +61,7 @@ def _bars(rows: Sequence[Row], kind: str) -> Figure:
         axes = figure.subplots()
         places = range(len(rows))
         axes.errorbar(
-            [row.loss for row in rows], places, xerr=[row.deviation for row in rows], color=COLOURS[0], marker="o",
+            [row.loss for row in rows], places, xerr=[row.deviation for row in rows], color=INK, marker="o",
             linestyle="none", capsize=2,
         )  # fmt: skip
         axes.set_yticks(places, [shown(row.values) for row in rows])

@@ -174,6 +174,15 @@ def test_an_adapter_stands_beside_its_base(capsys, babyllama, adapter, tmp_path)
     assert both["adapter"]["loss"]["n"] == both["adapter"]["exact_match"]["n"] == 5
 
 
+def test_questions_longer_than_the_context_are_counted(capsys, babyllama, tmp_path):
+    long = {"question": "word " * 3000, "choices": ["yes", "no"], "answer": 0}
+
+    main(["eval", str(babyllama), "--tasks", file_of(tmp_path, [*QUESTIONS, long]), "--prompt-template", "short"])
+
+    row = next(line for line in capsys.readouterr().out.splitlines() if "left_out" in line)
+    assert [cell.strip() for cell in row.strip("│").split("│")] == ["data", "left_out", "1", "1"]
+
+
 def test_the_screen_shows_a_table_and_the_file(capsys, babyllama, tmp_path):
     out = tmp_path / "scores.json"
     words = ["--tasks", file_of(tmp_path, QUESTIONS), "--prompt-template", "short", "--out", str(out)]

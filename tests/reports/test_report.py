@@ -59,7 +59,7 @@ def test_a_report_is_one_file_with_curves_trained_numbers_and_settings(tmp_path)
     html = file.read_text()
     assert file == tmp_path / "run" / "report.html"
     assert html.count("<svg") == 5  # loss, learning rate, gradient norm, held-out loss, trained numbers
-    assert "held-out loss 2.0000 at the start, 1.2500 at step 30" in html
+    assert "held-out loss 2.0000 at step 0, 1.2500 at step 30" in html
     assert "24 numbers in 4 modules" in html
     assert "records.json" in html
     assert "http" not in html.replace("http://www.w3.org", "").replace("https://matplotlib.org", "").replace(
@@ -83,7 +83,7 @@ def test_changes_of_normalised_directions_are_relative_to_the_largest(tmp_path):
     run = read_run(write_run(tmp_path / "run", normalize_directions=True))
 
     assert max(change.change.max() for change in run.changes) == 1.0
-    assert run.unit.startswith("relative to the largest, 0.1")
+    assert run.unit.startswith("relative to the largest change (0.1")
 
 
 def test_the_largest_movers_are_named_with_their_module_and_place(tmp_path):

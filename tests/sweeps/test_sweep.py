@@ -154,7 +154,7 @@ def test_runs_are_trained_in_turn_and_compared(trainings, tmp_path, capfd, monke
     assert "learning-rate 1e-3 is the lowest value tried" in error
     assert json.loads((tmp_path / "sweep" / "results.json").read_text())["best"]["method"] == "lora"
     assert (tmp_path / "sweep" / "report" / "sweep.png").stat().st_size > 1000
-    assert "Sweep" in (tmp_path / "sweep" / "report.html").read_text()
+    assert "<h2>Sweep</h2>" in (tmp_path / "sweep" / "report.html").read_text()
 
 
 def test_a_finished_run_is_not_repeated_also_when_values_are_added(trainings, capfd):
