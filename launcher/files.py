@@ -5,6 +5,7 @@ from __future__ import annotations
 import errno
 import fcntl
 import hashlib
+import itertools
 import json
 import os
 import stat
@@ -106,8 +107,9 @@ def open_to_append(file: Path, flags: int = os.O_WRONLY | os.O_APPEND) -> int:
 
 def read_text(file: Path, most_bytes: int = MOST_BYTES) -> str:
     """The text of a file. Raises OSError as `open_regular` does, and ValueError if it is longer or not UTF-8."""
-    with open_regular(file) as opened:
-        data = opened.read(most_bytes + 1)
+    with open_regular(file) as opened:  # read(n) takes n bytes of memory, however short the file is
+        pieces = iter(lambda: opened.read(min(most_bytes + 1, MOST_BYTES)), b"")
+        data = b"".join(itertools.islice(pieces, most_bytes // MOST_BYTES + 1))
     if len(data) > most_bytes:
         raise ValueError(f"it is longer than {most_bytes} bytes")
     return data.decode()

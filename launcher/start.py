@@ -189,10 +189,10 @@ def guarded(act: Callable[[], Any]) -> int:
     try:
         try:
             result = act()
-        except Exception:
-            raise
-        except BaseException as error:  # a panic of a library in Rust
-            raise expected(error) from None
+        except BaseException as error:  # also a panic of a library in Rust
+            if (found := expected(error)) is error:
+                raise
+            raise found from None
     except ValueError as error:
         is_main = os.environ.get("RANK", "0") == "0"
         print_error(error, is_main, shared=isinstance(error, Misread) or _connected())

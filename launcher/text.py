@@ -9,6 +9,8 @@ from typing import Any
 # Control characters other than newline and tab, Unicode line separators, bidirectional overrides, lone surrogates.
 UNSAFE = re.compile("[\x00-\x08\x0b-\x1f\x7f-\x9f\u061c\u200e\u200f\u2028-\u202e\u2066-\u2069\ud800-\udfff]")
 
+OUT_OF_MEMORY = ("can't start new thread", "DefaultCPUAllocator: can't allocate memory")  # of threading, of torch
+
 COLOUR = re.compile(r"\x1b\[[0-9;:]*m")
 
 
@@ -52,8 +54,13 @@ def needs_code(error: BaseException) -> str | None:
 def expected(error: BaseException) -> Exception:
     """The error as an Exception: a panic of a library in Rust (tokenizers, safetensors), which is none, as ValueError.
 
-    Raises what is neither, such as KeyboardInterrupt.
+    So is a lack of main memory, which says nothing about itself. Raises what is neither, such as KeyboardInterrupt.
     """
+    if isinstance(error, MemoryError) or any(text in str(error) for text in OUT_OF_MEMORY):
+        return ValueError(
+            "this process got no more main memory: raise its limit (ulimit -v shows it), or let it take less, with a "
+            "smaller --micro-batch-size or --max-length"
+        )
     if isinstance(error, Exception):
         return error
     if type(error).__name__ == "PanicException":

@@ -1,6 +1,7 @@
 """The front door and the command line, as a shell sees them."""
 
 import os
+import re
 import subprocess
 import sys
 import threading
@@ -114,6 +115,22 @@ def test_a_result_that_must_not_be_used_is_one_line_and_exit_code_1(capsys):
 
     assert start.guarded(refuse) == 1
     assert capsys.readouterr().err == "error: the merged model was deleted again\n"
+
+
+@pytest.mark.parametrize(
+    "error",
+    [
+        MemoryError(),
+        RuntimeError("can't start new thread"),
+        RuntimeError("[enforce fail at alloc_cpu.cpp:117] err == 0. DefaultCPUAllocator: can't allocate memory: ..."),
+    ],
+)
+def test_a_lack_of_main_memory_is_one_line(error, capsys):
+    def swell():
+        raise error
+
+    assert start.guarded(swell) == 2
+    assert re.fullmatch("error: this process got no more main memory: raise its limit .*\n", capsys.readouterr().err)
 
 
 @pytest.mark.parametrize(("rank", "lines"), [("0", 1), ("1", 0)])

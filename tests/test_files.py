@@ -6,6 +6,7 @@ import os
 import stat
 import subprocess
 import sys
+import tracemalloc
 from pathlib import Path
 
 import pytest
@@ -17,6 +18,7 @@ from launcher.files import (
     digest,
     disk_errors,
     read_or_empty,
+    read_text,
     replacing,
     user_path,
     write_atomically,
@@ -143,3 +145,27 @@ def test_a_users_path_may_begin_with_a_home_folder(tmp_path, monkeypatch):
     assert user_path("~nobody-here.json") == Path("~nobody-here.json")
     with pytest.raises(ValueError, match="~nobody-here/x: there is no such home directory; give an absolute path"):
         user_path("~nobody-here/x")
+
+
+@pytest.mark.parametrize("size", [0, 1, 99, 100, 101, 1 << 20, (1 << 20) + 1, 3 << 20])
+@pytest.mark.parametrize("most", [100, 1 << 20, 2 << 20])
+def test_a_text_is_read_whole_or_named_as_too_long(size, most, tmp_path):
+    (tmp_path / "text").write_bytes(b"x" * size)
+
+    if size > most:
+        with pytest.raises(ValueError, match=f"it is longer than {most} bytes"):
+            read_text(tmp_path / "text", most)
+    else:
+        assert read_text(tmp_path / "text", most) == "x" * size
+
+
+def test_a_short_file_takes_no_memory_for_a_long_one(tmp_path):
+    (tmp_path / "text").write_text("x")
+    tracemalloc.start()
+    try:
+        read_text(tmp_path / "text", 1 << 30)
+        _, peak = tracemalloc.get_traced_memory()
+    finally:
+        tracemalloc.stop()
+
+    assert peak < 4 << 20

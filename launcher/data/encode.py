@@ -35,6 +35,7 @@ from launcher.files import read_json
 log = logging.getLogger(__name__)
 CHUNK = 1000  # records tokenised at once: enough to keep a fast tokenizer busy, little memory
 IDS_AT_ONCE = 1 << 22
+MOST_CLASSES = 1 << 22  # of a vocabulary whose tokens are counted in a table
 CHARACTERS_AT_ONCE = 1 << 20  # that a tokenizer gets in one call; it takes up to 400 bytes of memory for each
 SHORT_SEGMENT = 256  # characters; the ids of shorter ones (headers of answers, which repeat) are kept
 MOST_SEGMENTS = 4096  # that are kept; without a chat template each is a separate prompt
@@ -101,6 +102,8 @@ class Encoded:
     def distinct_ids(self) -> Tensor:
         """The tokens that occur, ascending, int64."""
         seen = torch.zeros(0, dtype=torch.bool)
+        if len(self.ids) and int(self.ids.max()) > MOST_CLASSES:  # ids with holes, which no table can count
+            return self.ids.unique().long()
         for part in self.ids.split(IDS_AT_ONCE):
             here = torch.bincount(part) > 0
             short, long = sorted((seen, here), key=len)

@@ -15,6 +15,7 @@ from transformers import AutoTokenizer
 
 from adapters.checkpoint_files import is_pipeline, list_tensors, local_folder
 from launcher.files import read_json, user_path
+from launcher.models.normalizer import GrowingText, check_normalizer
 from launcher.text import expected, needs_code
 
 JSON_FILES = (
@@ -112,8 +113,11 @@ def load_tokenizer(folder: Path, *, trust_remote_code: bool = False) -> Any:
     if has_tokenizer(folder):
         try:
             found = AutoTokenizer.from_pretrained(folder, local_files_only=True, trust_remote_code=trust_remote_code)
+            check_normalizer(found, folder)
             found(UNKNOWN, verbose=False)  # one without a token for what is unknown fails here, not at some record
             return found
+        except GrowingText:
+            raise
         except BaseException as error:  # tokenizer libraries raise bare Exceptions, and panic
             reason = needs_code(error) or first_line(expected(error))
             if WRONG_FIELD in reason:  # it is read on the way to the tokenizer

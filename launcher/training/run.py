@@ -47,7 +47,7 @@ from launcher.packages import versions
 from launcher.processes import Communicator, Ranks, Stopped, connect, print_error, same_everywhere
 from launcher.tasks.base import Layout, Samples, on_device, padding_id
 from launcher.tasks.joining import check_joined
-from launcher.text import padding
+from launcher.text import expected, padding
 from launcher.training import factoring
 from launcher.training.ending import post, tell
 from launcher.training.factoring import Factoring
@@ -135,6 +135,7 @@ def run(
 
 def _failed(error: Exception, ranks: Ranks, comm: Communicator | None, state: State, stop: StopRequest) -> int:
     """Print why the run ends and mark its folder; returns the exit code. Called by each rank that fails."""
+    error = expected(error)
     state.failed()
     own, mistake = True, isinstance(error, (ValueError, OSError))
     ended = lambda: stop.reason is not None  # noqa: E731

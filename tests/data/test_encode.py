@@ -3,6 +3,7 @@
 import itertools
 
 import pytest
+import torch
 from byte_records import ALPACA, CHAT, CHATML, CHATML_WITH_BLOCKS, byte_tokenizer, encode, prompt, shown, write
 from tokenizers import Tokenizer, models, pre_tokenizers, processors
 from transformers import AutoTokenizer, PreTrainedTokenizerFast
@@ -316,6 +317,15 @@ def test_answers_of_one_kind_that_do_not_end_in_a_token_that_stops_are_counted(c
 
     assert "1 of 3 answers do not end in a token that stops generation ('</s>')" in caplog.text
     assert "<|assistant|>call f')" in caplog.text
+
+
+@pytest.mark.parametrize("largest", [7, 10**9])
+def test_the_tokens_that_occur_are_found_whatever_their_size(largest):
+    ids = torch.tensor([5, 0, largest, 5], dtype=torch.int32)
+    none = torch.zeros(0, dtype=torch.int64)
+    encoded = encoding.Encoded(ids, ids > 0, none, none, encoding.DataReport(1, 1, 0, 0, 4, 4, 9))
+
+    assert encoded.distinct_ids().tolist() == [0, 5, largest]
 
 
 @pytest.mark.parametrize("sizes", [[], [5], [50], [3, 3, 3, 3], [9, 50, 1], [50, 50], [4, 4, 4, 50, 2]])
