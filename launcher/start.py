@@ -117,8 +117,18 @@ def _parse(config: Any, arguments: Sequence[str], prog: str) -> Any:
     foreign = config.adapter.options if parsed.adapter.method != config.adapter.method else ()
     if not foreign or "--options" in words:
         return parsed
-    log.warning("--options %s belongs to %s: left out", " ".join(foreign), config.adapter.method)
+    _warn("--options %s belongs to %s: left out", " ".join(foreign), config.adapter.method)
     return replace(parsed, adapter=replace(parsed.adapter, options=()))
+
+
+def _warn(text: str, *values: Any) -> None:
+    """Log a warning, once for all processes."""
+    if _is_main():
+        log.warning(text, *values)
+
+
+def _is_main() -> bool:
+    return os.environ.get("RANK", "0") == "0"
 
 
 def _for_another_task(config: Any, words: set[str]) -> Any:
@@ -132,7 +142,7 @@ def _for_another_task(config: Any, words: set[str]) -> Any:
                 dropped.append(option)
                 parts[part] = replace(parts[part], **{name: usual})
     if dropped:
-        log.warning("the recipe's %s belong to another task than %s: left out", ", ".join(dropped), config.data.task)
+        _warn("left out, as the recipe has them for another task than %s: %s", config.data.task, ", ".join(dropped))
     return replace(config, **parts)
 
 
@@ -141,7 +151,7 @@ def _for_other_data(config: Any, recipe: DataConfig, words: set[str]) -> Any:
     own = recipe.eval_data
     if own is None or not own.startswith(f"{recipe.data}:") or "--data" not in words or "--eval-data" in words:
         return config
-    log.warning(
+    _warn(
         "--data replaces the recipe's dataset, so its --eval-data %s is left out: give --eval-data FILE, or "
         "--eval-records N to hold out records of --data",
         own,
@@ -169,7 +179,7 @@ def instead_of_training(act: Callable[..., int]) -> Iterator[None]:
 def _start(config: Config, name: str, **settings: Any) -> int:
     if (act := _instead.get()) is not None:
         return act(config, name, **settings)
-    if os.environ.get("RANK", "0") == "0":  # torch and transformers take seconds to import
+    if _is_main():  # torch and transformers take seconds to import
         with suppress(OSError, ValueError):  # a closed terminal does not end the run
             print(f"starting {name}", flush=True)
     needed = config.model.quantize != "none" or OPTIMIZERS[config.optimizer.optimizer].package == "bitsandbytes"
@@ -194,8 +204,7 @@ def guarded(act: Callable[[], Any]) -> int:
                 raise
             raise found from None
     except ValueError as error:
-        is_main = os.environ.get("RANK", "0") == "0"
-        print_error(error, is_main, shared=isinstance(error, Misread) or _connected())
+        print_error(error, _is_main(), shared=isinstance(error, Misread) or _connected())
         return MISTAKE
     except Failed as error:
         print(f"error: {printable(str(error))}", file=sys.stderr)
