@@ -8,7 +8,7 @@ from __future__ import annotations
 import copy
 import dataclasses
 import hashlib
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from types import MappingProxyType
 from typing import Any, NamedTuple
@@ -128,22 +128,35 @@ def summary(factored: Mapping[str, Factored], folder: Path) -> list[str]:
 
 
 def identify_factors(model: nn.Module, identity: Mapping[str, Any], resume: Checkpoint | None) -> dict[str, Any]:
-    """The run's identity, with a digest of the model's factors if these come from gradients.
+    """The run's identity, with digests of what its cores belong to: the model's pivots, and its factors if these come
+    from gradients.
 
     Checkpoints hold the cores alone. Raises ValueError if those of `resume` belong to other factors: the cache was
-    lost, and another kernel or device rounds the gradients differently.
+    lost, and another kernel or device rounds the gradients differently, or chooses between equal pivots otherwise.
     """
-    sha = hashlib.sha256()
     maps = [(name, each) for name, each in model.named_modules() if isinstance(each, FactorMap)]
-    maps = [(name, each) for name, each in maps if each.config.factors_from_gradients]
-    for name, each in maps:
-        sha.update(name.encode())
-        for frozen in (each.write, each.read):
-            sha.update(frozen.detach().cpu().contiguous().view(torch.uint8).numpy().data)
-    found = {**identity, "factors": sha.hexdigest()} if maps else dict(identity)
-    if resume is not None and found.get("factors") != resume.meta["identity"].get("factors"):
+    from_gradients = [(name, each) for name, each in maps if each.config.factors_from_gradients]
+    found = dict(identity)
+    if from_gradients:
+        found["factors"] = _digest((name, (each.write, each.read)) for name, each in from_gradients)
+    # The pivots of singular vectors decide their signs, which a diagonal core does not notice.
+    if pivoted := [(name, each) for name, each in maps if each.core.ndim > 1 or not each.config.through_write]:
+        found["pivots"] = _digest((name, (each.pivots,)) for name, each in pivoted)
+    if resume is None:
+        return found
+    saved = {"pivots": found.get("pivots"), **resume.meta["identity"]}  # those of earlier versions have none
+    if any(found.get(name) != saved.get(name) for name in ("factors", "pivots")):
         raise ValueError(
             f"the factors that {resume.folder} belongs to are gone from the cache, and made again they differ: bring "
             "that cache back (--cache), or start over with --resume never"
         )
     return found
+
+
+def _digest(named: Iterable[tuple[str, tuple[torch.Tensor, ...]]]) -> str:
+    sha = hashlib.sha256()
+    for name, tensors in named:
+        sha.update(name.encode())
+        for tensor in tensors:
+            sha.update(tensor.detach().cpu().contiguous().view(torch.uint8).numpy().data)
+    return sha.hexdigest()

@@ -11,6 +11,8 @@ from safetensors.torch import load_file
 from small_runs import events, losses, with_run
 
 import adapters  # noqa: F401 (registers LoLDU)
+from adapters import loldu
+from launcher.exit_codes import STOPPED
 from launcher.tasks import base as tasks
 from launcher.training.run import run
 
@@ -186,3 +188,24 @@ def test_a_resume_with_smaller_micro_batches_has_the_curve_of_a_run_without_a_br
     assert len(losses(smaller)) == 6
     torch.testing.assert_close(losses(smaller), losses(whole), atol=5e-6, rtol=0)
     assert max(joined) == 2
+
+
+def test_a_run_does_not_resume_with_other_pivots_than_it_began_with(small, tmp_path, monkeypatch, capsys):
+    """The cache is lost, and another device chooses otherwise between equal pivots: cores of other directions."""
+    small = replace(small, optimizer=replace(small.optimizer, max_steps=4))
+    stopped = {"on_step": lambda training, event: event["step"] == 2 and training.stop.request("the test")}
+    assert run(small, "test", **stopped) == STOPPED
+    own, last_two = loldu.lu_of_panel, [*range(14), 15, 14]
+    shutil.rmtree(tmp_path / "cache")
+    with monkeypatch.context() as patch:
+        patch.setattr(loldu, "lu_of_panel", lambda panel, pivots=None: own(panel, own(panel)[2][last_two]))
+        patch.setattr(loldu, "lu_misfit", lambda *given, **how: None)  # these pivots are not equal, so it refuses them
+        other = run(small, "test")
+    said = capsys.readouterr().err
+    shutil.rmtree(tmp_path / "cache")
+
+    again = run(small, "test")
+
+    assert (other, again) == (2, 0)
+    assert "gone from the cache, and made again they differ" in said
+    assert len(losses(small)) == 4
