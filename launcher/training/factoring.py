@@ -139,8 +139,7 @@ def identify_factors(model: nn.Module, identity: Mapping[str, Any], resume: Chec
     found = dict(identity)
     if from_gradients:
         found["factors"] = _digest((name, (each.write, each.read)) for name, each in from_gradients)
-    # The pivots of singular vectors decide their signs, which a diagonal core does not notice.
-    if pivoted := [(name, each) for name, each in maps if each.core.ndim > 1 or not each.config.through_write]:
+    if pivoted := [(name, each) for name, each in maps if _depends_on_pivots(each)]:
         found["pivots"] = _digest((name, (each.pivots,)) for name, each in pivoted)
     if resume is None:
         return found
@@ -151,6 +150,11 @@ def identify_factors(model: nn.Module, identity: Mapping[str, Any], resume: Chec
             "that cache back (--cache), or start over with --resume never"
         )
     return found
+
+
+def _depends_on_pivots(each: FactorMap) -> bool:
+    """The pivots of singular vectors decide their signs, which a diagonal core does not notice."""
+    return not each.config.through_write or len(each.config.core_shape(len(each.pivots))) > 1
 
 
 def _digest(named: Iterable[tuple[str, tuple[torch.Tensor, ...]]]) -> str:
