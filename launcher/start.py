@@ -21,7 +21,7 @@ from launcher.options import Misread, parse_config
 from launcher.packages import without_bitsandbytes
 from launcher.processes import print_error
 from launcher.recipes import find_recipe, recipe_names, run_name, run_python
-from launcher.text import expected, printable
+from launcher.text import expected, one_line, printable
 
 log = logging.getLogger(__name__)
 OF_A_TASK = {  # what recipes set for their own data
@@ -190,7 +190,8 @@ def _start(config: Config, name: str, **settings: Any) -> int:
 
 
 def guarded(act: Callable[[], Any]) -> int:
-    """Call act; a ValueError, which is the user's mistake, becomes one line and exit code 2. None means success."""
+    """Call act; a ValueError, which is the user's mistake, and an error of a file become one line and exit code 2. None
+    means success."""
     logging.getLogger("bitsandbytes.backends.cpu.ops").addFilter(_no_advertisement)
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")  # we log and show progress ourselves
     os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
@@ -205,6 +206,11 @@ def guarded(act: Callable[[], Any]) -> int:
             raise found from None
     except ValueError as error:
         print_error(error, _is_main(), shared=isinstance(error, Misread) or _connected())
+        return MISTAKE
+    except OSError as error:
+        if error.filename is None:  # of no file, such as a closed terminal
+            raise
+        print(f"error: {error.strerror}: {one_line(str(error.filename), limit=200)}", file=sys.stderr)
         return MISTAKE
     except Failed as error:
         print(f"error: {printable(str(error))}", file=sys.stderr)

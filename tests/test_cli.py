@@ -133,6 +133,12 @@ def test_a_lack_of_main_memory_is_one_line(error, capsys):
     assert re.fullmatch("error: this process got no more main memory: raise its limit .*\n", capsys.readouterr().err)
 
 
+@pytest.mark.parametrize("name", ["x" * 300, b"\xff" * 300])
+def test_a_file_that_cannot_be_used_is_one_line(name, capsys):
+    assert start.guarded(lambda: os.stat(name)) == 2
+    assert re.fullmatch(r"error: File name too long: .{1,210}\n", capsys.readouterr().err)
+
+
 @pytest.mark.parametrize(("rank", "lines"), [("0", 1), ("1", 0)])
 def test_only_one_of_several_processes_prints_a_command_line_error(rank, lines, monkeypatch, capfd):
     monkeypatch.setenv("RANK", rank)

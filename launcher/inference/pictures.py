@@ -176,7 +176,7 @@ def _bases(adapter: Path | None, run: dict[str, Any] | None) -> list[str]:
 
 def _pipeline(name: str) -> Path | None:
     path = user_path(name)
-    folder = path if path.is_dir() else local_folder(name)
+    folder = local_folder(str(path)) or local_folder(name)
     return folder if folder is not None and is_pipeline(folder) else None
 
 
