@@ -32,7 +32,7 @@ class Ended:
     error: str
     seconds: float
     extra_bytes: int  # of peak memory, beyond this process's
-    queued_s: float = 0.0  # of these seconds, what it waited for a processor: the machine may be busy
+    queued_s: float = 0.0  # of these seconds, what it and its children waited for a processor: the machine may be busy
 
 
 def command(words: Sequence[str]) -> int:
@@ -69,12 +69,14 @@ def run(act: Callable[[], int], cwd: Path, limit_s: float = 2 * LIMIT_S) -> Ende
                     sys.stderr.flush()
                 os._exit(code & 255)
         status, peak, queued_s, deadline = None, before, 0.0, began + limit_s
+        waited: dict[int, float] = {}  # of the command and each process that it starts and waits for
         while status is None:
             done, found = os.waitpid(child, os.WNOHANG)
             if done:
                 status = found
                 break
-            peak, queued_s = max(peak, _peak_bytes(child)), max(queued_s, _queued_s(child))
+            waited |= {process: _queued_s(process) for process in _family(child)}
+            peak, queued_s = max(peak, _peak_bytes(child)), sum(waited.values())
             if time.monotonic() > deadline + queued_s or peak - before > 8 * LIMIT_BYTES:
                 with contextlib.suppress(OSError):
                     os.killpg(child, signal.SIGKILL)
@@ -97,6 +99,16 @@ def _peak_bytes(process: int) -> int:
             if line.startswith("VmHWM:"):
                 return int(line.split()[1]) * 1024
     return 0
+
+
+def _family(process: int) -> list[int]:
+    """The process and its descendants."""
+    found = [process]
+    for each in found:
+        with contextlib.suppress(OSError, ValueError):
+            for task in Path(f"/proc/{each}/task").iterdir():
+                found += map(int, (task / "children").read_text().split())
+    return found
 
 
 def _queued_s(process: int) -> float:
