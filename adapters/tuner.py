@@ -57,7 +57,7 @@ class FactorTuner(BaseTuner):
         chosen = ", ".join(f"{r} on {count} weights" for r, count in sorted(self._ranks.items()) if r != config.r)
         if config.factorization().chooses_rank:
             log.info("ranks chosen from the weights: %s", chosen)
-        elif chosen:
+        elif chosen and not config.inference_mode:  # a saved adapter has the ranks that it had
             log.warning("rank %d is reduced to the smaller dimension of some weights: %s", config.r, chosen)
         self._check_fingerprint(model, config)
 

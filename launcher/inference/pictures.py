@@ -104,7 +104,9 @@ def draw(found: Drawn, drawing: Drawing, *, seed: int, dtype: str, device: str, 
                 json_line({"prompt": prompt, "seed": seed + number, "file": str(file)}) if as_json else file, flush=True
             )
     what = f"adapter {found.adapter}" if found.adapter is not None else "no adapter"
-    console.print(f"{len(files)} pictures of {side} x {side} pixels, {drawing.steps} steps, {what}")
+    counts = {"picture": len(files), "step": drawing.steps}
+    pictures, taken = (f"{count} {name}{'s' * (count != 1)}" for name, count in counts.items())
+    console.print(f"{pictures} of {side} x {side} pixels, {taken}, {what}")
     return files
 
 

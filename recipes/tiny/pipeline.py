@@ -11,6 +11,7 @@ import os
 import shutil
 from pathlib import Path
 from typing import Any
+from unittest.mock import patch
 
 SIDE = 32  # of a picture, in pixels; a latent has half of it
 MADE = Path("runs") / "tiny-pipeline"
@@ -79,10 +80,12 @@ def save_pipeline(folder: Path, *, prediction: str = "epsilon", seed: int = 0, *
         beta_start=0.00085, beta_end=0.012, beta_schedule="scaled_linear", clip_sample=False, set_alpha_to_one=False,
         steps_offset=1, prediction_type=prediction,
     )  # fmt: skip
-    StableDiffusionPipeline(
+    made = StableDiffusionPipeline(
         vae=vae, text_encoder=encoder, tokenizer=tokenizer, unet=model, scheduler=scheduler, safety_checker=None,
         feature_extractor=None, requires_safety_checker=False,
-    ).save_pretrained(folder)  # fmt: skip
+    )  # fmt: skip
+    with patch("accelerate.utils.other.is_deepspeed_available", lambda: False):  # else it is imported, and warns
+        made.save_pretrained(folder)
 
 
 def _tokenizer(folder: Path) -> Any:

@@ -154,12 +154,14 @@ def test_a_rank_beyond_a_weights_smaller_side_is_reduced_with_one_warning(method
     assert ranks == {n: 16 if n in ("k_proj", "v_proj") else 30 for n in ranks}
 
 
-def test_clamped_ranks_are_saved_and_loaded(method, base, tmp_path):
+def test_clamped_ranks_are_saved_and_loaded(method, base, tmp_path, caplog):
     model = adapted(opened(base), r=1000)
     folder = saved(model, tmp_path / "adapter")
+    caplog.clear()
 
     loaded = PeftModel.from_pretrained(opened(base), folder).eval()
 
+    assert "reduced to" not in caplog.text  # it was told when the adapter was made
     assert torch.equal(logits(loaded), logits(model))
 
 
