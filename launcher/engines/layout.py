@@ -42,9 +42,11 @@ def group_size(info: EngineInfo, world: int, local_world: int, shard_size: int) 
     return (shard_size or local_world) if info.grouped else world
 
 
-def layout(info: EngineInfo, units: Sequence[Unit], world: int, local_world: int, group: int) -> Layout:
+def layout(
+    info: EngineInfo, units: Sequence[Unit], world: int, local_world: int, group: int, widened: float = 1.0
+) -> Layout:
     """How these units are distributed: decoder layers first, the rest last. group: processes that share one copy of the
-    base.
+    base. widened: bytes of a trained number in float32 / its own, since replicated processes add gradients in float32.
 
     Adam's two moments have the dtype of what is trained, and gradients too. Collectives run as rings, which leave a
     machine once: an all-reduce of P bytes over n ranks sends 2 (n - 1) / n P from each, an all-gather or a
@@ -54,10 +56,11 @@ def layout(info: EngineInfo, units: Sequence[Unit], world: int, local_world: int
     part, several = (world - 1) / world, world > local_world
     if info.holds_base:
         split = world if info.averages else 1  # DeepSpeed's stage 2 spreads gradients and moments
-        reduced = 2 * part * (trained + 4 * CONTROL_NUMBERS)
+        added = trained * (1.0 if info.averages else widened)
+        reduced = 2 * part * (added + 4 * CONTROL_NUMBERS)
         return Layout(
             frozen, trained, gradients=trained / split, optimizer=2 * trained / split, gathered=0.0,
-            at_root=0.0, exchanged=trained if world > 1 else 0.0, sent_per_pass=0.0, sent_per_step=reduced,
+            at_root=0.0, exchanged=added if world > 1 else 0.0, sent_per_pass=0.0, sent_per_step=reduced,
             across_per_step=several * reduced,
         )  # fmt: skip
     *layers, root = units

@@ -219,12 +219,15 @@ def sum_over_ranks(parameters: Sequence[nn.Parameter], extra: Sequence[Tensor], 
             parameter.grad = torch.zeros_like(parameter)
     if world_size == 1:
         return [number.float() for number in extra]
-    parts = [parameter.grad.reshape(-1).float() for parameter in parameters if parameter.grad is not None]
-    flat = torch.cat([*parts, torch.stack([number.float() for number in extra])])
-    dist.all_reduce(flat)
-    at = 0
-    for parameter in parameters:
+    sizes = [parameter.numel() for parameter in parameters]
+    flat = torch.empty(sum(sizes) + len(extra), device=extra[0].device)  # filled in place: no second copy of all
+    *parts, numbers = flat.split([*sizes, len(extra)])
+    for part, parameter in zip(parts, parameters, strict=True):
         assert parameter.grad is not None
-        parameter.grad.copy_(flat[at : at + parameter.numel()].view_as(parameter))
-        at += parameter.numel()
-    return list(flat[at:])
+        part.view_as(parameter).copy_(parameter.grad)
+    numbers.copy_(torch.stack([number.float() for number in extra]))
+    dist.all_reduce(flat)
+    for part, parameter in zip(parts, parameters, strict=True):
+        assert parameter.grad is not None
+        parameter.grad.copy_(part.view_as(parameter))
+    return list(numbers)

@@ -259,7 +259,8 @@ def footprint(
     """
     info = ENGINES[sharding]
     group = group_size(info, world, local_world, shard_size)
-    lies: Layout = layout(info, parts.units, world, local_world, group)
+    widened = 4 * parts.trained_numbers / parts.trained if parts.trained else 1.0
+    lies: Layout = layout(info, parts.units, world, local_world, group, widened)
     if "parameters" in offload:
         lies = lies._replace(frozen=0.0, trained=0.0)
     if "optimizer" in offload:

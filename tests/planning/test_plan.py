@@ -174,6 +174,16 @@ def test_the_gradient_of_the_root_unit_is_exchanged_once_the_layers_are_done():
     assert found.at_root == 3 * 300
 
 
+def test_replicated_processes_exchange_gradients_in_float32():
+    units = [Unit(0.0, 100.0)]  # 50 numbers in bfloat16
+
+    found = layout(ENGINES["ddp"], units, 2, 2, 1, widened=2.0)
+
+    assert found.gradients == 100
+    assert found.exchanged == 200
+    assert found.sent_per_step == 200 + 4 * 2
+
+
 def test_a_sharded_step_gathers_each_layer_twice():
     """As benchmarks/scaling.py has it: layers forward and backward, the rest once, gradients scattered once."""
     units = [Unit(1e6, 0.0)] * 4 + [Unit(3e6, 0.0)]
