@@ -9,6 +9,8 @@ PLAN is a JSON list of runs. Each is a complete run in these processes:
     offload     whether --cpu-offload is accepted without a GPU
     poison      the sample in whose backward pass every gradient becomes NaN
     blocks      whether frozen triangles are multiplied in blocks of four rows, as large ones are in larger blocks
+    counts      whether to write OUTPUT-counts-RANK.json: after each step the rows of logits so far, and how many tokens
+                of this process carried loss in it
 """
 
 import json
@@ -16,6 +18,7 @@ import os
 import shutil
 import sys
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -49,13 +52,23 @@ def main(plan: list[dict]) -> int:
         if source := entry.get("copy_of"):
             comm.from_main("copy", lambda source=source, config=config: copy(source, config))
         loop.batch_loss = batch_loss if (sample := entry.get("poison")) is None else poisoned(sample)
-        code = run_module.run(config, "several")
+        counts: list[list[int]] = []
+        on_step = partial(count, counts) if entry.get("counts") else None
+        code = run_module.run(config, "several", on_step=on_step)
+        if counts:
+            Path(f"{config.run.output}-counts-{ranks.rank}.json").write_text(json.dumps(counts))
         if code != entry.get("code", 0):
             print(f"run {number} of the plan, {config.run}, ended with {code}", file=sys.stderr)
             return 1
     torch.distributed.barrier()
     torch.distributed.destroy_process_group()
     return 0
+
+
+def count(counts: list[list[int]], training, event: dict) -> None:
+    parts = training.batches.at(event["step"]).of_rank(training.comm.ranks.rank)
+    targets = sum(int(training.samples.train.targets[row]) for rows in parts for row in rows)
+    counts.append([training.forward.logits_rows, targets])
 
 
 class NaNBackward(torch.autograd.Function):

@@ -7,7 +7,7 @@ import json
 import shutil
 import sys
 from dataclasses import replace
-from itertools import permutations
+from itertools import pairwise, permutations
 
 import pytest
 import torch
@@ -86,10 +86,11 @@ def runs(stories, alpaca_file, tmp_path_factory):
     runs.alone("one-bf16", change=bf16)
     runs.alone("one-answers", change=answers)
     runs.alone("one-full-rank", change=full_rank)
+    counts = {"counts": True}
     runs.start(
         4,
         runs.entry("fsdp2-4", "fsdp2"),
-        runs.entry("hsdp-4", "hsdp", shard_size=2),
+        runs.entry("hsdp-4", "hsdp", shard_size=2, how=counts),
         runs.entry("one>fsdp2-4", "fsdp2", source="one", step=4),
         runs.entry("fsdp2-4-long", "fsdp2", change=long),
         runs.entry("hsdp-4-long", "hsdp", shard_size=2, change=long),
@@ -99,7 +100,7 @@ def runs(stories, alpaca_file, tmp_path_factory):
     without_gpu, apart, in_blocks = {"offload": True}, {"nodes": True}, {"blocks": True}
     runs.said = runs.start(
         2,
-        *(runs.entry(sharding, sharding) for sharding in SHARDED),
+        *(runs.entry(sharding, sharding, how=counts) for sharding in SHARDED),
         *(runs.entry(f"{sharding}-long", sharding, change=long) for sharding in SHARDED),
         *(runs.entry(f"{sharding}-parts", sharding, change=in_parts) for sharding in SHARDED[1:]),
         *(runs.entry(f"{sharding}-answers", sharding, change=answers) for sharding in SHARDED),
@@ -133,6 +134,18 @@ def test_every_sharding_gives_the_first_20_losses_of_one_process(runs, name):
     first, last = (event["eval_loss"] for event in runs.events(f"{name}-long") if "eval_loss" in event)
     once = [event["eval_loss"] for event in runs.events("one-long") if "eval_loss" in event]
     torch.testing.assert_close([first, last], once, atol=CURVE, rtol=0)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", [*SHARDED, "hsdp-4"])
+def test_every_process_computes_logits_of_its_tokens_with_loss_alone(runs, name):
+    files = sorted(runs.folder.glob(f"{name}-counts-*.json"))
+
+    assert len(files) == (4 if name.endswith("-4") else 2)
+    for counts in (json.loads(file.read_text()) for file in files):
+        assert len(counts) == 8
+        for (before, _), (after, targets) in pairwise(counts):  # the first step also checks the loss of the head
+            assert after - before == targets
 
 
 @pytest.mark.slow
