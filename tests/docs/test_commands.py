@@ -49,6 +49,7 @@ FOREIGN = {  # options of other programs that the text names
     "torchrun": "--standalone --nnodes --nproc-per-node --node-rank --master-addr --master-port",
     "ruff": "--check",
     "apptainer": "--nv",
+    "systemd-run": "--user",
     "vllm": "--chat-template --enable-lora --lora-modules --max-lora-rank",
 }
 
