@@ -53,6 +53,8 @@ def sweep(
     """
     if seeds < 1:
         raise Misread(f"--seeds must be at least 1, got {seeds}")
+    if seeds > grid.MOST_RUNS:
+        raise Misread(f"--seeds must be at most {grid.MOST_RUNS:,}, got {seeds:,}")
     if processes < 1:
         raise Misread(f"--processes must be at least 1, got {processes}")
     if slurm is not None and processes > 1:

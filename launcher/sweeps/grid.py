@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import itertools
+import math
 import re
 import shlex
 from collections.abc import Mapping, Sequence
@@ -13,6 +14,7 @@ from typing import Any, NamedTuple, get_type_hints
 from launcher.config import Config
 
 OWN = {"output": "the sweep names the folders", "tiny": "give --tiny to all runs", "resume": "a sweep always resumes"}
+MOST_RUNS = 1000  # as in a job array of Slurm by default
 NAME_LENGTH = 120  # of a run's folder; a longer name is cut and gets a digest
 COMMA = re.compile(r",(?![^\[\]]*\]|[^{}]*\})")  # outside of brackets, which hold JSON
 
@@ -52,7 +54,11 @@ def read_vary(words: Sequence[str]) -> dict[str, tuple[str, ...]]:
 
 
 def variants(vary: Mapping[str, Sequence[str]]) -> list[Variant]:
-    """Every combination of the values, the last option varying fastest. Raises ValueError for equal folder names."""
+    """Every combination of the values, the last option varying fastest. Raises ValueError for too many, and for equal
+    folder names."""
+    if (count := math.prod(len(values) for values in vary.values())) > MOST_RUNS:
+        by_option = " x ".join(f"{len(values):,} of {name}" for name, values in vary.items())
+        raise ValueError(f"--vary gives {count:,} runs ({by_option}), at most {MOST_RUNS:,} make a sweep: vary less")
     made = []
     for chosen in itertools.product(*vary.values()):
         values = dict(zip(vary, chosen, strict=True))

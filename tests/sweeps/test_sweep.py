@@ -20,6 +20,7 @@ from launcher.sweeps.check import settings_of
 
 WRITE_REPORT = report_commands.write_report
 REPO = Path(__file__).resolve().parents[2]
+NUMBERS = ",".join(map(str, range(1, 3001)))
 RECIPE = "llama2_alpaca_loldu"
 
 
@@ -45,6 +46,11 @@ def sweep(*words):
         ([RECIPE, "--vary", "rank=4,8", "--rank", "2"], "--rank is both varied and given: leave one out"),
         ([RECIPE, "--vary", "learning-rate=1e-3,0.001"], "learning-rate=1e-3 and learning-rate=0.001 are the same run"),
         ([RECIPE, "--vary", "seed=1,2", "--seeds", "2"], "--seeds and --vary seed=... both set the seed"),
+        ([RECIPE, "--vary", "rank=4,8", "--seeds", "1000000000"], "--seeds must be at most 1,000, got 1,000,000,000"),
+        (
+            [RECIPE, "--vary", f"seed={NUMBERS}", f"rank={NUMBERS}"],
+            "--vary gives 9,000,000 runs (3,000 of seed x 3,000 of rank), at most 1,000 make a sweep: vary less",
+        ),
         ([RECIPE, "--vary", "rank=4,8", "--seeds", "0"], "--seeds must be at least 1, got 0"),
         (
             [RECIPE, "--vary", "method=loldu,losvd"],
