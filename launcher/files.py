@@ -175,7 +175,7 @@ def disk_errors(
         written = isinstance(error, OSError) or type(error).__name__ == "SafetensorError"  # not imported for its name
         if reads:
             written = isinstance(error, (PermissionError, FileExistsError, NotADirectoryError))
-            written |= getattr(error, "errno", None) == errno.EROFS
+            written |= getattr(error, "errno", None) in (errno.EROFS, errno.EFBIG)
         if not (full or written):
             raise
         reason = "no space is left" if full else getattr(error, "strerror", None) or str(error)

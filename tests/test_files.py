@@ -112,6 +112,7 @@ def test_the_digest_is_sha256(tmp_path):
         (RuntimeError("I/O error: No space left on device (os error 28)"), False, "no space is left"),
         (PermissionError(errno.EACCES, "Permission denied"), True, "Permission denied; give --output"),
         (OSError(errno.EROFS, "Read-only file system"), True, "Read-only file system; give --output"),
+        (OSError(errno.EFBIG, "File too large"), True, "File too large; give --output"),
         (OSError(errno.EIO, "Input/output error"), False, "Input/output error; give --output"),
     ],
 )

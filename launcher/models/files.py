@@ -15,7 +15,7 @@ from transformers import AutoTokenizer
 
 from adapters.checkpoint_files import is_pipeline, list_tensors, local_folder
 from launcher.files import read_json, user_path
-from launcher.models.normalizer import GrowingText, check_normalizer
+from launcher.models.tokenizer_limits import TooMuch, check_largest_id, check_normalizer
 from launcher.text import expected, needs_code
 
 JSON_FILES = (
@@ -114,9 +114,10 @@ def load_tokenizer(folder: Path, *, trust_remote_code: bool = False) -> Any:
         try:
             found = AutoTokenizer.from_pretrained(folder, local_files_only=True, trust_remote_code=trust_remote_code)
             check_normalizer(found, folder)
+            check_largest_id(found, folder)
             found(UNKNOWN, verbose=False)  # one without a token for what is unknown fails here, not at some record
             return found
-        except GrowingText:
+        except TooMuch:
             raise
         except BaseException as error:  # tokenizer libraries raise bare Exceptions, and panic
             reason = needs_code(error) or first_line(expected(error))

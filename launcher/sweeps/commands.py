@@ -21,7 +21,7 @@ from launcher.sweeps import grid, results
 from launcher.sweeps.check import check, settings_of
 from launcher.sweeps.grid import Variant
 from launcher.sweeps.run import Sweep, submit_all, train_all
-from launcher.text import one_line
+from launcher.text import one_line, printable
 
 
 def sweep(
@@ -80,7 +80,7 @@ def sweep(
     plan = Sweep(recipe, recipe_options, varied, planned, folder, processes)
     if dry_run:
         for variant in planned:
-            print(f"loldu train {shlex.join([recipe, *plan.options(variant)])}")
+            print(printable(f"loldu train {shlex.join([recipe, *plan.options(variant)])}"))
         return DONE
     with disk_errors("the sweep", folder, "give --output elsewhere"):
         folder.mkdir(parents=True, exist_ok=True)
@@ -122,14 +122,15 @@ def _report(plan: Sweep, console: Console) -> None:
 
     figure = picture(found, plan.vary, kind)
     page = write_report(runs, plan.folder / "report.html", {"Sweep": figure} if figure is not None else {})
-    console.print(f"report {page}")
+    console.print(printable(f"report {page}"))
     chosen = results.best(found)
     if chosen is None:
         return
     for remark in results.remarks(found, plan.vary):
-        console.print(f"note: {remark}")
+        console.print(printable(f"note: {remark}"))
     options = [*plan.recipe_options, *grid.as_options(chosen.values)]
     so_far = " so far" if plan.unfinished() else ""
-    console.print(f"best{so_far}: {grid.shown(chosen.values)}, {kind} {chosen.loss:.4f}. Train it again, or use it:")
-    print(f"  loldu train {shlex.join([plan.recipe, *options])}")
-    print(f"  loldu chat {shlex.quote(str(chosen.runs[0].folder))}")
+    best = printable(f"best{so_far}: {grid.shown(chosen.values)}, {kind} {chosen.loss:.4f}")
+    console.print(f"{best}. Train it again, or use it:")
+    print(printable(f"  loldu train {shlex.join([plan.recipe, *options])}"))
+    print(printable(f"  loldu chat {shlex.quote(str(chosen.runs[0].folder))}"))

@@ -21,7 +21,7 @@ from launcher.options import parse_config
 from launcher.progress import Bars
 from launcher.sweeps import child, grid, results
 from launcher.sweeps.grid import Variant
-from launcher.text import one_line
+from launcher.text import one_line, printable
 
 LOCK_S = 120.0  # how long to wait for a run that saves after its sweep was killed
 
@@ -65,7 +65,7 @@ def train_all(plan: Sweep, console: Console) -> int:
                 plan.folder / variant.name,
                 logs / f"{variant.name}.log",
             )
-            name, began = f"[{place} of {total}] {grid.shown(variant.values)}", time.monotonic()
+            name, began = printable(f"[{place} of {total}] {grid.shown(variant.values)}"), time.monotonic()
             words = child.command(plan.recipe, plan.options(variant), plan.processes)
             with Bars(console).bar(name, brief=True) as show:
                 show(0, "starting")
@@ -78,7 +78,7 @@ def train_all(plan: Sweep, console: Console) -> int:
             else:
                 failed += 1
                 reason = one_line(child.last_error(log)) or f"exit code {code}"
-                console.print(f"{name}: failed: {reason} ({log})")
+                console.print(printable(f"{name}: failed: {reason} ({log})"))
                 if code == MISTAKE and variant is plan.variants[0]:
                     console.print("the first run was refused: no other one is started")
                     return MISTAKE

@@ -283,6 +283,14 @@ def test_without_held_out_records_rows_have_the_training_loss(trainings, tmp_pat
     assert {row.loss for row in rows} == {2.0}
 
 
+def test_control_characters_of_a_folders_name_do_not_reach_the_terminal(trainings, tmp_path, capfd):
+    assert sweep(RECIPE, *GRID, "--output", str(tmp_path / "\x1b[2J"), "--dry-run") == 0
+
+    out, error = capfd.readouterr()
+    assert "\x1b" not in out + error
+    assert r"\x1b[2J" in out
+
+
 def test_a_dry_run_prints_the_commands_and_makes_nothing(trainings, tmp_path, capfd):
     code = sweep(RECIPE, *GRID, "--dry-run")
 

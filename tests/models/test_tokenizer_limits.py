@@ -1,4 +1,4 @@
-"""A tokenizer whose normalizer multiplies texts is refused before it sees one."""
+"""A tokenizer that multiplies texts, or has huge ids, is refused before it sees a text."""
 
 import json
 
@@ -6,7 +6,7 @@ import pytest
 from tokenizers import Tokenizer, normalizers
 
 from launcher.models.files import load_tokenizer
-from launcher.models.normalizer import growth
+from launcher.models.tokenizer_limits import growth
 
 
 def replace(pattern, content, kind="String"):
@@ -73,6 +73,21 @@ def test_a_tokenizer_that_multiplies_texts_is_refused_by_name(normalizer, messag
 
     with pytest.raises(ValueError, match=rf"^{tmp_path}/tokenizer.json: its normalizer {message}"):
         load_tokenizer(tmp_path)
+
+
+@pytest.mark.parametrize("largest", [1000, 10**9])
+def test_ids_with_holes_may_not_be_huge(largest, stories, tmp_path):
+    for file in stories.iterdir():
+        (tmp_path / file.name).write_bytes(file.read_bytes())
+    model = {"type": "WordLevel", "vocab": {"a": largest, "[UNK]": 0}, "unk_token": "[UNK]"}
+    backend = json.loads((stories / "tokenizer.json").read_text()) | {"model": model}
+    (tmp_path / "tokenizer.json").write_text(json.dumps(backend))
+
+    if largest < 10**6:
+        assert load_tokenizer(tmp_path)
+    else:
+        with pytest.raises(ValueError, match=r"tokenizer\.json: a token has the id 1,000,000,000, although there are"):
+            load_tokenizer(tmp_path)
 
 
 def test_known_normalizers_load(stories):
