@@ -220,7 +220,7 @@ def sum_over_ranks(parameters: Sequence[nn.Parameter], extra: Sequence[Tensor], 
     if world_size == 1:
         return [number.float() for number in extra]
     sizes = [parameter.numel() for parameter in parameters]
-    flat = torch.empty(sum(sizes) + len(extra), device=extra[0].device)  # filled in place: no second copy of all
+    flat = torch.empty(sum(sizes) + len(extra), dtype=torch.float32, device=extra[0].device)  # filled in place
     *parts, numbers = flat.split([*sizes, len(extra)])
     for part, parameter in zip(parts, parameters, strict=True):
         assert parameter.grad is not None
