@@ -29,9 +29,13 @@ def _shared(part: str) -> Path:
 
 
 @pytest.fixture(autouse=True)
-def log_levels():
-    """Those that Python starts with: commands and ranks other than the first set them for their process."""
+def logs():
+    """Levels and handlers as Python starts with them: commands and ranks other than the first set levels for their
+    process, and a run's screen writes warnings to standard output."""
     logging.getLogger().setLevel(logging.WARNING)
+    for handler in list(logging.getLogger().handlers):
+        if type(handler).__module__.split(".")[0] == "launcher":
+            logging.getLogger().removeHandler(handler)
     for name in [name for name in logging.root.manager.loggerDict if name.split(".")[0] == "launcher"]:
         logging.getLogger(name).setLevel(logging.NOTSET)
 
