@@ -56,8 +56,8 @@ ENGINES: dict[str, EngineInfo] = {
         EngineInfo("zero2", "launcher.engines.zero:Zero2", averages=True, offloads=("optimizer",),
                    packages=("deepspeed", "ninja"), accelerate="zero2"),
         EngineInfo("zero3", "launcher.engines.zero:Zero3", holds_base=False, gathers=True, averages=True,
-                   carries_quantised=False, compiles=False, offloads=BOTH, packages=("deepspeed", "ninja"),
-                   accelerate="zero3"),
+                   carries_quantised=False, compiles=False, maps_large_blocks=True, offloads=BOTH,
+                   packages=("deepspeed", "ninja"), accelerate="zero3"),
     )
 }  # fmt: skip
 

@@ -25,6 +25,7 @@ from torch import Tensor, nn
 from launcher.config import OptimizerConfig
 from launcher.engines.engine import ModelSource, NonFinite
 from launcher.engines.registry import EngineInfo, give_first
+from launcher.main_memory import map_large_blocks
 from launcher.models.fill import fill
 from launcher.models.skeleton import skeleton
 from launcher.processes import Ranks, open_alone
@@ -189,6 +190,8 @@ class Zero3(Zero2):
         """The model on meta, then filled with this rank's part of every parameter from the checkpoint."""
         config, offload = source.config, source.config.run.cpu_offload
         open_alone(source.device)
+        if info.maps_large_blocks and source.device.type == "cpu":
+            map_large_blocks()
         model = skeleton(config.model, source.folder, source.adapter, **source.how)
         parts = FlatParts(config.optimizer, source.ranks, source.device, cpu_offload=offload)
         fill(model, source.folder, source.factors, parts, source.device, source.progress, cpu_offload=offload)
