@@ -88,7 +88,7 @@ def parse(text: str, file: str = "hostfile") -> list[Host]:
             wrong = f"{name[:300]!r} is not a host name (give users and IPv6 addresses a short name in ~/.ssh/config)"
         elif name in lines:
             wrong = f"{name} is already on line {lines[name]}"
-        elif len(given) != 1 or not re.fullmatch(r"slots=\d+", given[0]):
+        elif len(given) != 1 or not re.fullmatch(r"slots=[0-9]+", given[0]):
             wrong = f"expected `{name} slots=N`, got `{' '.join(words)}`"
         elif not 1 <= int(given[0][6:]) <= 1024:
             wrong = f"{name} has {given[0]}; expected 1 to 1024 slots, one for each process (or remove the line)"
@@ -123,7 +123,7 @@ def choose(hosts: list[Host], include: str | None = None, exclude: str | None = 
             problems.append(f"  {part!r}: no such host; the file has {', '.join(known)}")
         elif name in named:
             problems.append(f"  {name} is named twice")
-        elif slots and not re.fullmatch(r"\d+(,\d+)*", slots):
+        elif slots and not re.fullmatch(r"[0-9]+(,[0-9]+)*", slots):
             problems.append(f"  {part!r}: expected slots as in {name}:0,2")
         else:
             wanted = tuple(sorted({int(slot) for slot in slots.split(",")})) if slots else known[name].slots

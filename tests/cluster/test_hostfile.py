@@ -43,6 +43,7 @@ def test_every_problem_is_listed_with_its_line():
     [
         ("", "no host is listed"),
         ("# only words\n", "no host is listed"),
+        ("node1 slots=\u0663\n", "line 1: expected `node1 slots=N`, got"),
         ("localhost slots=1\nnode2 slots=1\n", "line 1: localhost means a different machine on each host"),
     ],
 )
