@@ -62,6 +62,7 @@ class _SummedLoss(torch.autograd.Function):
                 d_weight += (d_logits.T @ part).float()
             if d_bias is not None:
                 d_bias += d_logits.float().sum(0)
+            del d_logits  # otherwise it is there while the next chunk is made
         ctx.save_for_backward(d_hidden, d_weight, d_bias)
         ctx.dtype = weight.dtype
         return total / divisor
