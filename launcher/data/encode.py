@@ -15,7 +15,7 @@ import itertools
 import json
 import logging
 from collections import Counter
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, NamedTuple, Protocol
@@ -117,22 +117,32 @@ def little_endian(numbers: np.ndarray) -> Any:
     return np.ascontiguousarray(numbers, numbers.dtype.newbyteorder("<")).view(np.uint8).data
 
 
-def encode(records: Sequence[Record], tokenizer: Any, config: DataConfig, template: Template | None = None) -> Encoded:
+def encode(
+    records: Sequence[Record],
+    tokenizer: Any,
+    config: DataConfig,
+    template: Template | None = None,
+    tick: Callable[[int], None] = lambda done: None,
+) -> Encoded:
     """Tokenise bos + prompt + answer + eos (a chat template writes its own marks), all in memory.
 
     The whole text of a sample is tokenised at once, as `apply_chat_template(tokenize=True)` does, and the borders of
     the loss are mapped to tokens by their offsets. A token that crosses a border carries loss.
     A sample over max_length loses the end of its answer; one with no token of an answer left is dropped. Both are
-    counted. template replaces the one that config names. Raises ValueError when nothing is left to learn, and for
-    records that the template cannot carry, unless config.on_bad_record is skip.
+    counted. template replaces the one that config names; tick gets the number of records that are done. Raises
+    ValueError when nothing is left to learn, and for records that the template cannot carry, unless
+    config.on_bad_record is skip.
     """
     assert records
-    return encoded(Encoder(records[0], tokenizer, config, template), records)
+    return encoded(Encoder(records[0], tokenizer, config, template), records, tick)
 
 
-def encoded(encoder: Encodes, records: Sequence[Record]) -> Encoded:
+def encoded(encoder: Encodes, records: Sequence[Record], tick: Callable[[int], None] = lambda done: None) -> Encoded:
     """What an encoder makes of these records, in memory. Raises its errors."""
-    parts = [encoder.part(records[start : start + CHUNK]) for start in range(0, len(records), CHUNK)]
+    parts = []
+    for start in range(0, len(records), CHUNK):
+        parts.append(encoder.part(records[start : start + CHUNK]))
+        tick(min(start + CHUNK, len(records)))
     report = encoder.report([part.tally for part in parts], len(records))
     report.log()
     lengths, targets, ids, loss = (torch.from_numpy(np.concatenate([part[i] for part in parts])) for i in (0, 1, 2, 3))

@@ -24,10 +24,12 @@ MOST_ROWS, MOST_POSITIONS = 16, 2048  # of a forward pass
 Tick = Callable[[int], None]
 
 
-def encoded(records: Sequence[Any], tokenizer: Any, model: Any, template: Template) -> Encoded:
+def encoded(
+    records: Sequence[Any], tokenizer: Any, model: Any, template: Template, tick: Tick = lambda done: None
+) -> Encoded:
     """The records as samples, tokenised as for training, up to the model's context."""
     length = min(context_length(model), 1 << 20)
-    return encode(records, tokenizer, DataConfig(max_length=max(length, 8), on_bad_record="skip"), template)
+    return encode(records, tokenizer, DataConfig(max_length=max(length, 8), on_bad_record="skip"), template, tick)
 
 
 class Scorer:

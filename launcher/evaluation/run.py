@@ -113,9 +113,9 @@ def _run(asked: Asked, source: Source, comm: Communicator) -> dict[str, Any]:
     found: dict[str, dict[str, Any]] = {}
     for task in asked.tasks:
         found[_named(task)] = {"task": task, "limit": asked.limit or None, **_task(asked, loaded, task)}
-    if ranks.is_main:
-        if file is not None:
+        if ranks.is_main and file is not None:  # after each task: a later one may fail
             _write(file, found)
+    if ranks.is_main:
         shown = plain({"model": asked.model, "tasks": found})
         if asked.json:
             print(json.dumps(shown, indent=2))
@@ -253,9 +253,10 @@ def _records(asked: Asked, loaded: Loaded, file: Path) -> Measure:
     records = records[: asked.limit or len(records)]
     chat = "messages" in records[0]
     template = _template(asked, loaded, conversations=chat)
-    data = loaded.comm.each("tasks", lambda: encoded(records, loaded.tokenizer, loaded.model, template))
+    with loaded.bars.bar(f"tokenising {file.name}", len(records), brief=True) as bar:
+        data = loaded.comm.each("tasks", lambda: encoded(records, loaded.tokenizer, loaded.model, template, bar))
     asked_for: list[tuple[list[int], str]] = []
-    for record in records:
+    for record in records if asked.max_tokens else ():
         with suppress(BadRecord):
             expected = expected_text(record, template, loaded.tokenizer)
             asked_for.append((prompt_ids(record, template, loaded.tokenizer), expected))

@@ -161,6 +161,25 @@ def test_standard_errors_are_those_of_statistics():
     assert math.isnan(mean([1.0])["stderr"])
 
 
+def test_results_of_one_task_are_written_before_the_next_and_tokenising_is_shown(
+    babyllama, tmp_path, capsys, monkeypatch
+):
+    monkeypatch.setattr("launcher.progress.LINE_EVERY_S", 0.0)
+    records = [{"instruction": f"Count to {i}", "input": "", "output": "one two"} for i in range(6)]
+    good, bad = file_of(tmp_path, records), tmp_path / "bad.jsonl"
+    bad.write_text("{")
+    words = ["--tasks", good, str(bad), "--max-tokens", "0", "--prompt-template", "short"]
+
+    code = main(["eval", str(babyllama), *words, f"--out={tmp_path / 'eval.json'}"])
+
+    error = capsys.readouterr().err
+    assert code == 2
+    assert "tokenising data.json" in error
+    assert "6/6" in error
+    assert "bad.jsonl" in error
+    assert set(json.loads((tmp_path / "eval.json").read_text())["tasks"]) == {"data"}
+
+
 def test_an_adapter_stands_beside_its_base(capsys, babyllama, adapter, tmp_path):
     """The base's scores are those of the base alone, bit for bit."""
     records = [{"instruction": f"Count to {i}", "input": "", "output": "one two"} for i in range(6)]
