@@ -126,7 +126,7 @@ def _report(plan: Sweep, console: Console) -> None:
     chosen = results.best(found)
     if chosen is None:
         return
-    for remark in results.remarks(found, plan.vary):
+    for remark in results.remarks(found):
         console.print(printable(f"note: {remark}"))
     options = [*plan.recipe_options, *grid.as_options(chosen.values)]
     so_far = " so far" if plan.unfinished() else ""

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from statistics import mean, stdev
 from typing import Any, NamedTuple
@@ -75,19 +75,19 @@ def best(found: Sequence[Row]) -> Row | None:
     return next((row for row in found if len(row.runs) == row.planned and math.isfinite(row.loss)), None)
 
 
-def remarks(found: Sequence[Row], vary: Mapping[str, Sequence[str]]) -> list[str]:
+def remarks(found: Sequence[Row]) -> list[str]:
     """What a reader should know before taking the best row: a value at an edge, or a rival within the deviation."""
     chosen = best(found)
     if chosen is None:
         return []
     said = []
-    for name, texts in vary.items():
-        numbers = as_numbers(texts)
-        if numbers and len(numbers) > 1 and name != SEED:
-            here = float(chosen.values[name])
-            if here in (min(numbers), max(numbers)):
-                edge, more = ("lowest", "lower") if here == min(numbers) else ("highest", "higher")
-                said.append(f"{name} {chosen.values[name]} is the {edge} value tried: a {more} one may be better")
+    for name, value in chosen.values.items():
+        like = [row for row in found if without(row.values, name) == without(chosen.values, name)]
+        compared = sum(bool(row.runs) for row in like) > 1
+        numbers = as_numbers([row.values[name] for row in like])
+        if numbers and compared and float(value) in (min(numbers), max(numbers)):
+            edge, more = ("lowest", "lower") if float(value) == min(numbers) else ("highest", "higher")
+            said.append(f"{name} {value} is the {edge} value tried: a {more} one may be better")
     for row in found:
         apart = row.loss - chosen.loss
         if row is not chosen and row.planned > 1 and apart < max(row.deviation, chosen.deviation):

@@ -270,6 +270,20 @@ def test_seeds_are_averaged_and_a_rival_within_their_deviation_is_named(training
     assert "rank=8 is within the deviation over seeds: 2.2500" in error
 
 
+def test_a_value_at_an_edge_is_named_once_another_value_has_finished(trainings, capfd):
+    rates = [GRID[0], "method=lora", *GRID[2:]]
+    trainings(LOSSES, codes={"method=lora,learning-rate=1e-2": FAILED})
+    sweep(RECIPE, *rates)
+    alone = capfd.readouterr().err
+    trainings(LOSSES)
+
+    sweep(RECIPE, *rates)
+
+    assert "best so far: method=lora" in alone
+    assert "value tried" not in alone
+    assert "learning-rate 1e-3 is the lowest value tried" in capfd.readouterr().err
+
+
 def test_without_held_out_records_rows_have_the_training_loss(trainings, tmp_path):
     trainings(LOSSES)
     sweep(RECIPE, *GRID)
