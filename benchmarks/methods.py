@@ -75,6 +75,7 @@ OURS = (
     "lorasb",
 )  # diagonal, banded and dense cores between frozen factors
 FIRST = 8  # methods that run on all cells; the others run on the first cell only
+LION = {"adam_beta2": 0.99}
 ALL, FULL = ("all-linear",), 4096  # every linear layer; full rank, after clamping
 # name -> adapter and first learning rate. "counted" ones train about as many numbers as a full-rank diagonal.
 METHODS: dict[str, dict[str, Any]] = {
@@ -101,6 +102,15 @@ METHODS: dict[str, dict[str, Any]] = {
     },
     "LoLDU-XS": {"method": "lolduxs", "counted": "square", "options": {"normalize_directions": True}, "rate": 1e-2},
     "LoRA-SB": {"method": "lorasb", "counted": "square", "rate": 1e-3},
+    "FLoRA, r 8": {"method": "flora", "rank": 8, "rate": 3e-3},
+    "DSEE, r 8": {"method": "dsee", "rank": 8, "rate": 3e-3},
+    "SaRA, a twentieth of the entries": {"method": "sara", "rate": 3e-3},
+    "AdaLoRA, mean r 8": {"method": "adalora", "rank": 8, "rate": 3e-2},
+    "IncreLoRA, mean r 8": {"method": "increlora", "rank": 8, "rate": 3e-2},
+    "full fine-tuning, GradNormLoRP": {"method": "full", "optimizer": {"optimizer": "gradnormlorp"}, "rate": 1e-3},
+    "full fine-tuning, Lion": {"method": "full", "optimizer": {"optimizer": "lion", **LION}, "rate": 1e-4},
+    "full fine-tuning, 8-bit AdamW": {"method": "full", "optimizer": {"optimizer": "adamw8bit"}, "rate": 3e-4},
+    "full fine-tuning, 8-bit Lion": {"method": "full", "optimizer": {"optimizer": "lion8bit", **LION}, "rate": 1e-4},
 }  # fmt: skip
 
 
@@ -126,6 +136,7 @@ def what(model: str, task: str, name: str, rate: float, seed: int, split: str) -
         "model": model, "task": task, "method": name, "adapter": f"{adapter.method} rank {adapter.rank}",
         "targets": " ".join(adapter.targets), "options": " ".join(adapter.options), "rate": rate, "seed": seed,
         "split": split, "batch": BATCH, "max_length": MAX_LENGTH, "end": END, "steps": STEPS,
+        **METHODS[name].get("optimizer", {}),
     }  # fmt: skip
 
 
@@ -177,7 +188,12 @@ def measure(row: dict[str, Any], work: Path) -> dict[str, Any]:
         ),
         adapter=adapter_of(row["method"], row["model"]),
         optimizer=OptimizerConfig(
-            learning_rate=row["rate"], batch_size=BATCH, max_steps=STEPS, warmup_ratio=0.05, seed=row["seed"]
+            learning_rate=row["rate"],
+            batch_size=BATCH,
+            max_steps=STEPS,
+            warmup_ratio=0.05,
+            seed=row["seed"],
+            **METHODS[row["method"]].get("optimizer", {}),
         ),
         run=RunConfig(output=str(work / "run"), cache=str(work / "cache"), resume="never"),
     )
@@ -446,7 +462,8 @@ STYLE = (  # readable on a white and on a dark page
 def plot(campaign: Campaign) -> str:
     """Held-out loss against trained numbers on the first cell, as SVG: a bar from the best to the worst seed."""
     cell, methods = campaign.study.first, campaign.study.methods
-    tested = {name: runs for name in methods if (runs := campaign.tested(name, *cell))}
+    drawn = [name for name, spec in methods.items() if "optimizer" not in spec]
+    tested = {name: runs for name in drawn if (runs := campaign.tested(name, *cell))}
     tested = {name: runs for name, runs in tested.items() if all(run["loss"] is not None for run in runs)}
     losses = {name: [run["loss"] for run in runs] for name, runs in tested.items()}
     order = sorted(tested, key=lambda name: -mean(losses[name]))  # as the axis has them
@@ -474,7 +491,7 @@ def plot(campaign: Campaign) -> str:
     for name in reversed(order):
         at, found = x(tested[name][0]["trained"]), losses[name]
         ours = methods[name].get("method", "loldu") in OURS
-        line = min(line - 17, y(mean(found)) + 4)
+        line = min(line - 15.5, y(mean(found)) + 4)
         parts += [
             f'<g class="{"ours" if ours else "others"}">'
             f'<path d="M{at:.1f} {y(min(found)):.1f}V{y(max(found)):.1f}" stroke-width="2"/>'
