@@ -15,7 +15,7 @@ import itertools
 import json
 import logging
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, NamedTuple, Protocol
@@ -28,9 +28,11 @@ from torch import Tensor
 from launcher.config import DataConfig
 from launcher.data.bad_records import SHOWN, BadRecord, BadRecords
 from launcher.data.chat import Rendered, Sample, many
+from launcher.data.crew import Tick
 from launcher.data.forms import Record
 from launcher.data.templates import Template, check_template, frame, render, template_of
 from launcher.files import read_json
+from launcher.progress import silent
 
 log = logging.getLogger(__name__)
 CHUNK = 1000  # records tokenised at once: enough to keep a fast tokenizer busy, little memory
@@ -122,7 +124,7 @@ def encode(
     tokenizer: Any,
     config: DataConfig,
     template: Template | None = None,
-    tick: Callable[[int], None] = lambda done: None,
+    tick: Tick = silent,
 ) -> Encoded:
     """Tokenise bos + prompt + answer + eos (a chat template writes its own marks), all in memory.
 
@@ -137,7 +139,7 @@ def encode(
     return encoded(Encoder(records[0], tokenizer, config, template), records, tick)
 
 
-def encoded(encoder: Encodes, records: Sequence[Record], tick: Callable[[int], None] = lambda done: None) -> Encoded:
+def encoded(encoder: Encodes, records: Sequence[Record], tick: Tick = silent) -> Encoded:
     """What an encoder makes of these records, in memory. Raises its errors."""
     parts = []
     for start in range(0, len(records), CHUNK):

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -10,6 +10,7 @@ import torch
 
 from launcher.config import DataConfig
 from launcher.data.batches import collate
+from launcher.data.crew import Tick
 from launcher.data.encode import Encoded, encode, stop_ids
 from launcher.data.joined import join
 from launcher.data.microbatches import plan
@@ -17,16 +18,14 @@ from launcher.data.templates import Template
 from launcher.evaluation.choices import Choice, accuracy
 from launcher.models.files import context_length
 from launcher.models.head_loss import HeadLoss
+from launcher.progress import silent
 from launcher.tasks.base import Layout, on_device
 from launcher.tasks.joining import layout_for_evaluation
 
 MOST_ROWS, MOST_POSITIONS = 16, 2048  # of a forward pass
-Tick = Callable[[int], None]
 
 
-def encoded(
-    records: Sequence[Any], tokenizer: Any, model: Any, template: Template, tick: Tick = lambda done: None
-) -> Encoded:
+def encoded(records: Sequence[Any], tokenizer: Any, model: Any, template: Template, tick: Tick = silent) -> Encoded:
     """The records as samples, tokenised as for training, up to the model's context."""
     length = min(context_length(model), 1 << 20)
     return encode(records, tokenizer, DataConfig(max_length=max(length, 8), on_bad_record="skip"), template, tick)
@@ -76,7 +75,7 @@ def choice_scores(
             found.append(None)
             continue
         data = without_ends(whole, stop)
-        losses = scorer.sample_losses(data, range(len(data)), lambda done: None)
+        losses = scorer.sample_losses(data, range(len(data)), silent)
         found.append(accuracy(question, [-loss for loss, _ in losses]))
         tick(len(found))
     return found

@@ -2,7 +2,7 @@
 
 Each text is enclosed by the tokenizer's start and end tokens. A text of more than --max-length tokens becomes several
 samples, each beginning with the last token of the one before: every token is predicted exactly once. To limit memory, a
-very long text is tokenised in parts; a warning says so, because a token at their border may differ.
+very long text is tokenised in parts; a warning says so, because tokens where two parts meet may differ.
 """
 
 from __future__ import annotations
