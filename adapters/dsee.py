@@ -23,7 +23,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from adapters.layer import matrix_shape
+from adapters.shapes import matrix_shape
 from adapters.trained import TrainedConfig, Update, parameter
 
 ROUNDS = 10  # of the alternation; more do not move the places on the tests' weights

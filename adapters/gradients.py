@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
-from adapters.layer import matrix_shape
+from adapters.shapes import matrix_shape
 
 BYTES_AT_ONCE = 1 << 30  # of float32 gradient sums
 

@@ -33,8 +33,8 @@ import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from adapters.layer import matrix_shape
 from adapters.schedule import Schedule
+from adapters.shapes import matrix_shape
 from adapters.trained import TrainedConfig, Update, UpdateLayer, parameter
 
 STD = 0.02  # of A and B at the start

@@ -15,8 +15,9 @@ from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
 from adapters.base import FactorConfig
+from adapters.factor_map import FactorMap
 from adapters.factors import Factors, probe_digest
-from adapters.layer import BasePrecisionWarning, FactorLinear, FactorMap, factor_source
+from adapters.layer import BasePrecisionWarning, FactorLinear, factor_source
 
 
 class InputMap(FactorMap):

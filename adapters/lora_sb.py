@@ -25,7 +25,7 @@ from torch import Tensor, nn
 from adapters.base import DenseCore, FactorConfig, Factorization
 from adapters.factors import Factors, signs
 from adapters.gradients import BYTES_AT_ONCE, gradient_sums, groups_of
-from adapters.layer import matrix_shape
+from adapters.shapes import matrix_shape
 from adapters.svd import ALGORITHMS, check_algorithm, not_orthonormal, svd_cost, svd_factors, svd_residual
 
 

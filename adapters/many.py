@@ -31,7 +31,8 @@ from safetensors.torch import load, save_file
 from torch import Tensor, nn
 
 from adapters.base import FactorConfig
-from adapters.layer import FactorLayer, FactorMap
+from adapters.factor_map import FactorMap
+from adapters.layer import FactorLayer
 from adapters.many_files import Files, Layout, finite_row, layout_of
 from adapters.many_lora import LoraWeights, lora_weights, lora_weights_of_maps
 from adapters.many_table import Group

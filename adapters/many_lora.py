@@ -15,8 +15,8 @@ from peft.utils.other import get_pattern_key
 from torch import Tensor, nn
 
 from adapters.base import FactorConfig
-from adapters.layer import matrix_shape
 from adapters.many_tensors import Parts, by_module, module_of, refuse_unknown
+from adapters.shapes import matrix_shape
 
 LoraWeights = dict[str, tuple[Tensor, Tensor]]  # module -> A (r, n), B (m, r) with the scaling
 

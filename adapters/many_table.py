@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from adapters.base import FactorConfig
-from adapters.layer import FactorMap
+from adapters.factor_map import FactorMap
 
 GROWTH = 1.125  # of a full table
 SMALLEST = 8  # rows of a table

@@ -27,8 +27,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from adapters.layer import matrix_shape
 from adapters.schedule import Schedule
+from adapters.shapes import matrix_shape
 from adapters.trained import TrainedConfig, Update, UpdateLayer, parameter
 
 SAMPLE = 1 << 22  # entries of all weights from which theta is estimated, evenly spaced

@@ -23,7 +23,7 @@ from peft.utils.quantization_utils import resolve_quantization_backend
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
-from adapters.layer import features, matrix_shape
+from adapters.shapes import features, matrix_shape
 from adapters.tuner import FactorTuner, shared_weights
 
 

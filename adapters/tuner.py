@@ -22,9 +22,11 @@ from torch import nn
 from transformers.pytorch_utils import Conv1D
 
 from adapters.base import FactorConfig
+from adapters.factor_map import FactorMap
 from adapters.factors import base_fingerprint, probe_digest
 from adapters.input_layer import InputLinear, InputMap
-from adapters.layer import BasePrecisionWarning, FactorLayer, FactorLinear, FactorMap, matrix_shape
+from adapters.layer import BasePrecisionWarning, FactorLayer, FactorLinear
+from adapters.shapes import matrix_shape
 
 log = logging.getLogger(__name__)
 

@@ -17,7 +17,7 @@ import torch
 from torch import nn
 
 from adapters import FactorConfig
-from adapters.layer import FactorMap
+from adapters.factor_map import FactorMap
 from launcher.config import Config
 from launcher.data.encode import Encoded
 from launcher.factorization.make import Factored, FactorRequest, fingerprint

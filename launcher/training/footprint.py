@@ -17,7 +17,7 @@ from peft import get_peft_model
 from torch import nn
 
 from adapters import FactorConfig
-from adapters.layer import FactorMap
+from adapters.factor_map import FactorMap
 from launcher.config import Config, ModelConfig
 from launcher.data.batches import row_lengths
 from launcher.data.encode import Encoded

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from adapters.gradients import BYTES_AT_ONCE, gradient_sums, groups_of
-from adapters.layer import matrix_shape
+from adapters.shapes import matrix_shape
 from launcher.config import Config
 from launcher.data.batches import epoch_order, target_tokens
 from launcher.data.encode import Encoded
