@@ -15,7 +15,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
-from launcher.data.encode import Encoded
+from launcher.data.encoded import Encoded
 
 PackedAs = Literal["sdpa", "eager", "positions", "flash", "varlen", "joined"]  # how the rows of a batch are laid out
 FLAT = ("flash", "varlen")  # packed rows of a micro-batch in one row, without padding

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from launcher.data.batches import NO_LOSS
-from launcher.data.encode import Encoded
+from launcher.data.encoded import Encoded
 
 
 def join(encoded: Encoded, rows: Sequence[int]) -> dict[str, Any]:

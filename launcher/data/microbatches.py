@@ -16,7 +16,7 @@ from typing import Any, NamedTuple
 
 from launcher.config import Config
 from launcher.data.batches import batch_indices, epoch_order, pack, row_lengths, target_tokens
-from launcher.data.encode import Encoded
+from launcher.data.encoded import Encoded
 
 Plan = list[list[list[int]]]  # [rank][round] -> places in the batch, longest first; every rank has as many rounds
 LOOK_AHEAD = 20  # steps whose padding is reported at the start

@@ -24,7 +24,8 @@ from safetensors import SafetensorError, safe_open
 
 from launcher.config import DataConfig
 from launcher.data.crew import ALONE, Crew, Tick
-from launcher.data.encode import CHUNK, DataReport, Encoded, Encoder, Encodes, Tally, encoded, little_endian
+from launcher.data.encode import Encoder
+from launcher.data.encoded import CHUNK, DataReport, Encoded, Encodes, Tally, encoded, little_endian
 from launcher.data.forms import Record
 from launcher.data.stored import Stored
 from launcher.factorization.cache import put

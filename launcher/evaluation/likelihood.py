@@ -11,10 +11,12 @@ import torch
 from launcher.config import DataConfig
 from launcher.data.batches import collate
 from launcher.data.crew import Tick
-from launcher.data.encode import Encoded, encode, stop_ids
+from launcher.data.encode import encode
+from launcher.data.encoded import Encoded
 from launcher.data.joined import join
 from launcher.data.microbatches import plan
 from launcher.data.templates import Template
+from launcher.data.tokens import stop_ids
 from launcher.evaluation.choices import Choice, accuracy
 from launcher.models.files import context_length
 from launcher.models.head_loss import HeadLoss

@@ -8,7 +8,7 @@ from typing import Any
 from rich.console import Console
 
 from launcher.config import Config, DataConfig, from_dict
-from launcher.data import encode
+from launcher.data.encoded import Encoded
 from launcher.inference.sources import Source
 from launcher.models.files import load_tokenizer
 from launcher.models.head_loss import HeadLoss
@@ -21,7 +21,7 @@ from launcher.tasks.joining import layout_for_evaluation
 AT_MOST = 200  # records that are used of a --data file
 
 
-def held_out(source: Source, file: str | None) -> tuple[encode.Encoded, Any]:
+def held_out(source: Source, file: str | None) -> tuple[Encoded, Any]:
     """Encoded records that were held out of the training, or those of a file, and the tokenizer.
 
     Raises ValueError if there are none.
@@ -46,7 +46,7 @@ def held_out(source: Source, file: str | None) -> tuple[encode.Encoded, Any]:
     return task.encode(held, tokenizer, config, source.saved_template), tokenizer
 
 
-def mean_loss(model: Any, encoded: encode.Encoded, tokenizer: Any) -> float:
+def mean_loss(model: Any, encoded: Encoded, tokenizer: Any) -> float:
     """Loss per target token. The model's head computes losses afterwards."""
     config, forward = Config(), HeadLoss(model.eval())
     evaluation = Evaluation(

@@ -18,7 +18,7 @@ from torch import Tensor
 from launcher.config import Config, DataConfig
 from launcher.data.batches import FLAT, PackedAs, collate, target_tokens
 from launcher.data.crew import TIMEOUT_S, Crew
-from launcher.data.encode import DataReport, Encoded
+from launcher.data.encoded import DataReport, Encoded
 from launcher.data.forms import Record
 from launcher.data.joined import join
 from launcher.data.saved_template import save_template

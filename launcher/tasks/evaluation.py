@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from launcher.config import Config
-from launcher.data.encode import Encoded
+from launcher.data.encoded import Encoded
 from launcher.data.microbatches import mean_positions, plan
 from launcher.progress import silent
 from launcher.tasks.base import Batch, Layout, Samples, Task, on_device, padding_id

@@ -16,7 +16,8 @@ from launcher.config import Config, DataConfig
 from launcher.data import records, templates
 from launcher.data.bad_records import BadRecord
 from launcher.data.crew import ALONE, Crew
-from launcher.data.encode import Encoded, encode
+from launcher.data.encode import encode
+from launcher.data.encoded import Encoded
 from launcher.data.stored import store_splits, stored_splits
 from launcher.data.tokenised import encode_once, encoded_before
 from launcher.models.generation import answer

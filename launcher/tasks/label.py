@@ -28,7 +28,7 @@ from torch import Tensor
 from launcher.config import Config, DataConfig
 from launcher.data import records
 from launcher.data.crew import ALONE, Crew
-from launcher.data.encode import DataReport, Encoded, Part, Tally, encoded, groups
+from launcher.data.encoded import DataReport, Encoded, Part, Tally, encoded, groups
 from launcher.data.files import holds_csv
 from launcher.data.limits import check_length
 from launcher.data.tokenised import encode_once

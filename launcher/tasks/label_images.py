@@ -23,7 +23,7 @@ from launcher.config import Config, DataConfig
 from launcher.data import pixels, records
 from launcher.data.bad_records import BadRecord, BadRecords
 from launcher.data.crew import ALONE, Crew
-from launcher.data.encode import DataReport, Encoded
+from launcher.data.encoded import DataReport, Encoded
 from launcher.data.files import source_of
 from launcher.data.image_files import (
     Columns,

@@ -28,7 +28,8 @@ from launcher.data.bad_records import BadRecord, BadRecords
 from launcher.data.batches import NO_LOSS, collate
 from launcher.data.chat import many
 from launcher.data.crew import Crew
-from launcher.data.encode import DataReport, Encoded, Encoder, Part, Tally, encoded
+from launcher.data.encode import Encoder
+from launcher.data.encoded import DataReport, Encoded, Part, Tally, encoded
 from launcher.data.pairs import load_pairs
 from launcher.data.tokenised import encode_once, encoded_before
 from launcher.tasks.base import Batch, Layout, Sampled, Samples, Task, sampled

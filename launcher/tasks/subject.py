@@ -28,7 +28,7 @@ from torch import Tensor
 
 from launcher.config import Config, DataConfig
 from launcher.data.crew import Crew
-from launcher.data.encode import DataReport, Encoded
+from launcher.data.encoded import DataReport, Encoded
 from launcher.data.pictures import crop, find_pictures, read_picture
 from launcher.models import pipelines
 from launcher.models.build import choose_dtype

@@ -24,7 +24,7 @@ from launcher.config import Config, DataConfig
 from launcher.data import records
 from launcher.data.bad_records import BadRecord, BadRecords
 from launcher.data.crew import ALONE, Crew
-from launcher.data.encode import CHARACTERS_AT_ONCE, DataReport, Encoded, Encodes, Part, Tally, encoded, groups
+from launcher.data.encoded import CHARACTERS_AT_ONCE, DataReport, Encoded, Encodes, Part, Tally, encoded, groups
 from launcher.data.files import each_row
 from launcher.data.stored import store_splits, stored_splits
 from launcher.data.templates import Template

@@ -19,7 +19,7 @@ from torch import nn
 from adapters import FactorConfig
 from adapters.factor_map import FactorMap
 from launcher.config import Config
-from launcher.data.encode import Encoded
+from launcher.data.encoded import Encoded
 from launcher.factorization.make import Factored, FactorRequest, fingerprint
 from launcher.factorization.share import factorize
 from launcher.factorization.targets import targets_of

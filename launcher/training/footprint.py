@@ -20,7 +20,7 @@ from adapters import FactorConfig
 from adapters.factor_map import FactorMap
 from launcher.config import Config, ModelConfig
 from launcher.data.batches import row_lengths
-from launcher.data.encode import Encoded
+from launcher.data.encoded import Encoded
 from launcher.data.microbatches import GlobalBatches, positions
 from launcher.engines.fsdp2 import decoder_layers
 from launcher.engines.layout import Layout, Unit, group_size, layout

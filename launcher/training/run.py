@@ -27,7 +27,7 @@ from launcher.availability import unavailable
 from launcher.config import Config, as_dict, data_name
 from launcher.data import batches
 from launcher.data.crew import Crew
-from launcher.data.encode import Encoded
+from launcher.data.encoded import Encoded
 from launcher.data.microbatches import global_batches
 from launcher.devices import unusable_gpus
 from launcher.engines.engine import Engine, ModelSource, engine_class

@@ -18,7 +18,7 @@ from adapters.gradients import BYTES_AT_ONCE, gradient_sums, groups_of
 from adapters.shapes import matrix_shape
 from launcher.config import Config
 from launcher.data.batches import epoch_order, target_tokens
-from launcher.data.encode import Encoded
+from launcher.data.encoded import Encoded
 from launcher.tasks.base import Layout, Task, on_device
 
 MICRO_BATCH = 8  # if the run sets none

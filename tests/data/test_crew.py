@@ -1,5 +1,6 @@
 """Several processes tokenise the same as one, share one file, and learn of each other's failures."""
 
+import hashlib
 import itertools
 import json
 import os
@@ -13,11 +14,12 @@ import torch
 from transformers import AutoTokenizer
 
 from launcher.config import DataConfig
-from launcher.data import encode, records, tokenised
+from launcher.data import encode, encoded, records, tokenised
 from launcher.data.crew import ALONE, Crew
 from launcher.data.stored import store_splits, stored_splits
 from launcher.data.templates import frame, template_of
 from launcher.data.tokenised import encode_once
+from launcher.data.tokens import stop_ids
 from launcher.factorization import cache, watch
 from launcher.processes import Ranks, Stopped
 from tests.communicators import together
@@ -33,7 +35,7 @@ def tokenizer(stories):
 
 @pytest.fixture(autouse=True)
 def small_chunks(monkeypatch):
-    monkeypatch.setattr(encode, "CHUNK", 3)
+    monkeypatch.setattr(encoded, "CHUNK", 3)
     monkeypatch.setattr(tokenised, "CHUNK", 3)
 
 
@@ -88,10 +90,10 @@ def test_the_key_is_the_hash_of_one_json_text(tokenizer, tmp_path):
     template = template_of(SETTINGS, RECORDS[0], tokenizer)
     depends_on = [
         tokenised.FORMAT, tokenised.tokenizers.__version__, tokenizer.backend_tokenizer.to_str(),
-        str(tokenizer.special_tokens_map), template, frame(template, tokenizer), sorted(encode.stop_ids(tokenizer)),
+        str(tokenizer.special_tokens_map), template, frame(template, tokenizer), sorted(stop_ids(tokenizer)),
         SETTINGS.max_length, SETTINGS.loss_on, SETTINGS.on_bad_record, RECORDS,
     ]  # fmt: skip
-    expected = encode.hashlib.sha256(json.dumps(depends_on, sort_keys=True).encode()).hexdigest()
+    expected = hashlib.sha256(json.dumps(depends_on, sort_keys=True).encode()).hexdigest()
 
     encode_once(RECORDS, tokenizer, SETTINGS, tmp_path)
 

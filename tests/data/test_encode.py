@@ -10,7 +10,7 @@ from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
 from launcher.config import DataConfig
 from launcher.data import encode as encoding
-from launcher.data import templates
+from launcher.data import encoded, templates, tokens
 from launcher.data.limits import Limits
 
 # --- tokens and masks ---
@@ -152,7 +152,7 @@ def test_chunks_do_not_show_in_the_result(monkeypatch):
     rows = [{**ALPACA, "output": "x" * i} for i in range(1, 8)]
     whole = encode(rows)
 
-    monkeypatch.setattr(encoding, "CHUNK", 3)
+    monkeypatch.setattr(encoded, "CHUNK", 3)
     chunked = encode(rows)
 
     assert chunked.digest() == whole.digest()
@@ -323,14 +323,14 @@ def test_answers_of_one_kind_that_do_not_end_in_a_token_that_stops_are_counted(c
 def test_the_tokens_that_occur_are_found_whatever_their_size(largest):
     ids = torch.tensor([5, 0, largest, 5], dtype=torch.int32)
     none = torch.zeros(0, dtype=torch.int64)
-    encoded = encoding.Encoded(ids, ids > 0, none, none, encoding.DataReport(1, 1, 0, 0, 4, 4, 9))
+    samples = encoded.Encoded(ids, ids > 0, none, none, encoded.DataReport(1, 1, 0, 0, 4, 4, 9))
 
-    assert encoded.distinct_ids().tolist() == [0, 5, largest]
+    assert samples.distinct_ids().tolist() == [0, 5, largest]
 
 
 @pytest.mark.parametrize("sizes", [[], [5], [50], [3, 3, 3, 3], [9, 50, 1], [50, 50], [4, 4, 4, 50, 2]])
 def test_a_tokenizer_gets_neighbours_up_to_a_size_together(sizes):
-    found = [sizes[group] for group in encoding.groups(sizes, 10)]
+    found = [sizes[group] for group in encoded.groups(sizes, 10)]
 
     assert [size for group in found for size in group] == sizes
     assert all(group and (len(group) == 1 or sum(group) <= 10) for group in found)
@@ -341,7 +341,7 @@ def test_groups_of_texts_give_the_samples_of_all_at_once(monkeypatch):
     rows = [{"instruction": "Add." * number, "input": "", "output": "3" * number} for number in range(1, 9)]
     at_once = encode(rows)
 
-    monkeypatch.setattr(encoding.groups, "__defaults__", (60,))
+    monkeypatch.setattr(encoded.groups, "__defaults__", (60,))
 
     assert encode(rows).digest() == at_once.digest()
 
@@ -357,7 +357,7 @@ def test_a_text_that_is_too_long_is_refused_or_left_out(monkeypatch):
 
 
 def test_prompts_that_do_not_repeat_are_not_all_kept(monkeypatch):
-    monkeypatch.setattr(encoding, "MOST_SEGMENTS", 10)
+    monkeypatch.setattr(tokens, "MOST_SEGMENTS", 10)
     rows = [{**ALPACA, "instruction": str(i)} for i in range(50)]
     whole = encode(rows)
     encoder = encoding.Encoder(rows[0], byte_tokenizer(), DataConfig(prompt_template="short"))

@@ -6,7 +6,7 @@ import random
 import pytest
 import torch
 
-from launcher.data.encode import Encoded
+from launcher.data.encoded import Encoded
 from launcher.data.microbatches import GlobalBatches, plan, positions, token_share
 
 # lengths of the first 128 records of Alpaca at 256 tokens, as a geometric-like spread

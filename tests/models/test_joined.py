@@ -7,7 +7,7 @@ from transformers import AttentionInterface, AutoConfig, AutoModelForCausalLM, M
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
 from launcher.data.batches import collate
-from launcher.data.encode import Encoded
+from launcher.data.encoded import Encoded
 from launcher.data.joined import join, shared_beginning
 from launcher.models import joined
 from launcher.tasks.joining import check_joined

@@ -18,7 +18,7 @@ from transformers import (
 
 from launcher.config import DataConfig
 from launcher.data.batches import collate
-from launcher.data.encode import Encoded
+from launcher.data.encoded import Encoded
 from launcher.tasks.joining import limits
 from launcher.training.packing import Way, candidates, check_packing
 

@@ -5,7 +5,7 @@ import torch
 from transformers import AutoConfig, AutoModelForCausalLM, MixtralConfig
 
 from launcher.data.batches import collate
-from launcher.data.encode import Encoded
+from launcher.data.encoded import Encoded
 from launcher.training.packing import needs_padding_mask
 
 SIZES = {"vocab_size": 64, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 4}
