@@ -84,11 +84,14 @@ def prepare(
                 _same_run(identity, _saved_identity(folder), folder)
         else:
             found = _named_checkpoint(user_path(config.run.resume), folder)
-        if found is None:
-            return str(folder), None
-        _same_run(identity, found.meta["identity"], found.folder)
-        _same_curve(config, steps, found)
-        return str(folder), str(found.folder)
+        if found is not None:
+            _same_run(identity, found.meta["identity"], found.folder)
+            _same_curve(config, steps, found)
+        # Later ones are damaged, or not wanted. In their places --keep-last would count them among the newest.
+        here = folder / "checkpoints"
+        own = found is not None and found.folder.resolve().parent == here.resolve()
+        checkpoint.set_aside_after(here, found.step if found is not None and own else -1)
+        return str(folder), None if found is None else str(found.folder)
 
     def named_folder() -> Path:
         if output.exists() and not _is_run(output) and any(_foreign(output)):
@@ -164,12 +167,10 @@ def _named_checkpoint(wanted: Path, output: Path) -> checkpoint.Checkpoint:
     """The checkpoint of --resume PATH.
 
     A checkpoint of another folder is where this run begins; once there are checkpoints here, the same command resumes
-    from them. With a checkpoint of this folder the run goes back to it, and later ones are set aside.
+    from them. With a checkpoint of this folder the run goes back to it.
     """
     found, here = checkpoint.load(wanted), output / "checkpoints"
-    if wanted.resolve().parent == here.resolve():
-        checkpoint.set_aside_after(here, found.step)
-    elif (newer := checkpoint.newest(here)) is not None:
+    if wanted.resolve().parent != here.resolve() and (newer := checkpoint.newest(here)) is not None:
         log.warning("resuming from %s, of the run that began at %s", newer.folder, wanted)
         return newer
     return found
@@ -228,8 +229,11 @@ def _short(value: Any) -> str:
 
 
 def finished(config: Config, output: Path, resume: checkpoint.Checkpoint, steps: int) -> bool:
-    """Whether nothing is left to do: the last step is saved, and its result is there, unchanged."""
-    if resume.step < steps or read_or_empty(output / "state") != "finished":
+    """Whether nothing is left to do: the last step is saved, or that where --patience ended the run, and its result is
+    there, unchanged."""
+    patience = config.run.patience
+    ended = resume.step >= steps or (patience and resume.meta["progress"].get("worse", 0) >= patience)
+    if not ended or read_or_empty(output / "state") != "finished":
         return False
     damaged = _damaged(_final_folder(config, output))
     for text in damaged:

@@ -103,9 +103,11 @@ def learning_rate_at(step: int, steps: int, config: OptimizerConfig) -> float:
     return config.learning_rate * shape
 
 
-def train(training: Training, resume: Checkpoint | None) -> str:
-    """Train to the end or until asked to stop; returns "finished" or "stopped". Called by all ranks."""
-    return _Loop(training, resume).run()
+def train(training: Training, resume: Checkpoint | None) -> tuple[str, int]:
+    """Train to the end or until asked to stop; returns "finished" or "stopped", and the last step. Called by all
+    ranks."""
+    loop = _Loop(training, resume)
+    return loop.run(), loop.state.step
 
 
 class _Loop:
@@ -138,7 +140,8 @@ class _Loop:
                     asked = not self.evaluate()
                 early = bool(options.patience) and state.worse >= options.patience
                 ended = state.step >= training.steps or early
-                due = bool(options.save_every) and state.step % options.save_every == 0
+                best = bool(options.keep_last) and state.best_step == state.step  # which is to be kept
+                due = bool(options.save_every) and (state.step % options.save_every == 0 or best)
                 if (ended or asked or due) and self.saved != state.step:
                     self.save()
                 if ended or asked:

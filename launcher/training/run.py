@@ -223,7 +223,7 @@ def _run(
     model.train()
     if resume is not None:
         screen.say(f"resuming from {resume.folder} at step {resume.step} of {steps}")
-    status = train(training, resume)
+    status, last = train(training, resume)
     for tracker in trackers:
         tracker.finish()
     if training.schedule is not None:
@@ -247,7 +247,8 @@ def _run(
 
         saved = comm.from_main("adapter", save)
         state.write("finished")  # before the report, which shows it
-        _report(training, Path(saved), time.monotonic() - started)
+        begun = resume.step if resume is not None else 0
+        _report(training, Path(saved), begun, last, time.monotonic() - started)
     return status
 
 
@@ -441,8 +442,11 @@ def _introduce(
         log.warning(unusual)
 
 
-def _report(training: Training, saved: Path, seconds: float) -> None:
-    """The metrics before and after, what the task shows, and what to do next. Called by all ranks."""
+def _report(training: Training, saved: Path, begun: int, ended: int, seconds: float) -> None:
+    """The metrics before and after, what the task shows, and what to do next. Called by all ranks.
+
+    begun, ended: the steps before and after this start.
+    """
     screen, task, config = training.screen, training.task, training.config
     evaluations = [event for event in read_events(training.output / "events.jsonl") if "eval_loss" in event]
     if evaluations:
@@ -456,7 +460,9 @@ def _report(training: Training, saved: Path, seconds: float) -> None:
     if (shown := task.show(evaluation_of(training))) is not None:
         screen.table(*shown)
     waited = training.clock.waited_s / max(training.clock.steps_s, 1e-9)
-    screen.say(f"finished {training.steps} steps in {seconds:.0f} s ({waited:.1%} of the step time waiting for data)")
+    which = f", {begun + 1} to {ended}," if 0 < begun < ended else ""
+    took = f"{ended - begun} steps{which} in {seconds:.0f} s"
+    screen.say(f"finished {took} ({waited:.1%} of the step time waiting for data)")
     screen.say(f"saved {saved}")
     if config.run.report and training.comm.ranks.is_main:
         from launcher.reports.commands import write_report  # matplotlib takes a second to import

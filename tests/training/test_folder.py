@@ -6,12 +6,14 @@ import shutil
 from dataclasses import replace
 
 import pytest
+import torch
 from launching import Runs
 
 from launcher.config import Config, RunConfig
 from launcher.processes import Communicator, Ranks
-from launcher.training import folder
-from launcher.training.checkpoint import Checkpoint
+from launcher.training import checkpoint, folder
+from launcher.training.checkpoint import Checkpoint, Piece
+from launcher.training.checkpoint_index import TrainingState
 from launcher.training.ownership import Ownership
 from launcher.training.report import Events
 from launcher.training.start import watch
@@ -44,6 +46,40 @@ def test_a_folder_with_checkpoints_alone_is_a_run_whose_other_files_were_lost(tm
     (tmp_path / "checkpoints" / "step-000002" / "COMPLETE").write_text("x")
 
     assert folder.prepare(NAMED, tmp_path, {"base": "a"}, 6, Communicator(Ranks()), Ownership()) == (tmp_path, None)
+
+
+def save_steps(root, *steps):
+    """Checkpoints of these steps, of a run whose identity is {"base": "a"}."""
+    for step in steps:
+        about = {"identity": {"base": "a"}, "progress": vars(TrainingState(step=step)), "world_size": 1}
+        about["events"] = {"bytes": 0, "sha256": hashlib.sha256(b"").hexdigest()}
+        checkpoint.save(root, step, {"model/a": Piece.whole(torch.ones(2))}, about, Communicator(Ranks()))
+
+
+def test_damaged_checkpoints_are_set_aside_so_that_those_after_a_resume_count_as_the_newest(tmp_path):
+    root = tmp_path / "checkpoints"
+    save_steps(root, 2, 4, 6)
+    for step in (4, 6):
+        (root / f"step-{step:06d}" / "rank-00000.safetensors").write_bytes(b"")
+
+    _, found = folder.prepare(NAMED, tmp_path, {"base": "a"}, 6, Communicator(Ranks()), Ownership())
+    save_steps(root, 3)
+    checkpoint.prune(root, keep_last=1, best_step=None)
+
+    assert found.step == 2
+    assert [step for step in (2, 3, 4, 6) if (root / f"step-{step:06d}").exists()] == [3]
+    assert len(list(root.glob("step-*.before-*"))) == 2
+
+
+def test_a_refused_resume_from_an_earlier_checkpoint_leaves_the_later_ones(tmp_path):
+    root = tmp_path / "checkpoints"
+    save_steps(root, 2, 4)
+    back = Config(run=RunConfig(output="run", resume=str(root / "step-000002")))
+
+    with pytest.raises(ValueError, match='base was "a", now "b"'):
+        folder.prepare(back, tmp_path, {"base": "b"}, 6, Communicator(Ranks()), Ownership())
+
+    assert sorted(path.name for path in root.iterdir()) == ["step-000002", "step-000004"]
 
 
 @pytest.mark.parametrize(

@@ -14,6 +14,7 @@ import adapters  # noqa: F401 (registers LoLDU)
 from adapters import loldu
 from launcher.exit_codes import STOPPED
 from launcher.tasks import base as tasks
+from launcher.training import loop
 from launcher.training.run import run
 
 
@@ -136,6 +137,23 @@ def test_a_finished_run_started_again_does_nothing(small, capsys):
 
     assert "already finished" in capsys.readouterr().out
     assert (Path(small.run.output) / "events.jsonl").read_bytes() == before
+
+
+def test_the_best_checkpoint_is_kept_and_a_run_that_ended_early_is_finished(small, monkeypatch, capsys):
+    """Held-out losses fall until step 3, where --save-every has no checkpoint. Then the same command does nothing."""
+    losses = iter([5.0, 4.0, 3.5, 3.0, 3.1, 3.2])
+    monkeypatch.setattr(loop, "evaluate", lambda training: {"eval_loss": next(losses)})
+    patient = with_run(small, eval_every=1, save_every=2, keep_last=1, patience=2)
+
+    assert run(patient, "test") == 0
+    folder, shown = Path(small.run.output), capsys.readouterr().out
+    kept = sorted(path.name for path in (folder / "checkpoints").iterdir())
+    assert run(patient, "test") == 0
+
+    assert kept == ["step-000003", "step-000005"]
+    assert "finished 5 steps in" in shown
+    assert f"{folder} is already finished at step 5" in capsys.readouterr().out
+    assert not list(folder.glob("adapter.before-*"))
 
 
 @pytest.mark.parametrize(
