@@ -7,21 +7,19 @@ mistake. Nothing local ever touches the network.
 from __future__ import annotations
 
 import codecs
-import csv
 import difflib
 import gzip
-import io
 import itertools
 import json
 import os
 import re
 import stat
-import sys
 import zlib
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, BinaryIO, NamedTuple
 
+from launcher.data.csv_files import csv_rows
 from launcher.data.limits import LimitExceeded, limits
 from launcher.files import user_path
 
@@ -118,7 +116,23 @@ def _read_hub(name: str, option: str) -> Iterator[Any]:
 def _in_parts(dataset: Any) -> Iterator[Any]:
     """The rows of a `datasets.Dataset`, without decoding images as its own iterator does."""
     for start in range(0, len(dataset), ROWS_AT_ONCE):
-        yield from dataset.select(range(start, min(start + ROWS_AT_ONCE, len(dataset)))).to_list()
+        yield from map(_unfilled, dataset.select(range(start, min(start + ROWS_AT_ONCE, len(dataset)))).to_list())
+
+
+def _unfilled(row: Any) -> Any:
+    """A row of an Arrow table without the nulls with which Arrow fills the objects of a list: all get the same fields,
+    so that each tool would have the parameters of all tools."""
+    found = {}
+    for name, value in row.items():
+        fills = isinstance(value, list) or name == "chat_template_kwargs"
+        found[name] = _without_nulls(value) if fills else value
+    return found
+
+
+def _without_nulls(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {name: _without_nulls(part) for name, part in value.items() if part is not None}
+    return [_without_nulls(part) for part in value] if isinstance(value, list) else value
 
 
 def _read_folder(path: Path, option: str) -> Iterator[Any]:
@@ -172,7 +186,7 @@ def _read_file(path: Path, option: str) -> Iterator[Any]:
     if suffix == ".txt":
         return ({"text": text} for text in [_text(path, option)])
     if suffix in (".csv", ".tsv"):
-        return _csv_rows(_text(path, option), "\t" if suffix == ".tsv" else ",", f"{option} {path}")
+        return csv_rows(_text(path, option), "\t" if suffix == ".tsv" else ",", f"{option} {path}")
     return _json_rows(path, option) if suffix == ".json" else _line_rows(_pieces(path, option), path, option)
 
 
@@ -383,30 +397,6 @@ def _parsed(text: str) -> Any:
         raise _NotJSON(str(error)) from None
 
 
-def _csv_rows(text: str, delimiter: str, where: str) -> Iterator[dict[str, str]]:
-    """A dict for each row, by the names in the first line."""
-    csv.field_size_limit(sys.maxsize)
-    try:
-        rows = csv.DictReader(io.StringIO(text, newline=""), delimiter=delimiter, strict=True)
-        names = rows.fieldnames or []
-        if len(set(names)) < len(names) or not all(names):
-            raise ValueError(f"{where}: the first line names the columns, each once; it has {', '.join(names)}")
-        if len(names) == 1 and ";" in names[0]:
-            raise ValueError(
-                f"{where} separates its columns by ';' ({names[0]:.60}): save it with ',' (.csv) or with tabs (.tsv)"
-            )
-        for row in rows:
-            if None in row or None in row.values():
-                count = len(names) + len(row.get(None, [])) - list(row.values()).count(None)
-                raise ValueError(
-                    f"{where}, line {rows.line_num}, has {count} columns, and the first line names {len(names)} "
-                    f"({', '.join(names)}): a text with {delimiter!r} or a line break is written in quotes"
-                )
-            yield row
-    except csv.Error as error:
-        raise ValueError(f"{where} is not CSV: {error}") from None
-
-
 def _parquet_rows(path: Path, option: str) -> Iterator[Any]:
     import pyarrow.parquet
 
@@ -417,7 +407,7 @@ def _parquet_rows(path: Path, option: str) -> Iterator[Any]:
         if size > limits().read_bytes:
             raise LimitExceeded(f"{option} {path} unpacks to {size:,} bytes: {limits().raised('read_bytes')}")
         for batch in file.iter_batches(ROWS_AT_ONCE):
-            yield from batch.to_pylist()
+            yield from map(_unfilled, batch.to_pylist())
     except LimitExceeded:
         raise
     except (OSError, ValueError, NotImplementedError) as error:  # pyarrow's ArrowInvalid is a ValueError

@@ -13,13 +13,13 @@ observation), OpenAI's messages, and columns of other names by a mapping.
 
 from __future__ import annotations
 
-import json
 from collections import Counter
 from collections.abc import Callable, Mapping
 from typing import Any
 
 from launcher.data.bad_records import BadRecord
 from launcher.data.files import FORMS
+from launcher.data.tool_calls import calls_of, from_json, tools_of
 
 Record = dict[str, Any]
 ROLES = {
@@ -43,6 +43,8 @@ NOT_HONOURED = {  # fields that carry meaning in some public format
     "sample_weight", "training_detail", "train_detail", "rationale", "cot", "chain_of_thought",
 }  # fmt: skip
 NOT_MAPPED = {*SYSTEM, "history", "tools", "functions", "input", "context", "chat_template_kwargs"}  # by --columns
+QUESTIONS = {"question", "query", "problem"}  # beside an instruction
+BESIDE_MESSAGES = {"input", "context", "history", *REASONING}  # of a question and not of a conversation
 DESIRABLE = ("label", "kto_tag")  # false: an answer to avoid
 
 
@@ -53,7 +55,12 @@ def mapping_of(columns: tuple[str, ...]) -> dict[str, str]:
         name, _, column = pair.partition("=")
         if name not in MAPPED or not column:
             raise ValueError(f"--columns takes name=COLUMN, the name one of {', '.join(MAPPED)}; got {pair!r}")
+        if MAPPED[name] in found:
+            same = " or ".join(other for other, ours in MAPPED.items() if ours == MAPPED[name])
+            raise ValueError(f"--columns names one column for {same}; got {' '.join(columns)}")
         found[MAPPED[name]] = column
+    if "messages" in found and (beside := sorted(found.keys() & {"instruction", "input", "output", "history"})):
+        raise ValueError(f"--columns messages=COLUMN has question and answer in it: leave out what names {beside[0]}")
     if found and "messages" not in found and not {"instruction", "output"} <= found.keys():
         raise ValueError(f"--columns names prompt and answer, or messages; got {' '.join(columns)}")
     return found
@@ -115,15 +122,18 @@ def records_of(
         raise BadRecord(
             "images, audio or video", f"{where} has {media!r}: only text is supported, leave the record out"
         )
-    if unwanted := next((name for name in DESIRABLE if row.get(name) is False), None):
+    if unwanted := next((name for name in DESIRABLE if _is_false(row.get(name), name, kind)), None):
         raise BadRecord(
             "an answer to avoid",
             f"{where} has {unwanted!r} false, so its answer is one to avoid, and training would teach it: leave the "
             "record out, or make pairs of chosen and rejected answers for --task prefer",
         )
-    unused = NOT_HONOURED | (NOT_MAPPED if mapping else set())
-    if mapping or kind in ("instruction", "prompt"):
-        unused = unused | set(REASONING)
+    conversation = kind not in ("instruction", "prompt") or (kind == "prompt" and not isinstance(row["prompt"], str))
+    unused = NOT_HONOURED | (NOT_MAPPED if mapping else set()) | set(REASONING)
+    if not mapping and conversation:
+        unused = unused | BESIDE_MESSAGES
+    if not mapping and kind == "instruction":
+        unused = unused | QUESTIONS
     if row.get("weight") not in (1, "1"):
         unused = unused | {"weight"}
     ignored.update(
@@ -131,10 +141,17 @@ def records_of(
     )
     if mapping:
         row = {name: row[column] for name, column in mapping.items()}
-    read: Callable[..., list[Record]] = _question if kind in ("instruction", "prompt") else _conversation
-    if kind == "prompt" and not isinstance(row["prompt"], str):
+    read: Callable[..., list[Record]] = _conversation if conversation else _question
+    if kind == "prompt" and conversation:
         read = _prompt_messages
     return [(record, _has_answer(record)) for record in read(row, kind, where, ignored)]
+
+
+def _is_false(value: Any, name: str, kind: str) -> bool:
+    """Whether a value marks an answer to avoid. In a CSV file it is a text; a label may also be a class of that name,
+    but not beside a prompt and its completion, which is the form of KTO's data."""
+    may_be_text = name == "kto_tag" or kind == "prompt"
+    return value is False or (may_be_text and isinstance(value, str) and value.strip().lower() == "false")
 
 
 def as_conversation(record: Record) -> Record:
@@ -195,24 +212,41 @@ def _question(row: Record, kind: str, where: str, ignored: Counter[str]) -> list
     given = next((name for name in ("output", "completion", "response") if row.get(name) is not None), "output")
     record = {
         "instruction": instruction,
-        "input": text_of(row, "input" if row.get("input") is not None else "context", where, ""),
+        "input": input_of(row, where, ignored),
         "output": text_of(row, given, where),
     }
-    system, history, tools = _system(row, where), row.get("history") or [], _tools(row, where)
+    system, history, tools = _system(row, where), turns_before(row, where), tools_of(row, where)
     if not (system or history or tools):
         return [record]
+    before = [{"role": "system", "content": system}] if system else []
+    messages = before + history + as_conversation(record)["messages"]
+    if not record["output"]:
+        messages.append({"role": "assistant", "content": ""})
+    return [{"messages": messages} | tools]
+
+
+def input_of(row: Record, where: str, ignored: Counter[str]) -> str:
+    """What stands beside a question: its input, or else its context."""
+    given, context = row.get("input"), row.get("context")
+    found = text_of(row, "context" if given is None or (not given and isinstance(context, str)) else "input", where, "")
+    if context not in (None, "", found):
+        ignored["context"] += 1
+    return found
+
+
+def turns_before(row: Record, where: str) -> list[Record]:
+    """The messages of a 'history' of questions and answers. Raises BadRecord."""
+    history = row.get("history") or []
     if not isinstance(history, list) or not all(
         isinstance(turn, (list, tuple)) and len(turn) == 2 and all(isinstance(text, str) for text in turn)
         for turn in history
     ):
         raise BadRecord("an odd history", f"{where}: 'history' is a list of [question, answer], got {history!r:.60}")
-    before = [{"role": "system", "content": system}] if system else []
-    for asked, answered in history:
-        before += [{"role": "user", "content": asked}, {"role": "assistant", "content": answered}]
-    messages = before + as_conversation(record)["messages"]
-    if not record["output"]:
-        messages.append({"role": "assistant", "content": ""})
-    return [{"messages": messages} | tools]
+    return [
+        {"role": role, "content": text_of({"history": text}, "history", where)}
+        for turn in history
+        for role, text in zip(("user", "assistant"), turn, strict=True)
+    ]
 
 
 def _prompt_messages(row: Record, kind: str, where: str, ignored: Counter[str]) -> list[Record]:
@@ -265,7 +299,7 @@ def _conversation(row: Record, kind: str, where: str, ignored: Counter[str]) -> 
         raise BadRecord(
             "every answer has weight 0", f"{where}: every answer has weight 0, so there is nothing to learn"
         )
-    record: Record = {"messages": messages} | _tools(row, where)
+    record: Record = {"messages": messages} | tools_of(row, where)
     if settings := row.get("chat_template_kwargs"):
         if not isinstance(settings, dict):
             raise BadRecord("odd chat_template_kwargs", f"{where}: 'chat_template_kwargs' is an object")
@@ -291,12 +325,12 @@ def _message(turn: Record, kind: str, where: str, ignored: Counter[str]) -> Reco
         )
     message: Record = {"role": role, "content": _content(turn, said, role, where)}
     if given.strip().lower() == "function_call":
-        calls, message["content"] = _json(message["content"], "a function call", where), ""
-        message["tool_calls"] = _calls(calls if isinstance(calls, list) else [calls], where)
+        calls, message["content"] = from_json(message["content"], "a function call", where), ""
+        message["tool_calls"] = calls_of(calls if isinstance(calls, list) else [calls], where)
     if turn.get("tool_calls"):
-        message["tool_calls"] = _calls(turn["tool_calls"], where)
+        message["tool_calls"] = calls_of(turn["tool_calls"], where)
     elif turn.get("function_call") and role == "assistant":
-        message["tool_calls"] = _calls([turn["function_call"]], where)
+        message["tool_calls"] = calls_of([turn["function_call"]], where)
     if reasoning := next((name for name in REASONING if turn.get(name)), None):
         message["reasoning_content"] = text_of(turn, reasoning, where)
     for name in ("name", "tool_call_id"):
@@ -344,34 +378,3 @@ def _weight(turn: Record, where: str) -> int:
                 raise BadRecord(f"a {name} that is not 0 or 1", f"{where}: {name!r} is 0 or 1, got {value!r:.40}")
             return int(value) if name != "masked" else 1 - int(value)
     return 1
-
-
-def _json(value: Any, what: str, where: str) -> Any:
-    if not isinstance(value, str):
-        return value
-    try:
-        return json.loads(value)
-    except (ValueError, RecursionError):
-        raise BadRecord(f"{what} that is not JSON", f"{where}: {what} is JSON, got {value!r:.60}") from None
-
-
-def _calls(calls: Any, where: str) -> list[Record]:
-    """Tool calls as {type, function: {name, arguments}}, the arguments as an object."""
-    found = []
-    for call in calls if isinstance(calls, list) else [calls]:
-        function = call.get("function", call) if isinstance(call, dict) else None
-        if not isinstance(function, dict) or not isinstance(function.get("name"), str):
-            raise BadRecord("an odd tool call", f"{where}: a tool call has a name and arguments, got {call!r:.80}")
-        arguments = _json(function.get("arguments", function.get("parameters", {})), "a tool call's arguments", where)
-        made = {"type": "function", "function": {"name": function["name"], "arguments": arguments}}
-        found.append(({"id": call["id"]} if isinstance(call.get("id"), str) else {}) | made)
-    return found
-
-
-def _tools(row: Record, where: str) -> dict[str, list[Record]]:
-    """{"tools": schemas} of a row, from JSON text or a list; empty if it has none."""
-    tools = _json(row.get("tools") or row.get("functions") or [], "tools", where)
-    if not isinstance(tools, list) or not all(isinstance(tool, dict) for tool in tools):
-        raise BadRecord("odd tools", f"{where}: 'tools' is a list of objects, got {tools!r:.60}")
-    made = [tool if "function" in tool else {"type": "function", "function": tool} for tool in tools]
-    return {"tools": made} if made else {}

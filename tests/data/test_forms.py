@@ -1,7 +1,12 @@
 """Public forms of records are read with their meaning, or refused by name."""
 
+import datasets
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 from forms_of_records import ADD, ANSWER, RECORD, TALK, USER, load
+
+from launcher.data import records
 
 
 @pytest.mark.parametrize(
@@ -11,6 +16,7 @@ from forms_of_records import ADD, ANSWER, RECORD, TALK, USER, load
         ({"prompt": "Hi?", "response": "Ho."}, RECORD),
         ({"instruction": "Hi?", "context": "", "response": "Ho.", "category": "open_qa"}, RECORD),
         ({"instruction": "Hi?", "context": "Here.", "response": "Ho."}, {**RECORD, "input": "Here."}),
+        ({"instruction": "Hi?", "input": "", "context": "Here.", "output": "Ho."}, {**RECORD, "input": "Here."}),
         ({"conversations": TALK}, {"messages": TALK}),
         ({"conversation": TALK}, {"messages": TALK}),
         ({"messages": [{"from": "human", "value": "Hi?"}, {"from": "GPT", "value": "Ho."}]}, None),
@@ -121,6 +127,8 @@ def test_columns_of_other_names_are_mapped(tmp_path, columns, row, expected):
         (("reply=a",), r"--columns takes name=COLUMN, the name one of prompt, .*; got 'reply=a'"),
         (("prompt",), r"got 'prompt'"),
         (("prompt=question",), r"--columns names prompt and answer, or messages"),
+        (("prompt=question", "answer=answer", "input=a", "context=b"), r"names one column for input or context"),
+        (("messages=question", "history=answer"), r"messages=COLUMN has question and answer in it: .* names history"),
         (
             ("prompt=question", "answer=reply"),
             r"record 0 of .* has no 'reply', which --columns names .*: question, answer",
@@ -152,11 +160,38 @@ def test_a_wrong_mapping_is_refused(tmp_path, columns, expected):
         ({"messages": [USER, {**ANSWER, "tool_calls": [{"id": "x"}]}]}, r"a tool call has a name and arguments"),
         ({"messages": [USER, {"role": "assistant", "content": None}]}, r"turn 1 has no 'content'"),
         ({"conversations": [{"from": "function_call", "value": "no"}]}, r"a function call is JSON, got 'no'"),
+        (
+            {"messages": [USER, {"role": "assistant", "tool_calls": [{"name": "f", "arguments": {"a": "\ud83d"}}]}]},
+            r"turn 1: a tool call with half a character in it \('.ud83d'\)",
+        ),
+        ({"messages": TALK, "tools": [{"name": "\ud83d"}]}, r"tools with half a character"),
     ],
 )
 def test_what_cannot_be_honoured_is_refused_with_its_place(tmp_path, row, expected):
     with pytest.raises(ValueError, match=expected):
         load(tmp_path, row)
+
+
+def test_tools_and_calls_of_arrow_tables_have_no_fields_of_other_tools(tmp_path):
+    """Arrow gives all objects of a list the same fields, and fills them with null."""
+    tools = [
+        {"type": "function", "function": {"name": name, "parameters": {"type": "object", "properties": {key: kind}}}}
+        for name, key, kind in (("look", "city", {"type": "string"}), ("add", "n", {"type": "integer", "minimum": 1}))
+    ]
+    rows = [
+        {"messages": [USER, {"role": "assistant", "content": "", "tool_calls": [{**ADD, "function": call}]}], **more}
+        for call, more in (
+            ({"name": "look", "arguments": {"city": "Rome"}}, {"tools": tools, "chat_template_kwargs": {"a": True}}),
+            ({"name": "add", "arguments": {"n": 2}}, {"tools": tools, "chat_template_kwargs": {"b": True}}),
+        )
+    ]
+    pq.write_table(pa.Table.from_pylist(rows), tmp_path / "a.parquet")
+    datasets.Dataset.from_list(rows).save_to_disk(str(tmp_path / "saved"))
+
+    expected = load(tmp_path, *rows)
+
+    assert records.load_records(str(tmp_path / "a.parquet")) == expected
+    assert records.load_records(str(tmp_path / "saved")) == expected
 
 
 def test_fields_with_a_meaning_that_is_not_used_are_named_once_with_their_count(tmp_path, caplog):
@@ -181,6 +216,11 @@ def test_fields_with_a_meaning_that_is_not_used_are_named_once_with_their_count(
         ({"question": "Hi?", "answer": "Ho.", "cot": "Hm."}, ("prompt=question", "answer=answer"), ["cot"]),
         ({"prompt": "Hi?", "completion": "Ho.", "weight": 0.5}, (), ["weight"]),
         ({"prompt": "Hi?", "completion": "Ho.", "weight": 1, "label": True}, (), []),
+        ({"messages": TALK, "context": "Here.", "history": [["a", "b"]], "reasoning": "Hm.", "input": ""}, (),
+         ["context", "history", "reasoning"]),
+        ({"prompt": [USER], "completion": [ANSWER], "input": "Here."}, (), ["input"]),
+        ({"instruction": "Add.", "question": "1 + 1?", "output": "2"}, (), ["question"]),
+        ({"instruction": "Add.", "input": "1 + 1", "context": "Sums.", "output": "2"}, (), ["context"]),
     ],
 )  # fmt: skip
 def test_columns_with_a_meaning_beside_a_question_are_named(row, columns, named, tmp_path, caplog):
@@ -206,12 +246,17 @@ def test_the_columns_that_an_error_offers_keep_the_system_prompt(tmp_path):
 
 
 @pytest.mark.parametrize(
-    "row", [{"prompt": "Hi?", "completion": "Ho.", "label": False}, {"messages": TALK, "kto_tag": False}]
+    "row",
+    [
+        {"prompt": "Hi?", "completion": "Ho.", "label": False},
+        {"prompt": "Hi?", "completion": "Ho.", "label": "False"},
+        {"messages": TALK, "kto_tag": False},
+    ],
 )
 def test_an_answer_that_is_marked_as_one_to_avoid_is_not_trained_on(row, tmp_path):
-    """KTO's form has answers of both kinds in one file."""
+    """KTO's form has answers of both kinds in one file; in a CSV file the label is a text."""
     with pytest.raises(ValueError, match="false, so its answer is one to avoid"):
         load(tmp_path, row)
 
-    good = {name: True if value is False else value for name, value in row.items()}
+    good = {name: True if value in (False, "False") else value for name, value in row.items()}
     assert len(load(tmp_path, row, good, on_bad_record="skip")) == 1

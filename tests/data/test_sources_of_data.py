@@ -31,6 +31,22 @@ def test_csv_tsv_and_zstandard_are_read(tmp_path):
     assert records.load_records(write(tmp_path, "a.jsonl.zst", packed)) == [RECORD]
 
 
+@pytest.mark.parametrize(
+    ("text", "expected"),
+    [
+        ('label\tt\n0\t"Opened\n1\tplain\n0\tclosed"\n', ['"Opened', "plain", 'closed"']),
+        ('t\tlabel\n"He" said\t0\nplain\t1\n', ['"He" said', "plain"]),
+        ('t\tlabel\n"He said ""yes""."\t0\n"two\nlines"\t1\n', ['He said "yes".', "two\nlines"]),
+        ('t\n"two\nlines"\nplain\n', ["two\nlines", "plain"]),
+    ],
+)
+def test_quotes_in_tsv_files_swallow_no_rows(text, expected, tmp_path):
+    """The files of GLUE have quotes as text, those of pandas enclose texts in them."""
+    path = write(tmp_path, "a.tsv", text)
+
+    assert [row["t"] for row in records.load_rows(path, "--data")] == expected
+
+
 def test_a_folder_gives_the_files_of_the_split_that_the_option_means(tmp_path):
     (tmp_path / "data").mkdir()
     for name, output in [("train-00000-of-00002", "a"), ("train-00001-of-00002", "b"), ("test-00000", "c")]:
