@@ -132,7 +132,7 @@ class ManyAdapters:
             group = self._group(name, config, parts)
             row = finite_row(torch.cat([parts[module]["core"].float().flatten() for module in group.columns]))
             return self._fill(Adapter(name, group, group.take()), config.scale * row)
-        if isinstance(config, LoraConfig):
+        if type(config) is LoraConfig:  # AdaLoRA has a subclass
             return self._add(Adapter(name, lora=lora_weights(self.model, name, config, tensors)))
         raise ValueError(
             f"adapter {name} is a {config.peft_type.value} adapter; supported are this project's methods and LoRA"

@@ -3,7 +3,7 @@
 import pytest
 import torch
 from many_folders import CONFIGS, written
-from peft import LoraConfig, get_peft_model
+from peft import AdaLoraConfig, LoraConfig, get_peft_model
 from safetensors.torch import load_file
 from tiny_models import adapted, tiny_llama, tokens
 
@@ -68,6 +68,27 @@ def test_variants_of_lora_are_refused(tmp_path):
 
     with pytest.raises(ValueError, match="is a LoRA with use_dora, which cannot share a batch"):
         ManyAdapters(tiny_llama()).add("dora", tmp_path)
+
+
+@pytest.mark.parametrize("start", ["pissa", "olora"])
+def test_a_lora_that_changes_the_weights_of_its_base_is_refused(start, tmp_path):
+    """Its update belongs to what is left of the base after its first product was subtracted."""
+    config = LoraConfig(init_lora_weights=start, target_modules=["q_proj"])
+    get_peft_model(tiny_llama(), config).save_pretrained(tmp_path)
+    many = ManyAdapters(tiny_llama())
+
+    with pytest.raises(ValueError, match=f"init_lora_weights={start}, which also changes .*loldu merge"):
+        many.add("residual", tmp_path)
+
+    assert not many.adapters
+
+
+def test_a_subclass_of_lora_is_named_as_what_it_is(tmp_path):
+    config = AdaLoraConfig(target_modules=["q_proj"], total_step=10)
+    get_peft_model(tiny_llama(), config).save_pretrained(tmp_path)
+
+    with pytest.raises(ValueError, match="adapter ada is a ADALORA adapter; supported are"):
+        ManyAdapters(tiny_llama()).add("ada", tmp_path)
 
 
 def test_a_name_in_use_an_unknown_name_and_a_wrong_number_of_rows_are_refused(tmp_path):
