@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import TextIO
 
 import torch
@@ -38,6 +39,7 @@ def predict(
     pictures = is_image_model(model_type(source.base))
     items = read_items(source, how, pictures=pictures, text=text, images=images, data=data, say=_note)
     items = items[:limit] if limit else items
+    how = replace(how, batch_size=min(how.batch_size, len(items)))  # one alone needs no padding
     classifier = load_classifier(source, how, pictures=pictures)
     check_labels(items, classifier.classes, pictures=pictures)
     sums, found = torch.zeros(SUMS, dtype=torch.float64), []

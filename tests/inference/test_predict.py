@@ -186,6 +186,21 @@ def plain_bert(folder, tokenizer, **settings):
     return folder
 
 
+def test_a_tokenizer_without_padding_classifies_one_text_at_a_time(tiny_roberta, tmp_path):
+    tokenizer = AutoTokenizer.from_pretrained(tiny_roberta)
+    tokenizer.pad_token = None
+    model = plain_bert(tmp_path, tokenizer)
+    data = tmp_path / "data.json"
+    data.write_text(json.dumps([{"text": "bad"}, {"text": "a good film"}]))
+
+    [alone] = lines(model, text=["bad"])
+    with pytest.raises(ValueError, match="has no padding token: give --batch-size 1"):
+        lines(model, Classifying(columns=("text",)), data=str(data))
+    first, _ = lines(model, Classifying(columns=("text",), batch_size=1), data=str(data))
+
+    assert alone["probabilities"] == first["probabilities"]
+
+
 def test_padding_follows_a_text_whatever_the_tokenizer_says(tiny_roberta, tmp_path):
     """Padding before a text would move it to other positions than in training."""
     model = plain_bert(tmp_path, AutoTokenizer.from_pretrained(tiny_roberta, padding_side="left"))
