@@ -28,6 +28,7 @@ from typing import Any, NamedTuple
 
 import torch
 from huggingface_hub import split_state_dict_into_shards_factory
+from peft.tuners.tuners_utils import BaseTunerLayer
 from rich.console import Console
 from safetensors import safe_open
 from torch import Tensor, nn
@@ -434,6 +435,7 @@ def _write_config(base: Path, folder: Path, plan: Plan) -> None:
 def _merge_in_memory(source: Source, folder: Path, dtype: str, shard_gb: float, console: Console) -> torch.dtype:
     model = load_model(source, dtype=dtype, device="cpu")
     method = next(iter(model.peft_config.values())).peft_type.value
+    _untie(model.get_base_model())
     try:
         merged = model.merge_and_unload(safe_merge=True)
     except (AttributeError, NotImplementedError, TypeError) as error:  # PEFT raises any of these
@@ -447,3 +449,13 @@ def _merge_in_memory(source: Source, folder: Path, dtype: str, shard_gb: float, 
     with Bars(console).bar("saving", total, unit="bytes") as show, growth(show, folder, total):
         merged.save_pretrained(folder, max_shard_size=int(shard_gb * 1e9))
     return merged.dtype
+
+
+def _untie(base: Any) -> None:
+    """Give the head a weight of its own if one of the tied embeddings has an adapter: PEFT adds the update in place."""
+    ends = (base.get_input_embeddings(), base.get_output_embeddings())
+    if None in ends or not any(isinstance(end, BaseTunerLayer) for end in ends):
+        return
+    first, head = (getattr(end, "base_layer", end) for end in ends)
+    if first.weight is head.weight:
+        head.weight = nn.Parameter(head.weight.detach().clone(), requires_grad=False)

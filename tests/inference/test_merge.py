@@ -12,7 +12,7 @@ import torch
 from peft import LoraConfig, PeftModel, PromptTuningConfig, get_peft_model
 from safetensors.torch import load_file
 from trained_adapter import save_adapter
-from transformers import AutoModelForCausalLM, BitsAndBytesConfig
+from transformers import AutoModelForCausalLM, BitsAndBytesConfig, LlamaConfig, LlamaForCausalLM
 
 from adapters.checkpoint_files import list_tensors, open_tensor
 from launcher.inference import merge as module
@@ -132,6 +132,23 @@ def test_other_methods_of_peft_are_merged_in_memory_and_that_is_said(babyllama, 
     assert "in memory" in said
     assert "checked" in said
     assert (out / "tokenizer.json").exists()
+
+
+@pytest.mark.parametrize("end", ["embed_tokens", "lm_head"])
+def test_a_lora_on_one_of_two_tied_embeddings_leaves_the_other_as_it_was(end, tmp_path):
+    """PEFT adds the update to the weight that both share."""
+    torch.manual_seed(0)
+    sizes = {"hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2}
+    config = LlamaConfig(vocab_size=40, initializer_range=0.2, tie_word_embeddings=True, **sizes)
+    LlamaForCausalLM(config).save_pretrained(base := tmp_path / "base")
+    lora = LoraConfig(r=4, target_modules=[end], init_lora_weights=False, task_type="CAUSAL_LM")
+    get_peft_model(AutoModelForCausalLM.from_pretrained(base), lora).save_pretrained(tmp_path / "lora")
+    ids = torch.arange(12)[None]
+    wanted = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(base), tmp_path / "lora").eval()(ids).logits
+
+    out = merge(str(tmp_path / "lora"), out=str(tmp_path / "out"), base=str(base))
+
+    torch.testing.assert_close(AutoModelForCausalLM.from_pretrained(out)(ids).logits, wanted, rtol=1e-4, atol=1e-4)
 
 
 def test_a_method_that_has_no_weights_to_merge_is_refused(babyllama, tmp_path):
