@@ -25,7 +25,7 @@ from launcher.inference.options import Answering, Drawing
 from launcher.inference.pictures import Drawn, draw, find_drawn
 from launcher.inference.sources import Source, find, load
 from launcher.models.files import context_length
-from launcher.models.generation import Answer, Sampling, answer, stream
+from launcher.models.generation import Answer, Sampling, answer, room, stream
 from launcher.progress import Bars, Show, silent
 from launcher.text import json_line, printable
 
@@ -86,6 +86,8 @@ def generate(
             for answered, record in zip(answers, records, strict=True)
         )
         _note(f"{right} of {len(records)} answers match exactly")
+        if full := sum(not each.ids and not each.complete for each in answers):
+            _note(f"{full} prompts fill the model's context ({context_length(loaded)} tokens) and have no answer")
     elif not answers[0].complete:
         _note(f"(stopped after {len(answers[0].ids)} tokens: --max-tokens {how.max_tokens}, or the context is full)")
     return answers
@@ -192,7 +194,7 @@ def _answers(
             print(printable(text), end="", file=out, flush=True)
 
     if json and sampling.temperature == 0 and len(records) > 1:
-        context = context_length(model)
+        context = room(model)
         for start in range(0, len(records), CHUNK):
             prompts = [prompt_ids(record, template, tokenizer) for record in records[start : start + CHUNK]]
             made = answer(

@@ -74,12 +74,12 @@ def answer(
     if [] in map(list, prompts):
         raise ValueError(f"prompt {list(map(list, prompts)).index([])} has no token: there is nothing to answer")
     stop = list(stop_tokens(model, tokenizer) if stop_ids is None else stop_ids)
-    device, context = _device(model), _room(model)
+    device, context = _device(model), room(model)
     answers: list[list[int]] = [[] for _ in prompts]
-    room = [min(max_tokens, context - len(prompt)) for prompt in prompts]
-    plenty = sorted((i for i in range(len(prompts)) if room[i] == max_tokens), key=lambda i: -len(prompts[i]))
+    left = [min(max_tokens, context - len(prompt)) for prompt in prompts]
+    plenty = sorted((i for i in range(len(prompts)) if left[i] == max_tokens), key=lambda i: -len(prompts[i]))
     batches = [plenty[start : start + batch_size] for start in range(0, len(plenty), batch_size)]
-    batches += [[i] for i in range(len(prompts)) if 0 < room[i] < max_tokens]  # a longer neighbour would pass the end
+    batches += [[i] for i in range(len(prompts)) if 0 < left[i] < max_tokens]  # a longer neighbour would pass the end
     able = abilities(model, prompts)
     if not able.padding:
         batches = [part for batch in batches for part in _of_one_length(batch, prompts)]
@@ -91,7 +91,7 @@ def answer(
             [[settings.pad_token_id] * (width - len(prompts[i])) + list(prompts[i]) for i in batch], device=device
         )
         mask = torch.tensor([[0] * (width - len(prompts[i])) + [1] * len(prompts[i]) for i in batch], device=device)
-        settings.max_new_tokens = room[batch[0]]
+        settings.max_new_tokens = left[batch[0]]
         with _plainly(model):
             made = model.generate(input_ids=ids, attention_mask=mask, generation_config=settings)
         for i, row in zip(batch, made[:, width:].tolist(), strict=True):
@@ -112,7 +112,7 @@ def stream(
 
     Ctrl-C ends the answer early. Raises ValueError if the prompt fills the model's context.
     """
-    context = _room(model)
+    context = room(model)
     if len(prompt) >= context:
         raise ValueError(
             f"the prompt with its template has {len(prompt)} tokens, but the model's context is {context} and must "
@@ -207,7 +207,7 @@ def _of_one_length(batch: Sequence[int], prompts: Sequence[Sequence[int]]) -> li
     return [[i for i in batch if len(prompts[i]) == length] for length in lengths]
 
 
-def _room(model: Any) -> int:
+def room(model: Any) -> int:
     """Most tokens of a prompt and its answer, beside those of a trained prompt."""
     return context_length(model) - prompt_tokens(getattr(model, "active_peft_config", None))
 

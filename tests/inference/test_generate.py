@@ -8,7 +8,8 @@ import types
 import pytest
 import torch
 from asking import generate
-from transformers import AutoTokenizer, GPT2Config, GPT2LMHeadModel, RwkvConfig, RwkvForCausalLM
+from peft import PromptTuningConfig, get_peft_model
+from transformers import AutoModelForCausalLM, AutoTokenizer, GPT2Config, GPT2LMHeadModel, RwkvConfig, RwkvForCausalLM
 
 from launcher.data.templates import load_template, prompt_ids
 from launcher.inference.sources import find, load
@@ -282,6 +283,29 @@ def test_json_lines_hold_the_records_in_order_batched_like_streamed(babyllama, t
     assert [line["answer"] for line in lines] == [one.text for one in alone]
     assert all(line["tokens"] == 6 and not line["complete"] and line["match"] is False for line in lines)
     assert lines[0]["prompt"].startswith("### Instruction:\nTell me about a dog")
+
+
+def test_prompts_that_fill_the_context_are_counted_and_an_answer_that_fills_it_is_not_complete(
+    babyllama, tmp_path, capsys
+):
+    """Of the context, a trained prompt takes its tokens too."""
+    tuning = PromptTuningConfig(num_virtual_tokens=20, task_type="CAUSAL_LM")
+    get_peft_model(AutoModelForCausalLM.from_pretrained(babyllama), tuning).save_pretrained(tmp_path / "prompt")
+    records = [{"instruction": "a " * count, "output": "yes"} for count in (2, 115, 128)]  # 2 n + 2 tokens
+    (tmp_path / "data.json").write_text(json.dumps(records))
+    out = io.StringIO()
+
+    generate(
+        str(tmp_path / "prompt"), base=str(babyllama), data=str(tmp_path / "data.json"), json=True, out=out,
+        prompt_template="none", max_tokens=8,
+    )  # fmt: skip
+
+    lines = [json.loads(line) for line in out.getvalue().splitlines()]
+    assert lines[0]["tokens"] == 8
+    assert 0 < lines[1]["tokens"] < 8
+    assert lines[2]["tokens"] == 0
+    assert not any(line["complete"] for line in lines)
+    assert "1 prompts fill the model's context (256 tokens) and have no answer" in capsys.readouterr().err
 
 
 def test_the_prompt_comes_from_standard_input_where_none_is_given(babyllama, monkeypatch):
