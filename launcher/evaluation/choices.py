@@ -9,6 +9,7 @@ from typing import Any
 
 FORMAT = re.compile(r"Answer format:\s*(\S+(?:/\S+)+)\s*$")
 UNENCODABLE = re.compile("[\ud800-\udfff]")  # halves of characters, which JSON may hold and no tokenizer reads
+CONTEXTS = ("input", "context", "passage")  # what a question is about
 QUESTIONS, ANSWERS = ("question", "query", "prompt", "instruction"), ("answerKey", "answer", "gold", "label")
 
 
@@ -29,8 +30,8 @@ def read_choices(rows: Sequence[Any], source: str) -> list[Choice] | None:
     """The questions of a file; None if its first row is not a question with choices.
 
     Two forms: {question, choices, answer} with choices as a list, or as ARC has them ({"text": [...], "label": [...]}),
-    and an answer by place, label or text; and instructions that end in `Answer format: a/b/c` with an `answer` among
-    these. Raises ValueError naming a later row that is not one.
+    an answer by place, label or text, and perhaps an input, context or passage; and instructions that end in
+    `Answer format: a/b/c` with an `answer` among these. Raises ValueError naming a later row that is not one.
     """
     found = []
     for place, row in enumerate(rows):
@@ -74,7 +75,8 @@ def _listed(row: Mapping[str, Any]) -> Choice | None:
         right = places[0] if places else None
     if right is None:
         return None
-    return Choice({"instruction": question, "input": ""}, tuple(choices), right)
+    context = next((row[name] for name in CONTEXTS if isinstance(row.get(name), str)), "")
+    return Choice({"instruction": question, "input": context}, tuple(choices), right)
 
 
 def _formatted(row: Mapping[str, Any]) -> Choice | None:

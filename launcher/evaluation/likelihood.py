@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any
@@ -77,8 +78,13 @@ def choice_scores(
             found.append(None)
             continue
         data = without_ends(whole, stop)
-        losses = scorer.sample_losses(data, range(len(data)), silent)
-        found.append(accuracy(question, [-loss for loss, _ in losses]))
+        likelihoods = [-loss for loss, _ in scorer.sample_losses(data, range(len(data)), silent)]
+        if not all(map(math.isfinite, likelihoods)):
+            raise ValueError(
+                f"the likelihoods of the choices of {question.question['instruction']!r:.60} are NaN or infinite, so "
+                "none is the likeliest: give --dtype float32, or check the model's files"
+            )
+        found.append(accuracy(question, likelihoods))
         tick(len(found))
     return found
 

@@ -29,7 +29,7 @@ from launcher.inference.generate import choose_template
 from launcher.inference.options import Quantize
 from launcher.inference.sources import Source, choose_device, find, load
 from launcher.models.files import recorded_run
-from launcher.models.generation import answer
+from launcher.models.generation import answer, room
 from launcher.processes import Communicator, Ranks, connect
 from launcher.progress import Bars
 from launcher.text import printable
@@ -97,8 +97,8 @@ def run(asked: Asked) -> dict[str, Any]:
 def _run(asked: Asked, source: Source, comm: Communicator) -> dict[str, Any]:
     ranks = comm.ranks
     file = user_path(asked.out) if asked.out else _run_file(source)
-    if file is not None:
-        comm.from_main("the results", lambda: bool(_before(file)))
+    before = {} if file is None else comm.from_main("the results", lambda: _before(file))
+    names = _names(asked.tasks, before)
     device = choose_device(asked.device)
     if device == "cuda" and ranks.world_size > 1:
         device = f"cuda:{ranks.local_rank}"
@@ -111,8 +111,8 @@ def _run(asked: Asked, source: Source, comm: Communicator) -> dict[str, Any]:
         bars=Bars(console),
     )  # fmt: skip
     found: dict[str, dict[str, Any]] = {}
-    for task in asked.tasks:
-        found[_named(task)] = {"task": task, "limit": asked.limit or None, **_task(asked, loaded, task)}
+    for task, name in names.items():
+        found[name] = {"task": task, "limit": asked.limit or None, **_task(asked, loaded, task, name)}
         if ranks.is_main and file is not None:  # after each task: a later one may fail
             _write(file, found)
     if ranks.is_main:
@@ -124,8 +124,17 @@ def _run(asked: Asked, source: Source, comm: Communicator) -> dict[str, Any]:
     return found
 
 
-def _named(task: str) -> str:
-    return Path(task).stem if user_path(task).is_file() else task
+def _names(tasks: Sequence[str], before: dict[str, Any]) -> dict[str, str]:
+    """The name of each task in the results: of a file its stem, or the path if another file has that stem already."""
+    places = {task: user_path(task).resolve() if user_path(task).is_file() else None for task in tasks}
+    names: dict[str, str] = {}
+    for task, place in places.items():
+        stem = task if place is None else Path(task).stem
+        earlier = before.get(stem)
+        known = str(earlier["task"]) if isinstance(earlier, dict) and "task" in earlier else task
+        others = {user_path(known).resolve(), *(each for each in places.values() if each and each.stem == stem)}
+        names[task] = stem if place is None or others == {place} else task
+    return names
 
 
 def _run_file(source: Source) -> Path | None:
@@ -160,7 +169,7 @@ def _write(file: Path, found: dict[str, Any]) -> None:
         raise ValueError(f"cannot write {file}: {error.strerror}; give another file with --out") from error
 
 
-def _task(asked: Asked, loaded: Loaded, task: str) -> dict[str, Any]:
+def _task(asked: Asked, loaded: Loaded, task: str, shown_as: str) -> dict[str, Any]:
     """The scores of the model, and of its base if it has an adapter."""
     path = user_path(task)
     if not path.is_file() or path.suffix in (".yaml", ".yml"):
@@ -172,7 +181,7 @@ def _task(asked: Asked, loaded: Loaded, task: str) -> dict[str, Any]:
     scores: dict[str, Any] = {}
     for name, way in _ways(asked, loaded):
         with way:
-            scores[name] = measure(f"{_named(task)}, {name}")
+            scores[name] = measure(f"{shown_as}, {name}")
     return {"scores": scores}
 
 
@@ -259,14 +268,16 @@ def _records(asked: Asked, loaded: Loaded, file: Path) -> Measure:
     for record in records if asked.max_tokens else ():
         with suppress(BadRecord):
             expected = expected_text(record, template, loaded.tokenizer)
-            asked_for.append((prompt_ids(record, template, loaded.tokenizer), expected))
+            ids = prompt_ids(record, template, loaded.tokenizer)
+            if len(ids) < room(loaded.model):  # else it has no answer, right or wrong
+                asked_for.append((ids, expected))
 
     def measure(what: str) -> Scores:
         mine = _shared(loaded, len(data))
         with _progress(loaded, what, len(data)) as tick:
             losses = _gathered(loaded, [list(each) for each in loaded.scorer.sample_losses(data, mine, tick)])
         scores = {"loss": ratio(losses)}
-        if asked.max_tokens:
+        if asked_for:
             mine = _shared(loaded, len(asked_for))
             right: list[float] = []
             with _progress(loaded, f"{what}, answers", len(asked_for)) as tick:
@@ -278,7 +289,8 @@ def _records(asked: Asked, loaded: Loaded, file: Path) -> Measure:
                     tick(len(right))
                 matches = _gathered(loaded, right)
             scores["exact_match"] = mean(matches)
-        return scores
+        counts = {"truncated": data.report.truncated, "left_out": data.report.dropped}
+        return scores | {name: _count(count) for name, count in counts.items() if count}
 
     return measure
 

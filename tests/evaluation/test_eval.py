@@ -202,6 +202,56 @@ def test_questions_longer_than_the_context_are_counted(capsys, babyllama, tmp_pa
     assert [cell.strip() for cell in row.strip("│").split("│")] == ["data", "left_out", "1", "1"]
 
 
+def test_records_longer_than_the_context_are_counted_and_not_wrong(capsys, babyllama, tmp_path):
+    whole = [{"instruction": "Say hello", "input": "", "output": "hello"}]
+    cut = [{"instruction": "Say it", "input": "", "output": "so " * 3000}]
+    long = [{"instruction": "word " * 3000, "input": "", "output": "hello"}]
+    words = [str(babyllama), "--prompt-template", "short", "--max-tokens", "2", "--tasks"]
+
+    scores = evaluated(capsys, *words, file_of(tmp_path, [*whole, *cut, *long]))["data"]["scores"]["model"]
+
+    assert scores["truncated"]["value"] == scores["left_out"]["value"] == 1
+    assert scores["loss"]["n"] == scores["exact_match"]["n"] == 2
+
+
+def test_files_of_one_name_have_results_of_their_own(capsys, babyllama, tmp_path):
+    questions = [tmp_path / name / "test.json" for name in "abc"]
+    for file in questions:
+        file.parent.mkdir()
+        file.write_text(json.dumps(QUESTIONS[:2]))
+    first, second, third = map(str, questions)
+    words = [str(babyllama), "--prompt-template", "short", "--out", str(tmp_path / "eval.json"), "--tasks"]
+
+    together = evaluated(capsys, *words, first, second)
+    evaluated(capsys, *words, third)
+    evaluated(capsys, *words, third)
+    evaluated(capsys, *words, first)
+
+    assert list(together) == [first, second]
+    saved = json.loads((tmp_path / "eval.json").read_text())["tasks"]
+    assert {name: result["task"] for name, result in saved.items()} == {first: first, second: second, "test": third}
+
+
+def test_a_text_that_a_question_is_about_is_part_of_it():
+    row = {"question": "Who barks?", "choices": ["The cat", "The dog"], "answer": 1}
+
+    for name in ("context", "input", "passage"):
+        [found] = read_choices([row | {name: "A dog and a cat."}], "here")
+        assert found.question == {"instruction": "Who barks?", "input": "A dog and a cat."}
+    assert read_choices([row | {"context": None}], "here")[0].question["input"] == ""
+
+
+def test_likelihoods_that_are_not_finite_choose_nothing(babyllama):
+    model = AutoModelForCausalLM.from_pretrained(babyllama).eval()
+    tokenizer = AutoTokenizer.from_pretrained(babyllama)
+    model.model.norm.weight.data.fill_(torch.nan)
+    template = load_template("short", tokenizer, conversations=False)
+    questions = read_choices(QUESTIONS[:1], "here")
+
+    with pytest.raises(ValueError, match=r"Which word is an animal.* are NaN or infinite"):
+        choice_scores(Scorer(model, tokenizer), tokenizer, template, questions, [0], lambda done: None)
+
+
 def test_the_screen_shows_a_table_and_the_file(capsys, babyllama, tmp_path):
     out = tmp_path / "scores.json"
     words = ["--tasks", file_of(tmp_path, QUESTIONS), "--prompt-template", "short", "--out", str(out)]
