@@ -14,6 +14,7 @@ from launcher.data.templates import Template, check_template
 from launcher.files import read_text
 
 PROMPT_TEMPLATE, CHAT_TEMPLATE = "prompt_template.json", "chat_template.jinja"
+TOKENIZER_SETTINGS = "tokenizer_config.json"  # where transformers before 4.51 wrote the template
 
 
 def save_template(template: Template, tokenizer: Any, folder: Path) -> None:
@@ -26,7 +27,7 @@ def save_template(template: Template, tokenizer: Any, folder: Path) -> None:
 
 def drop_older(folder: Path) -> None:
     """Remove the template in tokenizer_config.json if there is a chat_template.jinja: servers read one or the other."""
-    file = folder / "tokenizer_config.json"
+    file = folder / TOKENIZER_SETTINGS
     if not (file.is_file() and (folder / CHAT_TEMPLATE).is_file()):
         return
     settings = json.loads(file.read_text(encoding="utf-8"))
@@ -51,16 +52,25 @@ def read_template(folder: Path) -> Template | None:
 
 
 def adapter_template(folder: Path) -> Template | None:
-    """The template in an adapter's folder: of this project, or the chat_template.jinja that other programs write; None
-    if there is none. Raises ValueError for a damaged one."""
+    """The template in an adapter's folder: of this project, or in a chat_template.jinja or tokenizer_config.json that
+    other programs write; None if there is none. Raises ValueError for a damaged one."""
     saved, file = read_template(folder), folder / CHAT_TEMPLATE
-    if saved is None and file.is_file():
-        try:
-            text = read_text(file)
-        except (OSError, ValueError) as error:
-            raise ValueError(f"{file} cannot be read: {error}") from None
-        saved = check_template(Template("chat", jinja=text))
-    return saved
+    if saved is not None:
+        return saved
+    try:
+        if file.is_file():
+            text: Any = read_text(file)
+        elif (file := folder / TOKENIZER_SETTINGS).is_file():
+            text = json.loads(read_text(file)).get("chat_template")
+            if isinstance(text, list):  # several with names
+                text = {each["name"]: each["template"] for each in text}.get("default")
+        else:
+            return None
+        if not isinstance(text, str | None):
+            raise ValueError("chat_template is no text")
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
+        raise ValueError(f"{file} cannot be read: {error}") from None
+    return None if text is None else check_template(Template("chat", jinja=text))
 
 
 def as_jinja(template: Template, *, has_bos: bool) -> str:

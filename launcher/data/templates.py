@@ -6,13 +6,15 @@ empty.
 
 from __future__ import annotations
 
+import json
 import re
+from collections.abc import Mapping, Sequence
 from functools import lru_cache
 from typing import Any, NamedTuple
 
 from launcher.config import DataConfig
 from launcher.data.bad_records import BadRecord
-from launcher.data.chat import TEMPLATE_DATE, Chat, Rendered, Sample, compiled, samples_of
+from launcher.data.chat import PROBE, TEMPLATE_DATE, Chat, Rendered, Sample, compiled, samples_of
 from launcher.data.forms import Record, as_conversation
 from launcher.data.limits import check_length
 from launcher.files import user_path
@@ -131,6 +133,34 @@ def prompt_ids(record: Record, template: Template, tokenizer: Any) -> list[int]:
     """Token ids to generate from: those that precede the answer in training."""
     ids = tokenizer(render_prompt(record, template, tokenizer), add_special_tokens=False, verbose=False)["input_ids"]
     return frame(template, tokenizer)[0] + ids
+
+
+def conversation_ids(messages: Sequence[Mapping[str, str]], template: Template, tokenizer: Any) -> list[int]:
+    """`prompt_ids` of a conversation to be answered. Raises BadRecord for a system prompt that the template omits."""
+    roles = tuple(each["role"] for each in messages)
+    omitted = None
+    if not set(roles) <= {"user", "assistant"}:
+        omitted = _omitted(template, json.dumps(tokenizer.special_tokens_map), roles)
+    if omitted is not None:
+        raise BadRecord(
+            f"{omitted} messages that the chat template does not write",
+            f"the chat template does not write messages of the role {omitted}, so the model would not see them: put "
+            "the text into a message of the user",
+        )
+    return prompt_ids({"messages": [dict(message) for message in messages]}, template, tokenizer)
+
+
+@lru_cache(maxsize=256)
+def _omitted(template: Template, tokens: str, roles: tuple[str, ...]) -> str | None:
+    """The first role other than user and assistant whose text the template does not write in such a conversation."""
+    assert template.jinja is not None
+    probes = [{"role": role, "content": f"{PROBE}{number}z"} for number, role in enumerate(roles)]
+    try:
+        text = Chat(template.jinja, template.date, json.loads(tokens)).render({"messages": probes}, prompt=True)
+    except BadRecord:  # the conversation itself gets the template's error
+        return None
+    return next((each["role"] for each in probes
+                 if each["role"] not in ("user", "assistant") and each["content"] not in text), None)  # fmt: skip
 
 
 def expected_text(record: Record, template: Template, tokenizer: Any) -> str:

@@ -7,7 +7,7 @@ from typing import Any, TextIO
 
 import torch
 
-from launcher.data.templates import Template, prompt_ids
+from launcher.data.templates import Template, conversation_ids, prompt_ids
 from launcher.inference.conversation import Messages, converse, note
 from launcher.inference.generate import choose_template
 from launcher.inference.options import Answering
@@ -57,7 +57,7 @@ def fit(
     """
     first: Messages = [{"role": "system", "content": system}] if system else []
     while True:
-        ids = prompt_ids({"messages": first + history}, template, tokenizer)
+        ids = conversation_ids(first + history, template, tokenizer)
         if len(ids) <= room or len(history) <= 1:
             return ids, history
         history = history[2:]

@@ -9,7 +9,7 @@ from typing import Any
 
 from launcher.data import saved_template
 from launcher.data.saved_template import as_jinja, read_template
-from launcher.data.templates import Template, load_template, prompt_ids
+from launcher.data.templates import Template, conversation_ids, load_template, prompt_ids
 from launcher.serving.errors import Refused
 from launcher.serving.protocol import Asked
 
@@ -63,4 +63,4 @@ def chat_ids(messages: Messages, template: Template, tokenizer: Any) -> list[int
             record = {"instruction": messages[0]["content"], "input": "", "output": ""}
             return prompt_ids(record, template, tokenizer)
         template = template._replace(jinja=as_jinja(template, has_bos=tokenizer.bos_token_id is not None))
-    return prompt_ids({"messages": [dict(message) for message in messages]}, template, tokenizer)
+    return conversation_ids(messages, template, tokenizer)

@@ -55,6 +55,16 @@ def test_the_system_text_comes_first_and_begins_the_talk_anew(chat_model, asked)
     assert asked[1] == "s: Be kind\nu: Hello\na: "
 
 
+def test_a_system_text_that_the_template_does_not_write_is_refused(chat_model, asked, tmp_path, capsys):
+    template = tmp_path / "users.jinja"
+    template.write_text("{% for m in messages %}{% if m.role == 'user' %}{{ m.content }}{% endif %}{% endfor %}")
+
+    talk(chat_model, "Hi", "/system", "Hello", system="Be kind", prompt_template=str(template), max_tokens=2)
+
+    assert asked == ["Hello"]
+    assert "does not write messages of the role system" in capsys.readouterr().err
+
+
 def test_with_an_alpaca_template_every_line_is_an_instruction_of_its_own_and_that_is_said_once(
     babyllama, asked, capsys
 ):

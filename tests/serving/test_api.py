@@ -5,7 +5,7 @@ import json
 
 import openai
 import pytest
-from running_server import until
+from running_server import CHAT, until, write_adapter
 
 
 def test_a_chat_is_answered_by_the_model_that_it_names_with_its_own_template(start):
@@ -96,6 +96,38 @@ def test_a_template_without_turns_takes_each_question_as_an_instruction_of_its_o
     assert answer["choices"][0]["message"]["content"].endswith("two")
     assert system.status_code == 400
     assert "not on system" in system.json()["error"]["message"]
+
+
+def test_a_system_prompt_that_the_template_does_not_write_is_refused(start):
+    server = start("pirate")
+    users = "{% for m in messages %}{% if m.role == 'user' %}{{ m.content }}{% endif %}{% endfor %}"
+    folder = write_adapter(server.folder / "deaf")
+    (folder / "chat_template.jinja").write_text(users)
+    server.catalogue.load("deaf")
+    talk = [{"role": "system", "content": "be brief"}, {"role": "user", "content": "hi"}]
+
+    heard = server.post(model="pirate", messages=talk, temperature=0)
+    refused = server.post(model="deaf", messages=talk)
+    alone = server.post(model="deaf", messages=talk[1:], temperature=0)
+
+    assert heard.json()["choices"][0]["message"]["content"] == "pirate: s: be brief\nu: hi\na: "
+    assert refused.status_code == 400
+    assert "does not write messages of the role system" in refused.json()["error"]["message"]
+    assert alone.json()["choices"][0]["message"]["content"] == "deaf: hi"
+
+
+@pytest.mark.parametrize("several", [False, True])
+def test_the_template_may_be_in_the_settings_of_an_adapters_tokenizer(start, several):
+    """Where transformers wrote it before 4.51."""
+    server = start()
+    folder = write_adapter(server.folder / "older")
+    one = {"name": "default", "template": CHAT}
+    template = [{"name": "tool_use", "template": "x"}, one] if several else CHAT
+    (folder / "tokenizer_config.json").write_text(json.dumps({"chat_template": template}))
+
+    server.catalogue.load("older")
+
+    assert server.chat("older").json()["choices"][0]["message"]["content"] == "older: u: hi\na: "
 
 
 def test_a_prompt_may_be_token_ids(start):
