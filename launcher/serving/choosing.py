@@ -32,13 +32,8 @@ def choose(logits: Tensor, samplings: Sequence[Sampling], numbers: Sequence[floa
     ids, ok = best.tolist(), largest.isfinite().tolist()
     drawn = [row for row, sampling in enumerate(samplings) if sampling.temperature > 0 and ok[row]]
     if drawn:
-        given = [samplings[row] for row in drawn]
-        found = draw(
-            logits[drawn],
-            logits.new_tensor([each.temperature for each in given]),
-            logits.new_tensor([each.top_p for each in given]),
-            torch.tensor([numbers[row] for row in drawn], dtype=torch.float64, device=logits.device),
-        )
+        how = [(samplings[row].temperature, samplings[row].top_p, numbers[row]) for row in drawn]
+        found = draw(logits[drawn], *torch.tensor(how, dtype=torch.float64, device=logits.device).T)
         for row, token in zip(drawn, found.tolist(), strict=True):
             ids[row] = token
     choices = [Choice(token, ok=fine) for token, fine in zip(ids, ok, strict=True)]
@@ -54,10 +49,13 @@ def choose(logits: Tensor, samplings: Sequence[Sampling], numbers: Sequence[floa
 
 
 def draw(logits: Tensor, temperature: Tensor, top_p: Tensor, numbers: Tensor) -> Tensor:
-    """Tokens (rows,) drawn by the numbers (rows,) from the most likely ones whose probabilities add up to top_p."""
-    p = ((logits - logits.amax(-1, keepdim=True)) / temperature[:, None]).double().softmax(-1)
+    """Tokens (rows,) drawn by the numbers (rows,) from the most likely ones whose probabilities add up to top_p.
+
+    All but the logits are float64: a temperature of 1e-50 is 0 in float32, and 0 / 0 NaN.
+    """
+    p = ((logits - logits.amax(-1, keepdim=True)).double() / temperature[:, None]).softmax(-1)
     p, order = torch.sort(p, dim=-1, descending=True, stable=True)
-    p = p.masked_fill(p.cumsum(-1) - p >= top_p[:, None].double(), 0)  # the first stays whatever top_p
+    p = p.masked_fill(p.cumsum(-1) - p >= top_p[:, None], 0)  # the first stays whatever top_p
     total = p.cumsum(-1)
     place = torch.searchsorted(total, (numbers * total[:, -1])[:, None], right=True).clamp(max=p.shape[-1] - 1)
     return order.gather(-1, place)[:, 0]

@@ -156,10 +156,11 @@ class BatchedEngine:
             log.info("adapter %s has maps of its own, as LoRA: it adds time to each batch that it is in", name)
 
     def remove_adapter(self, name: str) -> None:
+        self._end_answers_of(
+            name
+        )  # before its numbers become zero: a token of the base must not be delivered as its own
         self.many.remove(name)
-        for answer in list(self._answers.values()):
-            if answer.adapter is not None and answer.adapter.name == name:
-                self._end(answer, "error", f"adapter {name} was removed")
+        self._end_answers_of(name)  # those that came in between
 
     def submit(self, request: Request, emit: Callable[[Token], None]) -> None:
         adapter = None
@@ -213,6 +214,11 @@ class BatchedEngine:
         """Ask the engine's thread to end an answer."""
         answer.ending = answer.ending or (finish, error)
         self._manager.cancel_request(answer.id)
+
+    def _end_answers_of(self, name: str) -> None:
+        for answer in list(self._answers.values()):
+            if answer.adapter is not None and answer.adapter.name == name:
+                self._end(answer, "error", f"adapter {name} was removed")
 
     def _say_endings(self) -> None:
         """In the engine's thread, between forward passes."""

@@ -271,6 +271,25 @@ def test_an_adapter_that_is_removed_ends_its_answers_with_an_error_and_no_others
     served.remove_adapter("short-lived")
 
 
+def test_answers_of_an_adapter_end_before_its_numbers_are_gone(served, folder, monkeypatch):
+    """A token that is computed when the row of the table is zero already is the base's."""
+    asked = Asked(served, "a2", QUESTIONS[0], Sampling(200), held=True)
+    assert asked.begun.wait(180)
+    remove, endings = served.many.remove, []
+
+    def removed(name):
+        endings.extend(answer.ending for answer in served._answers.values() if answer.id == asked.id)
+        remove(name)
+
+    monkeypatch.setattr(served.many, "remove", removed)
+    served.remove_adapter("a2")
+    asked.release()
+    asked.wait()
+    served.add_adapter("a2", folder / "a2")
+
+    assert endings == [("error", "adapter a2 was removed")]
+
+
 def test_adapters_come_and_go_while_requests_run(served, folder):
     expected = alone(folder, 8, served.tokenizer.encode(QUESTIONS[4]), 16)
     stop, failures = threading.Event(), []

@@ -79,6 +79,13 @@ def test_draws_follow_the_probabilities_of_what_top_p_leaves():
     torch.testing.assert_close(torch.bincount(warm, minlength=4) / 2000, p.sqrt() / p.sqrt().sum(), atol=2e-3, rtol=0)
 
 
+def test_a_temperature_next_to_zero_takes_the_likeliest_token():
+    logits = torch.tensor([[1.0, 3.0, 2.0]])
+
+    for temperature in (1e-20, 1e-50, 5e-324):
+        assert choose(logits, [Sampling(1, temperature=temperature)], [0.999])[0].id == 1
+
+
 def test_greedy_and_sampled_requests_share_a_batch():
     logits = torch.randn(4, 50, generator=torch.Generator().manual_seed(0))
     logits[3] = torch.nan
