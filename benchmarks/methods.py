@@ -10,9 +10,8 @@ In pretraining both models ended each text with <s> and never saw </s>, whose em
 more) to those of other unseen tokens, so a method that does not train the embedding cannot learn to produce it. Answers
 therefore end with <s> here.
 
-The learning rate is searched on the validation split with seed 0, on a grid of half decades: three values around a
-first guess, and more while the best is at an edge. Then three other seeds are trained with it and evaluated on the test
-split. A run in the results file is not repeated; its row up to `steps` identifies it.
+campaign.py says how the learning rate is searched. Three other seeds are trained with it. Several processes may share
+the work.
 
 Time is the process's own CPU time (one thread) for a training step, memory the peak of the run above what the process
 held before it. Both include all costs for a user, and neither depends on the load of the machine.
@@ -27,18 +26,14 @@ import io
 import itertools
 import json
 import math
-import platform
 import random
 import shutil
-import subprocess
 import sys
-import tempfile
 import time
-from collections.abc import Callable, Collection, Iterator, Mapping
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager, redirect_stderr, redirect_stdout
-from dataclasses import dataclass
 from pathlib import Path
-from statistics import mean, median, stdev
+from statistics import mean, median
 from typing import Any
 
 import torch
@@ -47,8 +42,9 @@ from peft.tuners.tuners_utils import BaseTunerLayer
 REPO = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(REPO))
 
+from campaign import Campaign, Study, plot, spread  # noqa: E402
+
 from launcher.config import AdapterConfig, Config, DataConfig, ModelConfig, OptimizerConfig, RunConfig  # noqa: E402
-from launcher.files import alone  # noqa: E402
 from launcher.training.loop import Training  # noqa: E402
 from launcher.training.run import run  # noqa: E402
 
@@ -56,7 +52,6 @@ RESULTS = REPO / "benchmarks" / "results" / "methods.json"
 STEPS, BATCH, MAX_LENGTH = 60, 8, 128
 SEEDS = (1, 2, 3)
 END = "<s>"
-RATES = tuple(float(f"{digit}e{power}") for power in range(-6, 2) for digit in (1, 3))
 MODELS = {"babyllama-361": 110, "stories260K": 55}  # numbers per weight that a full-rank diagonal core has on average
 CELLS = (  # so that an early stop leaves complete cells
     ("babyllama-361", "alpaca"),
@@ -66,14 +61,6 @@ CELLS = (  # so that an early stop leaves complete cells
     ("babyllama-361", "sst2"),
     ("babyllama-361", "instructions"),
 )
-OURS = (
-    "loldu",
-    "lolduxs",
-    "svfit",
-    "svft",
-    "loraxs",
-    "lorasb",
-)  # diagonal, banded and dense cores between frozen factors
 FIRST = 8  # methods that run on all cells; the others run on the first cell only
 LION = {"adam_beta2": 0.99}
 ALL, FULL = ("all-linear",), 4096  # every linear layer; full rank, after clamping
@@ -265,142 +252,6 @@ def tensors_of(model: Any) -> dict[str, int]:
     return {"trained": trained, "frozen_bytes": sum(frozen.values())}
 
 
-@dataclass(frozen=True)
-class Study:
-    """What a campaign runs. A cell is a model and a task; a row identifies a run."""
-
-    results: Path
-    methods: Mapping[str, Mapping[str, Any]]  # with the first guess of a learning rate under "rate"
-    plan: tuple[tuple[str, str, str], ...]  # (method, model, task) in the order of running
-    what: Callable[[str, str, str, float, int, str], dict[str, Any]]  # model, task, method, rate, seed, split -> row
-    measure: Callable[[dict[str, Any], Path], dict[str, Any]]  # row, work folder -> the row and what came out
-    prepare: Callable[[Path, Path], None]  # write models and data from the first folder into the second
-    seeds: tuple[int, ...]
-    without_search: Collection[str] = ()  # tasks at the first cell's best rate
-
-    @property
-    def first(self) -> tuple[str, str]:
-        return self.plan[0][1:]
-
-
-class Campaign:
-    """The results so far, and the runs that are left."""
-
-    def __init__(self, study: Study, shared: Path):
-        self.study, self.shared = study, shared
-        self.found: list[dict[str, Any]] = self.read()
-
-    def read(self) -> list[dict[str, Any]]:
-        return json.loads(self.study.results.read_text())["runs"] if self.study.results.exists() else []
-
-    def result(self, row: dict[str, Any]) -> dict[str, Any] | None:
-        return next((old for old in self.found if row.items() <= old.items()), None)
-
-    def loss(self, row: dict[str, Any]) -> float:
-        """Held-out loss of a run in the results; infinite if it diverged."""
-        result = self.result(row)
-        assert result is not None, row
-        return math.inf if result["loss"] is None else result["loss"]
-
-    def searched(self, name: str, model: str, task: str, rate: float) -> dict[str, Any]:
-        return self.study.what(model, task, name, rate, 0, "validation")
-
-    def next(self, name: str, model: str, task: str) -> dict[str, Any] | None:
-        """The next run of a method on a model and a task; None if all are done."""
-        if task in self.study.without_search:
-            if (first := self.next(name, *self.study.first)) is not None:
-                return first
-        else:
-            for rate in self.rates(name, model, task):
-                if self.result(self.searched(name, model, task, rate)) is None:
-                    return self.searched(name, model, task, rate)
-        best = self.best(name, model, task)
-        for seed in self.study.seeds:
-            if self.result(row := self.study.what(model, task, name, best, seed, "test")) is None:
-                return row
-        return None
-
-    def rates(self, name: str, model: str, task: str) -> list[float]:
-        """The learning rates to try: three around the guess (the first cell's best, if known), then beyond an edge."""
-        guess = self.study.methods[name]["rate"]
-        if (model, task) != self.study.first and self.next(name, *self.study.first) is None:
-            guess = self.best(name, *self.study.first)
-        low = high = RATES.index(guess)
-        low, high = low - 1, high + 1
-        while True:
-            rows = [self.searched(name, model, task, rate) for rate in RATES[low : high + 1]]
-            if any(self.result(row) is None for row in rows):
-                return [row["rate"] for row in rows]
-            losses = [self.loss(row) for row in rows]
-            best = losses.index(min(losses))
-            if best == 0 and low > 0:
-                low -= 1
-            elif best == len(losses) - 1 and high < len(RATES) - 1:
-                high += 1
-            else:
-                return [row["rate"] for row in rows]
-
-    def best(self, name: str, model: str, task: str) -> float:
-        """The learning rate with the lowest validation loss, once all were tried."""
-        if task in self.study.without_search:
-            model, task = self.study.first
-        rates = self.rates(name, model, task)
-        return min(rates, key=lambda rate: self.loss(self.searched(name, model, task, rate)))
-
-    def tested(self, name: str, model: str, task: str) -> list[dict[str, Any]]:
-        """The test runs, or none while some are missing."""
-        if self.next(name, model, task) is not None:
-            return []
-        best = self.best(name, model, task)
-        return [self.result(self.study.what(model, task, name, best, seed, "test")) or {} for seed in self.study.seeds]
-
-    def run_all(self, only: Collection[str] = ()) -> None:
-        """Run what is left, of these methods only if any are given; several processes may share one results file."""
-        with tempfile.TemporaryDirectory() as temporary:
-            work = Path(temporary)
-            self.study.prepare(self.shared, work)
-            for name, model, task in self.study.plan:
-                while (not only or name in only) and (row := self.next(name, model, task)) is not None:
-                    done = self.study.measure(row, work)
-                    self.save(done)
-                    print(
-                        *(done[key] for key in ("model", "task", "method", "rate", "seed", "loss", "cpu_s")), flush=True
-                    )
-
-    def save(self, row: dict[str, Any]) -> None:
-        """Add a row to the results file, which other processes may have changed."""
-        commit = subprocess.run(["git", "rev-parse", "HEAD"], capture_output=True, text=True, cwd=REPO).stdout.strip()
-        head = {"date": time.strftime("%Y-%m-%d"), "commit": commit, "machine": f"{platform.machine()}, 1 thread"}
-        partial = self.study.results.with_suffix(".tmp")
-        with alone(partial.parent):
-            self.found = [*self.read(), row]
-            rows = ",\n".join(json.dumps(row) for row in self.found)
-            partial.write_text(f'{json.dumps(head)[:-1]}, "runs": [\n{rows}\n]}}\n')
-            partial.replace(self.study.results)
-
-    def left(self) -> str:
-        """How many runs are left, if no search extends beyond an edge, and about how long they take."""
-        count, seconds = 0, 0.0
-        for name, model, task in self.study.plan:
-            missing = len(self.study.seeds)
-            searched = True
-            if task not in self.study.without_search:
-                rates = self.rates(name, model, task)
-                tried = sum(self.result(self.searched(name, model, task, rate)) is not None for rate in rates)
-                missing, searched = missing + len(rates) - tried, tried == len(rates)
-            elif self.next(name, *self.study.first) is not None:
-                searched = False
-            if searched:
-                best, what = self.best(name, model, task), self.study.what
-                missing -= sum(
-                    self.result(what(model, task, name, best, seed, "test")) is not None for seed in self.study.seeds
-                )
-            like = [row["cpu_s"] for row in self.found if row["model"] == model and row["task"] == task]
-            like = like or [row["cpu_s"] for row in self.found if row["model"] == model] or [12.0]
-            count, seconds = count + missing, seconds + missing * mean(like)
-        return f"{len(self.found)} runs made, at least {count} left: about {seconds / 60:.0f} minutes of one free core"
-
-
 def prepare(shared: Path, work: Path) -> None:
     write_data(shared, work)
     write_models(shared, work)
@@ -446,62 +297,6 @@ def tables(campaign: Campaign) -> str:
     return "\n".join(lines)
 
 
-def spread(runs: list[dict[str, Any]], key: str) -> str:
-    values = [math.inf if run[key] is None else run[key] for run in runs]
-    return f"{mean(values):.3f} ± {stdev(values):.3f}" if all(map(math.isfinite, values)) else "diverged"
-
-
-STYLE = (  # readable on a white and on a dark page
-    "text{fill:#333}.grid{stroke:#8884}.ours{fill:#b3261e;stroke:#b3261e}.others{fill:#1f4e9c;stroke:#1f4e9c}"
-    ".ours text,text.ours{fill:#b3261e;stroke:none}.others text{fill:#1f4e9c;stroke:none}"
-    "@media(prefers-color-scheme:dark){text{fill:#ccc}.ours{fill:#ff8a80;stroke:#ff8a80}"
-    ".others{fill:#82b1ff;stroke:#82b1ff}.ours text,text.ours{fill:#ff8a80}.others text{fill:#82b1ff}}"
-)
-
-
-def plot(campaign: Campaign) -> str:
-    """Held-out loss against trained numbers on the first cell, as SVG: a bar from the best to the worst seed."""
-    cell, methods = campaign.study.first, campaign.study.methods
-    drawn = [name for name, spec in methods.items() if "optimizer" not in spec]
-    tested = {name: runs for name in drawn if (runs := campaign.tested(name, *cell))}
-    tested = {name: runs for name, runs in tested.items() if all(run["loss"] is not None for run in runs)}
-    losses = {name: [run["loss"] for run in runs] for name, runs in tested.items()}
-    order = sorted(tested, key=lambda name: -mean(losses[name]))  # as the axis has them
-    low = math.floor(min(map(min, losses.values())) * 10) / 10
-    high = math.ceil(max(map(max, losses.values())) * 10) / 10
-    steps = next(iter(tested.values()))[0]["steps"]
-    powers = [math.log10(runs[0]["trained"]) for runs in tested.values()]
-    first, last = math.floor(min(powers)), math.ceil(max(powers) - 0.01)
-    x = lambda trained: 50 + 470 * (math.log10(trained) - first) / (last - first)  # noqa: E731
-    y = lambda loss: 20 + 340 * (high - loss) / (high - low)  # noqa: E731
-    parts = [
-        '<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 820 410" font-family="sans-serif" font-size="12">',
-        f"<style>{STYLE}</style>",
-        '<text x="285" y="400" text-anchor="middle">trained numbers</text>',
-        f'<text x="50" y="12">held-out loss, {" on ".join(cell)}, {steps} steps</text>',
-        '<text x="535" y="12" class="ours">red: a core between frozen factors</text>',
-    ]
-    for power in range(first, last + 1):
-        at = x(10**power)
-        parts.append(f'<path d="M{at:.0f} 20V360" class="grid"/><text x="{at:.0f}" y="378" text-anchor="middle">10<tspan dy="-5" font-size="9">{power}</tspan></text>')  # fmt: skip  # noqa: E501
-    for tenth in range(round(low * 10), round(high * 10) + 1):
-        at = y(tenth / 10)
-        parts.append(f'<path d="M50 {at:.0f}H520" class="grid"/><text x="44" y="{at + 4:.0f}" text-anchor="end">{tenth / 10:.1f}</text>')  # fmt: skip  # noqa: E501
-    line = 382.0  # of the last label; each is as near its point as the label below allows
-    for name in reversed(order):
-        at, found = x(tested[name][0]["trained"]), losses[name]
-        ours = methods[name].get("method", "loldu") in OURS
-        line = min(line - 15.5, y(mean(found)) + 4)
-        parts += [
-            f'<g class="{"ours" if ours else "others"}">'
-            f'<path d="M{at:.1f} {y(min(found)):.1f}V{y(max(found)):.1f}" stroke-width="2"/>'
-            f'<circle cx="{at:.1f}" cy="{y(mean(found)):.1f}" r="4"/>'
-            f'<path d="M{at + 5:.1f} {y(mean(found)):.1f}L532 {line - 4:.1f}" stroke-width="0.4"/>'
-            f'<text x="535" y="{line:.1f}">{mean(found):.3f}  {name}</text></g>',
-        ]
-    return "\n".join([*parts, "</svg>\n"])
-
-
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("folder", nargs="?", type=Path, default=REPO.parent / "shared" / "data")
@@ -526,7 +321,7 @@ def main() -> None:
         campaign.run_all(chosen.only)
     if not chosen.left:
         print(chosen_study.tables(campaign))
-        campaign.study.results.with_suffix(".svg").write_text(chosen_study.plot(campaign))
+        campaign.study.results.with_suffix(".svg").write_text(plot(campaign))
     print(campaign.left())
 
 

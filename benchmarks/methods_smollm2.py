@@ -23,11 +23,10 @@ from pathlib import Path
 from statistics import mean, median
 from typing import Any
 
-from methods import ALL, FULL, REPO, RESULTS, Campaign, Study, outcome, plot, spread
+from campaign import Campaign, Study, spread
+from methods import ALL, FULL, REPO, RESULTS, outcome
 
 from launcher.config import AdapterConfig, Config, DataConfig, ModelConfig, OptimizerConfig, RunConfig
-
-__all__ = ["plot", "study", "tables"]
 
 FILE = RESULTS.with_name("methods_smollm2.json")
 MODEL = "SmolLM2-135M-Instruct"
@@ -39,7 +38,7 @@ NORMALISED = {"normalize_directions": True}
 METHODS: dict[str, dict[str, Any]] = {
     "LoLDU, directions normalised, r 64": {"rank": 64, "options": NORMALISED, "rate": 3e-2},
     "LoRA, r 8": {"method": "lora", "rank": 8, "options": {"lora_alpha": 16}, "rate": 1e-3},
-    "LoLDU, directions normalised": {"rank": FULL, "options": NORMALISED, "rate": 3e-2},
+    "LoLDU, directions normalised": {"rank": FULL, "options": NORMALISED, "rate": 1e-1},
     "LoRA, r 1": {"method": "lora", "rank": 1, "options": {"lora_alpha": 2}, "rate": 3e-3},
     "full fine-tuning": {"method": "full", "rate": 1e-4},
     "LoLDU, r 64": {"rank": 64, "rate": 1e-3},
