@@ -99,6 +99,13 @@ def tokens(settings: dict[str, Any]) -> None:
 
 
 def ours(settings: dict[str, Any]) -> None:
+    from launcher.packages import without_bitsandbytes
+
+    with without_bitsandbytes():  # as `loldu train` starts a run that does not need it
+        train_ours(settings)
+
+
+def train_ours(settings: dict[str, Any]) -> None:
     import launcher.training.run as run
 
     clock, own = Clock(settings, "ours"), run.train
