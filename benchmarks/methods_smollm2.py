@@ -42,12 +42,12 @@ METHODS: dict[str, dict[str, Any]] = {
     "LoRA, r 1": {"method": "lora", "rank": 1, "options": {"lora_alpha": 2}, "rate": 3e-3},
     "full fine-tuning": {"method": "full", "rate": 1e-4},
     "LoLDU, r 64": {"rank": 64, "rate": 1e-3},
+    "LoLDU": {"rank": FULL, "rate": 1e-3},
     "SVFit": {"method": "svfit", "rank": FULL, "rate": 3e-2},
     "IA3, outputs of every linear layer": {"method": "ia3", "options": {"feedforward_modules": []}, "rate": 3e-2},
+    "LoRA-XS, r 21": {"method": "loraxs", "rank": 21, "rate": 3e-3},
     "LoRA, r 64": {"method": "lora", "rank": 64, "options": {"lora_alpha": 128}, "rate": 3e-4},
     "DoRA, r 8": {"method": "lora", "rank": 8, "options": {"lora_alpha": 16, "use_dora": True}, "rate": 1e-3},
-    "LoRA-XS, r 21": {"method": "loraxs", "rank": 21, "rate": 3e-3},
-    "LoLDU": {"rank": FULL, "rate": 1e-3},
     "LoRA-SB, r 21": {"method": "lorasb", "rank": 21, "rate": 1e-3},
 }
 CHOICE = (
