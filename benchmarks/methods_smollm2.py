@@ -19,6 +19,7 @@ import random
 import subprocess
 import sys
 import time
+from collections.abc import Sequence
 from pathlib import Path
 from statistics import mean, median
 from typing import Any
@@ -128,14 +129,15 @@ def measure(row: dict[str, Any], work: Path) -> dict[str, Any]:
     folder = work / "run" / ("model" if config.adapter.method == "full" else "adapter")
     found["saved_bytes"] = sum(file.stat().st_size for file in folder.glob("*.safetensors"))
     if task in CHOICE_TASKS and row["split"] == "test" and found["loss"] is not None:
-        scores = accuracy(work / "run", test)
-        found |= {"accuracy_before": scores["base"], "accuracy": scores["adapter"]}
+        once = (row["method"], row["seed"]) == (CHOICE[0], SEEDS[0])  # the base is the same in every run
+        scores = accuracy(work / "run", test, () if once else ("--no-compare",))
+        found |= {"accuracy_before": scores.get("base"), "accuracy": scores.get("adapter", scores.get("model"))}
     return {**row, **found, "cpu_s": found["cpu_s"], "ended": time.strftime("%Y-%m-%d %H:%M")}
 
 
-def accuracy(run: Path, questions: Path) -> dict[str, float]:
-    """The accuracy that `loldu eval` prints for the run's model and its base."""
-    words = [sys.executable, "-m", "launcher", "eval", run, "--tasks", questions, "--json"]
+def accuracy(run: Path, questions: Path, more: Sequence[str]) -> dict[str, float]:
+    """The accuracies that `loldu eval` prints: "adapter" and "base", or "model" after full fine-tuning."""
+    words = [sys.executable, "-m", "launcher", "eval", run, "--tasks", questions, "--json", *more]
     done = subprocess.run([str(word) for word in words], cwd=REPO, capture_output=True, text=True)
     if done.returncode:
         raise SystemExit(f"loldu eval failed: {done.stderr}")
@@ -160,13 +162,19 @@ def tables(campaign: Campaign) -> str:
     if others:
         lines += ["", f"| | {' | '.join(others)} |", "|---" * (len(others) + 1) + "|"]
         lines += [f"| {name} | {' | '.join(other(campaign, name, task) for task in others)} |" for name in CHOICE]
+        lines.append(f"| the base, untuned | {' | '.join(untuned(campaign, task) for task in others)} |")
     return "\n".join(lines)
 
 
 def other(campaign: Campaign, name: str, task: str) -> str:
+    """Accuracy, if it was measured, and held-out loss."""
     runs = campaign.tested(name, MODEL, task)
     if not runs or task == LONG_TASK:
         return spread(runs, "loss") if runs else "not yet run"
-    return (
-        f"{mean(run['accuracy'] for run in runs):.1%} (base {runs[0]['accuracy_before']:.1%}), {spread(runs, 'loss')}"
-    )
+    return f"{mean(run['accuracy'] for run in runs):.1%}, {spread(runs, 'loss')}"
+
+
+def untuned(campaign: Campaign, task: str) -> str:
+    runs = [run for run in campaign.found if run["task"] == task and run["split"] == "test"]
+    accuracy = next((f"{run['accuracy_before']:.1%}, " for run in runs if run.get("accuracy_before") is not None), "")
+    return f"{accuracy}{runs[0]['before']:.3f}"
