@@ -26,6 +26,8 @@ from torch import Tensor
 from adapters.factors import Factors
 
 RANDOM_CORE = 0.1  # standard deviation of a random core
+# Values of LoRA's init_lora_weights with which PEFT subtracts the starting product from the base's own weights
+IN_BASE = ("pissa", "olora", "corda", "loftq", "lora_ga")
 
 
 class Factorization(ABC):
@@ -209,3 +211,10 @@ class DenseCore:
 
     def multiply(self, h: Tensor, core: Tensor) -> Tensor:
         return F.linear(h, core) if core.ndim == 2 else h @ core.mT  # (..., tokens, r) @ (..., r, r)
+
+
+def start_in_base(config: Any) -> str | None:
+    """The init_lora_weights of a LoRA that changes the weights of its base: with the adapter disabled, the model is not
+    the base. None for other adapters."""
+    start = str(getattr(config, "init_lora_weights", None))
+    return start if start.startswith(IN_BASE) else None

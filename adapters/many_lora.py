@@ -14,13 +14,11 @@ from peft import LoraConfig
 from peft.utils.other import get_pattern_key
 from torch import Tensor, nn
 
-from adapters.base import FactorConfig
+from adapters.base import FactorConfig, start_in_base
 from adapters.many_tensors import Parts, by_module, module_of, refuse_unknown
 from adapters.shapes import matrix_shape
 
 LoraWeights = dict[str, tuple[Tensor, Tensor]]  # module -> A (r, n), B (m, r) with the scaling
-# Values of init_lora_weights with which PEFT subtracts the starting product from the base's own weights
-CHANGE_BASE = ("pissa", "olora", "corda", "loftq", "lora_ga")
 
 
 def lora_weights(model: nn.Module, name: str, config: LoraConfig, tensors: Mapping[str, Tensor]) -> LoraWeights:
@@ -38,7 +36,7 @@ def lora_weights(model: nn.Module, name: str, config: LoraConfig, tensors: Mappi
         raise ValueError(
             f"adapter {name} is a LoRA with {', '.join(other)}, which cannot share a batch: serve it alone"
         )
-    if str(start := config.init_lora_weights).startswith(CHANGE_BASE):
+    if start := start_in_base(config):
         raise ValueError(
             f"adapter {name} is a LoRA with init_lora_weights={start}, which also changes the weights of its base, so "
             "it cannot share them: serve it alone, merged (loldu merge ADAPTER --out FOLDER)"

@@ -9,6 +9,7 @@ import uuid
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext, redirect_stdout, suppress
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +18,7 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
+from adapters.base import start_in_base
 from launcher.data.bad_records import BadRecord
 from launcher.data.records import load_records, load_rows
 from launcher.data.templates import Template, answer_text, expected_text, prompt_ids
@@ -190,7 +192,10 @@ def _ways(asked: Asked, loaded: Loaded) -> Iterator[tuple[str, AbstractContextMa
     if loaded.source.adapter is None:
         yield "model", nullcontext()
         return
-    if asked.compare:
+    start = start_in_base(loaded.model.peft_config["default"])
+    if asked.compare and start:
+        _say(loaded, f"the base is left out: init_lora_weights={start} changes its weights; evaluate it alone")
+    elif asked.compare:
         yield "base", loaded.model.disable_adapter()
     yield "adapter", nullcontext()
 
@@ -228,12 +233,16 @@ def _gathered(loaded: Loaded, mine: list[Any]) -> list[Any]:
 def _template(asked: Asked, loaded: Loaded, *, conversations: bool) -> Template:
     """The template; the first process prints it, once for all tasks."""
 
-    def say(text: str) -> None:
-        if text not in loaded.said:
-            loaded.bars.console.print(text, markup=False, highlight=False, soft_wrap=True)
-            loaded.said.add(text)
+    return choose_template(
+        asked.prompt_template, loaded.source, loaded.tokenizer, conversations=conversations, say=partial(_say, loaded)
+    )
 
-    return choose_template(asked.prompt_template, loaded.source, loaded.tokenizer, conversations=conversations, say=say)
+
+def _say(loaded: Loaded, text: str) -> None:
+    """Print a note once."""
+    if text not in loaded.said:
+        loaded.bars.console.print(text, markup=False, highlight=False, soft_wrap=True)
+        loaded.said.add(text)
 
 
 def _choices(asked: Asked, loaded: Loaded, questions: Sequence[Choice]) -> Measure:

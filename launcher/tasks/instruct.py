@@ -12,6 +12,7 @@ import torch
 from peft import PeftConfig
 from torch import Tensor
 
+from adapters.base import start_in_base
 from launcher.config import Config, DataConfig
 from launcher.data import records, templates
 from launcher.data.bad_records import BadRecord
@@ -98,7 +99,9 @@ class Instruct(NextToken):
         if not shown:
             return None
         after, before = write_answers(evaluation, shown), [""] * len(shown)
-        if hasattr(evaluation.model, "disable_adapter"):
+        if hasattr(evaluation.model, "disable_adapter") and not start_in_base(
+            getattr(evaluation.model, "active_peft_config", None)
+        ):
             with evaluation.model.disable_adapter():
                 before = write_answers(evaluation, shown)
         rows = [[q.prompt, q.expected, b, a] for q, b, a in zip(shown, before, after, strict=True)]

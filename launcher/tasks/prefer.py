@@ -22,6 +22,7 @@ import torch.nn.functional as F
 from peft import PeftConfig
 from torch import Tensor
 
+from adapters.base import start_in_base
 from launcher.config import Config, DataConfig
 from launcher.data import records, templates
 from launcher.data.bad_records import BadRecord, BadRecords
@@ -158,6 +159,11 @@ class Prefer(Instruct):
             raise ValueError(
                 "--preference-loss dpo compares with the model whose adapter is disabled, which --method full does "
                 "not have: give --preference-loss orpo, or another method"
+            )
+        if data.preference_loss == "dpo" and (start := start_in_base(adapter)):
+            raise ValueError(
+                "--preference-loss dpo compares with the model whose adapter is disabled, and init_lora_weights="
+                f"{start} changes the weights of the base too: give --preference-loss orpo, or another method"
             )
         if getattr(adapter, "factors_from_gradients", False) or getattr(adapter, "is_prompt_learning", False):
             raise ValueError(

@@ -12,6 +12,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 from launching import finish, start
+from peft import LoraConfig, get_peft_model
 from rich.console import Console
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
@@ -47,8 +48,6 @@ def loaded(babyllama):
 @pytest.fixture(scope="module")
 def adapter(babyllama, tmp_path_factory):
     """A random adapter on the babyllama."""
-    from peft import get_peft_model
-
     torch.manual_seed(0)
     base = AutoModelForCausalLM.from_pretrained(babyllama)
     model = get_peft_model(base, LoLDUConfig(r=64, target_modules=["q_proj", "up_proj"], init_weights=False))
@@ -191,6 +190,20 @@ def test_an_adapter_stands_beside_its_base(capsys, babyllama, adapter, tmp_path)
     assert both["base"] == alone["model"]
     assert both["adapter"]["loss"]["value"] != both["base"]["loss"]["value"]
     assert both["adapter"]["loss"]["n"] == both["adapter"]["exact_match"]["n"] == 5
+
+
+def test_a_lora_that_changes_its_base_stands_alone(capsys, babyllama, tmp_path):
+    """With such an adapter disabled, the model is what is left of the base after its first product was subtracted."""
+    lora = LoraConfig(r=4, target_modules=["q_proj", "up_proj"], init_lora_weights="pissa", task_type="CAUSAL_LM")
+    get_peft_model(AutoModelForCausalLM.from_pretrained(babyllama), lora).save_pretrained(folder := tmp_path / "lora")
+    file = file_of(tmp_path, [{"instruction": "Count", "input": "", "output": "one two"}])
+    words = ["--tasks", file, "--max-tokens", "0", "--prompt-template", "short"]
+
+    assert main(["eval", str(folder), "--base", str(babyllama), *words, "--json"]) == 0
+
+    shown = capsys.readouterr()
+    assert list(json.loads(shown.out)["tasks"]["data"]["scores"]) == ["adapter"]
+    assert "the base is left out: init_lora_weights=pissa changes its weights" in shown.err
 
 
 def test_questions_longer_than_the_context_are_counted(capsys, babyllama, tmp_path):

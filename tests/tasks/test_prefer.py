@@ -290,6 +290,7 @@ def test_a_run_prefers_the_chosen_answers_and_resumes_exactly(loss, config, tmp_
         ("adapter", {"method": "full"}, "give --preference-loss orpo, or another method"),
         ("adapter", {"method": "lorasb"}, "needs no gradients before training"),
         ("data", {"text_columns": ("a",), "task": "instruct"}, "--text-columns is for --task label"),
+        ("adapter", {"method": "pissa"}, "init_lora_weights=pissa changes the weights of the base too"),
         ("data", {"task": "label"}, "--task label needs what to classify"),
     ],
 )
