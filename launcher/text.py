@@ -3,13 +3,23 @@
 from __future__ import annotations
 
 import json
+import os
 import re
+from collections.abc import Mapping
 from typing import Any
 
 # Control characters other than newline and tab, Unicode line separators, bidirectional overrides, lone surrogates.
 UNSAFE = re.compile("[\x00-\x08\x0b-\x1f\x7f-\x9f\u061c\u200e\u200f\u2028-\u202e\u2066-\u2069\ud800-\udfff]")
 
 OUT_OF_MEMORY = ("can't start new thread", "DefaultCPUAllocator: can't allocate memory")  # of threading, of torch
+
+# Keys of the Hugging Face hub and others, users in URLs, and values that are named as secrets.
+SECRET = re.compile(
+    r"\b(?:hf|sk|ghp)[_-][A-Za-z0-9_-]{8,}|(?<=://)[^/\s@]+(?=@)|(?<=bearer )\S+"
+    r"|(?P<name>[\w-]*(?:token|key|secret|password|signature)=)[^&\s'\"]{4,}",
+    re.IGNORECASE,
+)
+SECRET_NAME = re.compile("TOKEN|KEY|SECRET|PASSWORD")  # of a variable of the environment
 
 COLOUR = re.compile(r"\x1b\[[0-9;:]*m")
 
@@ -24,6 +34,14 @@ def one_line(text: str, limit: int | None = None) -> str:
     if limit is not None and len(text) > limit:
         text = text[: limit - 1] + "…"
     return printable(text).replace("\n", "\\n")
+
+
+def without_secrets(text: str, environ: Mapping[str, str] = os.environ) -> str:
+    """The text with *** for what looks like a secret, and for what the environment has under the name of one."""
+    values = {value for name, value in environ.items() if SECRET_NAME.search(name) and len(value) >= 8}
+    for value in sorted(values, key=len, reverse=True):
+        text = text.replace(value, "***")
+    return SECRET.sub(lambda found: f"{found['name'] or ''}***", text)
 
 
 def without_colours(text: str) -> str:

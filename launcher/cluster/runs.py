@@ -21,7 +21,7 @@ from launcher.text import one_line
 
 RUNS = Path("runs")
 STEP = re.compile(r"step-(\d{6,})", re.ASCII)
-OUR_FILES = {"control", "events", "events.jsonl", "job.json", "job.sbatch", "logs", "state"}
+OUR_FILES = {"control", "error", "events", "events.jsonl", "job.json", "job.sbatch", "logs", "state"}
 OUR_PATTERN = re.compile(r"slurm-.*|task-\d+|\..*\.(tmp|probe)", re.ASCII)
 
 

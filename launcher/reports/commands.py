@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import sys
+import threading
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from functools import partial
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
@@ -13,6 +15,7 @@ from launcher.exit_codes import DONE
 from launcher.files import replacing, user_path
 
 REFRESH_S = 5
+_DRAWING = threading.Lock()  # matplotlib's settings are those of the whole process
 NOTHING: Mapping[str, Any] = {}
 
 
@@ -61,10 +64,11 @@ def write_report(folders: Sequence[Path], out: Path | None = None, first: Mappin
 
 def serve(folders: Sequence[Path], port: int) -> None:
     """Serve the page on 127.0.0.1 until Ctrl-C."""
-    from launcher.reports.read import read_run
+    from launcher.reports.read import NotBegun, read_run
 
     for folder in folders:
-        read_run(folder)  # a wrong folder is an error now, not in the browser
+        with suppress(NotBegun):
+            read_run(folder)  # a wrong folder is an error now, not in the browser
     try:
         server = ThreadingHTTPServer(("127.0.0.1", port), partial(_Page, list(folders)))
     except OSError as error:
@@ -85,9 +89,6 @@ class _Page(BaseHTTPRequestHandler):
         super().__init__(*args)  # type: ignore[arg-type]
 
     def do_GET(self) -> None:
-        from launcher.reports.page import report as make
-        from launcher.reports.read import read_run
-
         host = self.headers.get("Host", "").rpartition(":")[0]
         if host not in ("127.0.0.1", "localhost"):  # a foreign name that resolves to this address: DNS rebinding
             self.send_error(403, "only for localhost")
@@ -95,20 +96,30 @@ class _Page(BaseHTTPRequestHandler):
         if self.path != "/":
             self.send_error(404)
             return
-        try:
-            content = make([read_run(folder) for folder in self.folders], refresh_s=REFRESH_S).html.encode()
-        except ValueError as error:
-            self.send_error(500, explain=str(error))
-            return
+        content = _content(self.folders)
         self.send_response(200)
         self.send_header("Content-Type", "text/html; charset=utf-8")
         self.send_header("Content-Length", str(len(content)))
         self.send_header("Cache-Control", "no-store")
         self.end_headers()
-        self.wfile.write(content)
+        with suppress(ConnectionError):  # the browser has left the page
+            self.wfile.write(content)
 
     def log_message(self, *_: object) -> None:
         """One line for each load would drown everything else."""
+
+
+def _content(folders: Sequence[Path]) -> bytes:
+    """The page now; while a run cannot be read, a page with the reason, which is loaded again like the other."""
+    from launcher.reports.page import report, waiting
+    from launcher.reports.read import read_run
+
+    try:
+        runs = [read_run(folder) for folder in folders]
+    except ValueError as error:
+        return waiting(str(error), REFRESH_S).encode()
+    with _DRAWING:
+        return report(runs, refresh_s=REFRESH_S).html.encode()
 
 
 def _replace(file: Path, content: bytes) -> None:

@@ -12,7 +12,7 @@ from markupsafe import Markup
 from matplotlib.figure import Figure
 
 from launcher.reports.figures import MAP_COLUMNS, change_map, curves, mark, png, svg
-from launcher.reports.read import Run, differing_settings, flat, shown
+from launcher.reports.read import NO_REASON, Run, differing_settings, flat, shown
 from launcher.text import printable
 
 MOVERS = 10
@@ -30,16 +30,22 @@ NOTHING: Mapping[str, Any] = {}
 
 
 def report(runs: Sequence[Run], *, refresh_s: int = 0, first: Mapping[str, Figure] = NOTHING) -> Report:
-    """The page about these runs; with refresh_s the browser loads it again after so many seconds.
+    """The page about these runs; with refresh_s the browser loads it again after so many seconds, and no picture is
+    made as a file.
 
     first: further figures by title, each with a heading of its own before the curves.
     """
     drawn = curves(runs)
-    maps, pictures = [], {file_name(title): png(figure) for title, figure in {**first, **drawn}.items()}
+    maps: list[dict[str, Any]] = []
+    pictures: dict[str, bytes] = {}
+    if not refresh_s:
+        pictures = {file_name(title): png(figure) for title, figure in {**first, **drawn}.items()}
     for run in runs:
         if run.changes:
             figure = change_map(run.changes)
-            pictures[file_name("trained numbers" if len(runs) == 1 else f"trained numbers {run.name}")] = png(figure)
+            if not refresh_s:
+                name = "trained numbers" if len(runs) == 1 else f"trained numbers {run.name}"
+                pictures[file_name(name)] = png(figure)
             maps.append(
                 {
                     "name": run.name,
@@ -57,6 +63,7 @@ def report(runs: Sequence[Run], *, refresh_s: int = 0, first: Mapping[str, Figur
         refresh_s=refresh_s,
         runs=[{"name": run.name, "mark": mark(number), "row": overview(run)} for number, run in enumerate(runs)],
         columns=COLUMNS,
+        failures=[(run.name, run.error or NO_REASON) for run in runs if run.state == "failed"],
         summary=summary(runs[0]) if len(runs) == 1 else "",
         unmapped=[run.name for run in runs if run.state == "finished" and not run.changes],
         first=[(title, Markup(svg(figure))) for title, figure in first.items()],
@@ -68,6 +75,11 @@ def report(runs: Sequence[Run], *, refresh_s: int = 0, first: Mapping[str, Figur
         settings=[(name, shown(value)) for name, value in flat(runs[0].config).items()] if len(runs) == 1 else [],
     )
     return Report(html, pictures)
+
+
+def waiting(text: str, refresh_s: int) -> str:
+    """A page with this sentence alone, which the browser loads again after so many seconds."""
+    return _template("waiting.html.jinja").render(text=text, refresh_s=refresh_s)
 
 
 def others(run: Run) -> str:
@@ -109,7 +121,7 @@ def overview(run: Run) -> list[str]:
     return [
         run.state, str(run.config["adapter"].get("method", "?")), f"{trained:,}" if isinstance(trained, int) else "",
         f"{last['step']} of {run.resolved.get('steps', '?')}" if last else "", f"{last['loss']:.4f}" if last else "",
-        " → ".join(losses[: len(run.evaluations)]),
+        " → ".join([*losses[: len(run.evaluations)], *(["not finite"] if run.diverged else [])]),
     ]  # fmt: skip
 
 
@@ -125,7 +137,7 @@ def summary(run: Run) -> str:
     if run.evaluations:
         first, last = run.evaluations[0], run.evaluations[-1]
         losses = [f"{each['eval_loss']:.4f} at step {each['step']}" for each in (first, last)]
-        said.append(f"held-out loss {', '.join(dict.fromkeys(losses))}")
+        said.append(f"held-out loss {', '.join(dict.fromkeys(losses))}{', then not finite' if run.diverged else ''}")
     return "; ".join(said)
 
 
@@ -162,10 +174,10 @@ def file_name(title: str) -> str:
 
 
 @cache
-def _template() -> jinja2.Template:
+def _template(name: str = "page.html.jinja") -> jinja2.Template:
     loader = jinja2.PackageLoader("launcher.reports", "")
     environment = jinja2.Environment(loader=loader, autoescape=True, undefined=jinja2.StrictUndefined, finalize=_shown)
-    return environment.get_template("page.html.jinja")
+    return environment.get_template(name)
 
 
 def _shown(value: Any) -> Any:

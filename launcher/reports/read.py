@@ -15,11 +15,13 @@ import numpy as np
 from safetensors import SafetensorError, safe_open
 
 from launcher.files import open_regular, parse_json, read_json, read_or_empty
+from launcher.text import one_line
 
 Line = dict[str, Any]
 LAYER = re.compile(r"(?:^|\.)(\d+)\.")  # the first number in a module's name is that of its layer
 BLOCK = re.compile(r"(down|mid|up)_blocks?\b(.*?)\.transformer_blocks\.(\d+)\.")  # a UNet's; its layers are nested
 PEFT_PREFIX = "base_model.model."
+NO_REASON = "it left no reason, as when a process is killed or the machine ends"
 CORE, VALUES = ".core", ".values"
 STARTS_AT_ZERO = ".lora_B.weight"  # of LoRA's two matrices; A starts from random values that are not stored
 
@@ -39,10 +41,12 @@ class Run:
 
     folder: Path
     state: str
+    error: str = ""  # why it failed, on one line; empty if it did not, or wrote no reason
     config: dict[str, Any]  # its settings, nested
     resolved: dict[str, Any]  # what followed from them
     steps: list[Line]  # events with a loss
-    evaluations: list[Line]  # events with an eval_loss
+    evaluations: list[Line]  # events with an eval_loss, where that is a finite number
+    diverged: bool = False  # the eval_loss of the last evaluation is NaN or infinite
     metrics: list[Line]  # measured: seconds, tokens_per_s, memory_gib, padding
     answers: list[Line]  # step, question, expected, answer
     changes: list[Change] = field(default_factory=list)
@@ -59,34 +63,62 @@ class Run:
         return self.folder.resolve().name
 
 
+class NotBegun(ValueError):
+    """A run that reads its data, makes factors or loads its model, or failed there: it has no settings to show yet."""
+
+
 def read_run(folder: Path) -> Run:
-    """Read a run folder. Raises ValueError if the folder is not a run folder, or its config.json is damaged."""
-    file = folder / "config.json"
+    """Read a run folder. Raises ValueError if the folder is not a run folder, or its config.json is damaged, and
+    NotBegun if the run has not written it yet."""
+    file, state = folder / "config.json", read_state(folder)
+    error_line = one_line(read_or_empty(folder / "error")) if state == "failed" else ""
     try:
         recorded = read_json(file)
         config, resolved = recorded["config"], recorded.get("resolved", {})
         if not (isinstance(config, dict) and isinstance(config["adapter"], dict) and isinstance(resolved, dict)):
             raise TypeError
+    except FileNotFoundError as error:
+        if not _begins(folder):
+            raise ValueError(_no_run(folder, error)) from None
+        if state == "failed":
+            raise NotBegun(f"{folder} failed before it trained a step: {error_line or NO_REASON}") from None
+        raise NotBegun(f"{folder} does not train yet: a run reads its data and loads its model first") from None
     except OSError as error:
-        reason = error.strerror or error
-        raise ValueError(f"{folder} is not a run folder ({file.name}: {reason}): give runs/NAME") from None
+        raise ValueError(_no_run(folder, error)) from None
     except (ValueError, KeyError, TypeError, AttributeError):
         raise ValueError(f"{file} is damaged: it is not the config.json of a run") from None
     events = read_lines(folder / "events.jsonl")
     changes, unit = read_changes(folder)
+    evaluated = [event for event in events if isinstance(event.get("eval_loss"), float)]
     return Run(
         folder=folder,
-        state=read_state(folder),
+        state=state,
+        error=error_line,
         config=config,
         resolved=resolved,
         steps=[event for event in events if _numbers(event, "step", "loss")],
         evaluations=[event for event in events if _numbers(event, "step", "eval_loss")],
+        diverged=bool(evaluated) and not math.isfinite(evaluated[-1]["eval_loss"]),
         metrics=[line for line in read_lines(folder / "metrics.jsonl") if _numbers(line, "step")],
         answers=[line for line in read_lines(folder / "answers.jsonl") if _numbers(line, "step")],
         changes=changes,
         scores=read_scores(folder / "eval.json"),
         unit=unit,
     )
+
+
+def _begins(folder: Path) -> bool:
+    """Whether a folder without config.json holds nothing but what a run, or the job that starts it, writes before."""
+    before = {"state", "error", "control", "events", "job.sbatch", "job.json", "logs"}
+    try:
+        names = [path.name for path in folder.iterdir()]
+    except OSError:
+        return False
+    return all(name in before or name.startswith((".", "slurm-")) for name in names)
+
+
+def _no_run(folder: Path, error: OSError) -> str:
+    return f"{folder} is not a run folder (config.json: {error.strerror or error}): give runs/NAME"
 
 
 def read_scores(file: Path) -> dict[str, dict[str, Any]]:

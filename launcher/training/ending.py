@@ -68,6 +68,19 @@ def tell(error: Exception, comm: Communicator, ended: Callable[[], bool] = lambd
     return False, first
 
 
+def cause(error: Exception, comm: Communicator) -> str:
+    """Why this run ends, for its folder: this rank's own error, else that of the rank that ended first. After `tell`,
+    which waits for the other ranks."""
+    if not lost(error):
+        return text_of(error)
+    if causes := _causes(comm):
+        return f"rank {min(causes)}: {causes[min(causes)]}"
+    missing = sorted(set(range(comm.ranks.world_size)) - {comm.ranks.rank} - _posted(comm, but=comm.ranks.rank).keys())
+    if missing:
+        return f"rank {missing[0]} ended without a word, as when killed or out of memory"
+    return f"rank {comm.ranks.rank} lost the connection to the other ranks: {text_of(error)}"
+
+
 def text_of(error: Exception) -> str:
     """The text to show for an error: the message, with the type unless it is a mistake of the user."""
     return str(error) if isinstance(error, ValueError) and str(error) else f"{type(error).__name__}: {error}"

@@ -28,17 +28,20 @@ from launcher.files import (
 from launcher.models.denoiser import save_adapter
 from launcher.processes import Communicator, Ranks, agreed, nodes_without
 from launcher.progress import growth, silent
+from launcher.text import one_line, without_secrets
 from launcher.training import checkpoint
 from launcher.training.changes import changes
 from launcher.training.ownership import Ownership
 
 log = logging.getLogger(__name__)
 CONFIG_BYTES = 64 << 20  # a longer config.json is damaged
+ERROR_CHARACTERS = 2000  # of the error that a failed run leaves
 CHECKSUMS = "SHA256SUMS"  # as sha256sum -c reads it
 
 
 class State:
-    """The run folder's `state` file: running, stopped, finished or failed. Written by rank 0."""
+    """The run folder's `state` file: running, stopped, finished or failed; and `error`, why it failed. Written by rank
+    0."""
 
     def __init__(self, ranks: Ranks, ownership: Ownership):
         self.ranks, self.ownership = ranks, ownership
@@ -48,6 +51,7 @@ class State:
         if self.ranks.is_main and self.folder is not None and not self.ownership.lost:
             with disk_errors("the state of the run", self.folder, "give --output elsewhere"):
                 write_atomically(self.folder / "state", state + "\n")
+                (self.folder / "error").unlink(missing_ok=True)
 
     def failed(self, *, in_place_of_main: bool = False) -> None:
         """Write `failed`; raises nothing, since another error is being handled. in_place_of_main: rank 0 was killed.
@@ -62,6 +66,13 @@ class State:
             with suppress(OSError), open(self.folder / "state", "r+") as file:
                 file.write("failed\n")
                 file.truncate()
+
+    def because(self, why: str, *, in_place_of_main: bool = False) -> None:
+        """Write why the run failed, on one line without secrets; raises nothing. After `failed`, as it is called."""
+        if self.folder is None or self.ownership.lost or not (self.ranks.is_main or in_place_of_main):
+            return
+        with suppress(OSError):
+            write_atomically(self.folder / "error", one_line(without_secrets(why), ERROR_CHARACTERS) + "\n")
 
 
 def prepare(
@@ -204,7 +215,7 @@ def _is_run(folder: Path) -> bool:
 def _foreign(output: Path) -> list[Path]:
     """What in a folder without config.json is not ours: a cluster job puts its script, logs and control file there, and
     a start that was killed may leave a file it was about to rename."""
-    known = {"state", "control", "events", "job.sbatch", "job.json", "logs"}
+    known = {"state", "error", "control", "events", "job.sbatch", "job.json", "logs"}
     ours = ("slurm-*", ".*.tmp", ".*.probe", ".owner-*")
     return [path for path in output.iterdir() if path.name not in known and not any(map(path.match, ours))]
 

@@ -49,7 +49,7 @@ from launcher.tasks.base import Layout, Samples, on_device, padding_id
 from launcher.tasks.joining import check_joined
 from launcher.text import expected, padding
 from launcher.training import factoring
-from launcher.training.ending import post, tell
+from launcher.training.ending import cause, post, tell, text_of
 from launcher.training.factoring import Factoring
 from launcher.training.folder import State, finished, prepare, save_final
 from launcher.training.loop import Callbacks, Event, Training, evaluation_of, train
@@ -137,14 +137,16 @@ def _failed(error: Exception, ranks: Ranks, comm: Communicator | None, state: St
     """Print why the run ends and mark its folder; returns the exit code. Called by each rank that fails."""
     error = expected(error)
     state.failed()
-    own, mistake = True, isinstance(error, (ValueError, OSError))
+    own, mistake, first, why = True, isinstance(error, (ValueError, OSError)), False, text_of(error)
     ended = lambda: stop.reason is not None  # noqa: E731
     if comm is not None and ranks.world_size > 1:
         own, first = tell(error, comm, ended)
+        why = cause(error, comm)
         if first and not ranks.is_main:
             state.failed(in_place_of_main=True)
     elif mistake:
         print_error(error, ranks.is_main, shared=False, ended=ended)
+    state.because(why, in_place_of_main=first)
     if own and not mistake:
         traceback.print_exc()
     return MISTAKE if own and mistake else FAILED

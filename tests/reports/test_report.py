@@ -6,6 +6,7 @@ import subprocess
 import threading
 import urllib.error
 import urllib.request
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from functools import partial
 from http.server import ThreadingHTTPServer
@@ -15,10 +16,10 @@ import pytest
 from safetensors.numpy import save_file
 
 from launcher import cli
-from launcher.reports.commands import _Page, write_report
+from launcher.reports.commands import _content, _Page, write_report
 from launcher.reports.figures import binned, curves, moving_mean, png, short_names, svg, thinned
 from launcher.reports.page import largest_movers, report
-from launcher.reports.read import layer_of, layer_order, module_of, read_run
+from launcher.reports.read import NotBegun, layer_of, layer_order, module_of, read_run
 from launcher.text import UNSAFE
 
 MODULES = ("self_attn.q_proj", "mlp.up_proj")
@@ -213,6 +214,36 @@ def test_a_run_that_has_just_begun_has_a_report(tmp_path):
     assert "No step is recorded yet" in write_report([folder]).read_text()
 
 
+def test_a_failed_run_is_shown_with_its_last_error(tmp_path):
+    folder = write_run(tmp_path / "run")
+    (folder / "state").write_text("failed\n")
+    killed = write_report([folder]).read_text()
+    (folder / "error").write_text("<b>no space</b> is left\n")
+
+    alone = write_report([folder]).read_text()
+    several = write_report([folder, write_run(tmp_path / "other")]).read_text()
+    (folder / "state").write_text("running\n")
+    begun_again = write_report([folder]).read_text()
+
+    assert "<strong>failed:</strong> it left no reason" in killed
+    assert "<strong>failed:</strong> &lt;b&gt;no space&lt;/b&gt; is left" in alone
+    assert "<strong>run failed:</strong> &lt;b&gt;no space" in several
+    assert "no space" not in begun_again
+
+
+def test_a_run_that_has_no_settings_yet_is_told_from_a_folder_of_something_else(tmp_path):
+    (tmp_path / ".owner-000001").touch()
+    with pytest.raises(NotBegun, match="does not train yet"):
+        read_run(tmp_path)
+    (tmp_path / "state").write_text("failed\n")
+    (tmp_path / "error").write_text("record 7 is empty\n")
+    with pytest.raises(NotBegun, match="failed before it trained a step: record 7 is empty"):
+        read_run(tmp_path)
+    (tmp_path / "notes.txt").touch()
+    with pytest.raises(ValueError, match="is not a run folder"):
+        read_run(tmp_path)
+
+
 @pytest.mark.parametrize("content", [None, "{", "[]", '{"config": []}', '{"config": {"adapter": 1}}', "[" * 100_000])
 def test_a_folder_that_is_no_run_is_one_clear_error(tmp_path, content, capsys):
     if content is not None:
@@ -254,6 +285,22 @@ def test_a_served_report_follows_the_run_and_answers_local_names_alone(tmp_path)
     assert "step 5 of 5" in before
     assert 'http-equiv="refresh"' in before
     assert "step 6 of 5, loss 0.7500" in after
+
+
+def test_a_report_is_served_from_before_a_run_has_settings_and_by_several_requests_at_once(tmp_path):
+    """The page is loaded again until there is one, and drawn by one request at a time: matplotlib has one style."""
+    folder = tmp_path / "run"
+    folder.mkdir()
+
+    before = _content([folder]).decode()
+    folder.rmdir()
+    write_run(folder, steps=5)
+    with ThreadPoolExecutor(3) as pool:
+        pages = set(pool.map(lambda _: _content([folder]), range(6)))
+
+    assert "does not train yet" in before
+    assert 'http-equiv="refresh"' in before
+    assert len(pages) == 1
 
 
 def test_a_cell_of_the_map_shows_the_largest_of_its_numbers():

@@ -31,6 +31,25 @@ def end(capsys, errors):
     return capsys.readouterr().err.splitlines(), told
 
 
+def causes(errors):
+    """Why the run ended, as each rank would write it."""
+
+    def fail(comm):
+        error = errors[comm.ranks.rank]
+        if error is not None:
+            ending.post(error, comm)
+            ending.tell(error, comm)
+            return ending.cause(error, comm)
+
+    return together(len(errors), fail)
+
+
+def test_the_cause_for_the_folder_is_that_of_the_rank_that_ended_first(capsys):
+    assert causes([LOST, ValueError("no such file"), LOST])[0] == "rank 1: no such file"
+    assert causes([LOST, None]) == ["rank 1 ended without a word, as when killed or out of memory", None]
+    assert causes([KeyError("x"), LOST])[0] == "KeyError: 'x'"
+
+
 @pytest.fixture(autouse=True)
 def quick(monkeypatch):
     monkeypatch.setattr(ending, "PATIENCE_S", 0.5)

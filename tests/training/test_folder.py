@@ -48,6 +48,24 @@ def test_a_folder_with_checkpoints_alone_is_a_run_whose_other_files_were_lost(tm
     assert folder.prepare(NAMED, tmp_path, {"base": "a"}, 6, Communicator(Ranks()), Ownership()) == (tmp_path, None)
 
 
+def test_a_failed_run_leaves_its_error_on_one_line_without_secrets_until_it_starts_again(tmp_path, monkeypatch):
+    monkeypatch.setenv("WANDB_API_KEY", "0123456789abcdef")
+    state = folder.State(Ranks(), Ownership())
+    state.folder = tmp_path
+    why = (
+        "no answer from https://me:pass@host/x?token=abcdef&part=2\nwith 0123456789abcdef, hf_abcdefghijkl and "
+        "Bearer xyz"
+    )
+
+    state.failed()
+    state.because(why)
+
+    shown = "no answer from https://***@host/x?token=***&part=2\\nwith ***, *** and Bearer ***\n"
+    assert (tmp_path / "error").read_text() == shown
+    state.write("running")
+    assert not (tmp_path / "error").exists()
+
+
 def save_steps(root, *steps):
     """Checkpoints of these steps, of a run whose identity is {"base": "a"}."""
     for step in steps:

@@ -77,7 +77,9 @@ def test_an_exception_in_a_callback_ends_the_run_as_failed(small, capsys):
 
     assert run(small, "test", on_step=broken) == 1
 
-    assert (Path(small.run.output) / "state").read_text().strip() == "failed"
+    folder = Path(small.run.output)
+    assert (folder / "state").read_text().strip() == "failed"
+    assert (folder / "error").read_text() == "KeyError: 'mine'\n"
     assert "KeyError: 'mine'" in capsys.readouterr().err
 
 
