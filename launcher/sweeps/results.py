@@ -22,7 +22,7 @@ class Row(NamedTuple):
     values: dict[str, str]  # without the seed
     runs: list[Run]  # those that have finished
     planned: int  # how many runs are planned
-    loss: float  # mean over the runs; NaN if none has finished
+    loss: float  # mean over the runs; NaN if none has finished, infinite if that of a run is not finite
     deviation: float  # of the loss over seeds; 0 for one run
     metrics: dict[str, float]  # other held-out metrics, means
     trained: int | None
@@ -39,7 +39,7 @@ def rows(folder: Path, variants: Sequence[Variant]) -> tuple[list[Row], str]:
     for variant in variants:
         if is_finished(folder / variant.name):
             finished[variant.name] = read_run(folder / variant.name)
-    kind = HELD_OUT if all(run.evaluations for run in finished.values()) else TRAINING
+    kind = HELD_OUT if all(run.evaluations or run.diverged for run in finished.values()) else TRAINING
     groups: dict[tuple[tuple[str, str], ...], list[Variant]] = {}
     for variant in variants:
         groups.setdefault(tuple(without(variant.values, SEED).items()), []).append(variant)
@@ -47,7 +47,7 @@ def rows(folder: Path, variants: Sequence[Variant]) -> tuple[list[Row], str]:
     for values, members in groups.items():
         runs = [finished[variant.name] for variant in members if variant.name in finished]
         losses = [_loss(run, kind) for run in runs]
-        last = [run.evaluations[-1] for run in runs if run.evaluations]
+        last = [run.evaluations[-1] for run in runs if run.evaluations and not run.diverged]
         names = [name for name in (last[0] if last else {}) if name not in ("step", "eval_loss")]
         found.append(
             Row(
@@ -55,7 +55,7 @@ def rows(folder: Path, variants: Sequence[Variant]) -> tuple[list[Row], str]:
                 runs=runs,
                 planned=len(members),
                 loss=mean(losses) if losses else math.nan,
-                deviation=stdev(losses) if len(losses) > 1 else 0.0,
+                deviation=stdev(losses) if len(losses) > 1 and all(map(math.isfinite, losses)) else 0.0,
                 metrics={name: mean(line[name] for line in last) for name in names if all(name in at for at in last)},
                 trained=next((run.resolved.get("trained") for run in runs), None),
                 seconds=mean(sum(line.get("seconds", 0.0) for line in run.metrics) for run in runs) if runs else 0.0,
@@ -113,8 +113,8 @@ def table(found: Sequence[Row], kind: str) -> tuple[list[str], list[list[str]]]:
     headings += ["runs"] if several else []
     cells = []
     for row in found:
-        loss = "not finished" if math.isnan(row.loss) else f"{row.loss:.4f}"
-        loss += f" ± {row.deviation:.4f}" if len(row.runs) > 1 else ""
+        loss = "not finished" if math.isnan(row.loss) else "not finite" if math.isinf(row.loss) else f"{row.loss:.4f}"
+        loss += f" ± {row.deviation:.4f}" if len(row.runs) > 1 and math.isfinite(row.loss) else ""
         line = [*row.values.values(), f"{row.trained:,}" if row.trained is not None else "", loss]
         line += [f"{row.metrics[name]:.4f}" if name in row.metrics else "" for name in metrics]
         line += [f"{row.seconds:.0f}" if row.runs else ""]
@@ -131,7 +131,7 @@ def as_json(found: Sequence[Row], kind: str) -> dict[str, Any]:
         "rows": [
             {
                 "values": row.values,
-                "loss": None if math.isnan(row.loss) else row.loss,
+                "loss": row.loss if math.isfinite(row.loss) else None,
                 "deviation": row.deviation,
                 **row.metrics,
                 "trained": row.trained,
@@ -145,6 +145,8 @@ def as_json(found: Sequence[Row], kind: str) -> dict[str, Any]:
 
 
 def _loss(run: Run, kind: str) -> float:
+    if run.diverged:
+        return math.inf
     if kind == HELD_OUT:
         return float(run.evaluations[-1]["eval_loss"])
     losses = [float(step["loss"]) for step in run.steps]

@@ -141,6 +141,8 @@ def _outcome(folder: Path) -> str:
     from launcher.reports.read import read_run
 
     run = read_run(folder)
+    if run.diverged:
+        return "held-out loss not finite"
     if run.evaluations:
         return f"held-out loss {run.evaluations[-1]['eval_loss']:.4f}"
     return f"loss {run.steps[-1]['loss']:.4f}" if run.steps else "finished"

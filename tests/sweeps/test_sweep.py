@@ -1,6 +1,7 @@
 """`loldu sweep`: which runs there are, which remain, what is compared, and what ends it."""
 
 import json
+import math
 import os
 import signal
 import subprocess
@@ -282,6 +283,26 @@ def test_a_value_at_an_edge_is_named_once_another_value_has_finished(trainings, 
     assert "best so far: method=lora" in alone
     assert "value tried" not in alone
     assert "learning-rate 1e-3 is the lowest value tried" in capfd.readouterr().err
+
+
+def test_a_run_whose_last_held_out_loss_is_not_finite_is_never_the_best(tmp_path):
+    """Its loss before the last steps was the lowest of all."""
+    planned = grid.variants({"learning-rate": ("1", "2"), "seed": ("1", "2")})
+    for variant, losses in zip(planned, ([3.0, 2.0], [3.0, 2.2], [0.5, math.nan], [0.5, 0.6]), strict=True):
+        folder = tmp_path / variant.name
+        (folder / "adapter").mkdir(parents=True)
+        (folder / "state").write_text("finished\n")
+        (folder / "config.json").write_text(json.dumps({"config": {"adapter": {"method": "lora"}}}))
+        lines = [json.dumps({"step": step, "eval_loss": loss}) for step, loss in enumerate(losses)]
+        (folder / "events.jsonl").write_text("\n".join(lines))
+
+    found, kind = results.rows(tmp_path, planned)
+
+    assert [row.values["learning-rate"] for row in found] == ["1", "2"]
+    assert results.best(found).loss == pytest.approx(2.1)
+    assert [line[2] for line in results.table(found, kind)[1]] == ["2.1000 ± 0.1414", "not finite"]
+    assert results.as_json(found, kind)["rows"][1]["loss"] is None
+    assert not [remark for remark in results.remarks(found) if "within the deviation" in remark]
 
 
 def test_without_held_out_records_rows_have_the_training_loss(trainings, tmp_path):
