@@ -27,6 +27,7 @@ TEMPLATE_DATE = "2024-07-26"  # for templates that write today's date; the defau
 GENERATION_BLOCK = re.compile(r"\{%-?\s*generation\b")
 OPEN_THINKING = re.compile(r"<think>\s*$")
 THINKING = re.compile(r"\s*<think>(.*?)</think>\s*", re.DOTALL)
+REASONING = ("thinking", "reasoning")  # in some templates (gpt-oss), for reasoning_content
 PROBE = "w8Zq"  # a text that no conversation holds
 _clock: ContextVar[Clock | None] = ContextVar("clock", default=None)
 
@@ -171,11 +172,13 @@ class Chat(NamedTuple):
 
     def messages(self, record: dict[str, Any], end: int | None = None) -> list[dict[str, Any]]:
         """The messages up to `end` as the template wants them: without our own `weight`, developers as system if
-        the template does not know them."""
+        the template does not know them, reasoning under the name that it knows."""
         knows_developers = "developer" in self.jinja
+        known = () if "reasoning_content" in self.jinja else [name for name in REASONING if name in self.jinja]
         return [
             {name: value for name, value in message.items() if name != "weight"}
             | ({} if knows_developers or message["role"] != "developer" else {"role": "system"})
+            | (dict.fromkeys(known, message["reasoning_content"]) if message.get("reasoning_content") else {})
             for message in record["messages"][:end]
         ]
 
@@ -361,7 +364,12 @@ def _dropped(record: dict[str, Any], texts: Sequence[str], chat: Chat) -> Counte
         found["tools"] += 1
     for message in record["messages"]:
         content, reasoning = message.get("content") or "", message.get("reasoning_content") or ""
-        if message["role"] != "assistant" and not any(content.strip() in text for text in texts):
+        said = content.rpartition("</think>")[2] if message["role"] == "assistant" else content
+        forms = {
+            said.strip(),
+            json.dumps(said.strip(), ensure_ascii=False)[1:-1],
+        }  # some write results of tools as JSON
+        if not any(form in text for form in forms for text in texts):
             found[f"content of {message['role']} messages"] += 1
         if reasoning and message.get("weight", 1) and not any(reasoning.strip() in text for text in texts):
             found["reasoning_content"] += 1

@@ -19,7 +19,7 @@ from launcher.data.chat import Rendered, Sample, many
 from launcher.data.crew import Tick
 from launcher.data.encoded import DataReport, Encoded, Part, Tally, encoded, groups
 from launcher.data.forms import Record
-from launcher.data.templates import Template, check_template, frame, render, template_of
+from launcher.data.templates import Template, check_template, frame, lacking, own_mark, render, template_of
 from launcher.data.tokens import Seen, Tokens, stop_ids
 from launcher.progress import silent
 
@@ -31,7 +31,8 @@ def encode(
     template: Template | None = None,
     tick: Tick = silent,
 ) -> Encoded:
-    """Tokenise bos + prompt + answer + eos (a chat template writes its own marks), all in memory.
+    """Tokenise bos + prompt + answer + eos, unless the texts have them (a chat template writes its own marks), all in
+    memory.
 
     The whole text of a sample is tokenised at once, as `apply_chat_template(tokenize=True)` does, and the borders of
     the loss are mapped to tokens by their offsets. A token that crosses a border carries loss.
@@ -68,6 +69,8 @@ class Encoder:
         ids, loss = [np.zeros(0, dtype=np.int32)], [np.zeros(0, dtype=np.bool_)]
         with many("rendering the chat template"):
             rendered = [seen.add(one) for one in _render(records, self.template, self.tokenizer, bad)]
+        for mark in (mark for record in records if (mark := own_mark(record, self.template))):
+            tally.marked, tally.first_mark = tally.marked + 1, tally.first_mark or mark
         samples = [each for one in rendered for each in one.samples]
         for sample_ids, answers in itertools.chain.from_iterable(
             _tokenise(samples[group], seen, self.head, self.tail) for group in groups([len(s.text) for s in samples])
@@ -139,11 +142,12 @@ def _tokenise(
         if number in joined:
             prompt, answer = joined[number]
             found, places = Tokens(prompt + answer, found.begins, found.ends), [(len(prompt), len(prompt + answer))]
-        whole = np.array(head + found.ids + tail, dtype=np.int32)
+        begin, end = lacking(found.ids, head, tail)
+        whole = np.array(begin + found.ids + end, dtype=np.int32)
         answers = np.zeros(len(whole), dtype=np.bool_)
-        answers[len(head) + len(found.ids) :] = True
-        for first, end in places:
-            answers[len(head) + first : len(head) + end] = True
+        answers[len(begin) + len(found.ids) :] = True
+        for first, stop in places:
+            answers[len(begin) + first : len(begin) + stop] = True
         answers[:1] = False  # there is nothing before the first token to predict it from
         if not answers.any():
             raise ValueError(

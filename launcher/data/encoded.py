@@ -145,6 +145,8 @@ class Tally:
     whole: int = 0  # answers of samples that were not cut
     endless: int = 0  # those that do not end in a token that stops generation
     first_endless: str = ""
+    marked: int = 0  # prompts that have the marks of a template already
+    first_mark: str = ""
 
     def add(self, later: Tally) -> None:
         """Add the counts of the records after these."""
@@ -153,11 +155,12 @@ class Tally:
         self.bad = (self.bad + later.bad)[:SHOWN]
         self.first_joined = self.first_joined or later.first_joined
         self.first_endless = self.first_endless or later.first_endless
+        self.first_mark = self.first_mark or later.first_mark
         for name in ("bad_kinds", "left_out"):
             setattr(self, name, dict(Counter(getattr(self, name)) + Counter(getattr(later, name))))
         for name in (
             "samples", "kept", "tokens", "target_tokens", "truncated", "split", "last_characters", "all_characters",
-            "answers", "joined", "whole", "endless",
+            "answers", "joined", "whole", "endless", "marked",
         ):  # fmt: skip
             setattr(self, name, getattr(self, name) + getattr(later, name))
 

@@ -104,7 +104,12 @@ def _read_hub(name: str, option: str) -> Iterator[Any]:
 
     try:
         dataset, configuration, split = [*name.split(":"), None, None][:3]
-        yield from _in_parts(datasets.load_dataset(dataset, configuration, split=split or "train"))
+        if split is None and option == "--eval-data":
+            splits = datasets.load_dataset(dataset, configuration)
+            found = splits[_split(list(splits), f"{option} {name}", option)]
+        else:
+            found = datasets.load_dataset(dataset, configuration, split=split or "train")
+        yield from _in_parts(found)
     except Exception as error:  # the hub, its client and the network have many error classes with no common parent
         raise ValueError(
             f"{option} {name}: there is no such file, and the hub dataset of that name cannot be read "

@@ -14,7 +14,7 @@ observation), OpenAI's messages, and columns of other names by a mapping.
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 from launcher.data.bad_records import BadRecord
@@ -45,6 +45,7 @@ NOT_HONOURED = {  # fields that carry meaning in some public format
 NOT_MAPPED = {*SYSTEM, "history", "tools", "functions", "input", "context", "chat_template_kwargs"}  # by --columns
 QUESTIONS = {"question", "query", "problem"}  # beside an instruction
 BESIDE_MESSAGES = {"input", "context", "history", *REASONING}  # of a question and not of a conversation
+EMPTY_TURN = "an empty answer"  # counted among what is not used
 DESIRABLE = ("label", "kto_tag")  # false: an answer to avoid
 
 
@@ -129,22 +130,29 @@ def records_of(
             "record out, or make pairs of chosen and rejected answers for --task prefer",
         )
     conversation = kind not in ("instruction", "prompt") or (kind == "prompt" and not isinstance(row["prompt"], str))
-    unused = NOT_HONOURED | (NOT_MAPPED if mapping else set()) | set(REASONING)
+    names = NOT_HONOURED | (NOT_MAPPED if mapping else set()) | set(REASONING)
     if not mapping and conversation:
-        unused = unused | BESIDE_MESSAGES
+        names = names | BESIDE_MESSAGES
     if not mapping and kind == "instruction":
-        unused = unused | QUESTIONS
+        names = names | QUESTIONS
     if row.get("weight") not in (1, "1"):
-        unused = unused | {"weight"}
-    ignored.update(
-        name for name in (unused & row.keys()) - set(mapping.values()) if row[name] not in (None, "", [], {})
-    )
+        names = names | {"weight"}
+    ignored.update(name for name in (names & row.keys()) - set(mapping.values()) if row[name] not in (None, "", [], {}))
     if mapping:
         row = {name: row[column] for name, column in mapping.items()}
     read: Callable[..., list[Record]] = _conversation if conversation else _question
     if kind == "prompt" and conversation:
         read = _prompt_messages
     return [(record, _has_answer(record)) for record in read(row, kind, where, ignored)]
+
+
+def unused(source: str, ignored: Counter[str]) -> Iterator[str]:
+    """What to log of a source whose records have parts that are not used."""
+    for name, count in sorted(ignored.items()):
+        if name == EMPTY_TURN:
+            yield f"{source}: answers inside conversations that are empty carry no loss: {count:,} times"
+        elif count:
+            yield f"{source}: {name!r} carries meaning in some formats and is not used here: {count:,} times"
 
 
 def _is_false(value: Any, name: str, kind: str) -> bool:
@@ -299,6 +307,10 @@ def _conversation(row: Record, kind: str, where: str, ignored: Counter[str]) -> 
         raise BadRecord(
             "every answer has weight 0", f"{where}: every answer has weight 0, so there is nothing to learn"
         )
+    for message in messages[:-1]:
+        if message["role"] == "assistant" and not (message["content"].strip() or message.get("tool_calls")):
+            ignored[EMPTY_TURN] += message.get("weight", 1)
+            message["weight"] = 0
     record: Record = {"messages": messages} | tools_of(row, where)
     if settings := row.get("chat_template_kwargs"):
         if not isinstance(settings, dict):

@@ -25,6 +25,7 @@ from launcher.data.forms import (
     input_of,
     records_of,
     turns_before,
+    unused,
 )
 
 log = logging.getLogger(__name__)
@@ -75,8 +76,8 @@ def load_pairs(
         )  # fmt: skip
     if (left_out := bad.tell(f"{option} {source}", len(rows))) is not None:
         log.warning("%s", left_out)
-    for name, count in sorted(ignored.items()):
-        log.warning("%s: %r carries meaning in some formats and is not used here: %d times", source, name, count)
+    for text in unused(source, ignored):
+        log.warning("%s", text)
     if any("messages" in record for pair in pairs for record in pair.values()):
         return [{name: as_conversation(record) for name, record in pair.items()} for pair in pairs]
     return pairs
@@ -104,9 +105,9 @@ def pair_of(row: Any, mapping: dict[str, str], where: str, ignored: Counter[str]
     prompt, chosen, rejected = _parts(row, where, ignored)
     rest = {name: row[name] for name in (USED | REFUSED_OR_NAMED) & row.keys() if row[name]}
     made = {}
-    for name, answer, unused in (("chosen", chosen, ignored), ("rejected", rejected, Counter[str]())):
+    for name, answer, found in (("chosen", chosen, ignored), ("rejected", rejected, Counter[str]())):
         [(record, answered)] = records_of(
-            {"prompt": prompt, "completion": answer, **rest}, "prompt", f"{where}, {name}", {}, unused
+            {"prompt": prompt, "completion": answer, **rest}, "prompt", f"{where}, {name}", {}, found
         )
         if not answered:
             raise BadRecord(f"an empty {name} answer", f"{where}: the {name} answer is empty")

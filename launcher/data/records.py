@@ -5,15 +5,16 @@ All records of a run are of one kind (`forms`): questions with one answer, or co
 
 from __future__ import annotations
 
+import json
 import logging
 from collections import Counter
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any, Literal, TypeVar
 
 from launcher.config import DataConfig
 from launcher.data.bad_records import BadRecord, BadRecords
 from launcher.data.files import FORMS, Source, each_row, load_rows, source_of
-from launcher.data.forms import Record, as_conversation, kind_of, mapping_of, records_of, text_of
+from launcher.data.forms import Record, as_conversation, kind_of, mapping_of, records_of, text_of, unused
 
 __all__ = [
     "Record",
@@ -147,7 +148,7 @@ def each_record(
     columns: tuple[str, ...] = (),
     on_bad_record: Literal["error", "skip"] = "error",
 ) -> Iterator[Record]:
-    """Every record of a file, a folder, or a hub dataset's train split, checked, in order.
+    """Every record of a file, a folder, or a split of a hub dataset, checked, in order.
 
     A record whose answer is empty is left out with a warning that names it: the published Alpaca has some.
     columns: as in DataConfig. After the last record raises ValueError for bad ones, with the first ten and the count of
@@ -189,8 +190,8 @@ def each_record(
         if not kept:
             raise ValueError(f"{option} {source}: every record's answer is empty (records {some})")
         log.warning("%s: %d of %d records have an empty answer and are left out: %s", source, empty, rows, some)
-    for name, count in sorted(ignored.items()):
-        log.warning("%s: %r carries meaning in some formats and is not used here: %d times", source, name, count)
+    for text in unused(source, ignored):
+        log.warning("%s", text)
 
 
 def warn(text: str | None) -> None:
@@ -208,6 +209,22 @@ def question(record: Record) -> str:
     """The text that is shown as the question: of a conversation, the turn before its last answer."""
     asked = record["instruction"] if "instruction" in record else record["messages"][-2]["content"]
     return f"{asked}\n{record['input']}" if record.get("input") else asked
+
+
+def warn_of_overlap(train: Iterable[bytes], held_out: Iterable[bytes]) -> None:
+    """Warn if records, each as bytes, are both trained and held out: copies of a record, or one file given twice."""
+    held = Counter(map(hash, held_out))
+    if both := sum(held[found] for found in {each for each in map(hash, train if held else ()) if each in held}):
+        log.warning(
+            "%s of %s held-out records are training records, too, so the evaluation is too good: take copies out of "
+            "--data, or give other records with --eval-data FILE",
+            f"{both:,}", f"{held.total():,}",
+        )  # fmt: skip
+
+
+def as_bytes(record: Record) -> bytes:
+    """A record for `warn_of_overlap`, without the place that it came from."""
+    return json.dumps({name: value for name, value in record.items() if name != "where"}, sort_keys=True).encode()
 
 
 def _sample(items: list[T], share: float) -> list[T]:

@@ -19,7 +19,7 @@ TOKENIZER_SETTINGS = "tokenizer_config.json"  # where transformers before 4.51 w
 
 def save_template(template: Template, tokenizer: Any, folder: Path) -> None:
     """Write both files."""
-    jinja = as_jinja(template, has_bos=tokenizer.bos_token_id is not None)
+    jinja = as_jinja(template, has_bos=adds_bos(template, tokenizer))
     (folder / PROMPT_TEMPLATE).write_text(json.dumps(template._asdict(), indent=2) + "\n", encoding="utf-8")
     (folder / CHAT_TEMPLATE).write_text(jinja, encoding="utf-8")
     drop_older(folder)
@@ -71,6 +71,11 @@ def adapter_template(folder: Path) -> Template | None:
     except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         raise ValueError(f"{file} cannot be read: {error}") from None
     return None if text is None else check_template(Template("chat", jinja=text))
+
+
+def adds_bos(template: Template, tokenizer: Any) -> bool:
+    """Whether the tokenizer's bos is put before a template's text, which may begin with it itself."""
+    return tokenizer.bos_token is not None and not template.without_input.startswith(tokenizer.bos_token)
 
 
 def as_jinja(template: Template, *, has_bos: bool) -> str:

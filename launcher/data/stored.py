@@ -16,7 +16,7 @@ import numpy as np
 from launcher.config import DataConfig
 from launcher.data.files import source_of
 from launcher.data.forms import Record, as_conversation
-from launcher.data.records import chosen_places, each_record
+from launcher.data.records import chosen_places, each_record, warn_of_overlap
 
 RECORDS, KIND = "records.json", "kind.json"
 TOLD_EVERY = 1000  # records between two calls of `told`
@@ -50,6 +50,10 @@ class Stored(Sequence[Record]):
             # a record of texts alone is stored so
             yield json.dumps(self[i], sort_keys=True) if self.conversations else self._line(place).decode()
 
+    def texts(self) -> Iterator[bytes]:
+        """Each record once, as it is stored."""
+        return map(self._line, np.unique(self.places).tolist())
+
     def _line(self, place: int) -> bytes:
         start = int(self.ends[place - 1]) if place else 0
         return self.lines[start : int(self.ends[place])]
@@ -63,8 +67,9 @@ def store_splits(
 ) -> None:
     """Read and check the data of a run, and write its records and their splits to files of an empty folder.
 
-    told is called with the number of records so far. each(source, option=...) reads a source; by default as
-    instructions or conversations. Raises ValueError as `records.splits_of` does.
+    Warns if records are both trained and held out. told is called with the number of records so far. each(source,
+    option=...) reads a source; by default as instructions or conversations. Raises ValueError as `records.splits_of`
+    does.
     """
     sources = [source_of(text) for text in ([config.data] if isinstance(config.data, str) else config.data)]
     each = each or partial(each_record, columns=config.columns, on_bad_record=config.on_bad_record)
@@ -93,6 +98,7 @@ def store_splits(
     # One conversation among the records that are used makes all of them conversations.
     all_talk = any(talks[place] for places in (train, held_out) for place in places)
     (folder / KIND).write_text(json.dumps({"conversations": all_talk}))
+    warn_of_overlap(*(records.texts() for records in stored_splits(folder)))
 
 
 def stored_splits(folder: Path) -> tuple[Stored, Stored]:

@@ -30,6 +30,11 @@ ALPACA_WITHOUT_INPUT = (
     "Below is an instruction that describes a task. Write a response that appropriately completes the request.\n\n"
     "### Instruction:\n{instruction}\n\n### Response:"
 )
+# Beginnings of turns in public prompt templates. A prompt that holds one has a template already.
+OWN_MARKS = (
+    "[INST]", "<|im_start|>", "<|start_header_id|>", "<start_of_turn>", "<|user|>", "### Instruction:", "### Response:",
+    "### Human:", "### Assistant:",
+)  # fmt: skip
 OPTIONAL = re.compile(r"\[([^\[\]]*\{input\}[^\[\]]*)\]")
 CHOICES = "auto, short, alpaca, chat, none (the bare prompt), or a FILE with {instruction} and {input}"
 
@@ -63,7 +68,7 @@ def load_template(setting: str, tokenizer: Any, *, conversations: bool, date: st
         return check_template(Template("chat", jinja=tokenizer.get_chat_template(), date=date))
     path = user_path(setting)
     if path.suffix == ".jinja" and path.is_file():
-        return check_template(Template(setting, jinja=path.read_text(encoding="utf-8"), date=date))
+        return check_template(Template(setting, jinja=path.read_text(encoding="utf-8-sig"), date=date))
     if setting == "alpaca":
         template = Template(setting, ALPACA_WITH_INPUT, ALPACA_WITHOUT_INPUT)
     elif setting == "none":
@@ -71,7 +76,7 @@ def load_template(setting: str, tokenizer: Any, *, conversations: bool, date: st
     elif setting == "short":
         template = _from_text(setting, SHORT)
     elif path.is_file():
-        template = _from_text(setting, path.read_text(encoding="utf-8"))
+        template = _from_text(setting, path.read_text(encoding="utf-8-sig"))
     else:
         raise ValueError(f"--prompt-template {setting}: no such file and no such template; expected {CHOICES}")
     return check_template(template, conversations=conversations)
@@ -99,6 +104,11 @@ def check_template(template: Template, *, conversations: bool = False) -> Templa
 
 
 def _from_text(name: str, text: str) -> Template:
+    if doubled := re.search(r"\{\{(instruction|input)\}\}", text):
+        raise ValueError(
+            f"--prompt-template {name}: found {doubled[0]}, expected single braces, {{{doubled[1]}}} (Jinja is "
+            "read from a FILE.jinja)"
+        )
     placeholders = set(re.findall(r"\{(\w+)\}", text))
     if "instruction" not in placeholders or placeholders - {"instruction", "input"}:
         found = ", ".join(f"{{{word}}}" for word in sorted(placeholders)) or "none"
@@ -132,7 +142,7 @@ def render_prompt(record: Record, template: Template, tokenizer: Any) -> str:
 def prompt_ids(record: Record, template: Template, tokenizer: Any) -> list[int]:
     """Token ids to generate from: those that precede the answer in training."""
     ids = tokenizer(render_prompt(record, template, tokenizer), add_special_tokens=False, verbose=False)["input_ids"]
-    return frame(template, tokenizer)[0] + ids
+    return lacking(ids, *frame(template, tokenizer))[0] + ids
 
 
 def conversation_ids(messages: Sequence[Mapping[str, str]], template: Template, tokenizer: Any) -> list[int]:
@@ -167,7 +177,9 @@ def expected_text(record: Record, template: Template, tokenizer: Any) -> str:
     """The record's last answer as `answer_text` has it; tool calls as the chat template writes them."""
     last = record["messages"][-1] if "messages" in record else {"content": record["output"]}
     if template.jinja is None or not last.get("tool_calls") or not last.get("weight", 1):
-        return answer_text(last["content"])
+        written = last["content"] if template.jinja is not None else last["content"].rstrip()
+        ends = () if template.jinja is not None else frame(template, tokenizer)[1]
+        return answer_text(written.removesuffix(tokenizer.decode(ends) if ends else ""))
     sample = render(record, template, tokenizer).samples[-1]
     start, stop = sample.answers[-1]
     ids = tokenizer(sample.text[start:stop], add_special_tokens=False, verbose=False)["input_ids"]
@@ -186,6 +198,21 @@ def frame(template: Template, tokenizer: Any) -> tuple[list[int], list[int]]:
     if tokenizer.eos_token_id is None:
         raise ValueError("this tokenizer has no eos token, so no answer would have an end: set eos_token in its files")
     return [] if tokenizer.bos_token_id is None else [tokenizer.bos_token_id], [tokenizer.eos_token_id]
+
+
+def lacking(ids: Sequence[int], head: list[int], tail: list[int]) -> tuple[list[int], list[int]]:
+    """What a text's tokens lack of head and tail: texts for other programs often begin with <s> and end with </s>."""
+    begins, ends = list(ids[: len(head)]) == head, list(ids[len(ids) - len(tail) :]) == tail
+    return [] if begins else head, [] if ends else tail
+
+
+def own_mark(record: Record, template: Template) -> str:
+    """The mark of a template that a record's prompt has already, if another is put around it; empty if none."""
+    if template.without_input.strip() == "{instruction}":
+        return ""
+    asked = [turn["content"] for turn in record.get("messages", ()) if turn["role"] == "user"]
+    asked += [record["instruction"]] if "instruction" in record else []
+    return next((mark for mark in OWN_MARKS if any(mark in text for text in asked)), "")
 
 
 def render(record: Record, template: Template, tokenizer: Any) -> Rendered:

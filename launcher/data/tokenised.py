@@ -31,7 +31,7 @@ from launcher.data.stored import Stored
 from launcher.factorization.cache import put
 
 log = logging.getLogger(__name__)
-FORMAT = 4  # changes whenever `encode` gives other tokens or another report for the same records
+FORMAT = 5  # changes whenever `encode` gives other tokens or another report for the same records
 TENSORS = {"offsets": "I64", "targets": "I64", "ids": "I32", "loss": "BOOL"}  # in the file's order, so all are aligned
 COPY_BYTES = 1 << 24
 

@@ -153,6 +153,12 @@ class Seen:
             )
         for what, count in sorted(total.left_out.items()):
             yield f"the chat template leaves out {what}: {count:,} times"
+        if 2 * total.marked >= max(total.samples, 1):  # fewer may be talk about templates
+            yield (
+                f"{total.marked:,} prompts have the marks of a prompt template already ({total.first_mark!r}), and the "
+                f"template {template.name} is put around them: for whole prompts give --prompt-template none, else "
+                "take the marks out of the data"
+            )
         if total.joined:
             yield (
                 f"in {total.joined:,} of {total.answers:,} answers the tokenizer joins the end of the prompt with the "

@@ -8,7 +8,7 @@ from threading import Lock
 from typing import Any
 
 from launcher.data import saved_template
-from launcher.data.saved_template import as_jinja, read_template
+from launcher.data.saved_template import adds_bos, as_jinja, read_template
 from launcher.data.templates import Template, conversation_ids, load_template, prompt_ids
 from launcher.serving.errors import Refused
 from launcher.serving.protocol import Asked
@@ -62,5 +62,5 @@ def chat_ids(messages: Messages, template: Template, tokenizer: Any) -> list[int
         if len(messages) == 1 and messages[0]["role"] == "user":
             record = {"instruction": messages[0]["content"], "input": "", "output": ""}
             return prompt_ids(record, template, tokenizer)
-        template = template._replace(jinja=as_jinja(template, has_bos=tokenizer.bos_token_id is not None))
+        template = template._replace(jinja=as_jinja(template, has_bos=adds_bos(template, tokenizer)))
     return conversation_ids(messages, template, tokenizer)

@@ -11,6 +11,7 @@ from __future__ import annotations
 import copy
 import hashlib
 import itertools
+import logging
 import math
 import re
 import shlex
@@ -36,6 +37,9 @@ from launcher.tasks import label_images
 from launcher.tasks.base import Batch, Layout, Sampled, Samples, Task, sampled
 from launcher.tasks.classifier import Classifier
 from launcher.tasks.labels import CLASSES, CLASSES_ASSUMED, Labels, head_settings, save_classes
+
+log = logging.getLogger(__name__)
+MOST = 1e300  # of a number to predict
 
 
 @dataclass(frozen=True)
@@ -94,6 +98,8 @@ class Label(Classifier):
 
     def read_together(self, config: Config, tokenizer: Any, cache: Path, crew: Crew) -> Samples:
         rows, held_rows, classes = crew.comm.each("data", lambda: load_splits(config.data))
+        if crew.leads:
+            records.warn_of_overlap(*(map(records.as_bytes, some) for some in (rows, held_rows)))
         tokens = partial(encode_once, tokenizer=tokenizer, config=config.data, folder=cache, crew=crew)
 
         def labelled(rows: Sequence[records.Record]) -> Labelled:
@@ -264,6 +270,10 @@ def _load(source: str, *, option: str = "--data", columns: Sequence[str], label:
         if isinstance(value, bool) or not isinstance(value, (int, float, str)):
             there = f"the {type(value).__name__} {value!r:.40}" if label in row else f"its columns: {', '.join(row)}"
             raise ValueError(f"{where}: {label!r} is a class (whole number or name) or a number, got {there}")
+        if not isinstance(value, str) and not -MOST < value < MOST:
+            raise ValueError(f"{where} has the label {value!r:.40}, no number to learn: leave the record out")
+        if not any(text.strip() for text in texts):
+            raise ValueError(f"{where} has no text in {' or '.join(map(repr, columns))}: leave the record out")
         if isinstance(value, str) and not value.strip():
             raise ValueError(f"{where} has an empty {label!r}: give it a label, or leave the record out")
         found.append({"texts": texts, "label": value, "where": where})
@@ -311,12 +321,24 @@ def _classes(rows: Sequence[records.Record]) -> Labels:
     numbers = kinds in ({float}, {float, int})
     _check_labelled(rows, numbers=numbers)
     if numbers:
+        if all(float(row["label"]).is_integer() and row["label"] >= 0 for row in rows):
+            log.warning(
+                "all labels are whole numbers written with a fraction (%s, ...), so numbers are predicted: for classes "
+                "write them without (%d, ...)",
+                float(rows[0]["label"]), int(rows[0]["label"]),
+            )  # fmt: skip
         return ()
     if len(kinds) > 1:
         first = type(rows[0]["label"])
         other = next(row for row in rows if type(row["label"]) is not first)
         raise ValueError(f"{other['where']} has the label {other['label']!r}, record 0 has {rows[0]['label']!r}")
     values = sorted({row["label"] for row in rows})
+    blank = [name for name in values if isinstance(name, str) and name.strip() != name and name.strip() in values]
+    if blank:
+        raise ValueError(
+            f"the training rows have the labels {blank[0]!r} and {blank[0].strip()!r}, which would be two classes: "
+            "take the blanks out of them"
+        )
     if len(values) < 2:
         raise ValueError(f"all {len(rows)} training rows have the label {values[0]!r}: give data with at least two")
     if kinds == {int} and values != list(range(len(values))):

@@ -174,6 +174,8 @@ class Prefer(Instruct):
     def read_together(self, config: Config, tokenizer: Any, cache: Path, crew: Crew) -> Samples:
         data, each = config.data, crew.comm.each
         train, held_out = each("data", lambda: self._pairs(data))
+        if crew.leads:
+            records.warn_of_overlap(*(map(records.as_bytes, some) for some in (train, held_out)))
         template = each("data", lambda: templates.template_of(data, train[0]["chosen"], tokenizer))
         tokens = partial(encode_once, tokenizer=tokenizer, config=data, folder=cache, crew=crew, kind=PairEncoder)
         asked = [pair["chosen"] for pair in held_out] if config.run.show_samples else []

@@ -1,8 +1,9 @@
 """Plain text: the model learns to predict every token (continued pretraining). Selected by --task text.
 
-Each text is enclosed by the tokenizer's start and end tokens. A text of more than --max-length tokens becomes several
-samples, each beginning with the last token of the one before: every token is predicted exactly once. To limit memory, a
-very long text is tokenised in parts; a warning says so, because tokens where two parts meet may differ.
+Each text is enclosed by the tokenizer's start and end tokens, unless it has them itself. A text of more than
+--max-length tokens becomes several samples, each beginning with the last token of the one before: every token is
+predicted exactly once. To limit memory, a very long text is tokenised in parts; a warning says so, because tokens where
+two parts meet may differ.
 """
 
 from __future__ import annotations
@@ -27,7 +28,7 @@ from launcher.data.crew import ALONE, Crew
 from launcher.data.encoded import CHARACTERS_AT_ONCE, DataReport, Encoded, Encodes, Part, Tally, encoded, groups
 from launcher.data.files import each_row
 from launcher.data.stored import store_splits, stored_splits
-from launcher.data.templates import Template
+from launcher.data.templates import Template, lacking
 from launcher.data.tokenised import encode_once, encoded_before
 from launcher.tasks.base import NextToken, Sampled, Samples, Task, sampled
 from launcher.tasks.evaluation import Evaluation
@@ -68,7 +69,8 @@ class TextEncoder:
         for tokens in itertools.chain.from_iterable(
             self._tokens(texts[group]) for group in groups(list(map(len, texts)))
         ):
-            whole = array("i", self.head) + tokens + array("i", self.tail)
+            head, tail = lacking(tokens, self.head, self.tail)
+            whole = array("i", head) + tokens + array("i", tail)
             for at in range(0, max(len(whole) - 1, 0), self.max_length - 1):
                 part = whole[at : at + self.max_length]
                 ids.extend(part)

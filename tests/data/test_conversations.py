@@ -165,3 +165,41 @@ def test_an_answer_is_compared_without_the_thinking_before_it():
     assert templates.answer_text("<think>\n\n</think>\n\n6\n") == "6"
     assert templates.answer_text("Hm.\n</think>\n\n6") == "6"  # a template that opens the thinking in the prompt
     assert templates.answer_text(" 6 ") == "6"
+
+
+def test_an_empty_answer_inside_a_conversation_is_not_learned(tmp_path, caplog):
+    """ShareGPT's conversations have some. A model would learn to say nothing."""
+    [record] = load(tmp_path, {"messages": [USER, {**ANSWER, "content": " "}, *TALK]})
+    tokenizer = byte_tokenizer(CHATML)
+
+    encoded = encode([record], tokenizer, prompt_template="chat")
+
+    assert shown(encoded, tokenizer)[1] == "Ho.</s>"
+    assert "answers inside conversations that are empty carry no loss: 1 times" in caplog.text
+
+
+def test_text_beside_a_call_that_the_template_leaves_out_is_counted(caplog):
+    """Llama 3.1's template writes either the call or the text; results of tools it writes as JSON."""
+    template = CHATML.replace(
+        "{{ m.content }}",
+        "{% if m.tool_calls %}{{ m.tool_calls[0].function.name }}{% elif m.role == 'tool' %}{{ m.content | tojson }}"
+        "{% else %}{{ m.content }}{% endif %}",
+    )
+    calling = {"role": "assistant", "content": "Let me look.", "tool_calls": [ADD]}
+    record = {"messages": [USER, calling, {"role": "tool", "content": '{"sum": "3"}'}, ANSWER]}
+
+    encode([record], byte_tokenizer(template), prompt_template="chat")
+
+    assert "the chat template leaves out content of assistant messages: 1 times" in caplog.text
+    assert "content of tool messages" not in caplog.text
+
+
+def test_reasoning_reaches_a_template_under_the_name_that_it_knows(caplog):
+    """gpt-oss's template writes message.thinking."""
+    template = CHATML.replace("{{ m.content }}", "{% if m.thinking %}[{{ m.thinking }}]{% endif %}{{ m.content }}")
+    tokenizer = byte_tokenizer(template)
+
+    encoded = encode([{"messages": [USER, {**ANSWER, "reasoning_content": "Hm."}]}], tokenizer, prompt_template="chat")
+
+    assert shown(encoded, tokenizer)[1] == "[Hm.]Ho.</s>"
+    assert "leaves out" not in caplog.text

@@ -1,7 +1,9 @@
 """The text around a record: published templates, and files of templates."""
 
 import pytest
-from byte_records import CHAT, CHATML, encode, prompt, write
+from byte_records import ALPACA, CHAT, CHATML, byte_tokenizer, encode, prompt, shown, write
+
+from launcher.data import templates
 
 
 def test_short_and_alpaca_templates_are_the_published_ones():
@@ -38,6 +40,7 @@ def test_a_template_file_leaves_its_input_part_out_when_there_is_none(tmp_path, 
 @pytest.mark.parametrize(
     ("text", "expected"),
     [
+        ("Q {{instruction}}", "found {{instruction}}, expected single braces, {instruction}"),
         ("Answer: ", r"expected the placeholders \{instruction\} and \{input\}, found none"),
         ("{instruction} {output}", r"found \{instruction\}, \{output\} \(the answer follows"),
         ("{instruction}", r"has no \{input\}, but a record has one: '1 2'"),
@@ -67,3 +70,47 @@ def test_a_jinja_file_stands_in_for_a_missing_chat_template(tmp_path):
     path = write(tmp_path, "chat.jinja", CHATML)
 
     assert prompt(path) == "<|user|>Add.\n\n1 2</s><|assistant|>"
+
+
+def test_a_byte_order_mark_of_a_template_file_is_no_text(tmp_path):
+    for name in ("a.txt", "a.jinja"):
+        path = write(tmp_path, name, "\ufeffQ {instruction}".encode())
+
+        template = templates.load_template(path, byte_tokenizer(), conversations=False)
+
+        assert (template.jinja or template.with_input) == "Q {instruction}"
+
+
+def test_marks_that_a_text_has_already_are_not_doubled(tmp_path):
+    """Data for Llama 2 often have <s> before a prompt and </s> after an answer. Generation begins with one, too."""
+    tokenizer = byte_tokenizer()
+    rows = [
+        {"instruction": f"{begin}Hi?", "input": "", "output": f"Ho.{end}"}
+        for begin in ("", "<s>")
+        for end in ("", "</s>")
+    ]
+
+    encoded = encode(rows, tokenizer, prompt_template="none")
+
+    assert {shown(encoded, tokenizer, i) for i in range(4)} == {("<s>Hi?Ho.</s>", "Ho.</s>")}
+    bare = templates.load_template("none", tokenizer, conversations=False)
+    assert {tokenizer.decode(templates.prompt_ids(row, bare, tokenizer)) for row in rows} == {"<s>Hi?"}
+    assert {templates.expected_text(row, bare, tokenizer) for row in rows} == {"Ho."}
+
+
+@pytest.mark.parametrize(
+    ("asked", "setting", "warned"),
+    [
+        ("[INST] Hi? [/INST]", "alpaca", True),
+        ("### Human: Hi? ### Assistant:", "short", True),
+        ("<|im_start|>user", "chat", True),
+        ("[INST] Hi? [/INST]", "none", False),
+        ("Hi?", "alpaca", False),
+    ],
+)
+def test_prompts_that_have_a_template_already_are_a_warning(asked, setting, warned, caplog):
+    rows = [{"instruction": asked, "input": "", "output": "Ho."}, ALPACA]
+
+    encode(rows, byte_tokenizer(CHATML), prompt_template=setting)
+
+    assert ("1 prompts have the marks of a prompt template already" in caplog.text) == warned

@@ -156,13 +156,14 @@ def test_a_missing_file_is_named_without_asking_the_network(tmp_path, monkeypatc
 def test_a_hub_name_is_read_through_datasets_and_a_failure_says_both_ways(monkeypatch):
     import datasets
 
-    known = {"someone/set": datasets.Dataset.from_list([ALPACA])}
+    other = {**ALPACA, "output": "4"}
+    known = {"someone/set": {"train": [ALPACA], "validation": [other]}, "someone/other": {"train": [other]}}
 
-    def load_dataset(name, configuration, split):
-        assert split == "train"
+    def load_dataset(name, configuration, split=None):
         if name not in known:
             raise datasets.exceptions.DatasetNotFoundError(f"Dataset '{name}' doesn't exist\nlong story")
-        return known[name]
+        found = {each: datasets.Dataset.from_list(rows) for each, rows in known[name].items()}
+        return found if split is None else found[split]
 
     monkeypatch.setattr("datasets.load_dataset", load_dataset)
 
@@ -173,6 +174,8 @@ def test_a_hub_name_is_read_through_datasets_and_a_failure_says_both_ways(monkey
         records.load_records("no/such", option="--eval-data")
 
     assert loaded == [ALPACA]
+    for name in known:  # the held-out split, or the only one
+        assert records.load_records(name, option="--eval-data") == [other]
 
 
 def test_held_out_records_depend_on_the_counts_alone():

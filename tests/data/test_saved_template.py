@@ -10,6 +10,7 @@ from launcher.data.saved_template import (
     CHAT_TEMPLATE,
     PROMPT_TEMPLATE,
     adapter_template,
+    adds_bos,
     as_jinja,
     read_template,
     save_template,
@@ -36,14 +37,16 @@ def test_a_template_is_read_as_it_was_saved_without_the_file_it_came_from(tmp_pa
 
 
 @pytest.mark.parametrize("has_bos", [True, False])
-@pytest.mark.parametrize("text", [None, "Q: {instruction} 😀 \"x\" \\n {{ y }} {# #}\n'A':\n"])
+@pytest.mark.parametrize(
+    "text", [None, "Q: {instruction} 😀 \"x\" \\n {{ y }} {# #}\n'A':\n", "<s>[INST] {instruction} [/INST]"]
+)
 def test_servers_send_the_tokens_of_training_with_the_template_that_is_saved_for_them(tmp_path, text, has_bos):
     """Of a template without turns: bos, the prompt, the answer and eos, by apply_chat_template."""
     tokenizer = byte_tokenizer(**({} if has_bos else {"bos_token": None}))
     setting = "alpaca" if text is None else write(tmp_path, "a.txt", text.replace("{{ y }}", "[[ y ]]"))
     record = {**ALPACA, "input": ""}
     template = templates.load_template(setting, tokenizer, conversations=False)
-    tokenizer.chat_template = as_jinja(template, has_bos=has_bos)
+    tokenizer.chat_template = as_jinja(template, has_bos=adds_bos(template, tokenizer))
     asked = [{"role": "user", "content": record["instruction"]}]
     answered = [*asked, {"role": "assistant", "content": record["output"]}]
 

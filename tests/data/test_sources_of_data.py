@@ -15,6 +15,7 @@ from forms_of_records import RECORD, TALK, USER, load, numbered
 from launcher.config import DataConfig
 from launcher.data import records
 from launcher.data.limits import Limits
+from launcher.data.stored import store_splits, stored_splits
 
 # --- files and sources ---
 
@@ -105,6 +106,27 @@ def test_held_out_records_are_never_trained_on_whatever_the_weights(tmp_path):
     assert len(held_out) == 6
     assert not {record["output"] for record in train} & {record["output"] for record in held_out}
     assert len(train) > 14
+
+
+@pytest.mark.parametrize("how", ["a file twice", "one file for both", "copies", "apart"])
+def test_held_out_records_that_are_trained_too_are_a_warning(how, tmp_path, caplog):
+    rows = [{**RECORD, "output": f"{i}"} for i in range(8)]
+    file = write(tmp_path, "a.jsonl", jsonl(*rows * (2 if how == "copies" else 1)))
+    other = write(tmp_path, "b.jsonl", jsonl({**RECORD, "output": "x"}))
+    config = {
+        "a file twice": DataConfig(data=(file, file), eval_records=4),
+        "one file for both": DataConfig(data=file, eval_data=file, eval_records=4),
+        "copies": DataConfig(data=file, eval_records=4),
+        "apart": DataConfig(data=file, eval_data=other),
+    }[how]
+    (tmp_path / "work").mkdir()
+
+    store_splits(config, tmp_path / "work")
+
+    warned = [record.getMessage() for record in caplog.records if "training records, too" in record.getMessage()]
+    train, held_out = (list(records) for records in stored_splits(tmp_path / "work"))
+    both = sum(record in train for record in held_out)
+    assert [text.startswith(f"{both} of {len(held_out)} held-out") for text in warned] == [True] * (how != "apart")
 
 
 def test_sources_of_different_kinds_become_conversations(tmp_path):

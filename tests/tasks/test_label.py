@@ -557,3 +557,34 @@ def test_settings_that_classification_does_not_support_are_refused(part, change)
 
     with pytest.raises(ValueError, match=r"text[_-]columns"):
         resolve(replace(whole, **{part: replace(getattr(whole, part), **change)}), Ranks())
+
+
+@pytest.mark.parametrize(
+    ("rows", "message"),
+    [
+        (
+            [{"sentence": "a", "label": float("nan")}, {"sentence": "b", "label": 1.5}],
+            "record 0 .* label nan, no number",
+        ),
+        ([{"sentence": "a", "label": 1.5}, {"sentence": "b", "label": 10**400}], "record 1 .* no number to learn"),
+        ([{"sentence": " ", "label": 0}, {"sentence": "b", "label": 1}], "record 0 .* no text in 'sentence'"),
+        ([{"sentence": "a", "label": " x"}, {"sentence": "b", "label": "x"}], "labels ' x' and 'x', .* two classes"),
+    ],
+)
+def test_labels_and_texts_that_teach_nothing_are_refused(rows, message, tmp_path):
+    file = tmp_path / "rows.jsonl"
+    file.write_text("\n".join(map(json.dumps, rows)))
+
+    with pytest.raises(ValueError, match=message):
+        label.load_splits(DataConfig(data=str(file), text_columns=("sentence",)))
+
+
+@pytest.mark.parametrize(("labels", "warned"), [([0.0, 1.0], True), ([0.5, 1.0], False), ([0, 1], False)])
+def test_classes_that_became_fractions_are_a_warning(labels, warned, tmp_path, caplog):
+    """pandas does so to whole numbers if one of them was missing."""
+    file = tmp_path / "rows.jsonl"
+    file.write_text("\n".join(json.dumps({"sentence": "a", "label": each}) for each in labels))
+
+    label.load_splits(DataConfig(data=str(file), text_columns=("sentence",)))
+
+    assert ("written with a fraction (0.0, ...), so numbers are predicted" in caplog.text) == warned

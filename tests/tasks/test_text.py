@@ -188,3 +188,12 @@ def test_packed_text_trains(config):
     packed = replace(config, data=replace(config.data, packing=True))
 
     assert run(packed, "test") == 0
+
+
+@pytest.mark.parametrize(("begin", "end"), [("", ""), ("<s>", ""), ("", "</s>"), ("<s>", "</s>")])
+def test_a_text_that_has_its_start_or_end_token_gets_no_second_one(begin, end, tokenizer):
+    encoded = text.TASK.encode([{"text": f"{begin}Once upon a time{end}"}], tokenizer, DataConfig(task="text"))
+
+    ids = encoded.ids.tolist()
+    assert (ids[0], ids[-1]) == (tokenizer.bos_token_id, tokenizer.eos_token_id)
+    assert [ids.count(tokenizer.bos_token_id), ids.count(tokenizer.eos_token_id)] == [1, 1]
