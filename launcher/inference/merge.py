@@ -163,10 +163,13 @@ def plan_merge(source: Source, dtype: torch.dtype | None, quantize: Kind = "none
     ends = [f"{name}.weight" for name, module in bare.named_modules() if any(module is end for end in embeddings)]
     linear = linear_layers(bare) if quantize != "none" else {}
     head = [name for name, module in bare.named_modules() if module is embeddings[1]]
-    model = attach(bare, source.adapter, low_cpu_mem_usage=True).get_base_model() if source.adapter else bare
+    model = bare
+    if source.adapter is not None:
+        model = attach(bare, source.adapter, low_cpu_mem_usage=True, base=source.base).get_base_model()
     layers: dict[str, FactorLayer] = {}
     rewritten: dict[str, _Rewritten] = {}  # by the checkpoint's names: those of which changed weights are made
     for layer in adapted_layers(model):
+        layer.base.weight = nn.Parameter(layer.base.weight.to("meta"), requires_grad=False)  # a copy of PEFT's, if any
         info = _weight(by_parameter, layer.name, layer.base.weight, source)
         if info.conversion is None:
             layers[info.name] = layer

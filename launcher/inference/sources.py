@@ -28,7 +28,7 @@ from transformers import AutoConfig
 
 import adapters  # registers our methods with PEFT as well
 from adapters.checkpoint_files import local_folder
-from adapters.checkpoint_names import language_model_class
+from adapters.checkpoint_names import language_model_class, local_weights
 from launcher.config import ModelConfig
 from launcher.data.saved_template import adapter_template, read_template
 from launcher.data.templates import Template
@@ -351,8 +351,10 @@ def choose_device(device: str) -> str:
     return device
 
 
-def attach(model: Any, folder: Path, *, low_cpu_mem_usage: bool = False, classifies: bool = False) -> PeftModel:
-    """Load an adapter folder of any PEFT method onto the model.
+def attach(
+    model: Any, folder: Path, *, low_cpu_mem_usage: bool = False, classifies: bool = False, base: Path | None = None
+) -> PeftModel:
+    """Load an adapter folder of any PEFT method onto the model. base: the files of a model on the meta device.
 
     Raises ValueError if the adapter does not fit the model, or if its file holds tensors that are not the adapter's:
     PEFT would load `...base_layer.weight` over the base's own weight without a word.
@@ -360,7 +362,7 @@ def attach(model: Any, folder: Path, *, low_cpu_mem_usage: bool = False, classif
     config = adapter_config(folder, classifies=classifies)
     check_patterns(config, [name for name, _ in model.named_modules()], folder)
     with safe_open(folder / ADAPTER_WEIGHTS, framework="pt") as opened:
-        stored = {name for name in opened.keys() if not _copies_base(model, name, opened.get_tensor(name))}  # noqa: SIM118
+        stored = {name for name in opened.keys() if not _copies_base(model, name, opened.get_tensor(name), base)}  # noqa: SIM118
     # PEFT nests the adapters of one module's experts: those names too have `base_layer`, before the method's own.
     own_names = PEFT_TYPE_TO_PREFIX_MAPPING.get(config.peft_type, "none of it")
     inner = {name: name.rpartition(".base_layer.")[2] for name in stored if ".base_layer." in name}
@@ -418,12 +420,15 @@ def _read_by_peft(model: PeftModel, config: PeftConfig, folder: Path, names: set
     return set(convert_peft_adapter_state_dict_for_transformers(model, config, tensors))
 
 
-def _copies_base(model: Any, name: str, tensor: Tensor) -> bool:
+def _copies_base(model: Any, name: str, tensor: Tensor, base: Path | None) -> bool:
     """Whether a tensor of an adapter file is the base's own weight: PEFT saves a copy of adapted embeddings."""
+    name = name.removeprefix("base_model.model.").replace(".base_layer.", ".")
     try:
-        held = model.get_parameter(name.removeprefix("base_model.model.").replace(".base_layer.", "."))
+        held = model.get_parameter(name)
     except AttributeError:
         return False
+    if held.is_meta and base is not None and name.endswith(".weight"):
+        held = next(local_weights([str(base)], name.removesuffix(".weight")), held)
     return not held.is_meta and held.shape == tensor.shape and torch.equal(held.cpu(), tensor.to(held.dtype))
 
 

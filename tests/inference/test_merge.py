@@ -58,6 +58,22 @@ def test_a_merge_stays_in_main_memory_where_peft_would_load_to_a_gpu(babyllama, 
     torch.testing.assert_close(logits(AutoModelForCausalLM.from_pretrained(out)), wanted, rtol=0, atol=1e-4)
 
 
+def test_an_adapter_whose_file_repeats_the_weights_of_the_head_merges_too(tmp_path):
+    """PEFT saves a copy of embeddings and heads that are adapted."""
+    torch.manual_seed(0)
+    sizes = {"hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2}
+    config = LlamaConfig(vocab_size=40, initializer_range=0.2, tie_word_embeddings=False, **sizes)
+    LlamaForCausalLM(config).save_pretrained(base := tmp_path / "base")
+    folder = save_adapter(base, tmp_path / "adapter", target_modules=["lm_head", "embed_tokens", "q_proj"])
+    assert any("base_layer" in name for name in load_file(folder / "adapter_model.safetensors"))
+    wanted, _ = in_memory(base, folder)
+
+    out = merge(str(folder), out=str(tmp_path / "out"), base=str(base))
+
+    torch.testing.assert_close(logits(AutoModelForCausalLM.from_pretrained(out)), wanted, rtol=1e-4, atol=1e-3)
+    assert (logits(AutoModelForCausalLM.from_pretrained(base)) - wanted).abs().max() > 0.01
+
+
 def test_transposed_weights_and_bases_without_tokenizer_merge_too(gpt2, tmp_path):
     adapter = save_adapter(gpt2, tmp_path / "adapter", target_modules=["c_attn", "c_proj", "c_fc"])
     wanted, weights = in_memory(gpt2, adapter)
