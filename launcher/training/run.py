@@ -65,6 +65,7 @@ from launcher.training.packing import (
 )
 from launcher.training.report import Screen, open_trackers, read_events
 from launcher.training.resolve import Resolved, check_context, resolve
+from launcher.training.rounding import lost_updates
 from launcher.training.start import Start, begin, watch
 from launcher.training.stop import StopRequest
 
@@ -442,6 +443,8 @@ def _introduce(
     learning_rate = config.optimizer.learning_rate
     if ranks.is_main and (unusual := unusual_learning_rate(adapter.method, chosen.adapter, learning_rate)):
         log.warning(unusual)
+    if ranks.is_main and (lost := lost_updates(engine.parameters.values(), learning_rate)):
+        log.warning(lost)
 
 
 def _report(training: Training, saved: Path, begun: int, ended: int, seconds: float) -> None:
