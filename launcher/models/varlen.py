@@ -20,20 +20,28 @@ from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import sdpa_mask
 
 NAME = "varlen"
-MOST_PER_HEAD = 256  # numbers per head that the kernel takes
+MOST_PER_HEAD, IN_EIGHTS = 256, 8  # numbers per head that the kernel takes: at most so many, a multiple of eight
 UNSUPPORTED = (
     "attn_logit_softcapping", "attention_chunk_size", "alibi",
     "attention_dropout", "attn_pdrop", "attention_probs_dropout_prob",
 )  # fmt: skip
 
 
-def varlen_kernel() -> Callable[..., Any] | None:
-    """torch's varlen_attn; None if this torch has none, or one without windows."""
+def _torchs_kernel() -> Callable[..., Any] | None:
     try:
         from torch.nn.attention.varlen import varlen_attn
     except ImportError:
         return None
-    return varlen_attn if "window_size" in inspect.signature(varlen_attn).parameters else None
+    return varlen_attn
+
+
+_KERNEL = _torchs_kernel()
+_TAKES = set(inspect.signature(_KERNEL).parameters) if _KERNEL else set()  # read once: each layer's pass needs it
+
+
+def varlen_kernel() -> Callable[..., Any] | None:
+    """torch's varlen_attn; None if this torch has none, or one without windows."""
+    return _KERNEL if "window_size" in _TAKES else None
 
 
 def missing(*, on_gpu: bool, dtype: str) -> str:
@@ -41,7 +49,7 @@ def missing(*, on_gpu: bool, dtype: str) -> str:
     if not on_gpu:
         return "no GPU"
     if varlen_kernel() is None:
-        return f"torch {torch.__version__} has no varlen_attn with windows (2.13 has)"
+        return f"torch {torch.__version__} has no varlen_attn with windows (2.11 has)"
     if dtype != "bfloat16":
         return "varlen needs bfloat16"
     if torch.cuda.get_device_capability() < (8, 0):
@@ -57,7 +65,9 @@ def unsupported(settings: Any) -> str:
             return f"its config has {name} {value}"
     hidden, heads = getattr(text, "hidden_size", 0), getattr(text, "num_attention_heads", None) or 1
     per_head = getattr(text, "head_dim", None) or hidden // heads
-    return f"its heads have {per_head} numbers, more than {MOST_PER_HEAD}" if per_head > MOST_PER_HEAD else ""
+    if per_head > MOST_PER_HEAD:
+        return f"its heads have {per_head} numbers, more than {MOST_PER_HEAD}"
+    return f"its heads have {per_head} numbers, no multiple of {IN_EIGHTS}" if per_head % IN_EIGHTS else ""
 
 
 def varlen_attention(
@@ -96,9 +106,11 @@ def varlen_attention(
     q, k, v = (part[0].transpose(0, 1) for part in (query, key, value))  # (T, heads, D)
     causal = getattr(module, "is_causal", True)
     window = (sliding_window - 1 if sliding_window else -1, 0 if causal else -1)
+    # In torch 2.11 the kernel shares keys among groups of heads unasked; in 2.13 it must be asked.
+    grouped = {"enable_gqa": q.shape[1] != k.shape[1]} if "enable_gqa" in _TAKES else {}
     out = kernel(
         q, k, v, cu_seq_lens_q, cu_seq_lens_k, max_length_q, max_length_k,
-        scale=scaling, window_size=window, enable_gqa=q.shape[1] != k.shape[1],
+        scale=scaling, window_size=window, **grouped,
     )  # fmt: skip
     return out[None], None
 
