@@ -7,16 +7,17 @@ import functools
 import importlib.util
 import json
 import os
+import re
 import shutil
 import subprocess
 import sys
 import tempfile
 import time
 import warnings
-from collections.abc import Callable, Iterator
+from collections import Counter
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any
-from xml.etree import ElementTree
 
 import torch
 import torch.nn.functional as F
@@ -36,12 +37,26 @@ from benchmarks.gpu_measuring import (
 )  # fmt: skip
 
 REPO = Path(__file__).resolve().parents[1]
-GPU_TESTS = (
-    "tests/models/test_varlen.py", "tests/training/test_ahead.py", "tests/models/test_quantize.py",
-    "tests/engines/test_quantized_methods.py", "tests/data/test_batches.py", "tests/engines/test_offload.py",
-)  # fmt: skip
+RUN_NEEDS = ("docstring_parser", "pydantic")  # of the project's packages, those that few machines have by themselves
+NEEDS = {"runs": RUN_NEEDS, "tests": RUN_NEEDS, "nf4": ("bitsandbytes",)}  # section -> packages, beside torch and PEFT
+GPU_TESTS = {  # file -> packages
+    "tests/models/test_varlen.py": (), "tests/training/test_ahead.py": (), "tests/data/test_batches.py": (),
+    "tests/models/test_quantize.py": ("bitsandbytes",), "tests/engines/test_quantized_methods.py": ("bitsandbytes",),
+    "tests/engines/test_offload.py": (),
+}  # fmt: skip
+LIMIT_S = 90.0  # of runs and of tests, within their section's time: what has ended by then is reported
 
 Steps = Iterator[tuple[str, Callable[[], Any]]]
+
+
+def lacking(packages: Iterable[str]) -> str:
+    """What to write about a measurement if any of these packages is not installed; nothing if all are."""
+    missing = [package for package in packages if importlib.util.find_spec(package) is None]
+    return f"not measured: {' and '.join(missing)} not installed" if missing else ""
+
+
+def limit_s(plan: Plan) -> float:
+    return LIMIT_S if plan.device == "cuda" else 5 * LIMIT_S
 
 
 def parity(plan: Plan) -> Steps:
@@ -125,33 +140,35 @@ def short_runs(plan: Plan) -> Steps:
     """Runs of the recipe side by side, each a separate process; importing takes most of their time."""
     folder = Path(tempfile.mkdtemp())
     chosen = RUNS if plan.device == "cuda" else {name: RUNS[name] for name in ("float32", "fsdp2")}
-    steps = "12" if plan.device == "cuda" else "2"
-    started = time.perf_counter()
-    running = {}
+    steps = ["--max-steps", "12" if plan.device == "cuda" else "2"]
+    environment = {"OMP_NUM_THREADS": "2"} | os.environ | {"PYTHONPATH": str(REPO), "HF_HUB_OFFLINE": "1"}
+    running, started = {}, time.perf_counter()
     for name, (options, _) in chosen.items():
-        command = [
-            sys.executable,
-            "recipes/llama2_alpaca_loldu.py",
-            *RUN.split(),
-            *options.split(),
-            "--max-steps",
-            steps,
-        ]
+        if "--quantize" in options and lacking(["bitsandbytes"]):
+            continue
+        command = [sys.executable, "recipes/llama2_alpaca_loldu.py", *RUN.split(), *options.split(), *steps]
+        where = ["--cache", str(folder / "cache"), "--output", str(folder / name)]
         with (folder / f"{name}.log").open("w") as log:
-            where = ["--cache", str(folder / "cache"), "--output", str(folder / name)]
-            environment = os.environ | {"PYTHONPATH": str(REPO), "HF_HUB_OFFLINE": "1"}
             running[name] = subprocess.Popen([*command, *where], stdout=log, stderr=log, cwd=REPO, env=environment)
     losses: dict[str, list[float]] = {}
 
-    def result(name: str) -> dict[str, Any]:
-        code, log = running[name].wait(), (folder / f"{name}.log").read_text()
+    def result(name: str) -> Any:
+        if name not in running:
+            return lacking(["bitsandbytes"])
+        code = ended(running[name], limit_s(plan) - (time.perf_counter() - started))
+        log = (folder / f"{name}.log").read_text(errors="replace")
         print(f"--- {name}\n{log}", flush=True)
+        last = (log.strip().splitlines() or ["its log is empty"])[-1]
+        if code is None:
+            raise TimeoutError(f"not ended after {limit_s(plan):g} s: {last}")
         if code:
-            raise RuntimeError(log.strip().splitlines()[-1])
+            raise RuntimeError(f"exit code {code}: {last}")
         events = [json.loads(line) for line in (folder / name / "events.jsonl").read_text().splitlines()]
         losses[name] = [event["loss"] for event in events if "loss" in event]
         found = {"loss": losses[name][-1], "s": time.perf_counter() - started, "lines": len(log.splitlines())}
         if same := chosen[name][1]:
+            if same not in losses:
+                raise ValueError(f"its loss is {found['loss']:.6f}; {same}, whose losses it must have, failed")
             far = max(abs(a - b) for a, b in zip(losses[name], losses[same], strict=True))
             found["from_" + same] = far
             if far > SAME:
@@ -163,28 +180,47 @@ def short_runs(plan: Plan) -> Steps:
     shutil.rmtree(folder, ignore_errors=True)
 
 
+def ended(process: subprocess.Popen[Any], within_s: float) -> int | None:
+    """The exit code; None, and the process is killed, if it does not end within this time."""
+    try:
+        return process.wait(max(0.1, within_s))
+    except subprocess.TimeoutExpired:
+        process.kill()
+        return None
+
+
 def gpu_tests(plan: Plan) -> Steps:
+    files = [file for file, packages in GPU_TESTS.items() if not lacking(packages)]
+
     def run_tests() -> dict[str, Any]:
-        report = Path(tempfile.mkdtemp()) / "tests.xml"
-        how = ["-m", "gpu", "-v", "-p", "no:cacheprovider", f"--junitxml={report}"]
-        how += ["--collect-only"] if plan.device == "cpu" else []
-        code = subprocess.run([sys.executable, "-m", "pytest", *how, *GPU_TESTS], cwd=REPO, check=False).returncode
-        if plan.device == "cpu":
-            return {"collected": code == 0}
-        return passed(report)
+        how = ["-m", "gpu", "-v", "-p", "no:cacheprovider", *(["--collect-only"] if plan.device == "cpu" else [])]
+        with tempfile.TemporaryFile("w+") as log:
+            process = subprocess.Popen([sys.executable, "-m", "pytest", *how, *files], cwd=REPO, stdout=log, stderr=log)
+            code = ended(process, limit_s(plan))
+            log.seek(0)
+            text = log.read()
+        print(text, flush=True)
+        return {"collected": code == 0} if plan.device == "cpu" else passed(text, whole=code is not None)
 
     yield "pytest -m gpu", run_tests
+    for file, packages in GPU_TESTS.items():
+        if file not in files:
+            yield file, functools.partial(lacking, packages)
 
 
-def passed(report: Path) -> dict[str, int]:
-    """Counts of a JUnit file. Raises ValueError if a test failed, or none passed: then nothing was tested."""
-    suite = ElementTree.parse(report).getroot().find("testsuite")
-    assert suite is not None
-    counts = {name: int(suite.get(name, 0)) for name in ("tests", "failures", "errors", "skipped")}
-    counts["passed"] = counts["tests"] - counts["failures"] - counts["errors"] - counts["skipped"]
-    if counts["failures"] or counts["errors"] or not counts["passed"]:
-        raise ValueError(f"{counts}; tests that need ../shared/data are skipped without it")
-    return counts
+OUTCOME = re.compile(r"^(\S+::.*?) (PASSED|FAILED|ERROR|SKIPPED)\b", re.MULTILINE)
+
+
+def passed(text: str, *, whole: bool) -> dict[str, Any]:
+    """Counts of what `pytest -v` wrote, whole or until it was stopped. Raises ValueError if a test failed, a file could
+    not be imported, or none passed: then nothing was tested."""
+    outcomes = OUTCOME.findall(text)
+    counts = {word.lower(): count for word, count in sorted(Counter(word for _, word in outcomes).items())}
+    bad = [name for name, word in outcomes if word in ("FAILED", "ERROR")] + re.findall(r"^ERROR (\S+)", text, re.M)
+    if bad or not counts.get("passed"):
+        more = f"bad: {', '.join(dict.fromkeys(bad))}" if bad else "tests that need ../shared/data skip without it"
+        raise ValueError(f"{counts}; {more}")
+    return counts if whole else {**counts, "stopped": "before the last test"}
 
 
 def training_bf16(plan: Plan) -> Steps:
