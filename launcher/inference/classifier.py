@@ -94,7 +94,9 @@ def batches(classifier: Classifier, items: Sequence[Item], size: int) -> Iterato
     device = next(classifier.model.parameters()).device
     for start in range(0, len(items), size):
         chosen = items[start : start + size]
-        batch = {name: each.to(device) for name, each in inputs(classifier, chosen).items()}
+        made = inputs(classifier, chosen)
+        short = truncated(classifier, chosen, made)
+        batch = {name: each.to(device) for name, each in made.items()}
         logits = classifier.model(**batch).logits.float().cpu()
         if not torch.isfinite(logits).all():
             raise ValueError("the logits are NaN or infinite: check the files, or give --dtype float32")
@@ -105,11 +107,23 @@ def batches(classifier: Classifier, items: Sequence[Item], size: int) -> Iterato
                     item=item,
                     value=classifier.classes[int(row.argmax())] if classifier.classes else float(row[0]),
                     probabilities=dict(zip(classifier.classes, share, strict=True)),
+                    truncated=cut,
                 )
-                for item, row, share in zip(chosen, logits, shares, strict=True)
+                for item, row, share, cut in zip(chosen, logits, shares, short, strict=True)
             ],
             logits,
         )
+
+
+def truncated(classifier: Classifier, items: Sequence[Item], made: Mapping[str, Tensor]) -> list[bool]:
+    """Which of the items have more tokens than the model reads of them."""
+    if classifier.processor is not None:
+        return [False] * len(items)
+    filled = made["attention_mask"].sum(-1) >= classifier.max_length
+    return [
+        bool(full) and len(classifier.tokenizer(*item.content(), verbose=False)["input_ids"]) > classifier.max_length
+        for item, full in zip(items, filled, strict=True)
+    ]
 
 
 def inputs(classifier: Classifier, items: Sequence[Item]) -> Mapping[str, Tensor]:

@@ -51,6 +51,9 @@ def predict(
                 print(line, file=out, flush=True)
             sums += counted(predictions, logits, classifier.classes)
             show(len(found))
+    if cut := sum(each.truncated for each in found):
+        most = classifier.max_length
+        _note(f"{cut} of {len(found)} texts have more than {most} tokens (--max-length): the rest was not read")
     if sums[-1]:
         _note(summary(sums, classifier.classes, len(found)))
     return found

@@ -21,6 +21,7 @@ class Prediction:
     item: Item
     value: float | str  # a number, or the likeliest class
     probabilities: dict[str, float]
+    truncated: bool = False  # only the beginning of the text was read
 
     @property
     def right(self) -> bool | None:
@@ -64,6 +65,8 @@ def as_json(each: Prediction, index: int, counts: bool, named: bool) -> str:
         line |= {"class": each.value, "probabilities": {k: round(v, 6) for k, v in each.probabilities.items()}}
     else:
         line["value"] = each.value
+    if each.truncated:
+        line["truncated"] = True
     if each.item.label is not None:
         line["expected"] = each.item.label
         if each.probabilities:

@@ -75,6 +75,19 @@ def test_a_text_alone_gets_the_prediction_that_it_gets_in_a_file(sentences, caps
     )
 
 
+def test_texts_of_which_only_the_beginning_is_read_are_counted(sentences, tmp_path, capsys):
+    folder, _, data = sentences
+    texts = ["a film", "a film " * 40, "not " * 40]
+    (tmp_path / "texts.jsonl").write_text("".join(json.dumps({"sentence": text}) + "\n" for text in texts))
+
+    found = lines(folder, Classifying(max_length=16), data=str(tmp_path / "texts.jsonl"))
+
+    assert [line.get("truncated", False) for line in found] == [False, True, True]
+    assert "2 of 3 texts have more than 16 tokens (--max-length): the rest was not read" in capsys.readouterr().err
+    lines(folder, data=str(data), limit=2)
+    assert "--max-length" not in capsys.readouterr().err
+
+
 def test_records_without_labels_are_classified_and_nothing_is_scored(sentences, tmp_path, capsys):
     folder, _, data = sentences
     unlabelled = tmp_path / "new.jsonl"
