@@ -13,11 +13,13 @@ from launcher.training.loop import learning_rate_at
 
 # The learning rate of each step follows from these, and from the number of steps.
 SCHEDULE = ("learning_rate", "schedule", "warmup_ratio", "max_steps", "epochs")
-# These act on each step; they are compared one by one.
-UPDATE = (
-    "optimizer", "weight_decay", "adam_beta1", "adam_beta2", "clip_norm", "projection_rank", "projection_every",
-)  # fmt: skip
-EACH_SAMPLE = ("random_crop", "random_flip")  # these act on each sample
+CURVE = {  # what else a learning curve follows from, besides the run's identity
+    "model": ("train_text_encoder",),
+    "data": ("random_crop", "random_flip"),
+    "optimizer": (
+        "optimizer", "weight_decay", "adam_beta1", "adam_beta2", "clip_norm", "projection_rank", "projection_every",
+    ),
+}  # fmt: skip
 # Paths, and settings of this start only.
 NOT_COMPARED = {"output", "resume", "accept_changes", "cache", "cache_per_node", "verify_base", "max_seconds"}
 
@@ -38,12 +40,13 @@ def changes(recorded: Mapping[str, Any], config: Config, steps: int) -> Changes:
     before, now = recorded["config"], as_dict(config)
     differ = {
         (part, name): f"--{name.replace('_', '-')} {_shown(value)} (was {_shown(before[part][name])})"
-        for part in ("data", "optimizer", "run")
+        for part in ("model", "data", "optimizer", "run")
         for name, value in now[part].items()
         if name in before.get(part, {}) and before[part][name] != value and name not in NOT_COMPARED
+        if part != "model" or name in CURVE["model"]  # the rest is in the identity, or changes nothing
     }
     scheduled = has_schedule(peft_config(config.adapter)) and steps != recorded["resolved"]["steps"]
-    curve = {key: text for key, text in differ.items() if key[1] in (UPDATE if key[0] == "optimizer" else EACH_SAMPLE)}
+    curve = {(part, name): text for (part, name), text in differ.items() if name in CURVE.get(part, ())}
     if scheduled or _other_learning_rates(before["optimizer"], recorded["resolved"]["steps"], config.optimizer, steps):
         curve |= {key: text for key, text in differ.items() if key[0] == "optimizer" and key[1] in SCHEDULE}
     other = [text for key, text in differ.items() if key not in curve]

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from launcher.config import Config, DataConfig, OptimizerConfig, RunConfig, as_dict
+from launcher.config import Config, DataConfig, ModelConfig, OptimizerConfig, RunConfig, as_dict
 from launcher.training.changes import changes
 from launcher.training.loop import learning_rate_at
 from launcher.training.run import run
@@ -39,6 +39,16 @@ def test_a_setting_that_changes_a_step_changes_the_curve(before, change, steps, 
     found = compared(before, replace(before, **change), steps=steps)
 
     assert found.curve == (named,)
+
+
+def test_what_is_trained_of_a_pipeline_belongs_to_the_curve():
+    began = Config(model=ModelConfig(train_text_encoder=True), optimizer=COSINE)
+    now = Config(model=ModelConfig(attention="sdpa"), optimizer=COSINE)
+
+    found = changes({"config": as_dict(began), "resolved": {"steps": 10}}, now, 10)
+
+    assert found.curve == ("--train-text-encoder False (was True)",)
+    assert found.other == ()
 
 
 @pytest.mark.parametrize(
