@@ -33,6 +33,7 @@ class TrainingState:
     best_step: Step = 0
     worse: Count = 0  # evaluations since the best one
     evaluated: Annotated[int, Field(ge=-1, lt=10**12)] = -1  # the step of the last evaluation
+    held_out: Annotated[str, Field(pattern=r"^([0-9a-f]{64})?\z")] = ""  # digest of the samples that it used
 
     __pydantic_config__ = ConfigDict(extra="forbid", strict=True)
 

@@ -118,6 +118,7 @@ class _Loop:
         self.state = TrainingState(**resume.meta["progress"]) if resume else TrainingState()
         if resume:
             training.comm.together("restoring", lambda: restore(training, resume))
+        self.compare_held_out()
         seal = resume.meta["events"] if resume else None
         file, is_main = training.output / "events.jsonl", training.comm.ranks.is_main
         with disk_errors("events", training.output, "give --output elsewhere"):
@@ -197,6 +198,22 @@ class _Loop:
             f"the loss is {loss:.4g} at step {number} and {error}; {where}. Nothing was updated, and what is saved is "
             f"sound: lower --learning-rate {self.config.optimizer.learning_rate}, or take such samples out"
         )
+
+    def compare_held_out(self) -> None:
+        """Forget the best loss if it is that of other samples."""
+        state, held_out = self.state, self.training.samples.held_out
+        if held_out is None:
+            return
+        digest = held_out.digest()
+        if state.held_out not in ("", digest):
+            if self.training.comm.ranks.is_main:
+                log.warning(
+                    "the held-out samples are not those that this run was evaluated on until step %d: losses before "
+                    "and after it cannot be compared, and the best loss and --patience start anew",
+                    state.step,
+                )
+            state.best_loss, state.best_step, state.worse = math.inf, 0, 0
+        state.held_out = digest
 
     def evaluate(self) -> bool:
         """Evaluate on the held-out samples; returns False if a rank was asked to stop meanwhile."""

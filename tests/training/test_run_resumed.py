@@ -65,6 +65,33 @@ def test_a_resumed_run_is_the_uninterrupted_one_bit_for_bit(small, tmp_path):
     assert all(torch.equal(again[name], once[name]) for name in once)
 
 
+def test_a_best_loss_on_other_records_is_forgotten(small, tmp_path, capsys):
+    """The file of held-out records is rewritten; --patience would count on against the old best loss."""
+    file = tmp_path / "held_out.json"
+    records = [record for record in json.loads(Path(small.data.data).read_text()) if len(record["instruction"]) < 40]
+    file.write_text(json.dumps(records[:20]))
+    begun = with_run(small, eval_every=1)
+    begun = replace(begun, data=replace(begun.data, eval_data=str(file), eval_records=0))
+    begun = replace(begun, optimizer=replace(begun.optimizer, schedule="constant", max_steps=2))
+    run(begun, "test")
+    folder = Path(begun.run.output)
+    said = "the held-out samples are not those that this run was evaluated on until step 2"
+
+    file.write_text(json.dumps([{**record, "output": "zyx wvu tsr"} for record in records[:20]]))
+    run(replace(begun, optimizer=replace(begun.optimizer, max_steps=4)), "test")
+
+    assert said in " ".join(capsys.readouterr().out.split())
+    before, after = (
+        json.loads((folder / "checkpoints" / f"step-00000{step}" / "index.json").read_text())["meta"]["progress"]
+        for step in (2, 4)
+    )
+    assert after["held_out"] != before["held_out"]
+    assert after["best_step"] > 2  # on the old records step 2 was better than any on these
+    assert before["best_loss"] < after["best_loss"]
+    run(replace(begun, optimizer=replace(begun.optimizer, max_steps=5)), "test")
+    assert "held-out samples are not those" not in " ".join(capsys.readouterr().out.split())
+
+
 def test_checkpoints_in_the_background_are_the_same(small, tmp_path):
     behind = with_run(small, output=str(tmp_path / "behind"), async_save=True, save_every=1, keep_last=2)
     run(small, "test")
