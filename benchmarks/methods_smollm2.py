@@ -1,11 +1,11 @@
 """Methods side by side on a real instruction model, SmolLM2-135M-Instruct: methods.py --model smollm2.
 
-Alpaca (the first 5,000 records, SmolLM2's own chat template, 256 tokens at most) in bfloat16, all linear layers, steps
-of 8 samples. The learning rate is searched on 100 held-out records with seed 0 and 60 steps, as methods.py does, LoRA's
-as widely as ours; then two other seeds are evaluated on 200 other records. Methods of LONG train 240 steps too, at the
-same learning rate. Methods of CHOICE are tuned on the train files of ARC-Easy, OpenBookQA and BoolQ, each with its own
-search by held-out loss, and evaluated by `loldu eval`: accuracy by likelihood on the first 300 questions of the test
-file, the base beside.
+Alpaca (the first 5,000 records, SmolLM2's own chat template, 256 tokens at most) in bfloat16, all linear layers unless
+named, steps of 8 samples. The learning rate is searched on 100 held-out records with seed 0 and 60 steps, as methods.py
+does, LoRA's as widely as ours; then two other seeds are evaluated on 200 other records. Methods of LONG train 240 steps
+too, at the same learning rate. Methods of CHOICE are tuned on the train files of ARC-Easy, OpenBookQA and BoolQ, each
+with its own search by held-out loss, and evaluated by `loldu eval`: accuracy by likelihood on the first 300 questions
+of the test file, the base beside.
 
 One run takes two to five minutes of one core. The model comes from FOLDER/models/get-smollm2, once, into
 ~/.cache/loldu-tests; frozen factors stay in LoLDU's usual cache.
@@ -44,13 +44,20 @@ METHODS: dict[str, dict[str, Any]] = {
     "full fine-tuning": {"method": "full", "rate": 1e-4},
     "LoLDU, r 64": {"rank": 64, "rate": 1e-3},
     "LoLDU": {"rank": FULL, "rate": 1e-3},
-    "SVFit": {"method": "svfit", "rank": FULL, "rate": 3e-2},
+    "LoRA, r 1 on q, v, o": {
+        "method": "lora", "rank": 1, "targets": ("q_proj", "v_proj", "o_proj"), "options": {"lora_alpha": 2},
+        "rate": 3e-3,
+    },
+    "LoRA, r 1 on v": {
+        "method": "lora", "rank": 1, "targets": ("v_proj",), "options": {"lora_alpha": 2}, "rate": 1e-2,
+    },
+    "SVFit, r 575": {"method": "svfit", "rank": 575, "rate": 3e-2},  # two weights have 575 directions of 576
     "IA3, outputs of every linear layer": {"method": "ia3", "options": {"feedforward_modules": []}, "rate": 3e-2},
     "LoRA-XS, r 21": {"method": "loraxs", "rank": 21, "rate": 3e-3},
     "LoRA, r 64": {"method": "lora", "rank": 64, "options": {"lora_alpha": 128}, "rate": 3e-4},
     "DoRA, r 8": {"method": "lora", "rank": 8, "options": {"lora_alpha": 16, "use_dora": True}, "rate": 1e-3},
     "LoRA-SB, r 21": {"method": "lorasb", "rank": 21, "rate": 1e-3},
-}
+}  # fmt: skip
 CHOICE = (
     "LoLDU, directions normalised, r 64",
     "LoRA, r 8",
@@ -85,7 +92,7 @@ def adapter_of(name: str) -> AdapterConfig:
     return AdapterConfig(
         method=spec.get("method", "loldu"),
         rank=spec.get("rank", 8),
-        targets=ALL,
+        targets=spec.get("targets", ALL),
         options=tuple(f"{option}={json.dumps(value)}" for option, value in spec.get("options", {}).items()),
     )
 
