@@ -30,6 +30,7 @@ BELOW_TRAINING = {"adapters", "launcher.availability", "launcher.methods", *SMAL
 MAY_IMPORT = {  # beside itself; in the order in which data flows
     "adapters": set(),  # they run on a laptop with no launcher in sight
     "launcher.shipped": set(),
+    "launcher.run_folder": set(),
     "launcher.engines.registry": {"launcher.shipped"},  # plain data: what each engine can do
     "launcher.tasks.registry": set(),
     "launcher.optimizers": set(),
@@ -74,7 +75,7 @@ MAY_IMPORT = {  # beside itself; in the order in which data flows
     },
     "launcher.training": {
         "launcher.text", "launcher.reports", "launcher.training.checkpoint", "launcher.training.checkpoint_index",
-        "launcher.main_memory",
+        "launcher.main_memory", "launcher.run_folder",
         *BELOW_TRAINING,
     },
     "launcher.evaluation": {
@@ -89,11 +90,11 @@ MAY_IMPORT = {  # beside itself; in the order in which data flows
         "adapters", "launcher.main_memory", "launcher.options", "launcher.text", "launcher.inference", *SMALL, *ROOMS,
     },
     # reads what runs wrote, without torch
-    "launcher.reports": {"launcher.exit_codes", "launcher.files", "launcher.text"},
+    "launcher.reports": {"launcher.exit_codes", "launcher.files", "launcher.run_folder", "launcher.text"},
     # starts commands, and knows only how they end and which packages they need
     "launcher.cluster": {
         "launcher.exit_codes", "launcher.files", "launcher.packages", "launcher.engines.registry", "launcher.text",
-        "launcher.recipes", "launcher.options", "launcher.start",
+        "launcher.recipes", "launcher.options", "launcher.run_folder", "launcher.start",
     },
     "launcher.sweeps": {  # starts runs, and compares them by their reports
         "launcher.config", "launcher.exit_codes", "launcher.files", "launcher.methods", "launcher.options",

@@ -17,11 +17,12 @@ from typing import Any
 
 from launcher.files import disk_errors, open_regular, parse_json, read_json, read_or_empty, user_path, write_atomically
 from launcher.recipes import run_name
+from launcher.run_folder import BEGUN
 from launcher.text import one_line
 
 RUNS = Path("runs")
 STEP = re.compile(r"step-(\d{6,})", re.ASCII)
-OUR_FILES = {"control", "error", "events", "events.jsonl", "job.json", "job.sbatch", "logs", "state"}
+OUR_FILES = {*BEGUN, "events.jsonl"}
 OUR_PATTERN = re.compile(r"slurm-.*|task-\d+|\..*\.(tmp|probe)", re.ASCII)
 
 

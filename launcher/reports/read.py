@@ -15,6 +15,7 @@ import numpy as np
 from safetensors import SafetensorError, safe_open
 
 from launcher.files import open_regular, parse_json, read_json, read_or_empty
+from launcher.run_folder import foreign
 from launcher.text import one_line
 
 Line = dict[str, Any]
@@ -108,13 +109,11 @@ def read_run(folder: Path) -> Run:
 
 
 def _begins(folder: Path) -> bool:
-    """Whether a folder without config.json holds nothing but what a run, or the job that starts it, writes before."""
-    before = {"state", "error", "control", "events", "job.sbatch", "job.json", "logs"}
+    """Whether a folder without config.json may be that of a run that has only begun."""
     try:
-        names = [path.name for path in folder.iterdir()]
+        return not foreign(folder)
     except OSError:
         return False
-    return all(name in before or name.startswith((".", "slurm-")) for name in names)
 
 
 def _no_run(folder: Path, error: OSError) -> str:

@@ -28,6 +28,7 @@ from launcher.files import (
 from launcher.models.denoiser import save_adapter
 from launcher.processes import Communicator, Ranks, agreed, nodes_without
 from launcher.progress import growth, silent
+from launcher.run_folder import foreign
 from launcher.text import one_line, without_secrets
 from launcher.training import checkpoint
 from launcher.training.changes import changes
@@ -105,7 +106,7 @@ def prepare(
         return str(folder), None if found is None else str(found.folder)
 
     def named_folder() -> Path:
-        if output.exists() and not _is_run(output) and any(_foreign(output)):
+        if output.exists() and not _is_run(output) and any(foreign(output)):
             raise ValueError(f"{output} is not a run folder and not empty: give another --output")
         results = [output / f"{name}{end}" for name in ("adapter", "model") for end in ("", ".tmp")]
         checkpoint.refuse_links(output / "checkpoints", *results)
@@ -210,14 +211,6 @@ def _is_run(folder: Path) -> bool:
         return isinstance(read_json(folder / "config.json", CONFIG_BYTES)["identity"], dict)
     except (OSError, ValueError, KeyError, TypeError):
         return False
-
-
-def _foreign(output: Path) -> list[Path]:
-    """What in a folder without config.json is not ours: a cluster job puts its script, logs and control file there, and
-    a start that was killed may leave a file it was about to rename."""
-    known = {"state", "error", "control", "events", "job.sbatch", "job.json", "logs"}
-    ours = ("slurm-*", ".*.tmp", ".*.probe", ".owner-*")
-    return [path for path in output.iterdir() if path.name not in known and not any(map(path.match, ours))]
 
 
 def _same_run(identity: dict[str, Any], saved: dict[str, Any], where: Path) -> None:
