@@ -1,7 +1,7 @@
 """A content-addressed cache of factors on disk: one safetensors file per weight, and an index for warm starts.
 
     factors/<key>.safetensors    key = sha256 over the recipe and the bytes that determine the factors (`content_key`)
-    tokenised/<key>.safetensors  the tokenised data sets of launcher/data/tokenised.py; prune counts them too
+    tokenised/<key>.safetensors  the tokenised data sets of launcher/data/token_cache.py; prune counts them too
     index/<sha256>.json          (checkpoint file, its size and time, tensor, options) -> key, one small file per entry;
                                  (key, user) -> seal of the factors that this user has made, or compared with the weight
 

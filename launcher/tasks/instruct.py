@@ -20,7 +20,7 @@ from launcher.data.crew import ALONE, Crew
 from launcher.data.encode import encode
 from launcher.data.encoded import Encoded
 from launcher.data.stored import store_splits, stored_splits
-from launcher.data.tokenised import encode_once, encoded_before
+from launcher.data.token_cache import encode_once, encoded_before
 from launcher.models.generation import answer
 from launcher.tasks.base import NextToken, Question, Sampled, Samples, Table, Task, sampled
 from launcher.tasks.evaluation import Evaluation

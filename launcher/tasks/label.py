@@ -32,7 +32,7 @@ from launcher.data.crew import ALONE, Crew
 from launcher.data.encoded import DataReport, Encoded, Part, Tally, encoded, groups
 from launcher.data.files import holds_csv
 from launcher.data.limits import check_length
-from launcher.data.tokenised import encode_once
+from launcher.data.token_cache import encode_once
 from launcher.tasks import label_images
 from launcher.tasks.base import Batch, Layout, Sampled, Samples, Task, sampled
 from launcher.tasks.classifier import Classifier

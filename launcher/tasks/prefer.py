@@ -32,7 +32,7 @@ from launcher.data.crew import Crew
 from launcher.data.encode import Encoder
 from launcher.data.encoded import DataReport, Encoded, Part, Tally, encoded
 from launcher.data.pairs import load_pairs
-from launcher.data.tokenised import encode_once, encoded_before
+from launcher.data.token_cache import encode_once, encoded_before
 from launcher.tasks.base import Batch, Layout, Sampled, Samples, Task, sampled
 from launcher.tasks.evaluation import Evaluation
 from launcher.tasks.instruct import Instruct, questions_of

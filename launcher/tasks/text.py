@@ -2,7 +2,7 @@
 
 Each text is enclosed by the tokenizer's start and end tokens, unless it has them itself. A text of more than
 --max-length tokens becomes several samples, each beginning with the last token of the one before: every token is
-predicted exactly once. To limit memory, a very long text is tokenised in parts; a warning says so, because tokens where
+predicted exactly once. To limit memory, a very long text is tokenised in parts, with a warning, because tokens where
 two parts meet may differ.
 """
 
@@ -29,7 +29,7 @@ from launcher.data.encoded import CHARACTERS_AT_ONCE, DataReport, Encoded, Encod
 from launcher.data.files import each_row
 from launcher.data.stored import store_splits, stored_splits
 from launcher.data.templates import Template, lacking
-from launcher.data.tokenised import encode_once, encoded_before
+from launcher.data.token_cache import encode_once, encoded_before
 from launcher.tasks.base import NextToken, Sampled, Samples, Task, sampled
 from launcher.tasks.evaluation import Evaluation
 

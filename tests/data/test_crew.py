@@ -14,11 +14,11 @@ import torch
 from transformers import AutoTokenizer
 
 from launcher.config import DataConfig
-from launcher.data import encode, encoded, records, tokenised
+from launcher.data import encode, encoded, records, token_cache
 from launcher.data.crew import ALONE, Crew
 from launcher.data.stored import store_splits, stored_splits
 from launcher.data.templates import frame, template_of
-from launcher.data.tokenised import encode_once
+from launcher.data.token_cache import encode_once
 from launcher.data.tokens import stop_ids
 from launcher.factorization import cache, watch
 from launcher.processes import Ranks, Stopped
@@ -36,7 +36,7 @@ def tokenizer(stories):
 @pytest.fixture(autouse=True)
 def small_chunks(monkeypatch):
     monkeypatch.setattr(encoded, "CHUNK", 3)
-    monkeypatch.setattr(tokenised, "CHUNK", 3)
+    monkeypatch.setattr(token_cache, "CHUNK", 3)
 
 
 def two_nodes(rank: int, world: int) -> Ranks:
@@ -89,7 +89,7 @@ def test_the_tokens_are_mapped_and_not_copied(tokenizer, tmp_path):
 def test_the_key_is_the_hash_of_one_json_text(tokenizer, tmp_path):
     template = template_of(SETTINGS, RECORDS[0], tokenizer)
     depends_on = [
-        tokenised.FORMAT, tokenised.tokenizers.__version__, tokenizer.backend_tokenizer.to_str(),
+        token_cache.FORMAT, token_cache.tokenizers.__version__, tokenizer.backend_tokenizer.to_str(),
         str(tokenizer.special_tokens_map), template, frame(template, tokenizer), sorted(stop_ids(tokenizer)),
         SETTINGS.max_length, SETTINGS.loss_on, SETTINGS.on_bad_record, RECORDS,
     ]  # fmt: skip
@@ -99,7 +99,7 @@ def test_the_key_is_the_hash_of_one_json_text(tokenizer, tmp_path):
 
     assert [file.stem for file in (tmp_path / "tokenised").iterdir()] == [expected]
     stored = stored_in(tmp_path / "work", replace(SETTINGS, data=write(tmp_path, "a.json", RECORDS), eval_records=0))[0]
-    assert tokenised._key(stored, tokenizer, SETTINGS) == expected
+    assert token_cache._key(stored, tokenizer, SETTINGS) == expected
 
 
 def test_only_the_machine_that_lacks_the_file_makes_it(tokenizer, tmp_path):
@@ -136,7 +136,7 @@ def test_two_jobs_at_once_end_with_one_good_file(tokenizer, tmp_path):
     assert len({each.digest() for each in results}) == 1
     assert len(results) == 4
     [file] = (tmp_path / "tokenised").iterdir()
-    assert tokenised._verified(file) == results[0].digest()
+    assert token_cache._verified(file) == results[0].digest()
 
 
 def test_a_cache_that_cannot_be_written_still_gives_mapped_tokens_to_all(tokenizer, tmp_path, caplog):

@@ -9,6 +9,7 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
+from labelled_rows import config, write
 from launching import Runs
 from peft import get_peft_model_state_dict
 from tokenizers import Tokenizer
@@ -29,7 +30,7 @@ from transformers import (
 
 from adapters import LoLDUConfig
 from launcher.config import AdapterConfig, Config, DataConfig, ModelConfig, OptimizerConfig, RunConfig
-from launcher.data import tokenised
+from launcher.data import token_cache
 from launcher.data.crew import Crew
 from launcher.data.limits import Limits
 from launcher.models.build import build
@@ -49,16 +50,6 @@ from tests.communicators import together
 @pytest.fixture
 def tokenizer(tiny_roberta):
     return AutoTokenizer.from_pretrained(tiny_roberta)
-
-
-def write(folder, rows, name="rows.json"):
-    path = folder / name
-    path.write_text(json.dumps(rows))
-    return str(path)
-
-
-def config(data, **values):
-    return DataConfig(**{"data": data, "text_columns": ("sentence",), "max_length": 48, **values})
 
 
 def training_of(model, pad_id=0, *, train=None, held_out=None, world_size=1):
@@ -116,7 +107,7 @@ def test_processes_share_the_work_and_the_next_start_finds_it(segments, tokenize
         tokenizer.backend_tokenizer.post_processor = TemplateProcessing(
             single="<s> $A </s>", pair=pair, special_tokens=special
         )
-    monkeypatch.setattr(tokenised, "CHUNK", 5)
+    monkeypatch.setattr(token_cache, "CHUNK", 5)
     parts, own = [], label.LabelEncoder.part
     monkeypatch.setattr(label.LabelEncoder, "part", lambda self, some: parts.append(len(some)) or own(self, some))
     train, held_out, classes = label.load_splits(settings.data)
@@ -432,116 +423,6 @@ def test_a_constant_prediction_has_correlation_zero():
     assert labels_module.metrics(sums, ("no", "yes")) == {"accuracy": 0.75, "correlation": 0.0}
 
 
-ROW = {"sentence": "good", "label": 1}
-
-
-@pytest.mark.parametrize(
-    ("rows", "message"),
-    [
-        ([], "no rows"),
-        ([ROW, {"text": "good", "label": 0}], "record 1.*no 'sentence'.*text, label"),
-        ([ROW, {"sentence": 3, "label": 0}], "record 1.*'sentence' is a text"),
-        ([ROW, {"sentence": "bad"}], "record 1.*'label'.*its columns: sentence"),
-        ([ROW, {"sentence": "bad", "label": None}], "record 1.*'label'.*NoneType"),
-        ([ROW, {"sentence": "bad", "label": -1}], "record 1.*unlabelled.*another split"),
-        ([ROW, {"sentence": "bad", "label": "no"}], "record 1.*'no'.*record 0 has 1"),
-        ([ROW, ROW], "all 2 training rows have the label 1"),
-        ([ROW, {"sentence": "bad", "label": 3}], r"from 0 without gaps.*\[1, 3\]"),
-        (["good"], "record 0.*is a str"),
-    ],
-)
-def test_a_mistake_in_the_rows_is_named(rows, message, tmp_path):
-    with pytest.raises(ValueError, match=message):
-        label.load_splits(config(write(tmp_path, rows)))
-
-
-def csv_of(folder, *labels, name="rows.csv"):
-    path = folder / name
-    path.write_text("sentence,label\n" + "".join(f"text {i},{label}\n" for i, label in enumerate(labels)))
-    return str(path)
-
-
-@pytest.mark.parametrize("name", ["rows.csv", "folder/train.csv"])
-def test_whole_numbers_in_a_csv_file_are_classes_in_the_order_of_numbers(name, tmp_path):
-    """As text they would be ordered 0, 1, 10, 2: a base that has a head already would learn other classes."""
-    (tmp_path / "folder").mkdir()
-    source = csv_of(tmp_path, *range(11), name=name)
-
-    rows, _, classes = label.load_splits(config(str(Path(source).parent) if "/" in name else source))
-
-    assert classes == tuple(map(str, range(11)))
-    assert [row["label"] for row in rows] == list(range(11))
-
-
-def test_numbers_with_a_fraction_in_a_csv_file_are_predicted_as_numbers(tmp_path, tokenizer):
-    """As text each of them would be a class of its own."""
-    settings = config(csv_of(tmp_path, "0.5", "-2", "3e1"), eval_data=csv_of(tmp_path, 1, 2, name="held.csv"))
-
-    rows, held_out, classes = label.load_splits(settings)
-
-    assert classes == ()
-    assert label.encode(rows, classes, tokenizer, settings).labels.tolist() == [0.5, -2.0, 30.0]
-    assert label.encode(held_out, classes, tokenizer, settings).labels.tolist() == [1.0, 2.0]
-
-
-@pytest.mark.parametrize("labels", [[0.5, -2, 3], [-2, 0.5, 3], [-1.0, 1, 2]])
-def test_whole_and_negative_numbers_beside_fractions_are_numbers(labels, tmp_path):
-    rows = [{"sentence": "a", "label": value} for value in labels]
-
-    train, held_out, classes = label.load_splits(
-        config(write(tmp_path, rows), eval_data=write(tmp_path, [{"sentence": "a", "label": -3}], "held.json"))
-    )
-
-    assert classes == ()
-    assert [row["label"] for row in train] == labels
-    assert [row["label"] for row in held_out] == [-3]
-
-
-@pytest.mark.parametrize("train", [[0, 1], [0.5, 1.5]])
-@pytest.mark.parametrize("unlabelled", [-1, -1.0])
-def test_held_out_rows_without_labels_are_refused(train, unlabelled, tmp_path):
-    data = write(tmp_path, [{"sentence": "a", "label": value} for value in train])
-    held = write(tmp_path, [{"sentence": "a", "label": unlabelled}] * 2, "held.json")
-
-    with pytest.raises(ValueError, match=r"held\.json has the label -1.* unlabelled"):
-        label.load_splits(config(data, eval_data=held))
-
-
-def test_names_in_a_csv_file_stay_names(tmp_path):
-    _, _, classes = label.load_splits(config(csv_of(tmp_path, "good", "bad", "7")))
-
-    assert classes == ("7", "bad", "good")
-
-
-@pytest.mark.parametrize(
-    ("labels", "message"),
-    [
-        ((0.5, 1.5, "n/a"), r"numbers for labels \(0\.5, \.\.\.\), but record 2 has 'n/a': give it a number"),
-        ((0, 1, -1), "record 2 of .* has the label -1: it is unlabelled"),
-        ((0, 2), r"from 0 without gaps.*\[0, 2\]: number them so, or give them names"),
-        ((0, 1, ""), "record 2 of .* has an empty 'label'"),
-    ],
-)
-def test_labels_of_a_csv_file_that_cannot_be_meant_are_refused(labels, message, tmp_path):
-    with pytest.raises(ValueError, match=message):
-        label.load_splits(config(csv_of(tmp_path, *labels)))
-
-
-def test_numbers_with_a_fraction_in_quotes_are_refused(tmp_path):
-    rows = write(tmp_path, [{"sentence": "good", "label": "0.5"}, {"sentence": "bad", "label": "0.25"}])
-
-    with pytest.raises(ValueError, match=r"numbers as text \('0\.5'\) for labels: write them unquoted"):
-        label.load_splits(config(rows))
-
-
-def test_a_held_out_label_that_training_does_not_know_is_named(tmp_path):
-    train = write(tmp_path, [ROW, {"sentence": "bad", "label": 0}])
-    held_out = write(tmp_path, [ROW, {"sentence": "so", "label": 2}], "held.json")
-
-    with pytest.raises(ValueError, match=r"record 1 of .*held\.json has the label 2.*0, 1"):
-        label.load_splits(config(train, eval_data=held_out))
-
-
 @pytest.mark.parametrize(
     ("part", "change"),
     [
@@ -557,34 +438,3 @@ def test_settings_that_classification_does_not_support_are_refused(part, change)
 
     with pytest.raises(ValueError, match=r"text[_-]columns"):
         resolve(replace(whole, **{part: replace(getattr(whole, part), **change)}), Ranks())
-
-
-@pytest.mark.parametrize(
-    ("rows", "message"),
-    [
-        (
-            [{"sentence": "a", "label": float("nan")}, {"sentence": "b", "label": 1.5}],
-            "record 0 .* label nan, no number",
-        ),
-        ([{"sentence": "a", "label": 1.5}, {"sentence": "b", "label": 10**400}], "record 1 .* no number to learn"),
-        ([{"sentence": " ", "label": 0}, {"sentence": "b", "label": 1}], "record 0 .* no text in 'sentence'"),
-        ([{"sentence": "a", "label": " x"}, {"sentence": "b", "label": "x"}], "labels ' x' and 'x', .* two classes"),
-    ],
-)
-def test_labels_and_texts_that_teach_nothing_are_refused(rows, message, tmp_path):
-    file = tmp_path / "rows.jsonl"
-    file.write_text("\n".join(map(json.dumps, rows)))
-
-    with pytest.raises(ValueError, match=message):
-        label.load_splits(DataConfig(data=str(file), text_columns=("sentence",)))
-
-
-@pytest.mark.parametrize(("labels", "warned"), [([0.0, 1.0], True), ([0.5, 1.0], False), ([0, 1], False)])
-def test_classes_that_became_fractions_are_a_warning(labels, warned, tmp_path, caplog):
-    """pandas does so to whole numbers if one of them was missing."""
-    file = tmp_path / "rows.jsonl"
-    file.write_text("\n".join(json.dumps({"sentence": "a", "label": each}) for each in labels))
-
-    label.load_splits(DataConfig(data=str(file), text_columns=("sentence",)))
-
-    assert ("written with a fraction (0.0, ...), so numbers are predicted" in caplog.text) == warned

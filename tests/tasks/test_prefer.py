@@ -13,7 +13,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from adapters import LoLDUConfig
 from launcher.config import AdapterConfig, Config, DataConfig, ModelConfig, OptimizerConfig, RunConfig
-from launcher.data import tokenised
+from launcher.data import token_cache
 from launcher.data.crew import Crew
 from launcher.data.pairs import load_pairs
 from launcher.data.templates import load_template
@@ -93,7 +93,7 @@ def test_processes_share_the_work_and_the_next_start_finds_it(config, tokenizer,
     rows = [{"prompt": "and " * (i % 30), "chosen": "yes " * (i % 7 + 1), "rejected": "no " * 9} for i in range(1, 48)]
     (tmp_path / "pairs.json").write_text(json.dumps(rows))
     config = replace(config, data=replace(config.data, max_length=80))
-    monkeypatch.setattr(tokenised, "CHUNK", 5)
+    monkeypatch.setattr(token_cache, "CHUNK", 5)
     parts, own = [], prefer.PairEncoder.part
     monkeypatch.setattr(prefer.PairEncoder, "part", lambda self, some: parts.append(len(some)) or own(self, some))
     train, held_out = prefer.TASK._pairs(config.data)

@@ -11,7 +11,7 @@ from launching import REPO
 from transformers import AutoTokenizer
 
 from launcher.config import AdapterConfig, Config, DataConfig, ModelConfig, OptimizerConfig, RunConfig
-from launcher.data import tokenised
+from launcher.data import token_cache
 from launcher.data.crew import Crew
 from launcher.processes import Ranks
 from launcher.tasks import text
@@ -99,7 +99,7 @@ def test_every_token_of_a_long_text_is_predicted_exactly_once(tokenizer):
 
 def test_processes_share_the_work_and_the_next_start_finds_it(config, tokenizer, tmp_path, monkeypatch):
     """The tokens are those that are made in memory, and so is the digest that a resume compares."""
-    monkeypatch.setattr(tokenised, "CHUNK", 5)
+    monkeypatch.setattr(token_cache, "CHUNK", 5)
     rows = [{"text": f"{number} stories " * (number % 7 + 1)} for number in range(48)]
     (tmp_path / "texts.json").write_text(json.dumps(rows))
     parts, own = [], text.TextEncoder.part

@@ -7,8 +7,8 @@ import torch
 from transformers import AutoTokenizer
 
 from launcher.config import DataConfig
-from launcher.data import encode, tokenised
-from launcher.data.tokenised import encode_once
+from launcher.data import encode, token_cache
+from launcher.data.token_cache import encode_once
 from launcher.factorization import cache
 
 RECORDS = [{"instruction": f"Say {n}.", "input": "", "output": "yes " * n} for n in range(1, 9)]
@@ -29,8 +29,8 @@ def encoded(monkeypatch):
         made.append(records)
         return make(records, *rest, **how)
 
-    make = tokenised._make
-    monkeypatch.setattr(tokenised, "_make", counting)
+    make = token_cache._make
+    monkeypatch.setattr(token_cache, "_make", counting)
     return made
 
 
