@@ -7,7 +7,7 @@
 Each section is a separate process with a budget of seconds. One that fails, hangs or runs out of memory is reported
 with its results so far, and the others continue. Every measurement is written when it ends, so a suite that is cut off
 keeps its results so far. Logs are in the folder beside the results, or in --logs. The suite ends --seconds after it was
-started. A section, run or test that needs a package which is not installed says so, and the others are measured.
+started. A section, run or test whose package is not installed is reported as not measured, and the others are.
 
     bf16       Llama-2-7B's shapes, random weights made on the device: tokens/s, peak memory and seconds to make the
                factors, for the frozen floor (gradient through the inputs only), ours and PEFT's LoRA, ranks 64 and 256.

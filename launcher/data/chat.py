@@ -365,10 +365,8 @@ def _dropped(record: dict[str, Any], texts: Sequence[str], chat: Chat) -> Counte
     for message in record["messages"]:
         content, reasoning = message.get("content") or "", message.get("reasoning_content") or ""
         said = content.rpartition("</think>")[2] if message["role"] == "assistant" else content
-        forms = {
-            said.strip(),
-            json.dumps(said.strip(), ensure_ascii=False)[1:-1],
-        }  # some write results of tools as JSON
+        # Some templates write results of tools as JSON.
+        forms = (said.strip(), json.dumps(said.strip(), ensure_ascii=False)[1:-1])
         if not any(form in text for form in forms for text in texts):
             found[f"content of {message['role']} messages"] += 1
         if reasoning and message.get("weight", 1) and not any(reasoning.strip() in text for text in texts):

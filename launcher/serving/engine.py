@@ -156,9 +156,8 @@ class BatchedEngine:
             log.info("adapter %s has maps of its own, as LoRA: it adds time to each batch that it is in", name)
 
     def remove_adapter(self, name: str) -> None:
-        self._end_answers_of(
-            name
-        )  # before its numbers become zero: a token of the base must not be delivered as its own
+        # Before its numbers become zero: a token of the base must not be delivered as its own.
+        self._end_answers_of(name)
         self.many.remove(name)
         self._end_answers_of(name)  # those that came in between
 
