@@ -31,6 +31,10 @@ def report(runs: tuple[str, ...], *, out: str | None = None, watch: bool = False
     if not runs:
         raise ValueError("no run was given: loldu report runs/NAME [runs/OTHER ...]")
     folders = [user_path(run) for run in runs]
+    if watch and out:
+        raise ValueError(f"--watch serves the report and writes no file: leave --out {out} or --watch out")
+    if not 0 <= port < 2**16:
+        raise ValueError(f"--port lies between 0 (any free one) and 65535, got {port}")
     if watch:
         serve(folders, port)
         return DONE

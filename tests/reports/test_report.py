@@ -214,6 +214,18 @@ def test_a_run_that_has_just_begun_has_a_report(tmp_path):
     assert "No step is recorded yet" in write_report([folder]).read_text()
 
 
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["--watch", "--port", "99999"], "--port lies between 0 (any free one) and 65535, got 99999"),
+        (["--watch", "--out", "x.html"], "--watch serves the report and writes no file: leave --out x.html"),
+    ],
+)
+def test_settings_of_watch_that_cannot_be_are_refused(words, message, tmp_path, capsys):
+    assert cli.main(["report", str(write_run(tmp_path / "run")), *words]) == 2
+    assert message in capsys.readouterr().err
+
+
 def test_a_failed_run_is_shown_with_its_last_error(tmp_path):
     folder = write_run(tmp_path / "run")
     (folder / "state").write_text("failed\n")
