@@ -351,7 +351,8 @@ def test_a_task_of_the_harness_gives_the_accuracy_that_we_find(capsys, babyllama
 
 
 def test_the_bar_counts_the_samples_of_all_processes(monkeypatch):
-    monkeypatch.setattr(progress, "LINE_EVERY_S", -1.0)  # a line for each call
+    for pause in ("LINE_EVERY_S", "LINE_EVERY_S_AT_MOST"):
+        monkeypatch.setattr(progress, pause, -1.0)  # a line for each call
     written, first_is_done = [io.StringIO(), io.StringIO()], Event()
 
     def evaluate(comm):
