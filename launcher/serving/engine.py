@@ -20,6 +20,7 @@ from adapters.many import Adapter, ManyAdapters
 from launcher.inference.sources import adapter_config, find, load
 from launcher.models.files import context_length
 from launcher.models.generation import stop_tokens
+from launcher.models.same_tokenizer import BaseTokenizer
 from launcher.serving.batching import Batches, Manager, Router, quiet_library
 from launcher.serving.cache_size import SHARE, cache_size, free_bytes
 from launcher.serving.choosing import Choice
@@ -77,6 +78,7 @@ class BatchedEngine:
         quiet_library()
         self.model.eval().requires_grad_(False)
         self.many = ManyAdapters(self.model)
+        self._own = BaseTokenizer(self.tokenizer)
         device, config = self.model.device, self.model.config.get_text_config()
         check_attention(config)
         self._prompts = [[token % config.vocab_size for token in prompt] for prompt in PROMPTS]
@@ -140,6 +142,12 @@ class BatchedEngine:
     def add_adapter(self, name: str, folder: Path) -> None:
         if name == self.base_id:
             raise ValueError(f"{name} is the base's name: give the adapter's folder another one")
+        if reason := self._own.difference(folder):
+            raise ValueError(
+                f"it has a tokenizer of its own ({reason}), and a server has the base's alone. Serve it by itself: "
+                f"loldu merge {folder} --out MERGED, then loldu serve MERGED. If it was trained with the base's "
+                "tokenizer, remove tokenizer* from its folder"
+            )
         with suppress(OSError):  # what is missing, `adapter_config` says
             if self.many.add_known(name, folder) is not None:
                 return

@@ -8,12 +8,13 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from launcher.data.saved_template import CHAT_TEMPLATE, PROMPT_TEMPLATE, TOKENIZER_SETTINGS
+from launcher.data.saved_template import CHAT_TEMPLATE, PROMPT_TEMPLATE
+from launcher.models import same_tokenizer
 from launcher.serving.errors import Refused
 from launcher.text import one_line
 
 CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
-READ = (CONFIG, WEIGHTS, PROMPT_TEMPLATE, CHAT_TEMPLATE, TOKENIZER_SETTINGS)
+READ = (CONFIG, WEIGHTS, PROMPT_TEMPLATE, CHAT_TEMPLATE, *same_tokenizer.READ)
 MOST_NAME_CHARACTERS = 128
 State = tuple[tuple[int, ...], ...]  # inode, size and time of change of each file that is read
 

@@ -1,6 +1,7 @@
 """The engine on the embedded model: answers of a mixed batch are those that each adapter gives alone."""
 
 import logging
+import shutil
 import threading
 import time
 from functools import cache
@@ -16,6 +17,7 @@ from transformers import AutoModelForCausalLM, MambaConfig
 
 from adapters import LoLDUConfig, LoRAXSConfig, SVFitConfig
 from launcher.inference.sources import find, load
+from launcher.models.files import load_tokenizer
 from launcher.serving import engine as engine_module
 from launcher.serving.cache_size import bytes_per_token, cache_size
 from launcher.serving.engine import base_id, load_engine
@@ -407,6 +409,21 @@ def test_a_small_cache_answers_more_requests_than_it_holds(folder, caplog):
     assert [each.ids for each in single] == [many[0].ids, many[5].ids]
     assert sum(lengths) > engine.size.tokens  # more than the cache holds
     engine.stop(0)
+
+
+def test_an_adapter_with_another_tokenizer_is_refused_and_one_with_the_bases_is_served(folder, tmp_path):
+    engine, _ = load_engine(str(TINY), cache_bytes=20_000_000)
+    same, other = (shutil.copytree(folder / "a0", tmp_path / name) for name in ("same", "other"))
+    tokenizer = load_tokenizer(TINY)
+    tokenizer.save_pretrained(same)
+    tokenizer.eos_token = "."
+    tokenizer.save_pretrained(other)
+
+    engine.add_adapter("same", same)
+    with pytest.raises(ValueError, match=r"eos_token is '\.', the base's '</s>'.*loldu merge .*other --out MERGED"):
+        engine.add_adapter("other", other)
+
+    assert engine.models() == [engine.base_id, "same"]
 
 
 def test_the_cache_is_bounded_by_memory_and_by_what_can_be_used():
