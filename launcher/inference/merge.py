@@ -37,7 +37,7 @@ from adapters.base import FactorConfig
 from adapters.checkpoint_files import TensorInfo, list_tensors
 from adapters.checkpoint_names import Conversion, model_tensors
 from adapters.layer import FactorLayer
-from launcher.data.saved_template import PROMPT_TEMPLATE, drop_older
+from launcher.data.saved_template import CHAT_TEMPLATE, PROMPT_TEMPLATE, drop_older
 from launcher.factorization.targets import skeleton
 from launcher.files import allow_by_umask, disk_errors, user_path
 from launcher.inference.checks import compare, loss_change, plain
@@ -52,8 +52,8 @@ NAMES = {torch.float64: "F64", torch.float32: "F32", torch.bfloat16: "BF16", tor
 FLOATS = {name: dtype for dtype, name in NAMES.items()}  # as safetensors writes them
 BYTES = {"F64": 8, "I64": 8, "U64": 8, "F32": 4, "I32": 4, "U32": 4, "F16": 2, "BF16": 2, "I16": 2, "U16": 2}
 BESIDE_WEIGHTS = (
-    *TOKENIZER_PATTERNS, "generation_config.json", "chat_template*", PROMPT_TEMPLATE, "*processor_config.json",
-    "LICENSE*", "NOTICE*", "USE_POLICY*",
+    "generation_config.json", "chat_template*", PROMPT_TEMPLATE, "*processor_config.json", "LICENSE*", "NOTICE*",
+    "USE_POLICY*",
 )  # fmt: skip
 
 
@@ -129,18 +129,30 @@ def merge(
             written = plan.dtype
         if whole is not source and held is not None:
             shutil.rmtree(whole.base)
-        for folder in dict.fromkeys((source.adapter or source.base, source.tokenizer, source.base)):
-            for pattern in (*BESIDE_WEIGHTS, *(["*.py"] if trust_remote_code else [])):
-                for file in folder.glob(pattern):
-                    if file.is_file() and not (partial / file.name).exists():
-                        shutil.copyfile(file, partial / file.name)
-        drop_older(partial)
+        _copy_beside(source, partial)
         if held is not None:
             console.print(loss_change(source, partial, written, quantize, held, device))
         elif check:
             console.print(compare(source, partial, written, device))
     console.print(f"merged model in {printable(str(out))}")
     return user_path(out)
+
+
+def _copy_beside(source: Source, folder: Path) -> None:
+    """Copy all but weights and config: the adapter's before the base's, and the tokenizer's from one folder alone.
+
+    A special_tokens_map.json of the base would change the tokens that an adapter's own tokenizer_config.json names.
+    """
+    template = source.saved_template  # of an adapter, it may be in its tokenizer_config.json
+    if template is not None and template.jinja is not None:
+        (folder / CHAT_TEMPLATE).write_text(template.jinja, encoding="utf-8")
+    code = ["*.py"] if source.trust_remote_code else []
+    for origin in dict.fromkeys((source.adapter or source.base, source.tokenizer, source.base)):
+        for pattern in (*BESIDE_WEIGHTS, *(TOKENIZER_PATTERNS if origin == source.tokenizer else ()), *code):
+            for file in origin.glob(pattern):
+                if file.is_file() and not (folder / file.name).exists():
+                    shutil.copyfile(file, folder / file.name)
+    drop_older(folder)
 
 
 def plan_merge(source: Source, dtype: torch.dtype | None, quantize: Kind = "none") -> Plan:

@@ -12,7 +12,7 @@ import torch
 from peft import LoraConfig, PeftModel, PromptTuningConfig, get_peft_model
 from safetensors.torch import load_file
 from trained_adapter import save_adapter
-from transformers import AutoModelForCausalLM, BitsAndBytesConfig, LlamaConfig, LlamaForCausalLM
+from transformers import AutoModelForCausalLM, AutoTokenizer, BitsAndBytesConfig, LlamaConfig, LlamaForCausalLM
 
 from adapters.checkpoint_files import list_tensors, open_tensor
 from launcher.inference import merge as module
@@ -134,6 +134,34 @@ def test_a_run_folder_merges_and_answers_like_the_run(run_folder, tmp_path):
     torch.testing.assert_close(
         logits(load(find(str(out)))[0]), logits(load(find(str(run_folder)))[0]), rtol=0, atol=1e-4
     )
+
+
+def test_the_tokenizer_of_a_merged_model_is_the_adapters_alone(babyllama, adapter, tmp_path):
+    """Files that only the base has would change what the adapter's name: tokens, the end of a turn, the template."""
+    base, own = shutil.copytree(babyllama, tmp_path / "base"), shutil.copytree(adapter, tmp_path / "own")
+    (base / "special_tokens_map.json").write_text(json.dumps({"eos_token": "</s>", "bos_token": "<s>"}))
+    (base / "added_tokens.json").write_text(json.dumps({"<base>": 400}))
+    (base / "chat_template.jinja").write_text("{{ 'the base' }}")
+    tokenizer = AutoTokenizer.from_pretrained(babyllama)
+    tokenizer.eos_token, tokenizer.chat_template = ".", "{{ 'the adapter' }}"
+    tokenizer.save_pretrained(own, save_jinja_files=False)
+
+    out = merge(str(own), base=str(base), out=str(tmp_path / "out"), check=False)
+
+    merged = AutoTokenizer.from_pretrained(out)
+    assert (merged.eos_token, merged.chat_template) == (".", "{{ 'the adapter' }}")
+    assert "<base>" not in merged.get_vocab()
+    assert merged.backend_tokenizer.to_str() == AutoTokenizer.from_pretrained(own).backend_tokenizer.to_str()
+
+
+def test_a_template_in_an_adapters_settings_stays_without_a_tokenizer(babyllama, adapter, tmp_path):
+    own = shutil.copytree(adapter, tmp_path / "own")
+    (own / "tokenizer_config.json").write_text(json.dumps({"chat_template": "{{ 'the adapter' }}", "eos_token": "."}))
+
+    out = merge(str(own), out=str(tmp_path / "out"), check=False)
+
+    merged = AutoTokenizer.from_pretrained(out)
+    assert (merged.eos_token, merged.chat_template) == ("</s>", "{{ 'the adapter' }}")
 
 
 def test_other_methods_of_peft_are_merged_in_memory_and_that_is_said(babyllama, tmp_path, capsys):
