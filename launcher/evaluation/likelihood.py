@@ -20,6 +20,7 @@ from launcher.data.templates import Template
 from launcher.data.tokens import stop_ids
 from launcher.evaluation.choices import Choice, accuracy
 from launcher.models.files import context_length
+from launcher.models.generation import check_known
 from launcher.models.head_loss import HeadLoss
 from launcher.progress import silent
 from launcher.tasks.base import Layout, on_device
@@ -38,7 +39,7 @@ class Scorer:
     """A model that gives the losses of samples. It stays as it is, but for its head, which computes losses."""
 
     def __init__(self, model: Any, tokenizer: Any):
-        self.model, self.forward, self.pad_id = model, HeadLoss(model), tokenizer.pad_token_id or 0
+        self.model, self.forward, self.tokenizer = model, HeadLoss(model), tokenizer
         self.layout: Layout | None = None  # of a batch; not known before the first samples
 
     @torch.no_grad()
@@ -46,6 +47,7 @@ class Scorer:
         """(sum of the losses, tokens with loss) of each of these samples, in order."""
         if not samples:
             return []
+        check_known(self.model, self.tokenizer, int(data.ids.max()))
         if self.layout is None:
             self.layout = layout_for_evaluation(self.forward, data.distinct_ids())
         lengths, device = data.lengths, next(self.model.parameters()).device
@@ -53,7 +55,9 @@ class Scorer:
         found: dict[int, tuple[float, int]] = {}
         for part in parts:
             rows = [samples[place] for place in part]
-            batch = join(data, rows) if self.layout.flat else collate(data, rows, pad_id=self.pad_id)
+            batch = (
+                join(data, rows) if self.layout.flat else collate(data, rows, pad_id=self.tokenizer.pad_token_id or 0)
+            )
             losses = self.forward.token_losses(**on_device(self.forward.prepare(batch), device), use_cache=False)
             counts = data.targets[rows].tolist()  # the losses of one sample follow those of another
             for row, own in zip(rows, losses.double().split(counts), strict=True):

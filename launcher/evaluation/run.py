@@ -30,8 +30,9 @@ from launcher.files import alone, read_json, user_path, write_atomically
 from launcher.inference.generate import choose_template
 from launcher.inference.options import Quantize
 from launcher.inference.sources import Source, choose_device, find, load
-from launcher.models.files import recorded_run
+from launcher.models.files import has_tokenizer, load_tokenizer, recorded_run
 from launcher.models.generation import answer, room
+from launcher.models.same_tokenizer import BaseTokenizer
 from launcher.processes import Communicator, Ranks, connect
 from launcher.progress import Bars
 from launcher.text import printable
@@ -195,9 +196,20 @@ def _ways(asked: Asked, loaded: Loaded) -> Iterator[tuple[str, AbstractContextMa
     start = start_in_base(loaded.model.peft_config["default"])
     if asked.compare and start:
         _say(loaded, f"the base is left out: init_lora_weights={start} changes its weights; evaluate it alone")
+    elif asked.compare and (other := _other_tokenizer(loaded)):
+        _say(loaded, f"the base is left out: the adapter has a tokenizer of its own ({other}); evaluate the base alone")
     elif asked.compare:
         yield "base", loaded.model.disable_adapter()
     yield "adapter", nullcontext()
+
+
+def _other_tokenizer(loaded: Loaded) -> str | None:
+    """How the adapter's tokenizer differs from its base's, in words; None if it does not."""
+    source = loaded.source
+    if source.adapter is None or source.tokenizer != source.adapter or not has_tokenizer(source.base):
+        return None
+    base = load_tokenizer(source.base, trust_remote_code=source.trust_remote_code)
+    return BaseTokenizer(base).difference(source.adapter)
 
 
 Measure = Callable[[str], Scores]  # called with what the progress is labelled with

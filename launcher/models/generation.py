@@ -18,7 +18,7 @@ from transformers import GenerationConfig
 from transformers.generation.streamers import BaseStreamer
 
 from launcher.methods import prompt_tokens
-from launcher.models.files import context_length, first_line
+from launcher.models.files import check_ids, context_length, first_line
 
 log = logging.getLogger(__name__)
 # Relative difference of logits from those of whole forward passes that rounding explains; a state that is lost, or
@@ -73,6 +73,7 @@ def answer(
     """
     if [] in map(list, prompts):
         raise ValueError(f"prompt {list(map(list, prompts)).index([])} has no token: there is nothing to answer")
+    check_known(model, tokenizer, max(map(max, prompts), default=0))
     stop = list(stop_tokens(model, tokenizer) if stop_ids is None else stop_ids)
     device, context = _device(model), room(model)
     answers: list[list[int]] = [[] for _ in prompts]
@@ -118,6 +119,7 @@ def stream(
             f"the prompt with its template has {len(prompt)} tokens, but the model's context is {context} and must "
             "also hold the answer: shorten the prompt"
         )
+    check_known(model, tokenizer, max(prompt, default=0))
     stop = stop_tokens(model, tokenizer)
     settings = _settings(sampling, stop, use_cache=abilities(model, [prompt]).cache)
     settings.max_new_tokens = min(sampling.max_tokens, context - len(prompt))
@@ -215,6 +217,12 @@ def room(model: Any) -> int:
 def _device(model: Any) -> torch.device:
     """The device on which the model computes: that of its buffers, since offloaded parameters are in main memory."""
     return next(chain(model.buffers(), model.parameters())).device
+
+
+def check_known(model: Any, tokenizer: Any, largest: int) -> None:
+    """Raises ValueError for a token that the model has no embedding of, as of an adapter's own tokenizer."""
+    if largest >= (rows := model.config.get_text_config().vocab_size):
+        check_ids(tokenizer, largest, rows)
 
 
 def stop_tokens(model: Any, tokenizer: Any) -> list[int]:

@@ -3,6 +3,7 @@
 import io
 import json
 import math
+import shutil
 import statistics
 import sys
 import time
@@ -204,6 +205,25 @@ def test_a_lora_that_changes_its_base_stands_alone(capsys, babyllama, tmp_path):
     shown = capsys.readouterr()
     assert list(json.loads(shown.out)["tasks"]["data"]["scores"]) == ["adapter"]
     assert "the base is left out: init_lora_weights=pissa changes its weights" in shown.err
+
+
+def test_an_adapter_with_a_tokenizer_of_its_own_stands_alone(capsys, babyllama, adapter, tmp_path):
+    """Its base would be asked in tokens that it does not know, and end its answers elsewhere."""
+    own = shutil.copytree(adapter, tmp_path / "own")
+    tokenizer = AutoTokenizer.from_pretrained(babyllama)
+    tokenizer.save_pretrained(own)
+    file = file_of(tmp_path, [{"instruction": "Count", "input": "", "output": "one two"}])
+    words = [str(own), "--base", str(babyllama), "--tasks", file, "--max-tokens", "0", "--prompt-template", "short"]
+
+    same = evaluated(capsys, *words)["data"]["scores"]
+    tokenizer.eos_token = "."
+    tokenizer.save_pretrained(own)
+    assert main(["eval", *words, "--json"]) == 0
+
+    shown = capsys.readouterr()
+    assert list(same) == ["base", "adapter"]
+    assert list(json.loads(shown.out)["tasks"]["data"]["scores"]) == ["adapter"]
+    assert "the base is left out: the adapter has a tokenizer of its own (its eos_token is '.'" in shown.err
 
 
 def test_questions_longer_than_the_context_are_counted(capsys, babyllama, tmp_path):

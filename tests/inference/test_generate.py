@@ -2,6 +2,7 @@
 
 import io
 import json
+import shutil
 import signal
 import types
 
@@ -11,6 +12,7 @@ from asking import generate
 from peft import PromptTuningConfig, get_peft_model
 from transformers import AutoModelForCausalLM, AutoTokenizer, GPT2Config, GPT2LMHeadModel, RwkvConfig, RwkvForCausalLM
 
+from launcher.cli import main
 from launcher.data.templates import load_template, prompt_ids
 from launcher.inference.sources import find, load
 from launcher.models import generation
@@ -337,3 +339,25 @@ def test_a_mistake_in_the_options_is_one_line_that_names_the_option(babyllama, g
         generate(str(babyllama), **given)
 
     assert "\n" not in str(caught.value)
+
+
+def test_tokens_that_the_model_has_no_embedding_of_are_named(adapter, babyllama, tmp_path, capsys):
+    """An adapter with more tokens was trained on a base whose embedding had been resized."""
+    own = shutil.copytree(adapter, tmp_path / "own")
+    tokenizer = AutoTokenizer.from_pretrained(babyllama)
+    tokenizer.add_tokens(["<a>", "<b>"])
+    tokenizer.save_pretrained(own)
+    file = tmp_path / "data.json"
+    file.write_text(json.dumps([{"instruction": "Call <b>", "input": "", "output": "yes"}]))
+
+    codes = [
+        main([*words, str(own), "--prompt-template", "none"])
+        for words in (
+            ["generate", "--prompt", "Call <b>"],
+            ["eval", "--tasks", str(file), "--max-tokens", "0"],
+        )
+    ]
+
+    said = capsys.readouterr().err
+    assert codes == [2, 2]
+    assert said.count("but the embedding of the model has 361 rows") == 2
