@@ -25,6 +25,8 @@ from launcher.text import expected, printable
 
 POLL_S = 0.1
 PATIENCE_S = 3.0
+WAIT_S = 600.0  # for another rank that does the same short work
+SLOW_S = 6 * 3600.0  # for work that grows with the model or the data: 140 GB over a slow network file system take hours
 FOLDER_S = 5.0  # within which a network file system shows on one node what another has made
 
 
@@ -93,7 +95,7 @@ class Communicator:
         self.ranks, self.store, self._round = ranks, store, 0
         self._posted: str | None = None
 
-    def gather(self, what: str, value: Any, timeout_s: float = 600.0) -> list[Any]:
+    def gather(self, what: str, value: Any, timeout_s: float = WAIT_S) -> list[Any]:
         """Every rank's value (JSON data), in rank order, on all ranks.
 
         Raises TimeoutError naming the ranks that posted no value within timeout_s of this one.
@@ -120,11 +122,11 @@ class Communicator:
         self._posted = f"{key}/{self.ranks.rank}"
         return values
 
-    def from_main(self, what: str, make: Callable[[], Any], timeout_s: float = 600.0) -> Any:
+    def from_main(self, what: str, make: Callable[[], Any], timeout_s: float = WAIT_S) -> Any:
         """The value (JSON data) that make returns on rank 0, on all ranks. An error there is raised on all ranks."""
         return self.together(what, lambda: make() if self.ranks.is_main else None, timeout_s)[0]
 
-    def together(self, what: str, do: Callable[[], Any], timeout_s: float = 600.0) -> list[Any]:
+    def together(self, what: str, do: Callable[[], Any], timeout_s: float = WAIT_S) -> list[Any]:
         """Run do on every rank and return all values (JSON data). If a rank fails, all ranks raise and name it.
 
         On the other ranks a mistake of the user (ValueError, OSError) becomes a ValueError, Stopped stays Stopped, and
@@ -152,10 +154,10 @@ class Communicator:
                 raise agreed((ValueError if answer["mistake"] else RuntimeError)(f"{where}{answer['error']}"))
         return [answer["value"] for answer in answers]
 
-    def each(self, what: str, make: Callable[[], Any]) -> Any:
+    def each(self, what: str, make: Callable[[], Any], timeout_s: float = WAIT_S) -> Any:
         """What make returns on this rank, any object. If it fails on one rank, all ranks raise and name that rank."""
         made: list[Any] = []
-        self.together(what, lambda: made.append(make()))
+        self.together(what, lambda: made.append(make()), timeout_s)
         return made[0]
 
 
@@ -204,7 +206,7 @@ def same_everywhere(comm: Communicator, what: str, make: Callable[[], str | None
 
     Raises ValueError, on all ranks, naming the host of a rank whose value differs.
     """
-    found = comm.together(what, lambda: [make(), socket.gethostname()])
+    found = comm.together(what, lambda: [make(), socket.gethostname()], SLOW_S)
     for rank, (mine, host) in enumerate(found):
         if mine not in (None, found[0][0]):
             differs = f"{what} is not the same on {host} (rank {rank}) as on {found[0][1]} (rank 0)"

@@ -20,12 +20,11 @@ from typing import Any, TypeVar
 
 from launcher.factorization import cache
 from launcher.factorization.watch import BEAT_S, Watch
-from launcher.processes import Communicator, Ranks
+from launcher.processes import SLOW_S, Communicator, Ranks
 from launcher.progress import silent
 
 T = TypeVar("T")
 Tick = Callable[[int], None]  # called with how much of this process's work is done; raises if the work must end
-TIMEOUT_S = 6 * 3600.0
 
 
 class _Left(Exception):
@@ -49,6 +48,15 @@ class Crew:
         """Whether this process is the first of its machine."""
         return self.comm.ranks.local_rank == 0
 
+    def in_turn(self, what: str, do: Callable[[], T]) -> T:
+        """What do returns: first on one process of each machine, then on the others, which find in a cache what it
+        made."""
+        found: list[T] = []
+        take: Callable[[], None] = lambda: found.append(do())  # noqa: E731
+        for mine in (self.leads, not self.leads):
+            self.comm.together(what, take if mine else _go_on, SLOW_S)
+        return found[0]
+
     def led(self, what: str, do: Callable[[], Any]) -> list[Any]:
         """The results of do (JSON data) on the first process of each machine, in the machines' order, this one's first.
 
@@ -56,7 +64,7 @@ class Crew:
         """
         ranks = self.comm.ranks
         first = ranks.rank - ranks.local_rank
-        answers = self.comm.together(what, lambda: [first, do() if self.leads else None], TIMEOUT_S)
+        answers = self.comm.together(what, lambda: [first, do() if self.leads else None], SLOW_S)
         by_machine = {at: answers[at][1] for at, _ in answers}
         return [by_machine.pop(first), *by_machine.values()]
 
@@ -105,7 +113,7 @@ class Crew:
             if failures:
                 raise failures[0]
 
-        token = comm.from_main(f"a name for {what}", lambda: uuid.uuid4().hex, TIMEOUT_S)
+        token = comm.from_main(f"a name for {what}", lambda: uuid.uuid4().hex, SLOW_S)
         with self.bar(what, total, brief=brief) as show:
             kept = "the data are read again"
             watch = Watch(comm, token, total, lambda done, total, _: show(done, of=total), kept)
@@ -125,7 +133,7 @@ class Crew:
                     leaving.set()
                     worker.join(10 * BEAT_S)
                     raise
-        comm.together(what, report, TIMEOUT_S)
+        comm.together(what, report, SLOW_S)
         return outcome[0]
 
     def claims(self, name: str, count: int) -> Iterator[int]:

@@ -33,7 +33,8 @@ FORMS = (
     "{conversations: [{from, value}]}"
 )
 COLUMNS = {"instruction", "messages", "conversations", "conversation", "prompt", "question", "text"}  # of one record
-TRAINING, HELD_OUT = ("train", "training"), ("test", "validation", "valid", "val", "dev", "eval")
+TRAINING = ("train", "training")
+HELD_OUT = ("validation", "valid", "val", "dev", "test", "eval")  # in this order, if there are several
 UNPACK_AT_ONCE = 2**22
 ROWS_AT_ONCE = 1000
 BLANK = re.compile(r"[ \t\n\r]*")

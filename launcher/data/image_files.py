@@ -27,7 +27,6 @@ from launcher.data.limits import LimitExceeded, limits
 from launcher.files import open_regular, user_path
 
 log = logging.getLogger(__name__)
-HELD_OUT_FIRST = ("validation", "valid", "val", "dev", "test", "eval")  # which split is evaluated, if there are several
 METADATA = ("metadata.csv", "metadata.jsonl", "metadata.parquet")
 EXPECTED = "expected FOLDER/CLASS/IMAGE, or FOLDER/train/CLASS/IMAGE and FOLDER/validation/CLASS/IMAGE"
 ARRAYS = ("labels", "sizes", "checks", "names", "ends")
@@ -107,7 +106,7 @@ def choose_split(found: dict[Split, Listing], option: str) -> Split:
 
     Raises ValueError if there are several splits and none is named so.
     """
-    wanted = HELD_OUT_FIRST if option == "--eval-data" else TRAINING
+    wanted = HELD_OUT if option == "--eval-data" else TRAINING
     chosen = held_out_split(found) if option == "--eval-data" else _named(found, TRAINING)
     if chosen is None and len(found) == 1:
         chosen = next(iter(found))
@@ -119,7 +118,7 @@ def choose_split(found: dict[Split, Listing], option: str) -> Split:
 
 def held_out_split(found: dict[Split, Listing]) -> Split | None:
     """The split to evaluate on, if a source has one: validation before test."""
-    return _named(found, HELD_OUT_FIRST)
+    return _named(found, HELD_OUT)
 
 
 def _named(found: dict[Split, Listing], names: Sequence[str]) -> Split | None:

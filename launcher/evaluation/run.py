@@ -33,7 +33,7 @@ from launcher.inference.sources import Source, choose_device, find, load
 from launcher.models.files import has_tokenizer, load_tokenizer, recorded_run
 from launcher.models.generation import answer, room
 from launcher.models.same_tokenizer import BaseTokenizer
-from launcher.processes import Communicator, Ranks, connect
+from launcher.processes import SLOW_S, Communicator, Ranks, connect
 from launcher.progress import Bars
 from launcher.text import printable
 
@@ -106,7 +106,7 @@ def _run(asked: Asked, source: Source, comm: Communicator) -> dict[str, Any]:
     if device == "cuda" and ranks.world_size > 1:
         device = f"cuda:{ranks.local_rank}"
     model, tokenizer = comm.each(
-        "model", lambda: load(source, dtype=asked.dtype, device=device, quantize=asked.quantize)
+        "model", lambda: load(source, dtype=asked.dtype, device=device, quantize=asked.quantize), SLOW_S
     )  # fmt: skip
     console = Console(stderr=True, quiet=not ranks.is_main)
     loaded = Loaded(

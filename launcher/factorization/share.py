@@ -35,7 +35,7 @@ from launcher.factorization.make import (
     remedy,
 )
 from launcher.factorization.watch import BEAT_S, OnProgress, Watch
-from launcher.processes import Communicator, Stopped, agreed, in_time, nodes_without
+from launcher.processes import SLOW_S, Communicator, Stopped, agreed, in_time, nodes_without
 
 log = logging.getLogger(__name__)
 # Returns the summed gradient (m, n) of the first of these modules' weights; the others will be requested next.
@@ -137,7 +137,7 @@ def _check_all(
         checked = {name: check(by_module[name], folder, keys[name], device) for name in mine}
         return {name: how for name, how in checked.items() if how}
 
-    parts = comm.together("the factors in the cache compared", compare, timeout_s=3600.0)
+    parts = comm.together("the factors in the cache compared", compare, SLOW_S)
     good = {name: Factored(*how) for owner in group for name, how in parts[owner].items()}  # tuples arrive as lists
     return {name: good[name] for name in keys if name in good}
 

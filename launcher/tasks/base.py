@@ -17,7 +17,7 @@ from torch import Tensor
 
 from launcher.config import Config, DataConfig
 from launcher.data.batches import FLAT, PackedAs, collate, target_tokens
-from launcher.data.crew import TIMEOUT_S, Crew
+from launcher.data.crew import Crew
 from launcher.data.encoded import DataReport, Encoded
 from launcher.data.forms import Record
 from launcher.data.joined import join
@@ -161,15 +161,7 @@ class Task(Protocol):
     def read_together(self, config: Config, tokenizer: Any, cache: Path, crew: Crew) -> Samples:
         """The same, called by all processes of a run. By default one process of each machine calls `read` first, so
         that the others find its tokens in the cache."""
-        found: list[Samples] = []
-
-        def read(now: bool) -> None:
-            if now:
-                found.append(self.read(config, tokenizer, cache))
-
-        crew.comm.together("data", lambda: read(crew.leads), TIMEOUT_S)
-        crew.comm.together("data", lambda: read(not crew.leads), TIMEOUT_S)
-        return found[0]
+        return crew.in_turn("data", lambda: self.read(config, tokenizer, cache))
 
     def sample(self, config: Config, tokenizer: Any, cache: Path, most: int) -> Sampled:
         """Some training samples, to predict what a run takes: all that are cached, or those of `most` records."""

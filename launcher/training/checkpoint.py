@@ -31,7 +31,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from launcher.files import allow_by_umask, digest, disk_errors, open_regular, sync
-from launcher.processes import Communicator
+from launcher.processes import SLOW_S, Communicator
 from launcher.progress import Bars, growth
 from launcher.training.checkpoint_index import DTYPES, Index, TensorEntry, read_format, read_index
 
@@ -147,8 +147,8 @@ def save(
 
     try:
         comm.from_main("checkpoint folder", begin)
-        written = [part for part in comm.together("checkpoint rows", write) if part]
-        comm.from_main("checkpoint index", lambda: _seal(partial, final, step, written, meta, before))
+        written = [part for part in comm.together("checkpoint rows", write, SLOW_S) if part]
+        comm.from_main("checkpoint index", lambda: _seal(partial, final, step, written, meta, before), SLOW_S)
     except ValueError:
         if comm.ranks.is_main:
             shutil.rmtree(partial, ignore_errors=True)

@@ -25,7 +25,7 @@ from launcher.factorization.share import factorize
 from launcher.factorization.targets import targets_of
 from launcher.factorization.watch import OnProgress
 from launcher.models.skeleton import stored_base
-from launcher.processes import Communicator
+from launcher.processes import SLOW_S, Communicator
 from launcher.training.checkpoint import Checkpoint
 from launcher.training.resolve import Resolved
 from launcher.training.sample_gradients import SampleGradients
@@ -88,7 +88,7 @@ def complete(
         adapter.base_fingerprint = identity["base"]
     else:  # neither the checkpoint's language modelling head nor a new one for labels is part of this base
         of_base = stored_base(labels_model)
-        adapter.base_fingerprint = comm.from_main("fingerprint", lambda: fingerprint(of_base, resolved.cache))
+        adapter.base_fingerprint = comm.from_main("fingerprint", lambda: fingerprint(of_base, resolved.cache), SLOW_S)
     if not adapter.factors_from_gradients:
         return factoring._replace(adapter=adapter)
     samples: int = adapter.samples  # type: ignore[attr-defined]

@@ -26,7 +26,7 @@ from launcher.files import (
     write_atomically,
 )
 from launcher.models.denoiser import save_adapter
-from launcher.processes import Communicator, Ranks, agreed, nodes_without
+from launcher.processes import SLOW_S, Communicator, Ranks, agreed, nodes_without
 from launcher.progress import growth, silent
 from launcher.run_folder import foreign
 from launcher.text import one_line, without_secrets
@@ -123,13 +123,13 @@ def prepare(
             ownership.claim(output)
         return output
 
-    made, resumed = comm.from_main("checkpoints", decide)
+    made, resumed = comm.from_main("checkpoints", decide, SLOW_S)
     output, ranks = output.with_name(Path(made).name), comm.ranks
     several_nodes = ranks.local_world_size < ranks.world_size
     if several_nodes and (blind := nodes_without(output, comm, "the run folder", "--output DIR")):
         error = f"{', '.join(blind)} does not see the run folder {output} of rank 0, where checkpoints are saved"
         raise agreed(ValueError(f"{error}: give --output DIR on a file system that all nodes share"))
-    return output, comm.each("checkpoint", lambda: checkpoint.load(Path(resumed))) if resumed else None
+    return output, comm.each("checkpoint", lambda: checkpoint.load(Path(resumed)), SLOW_S) if resumed else None
 
 
 def _new_folder(wanted: Path) -> Path:

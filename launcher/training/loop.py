@@ -26,7 +26,7 @@ from launcher.data.microbatches import GlobalBatch, GlobalBatches
 from launcher.engines.engine import Engine, NonFinite
 from launcher.engines.replicated import sum_over_ranks
 from launcher.files import disk_errors
-from launcher.processes import Communicator, agreed
+from launcher.processes import SLOW_S, Communicator, agreed
 from launcher.tasks.base import Batch, Layout, Question, Samples, Task, on_device, padding_id
 from launcher.tasks.evaluation import Evaluation, Interrupted
 from launcher.training.ahead import Ahead, pinned
@@ -117,7 +117,7 @@ class _Loop:
         self.training, self.config = training, training.config
         self.state = TrainingState(**resume.meta["progress"]) if resume else TrainingState()
         if resume:
-            training.comm.together("restoring", lambda: restore(training, resume))
+            training.comm.together("restoring", lambda: restore(training, resume), SLOW_S)
         self.compare_held_out()
         seal = resume.meta["events"] if resume else None
         file, is_main = training.output / "events.jsonl", training.comm.ranks.is_main

@@ -44,7 +44,7 @@ from launcher.models.quantize import base_size, quantised_share, size
 from launcher.models.skeleton import bare_skeleton
 from launcher.models.suitable import leave_out, reach, unmatched
 from launcher.packages import versions
-from launcher.processes import Communicator, Ranks, Stopped, connect, print_error, same_everywhere
+from launcher.processes import SLOW_S, Communicator, Ranks, Stopped, connect, print_error, same_everywhere
 from launcher.tasks.base import Layout, Samples, on_device, padding_id
 from launcher.tasks.joining import check_joined
 from launcher.text import expected, padding
@@ -194,8 +194,8 @@ def _run(
     if plan.factoring.requests:
         plan = plan._replace(factoring=_factor(start, plan.factoring))
     check_base = comm.each("base model", lambda: watch(start.base))
-    model = comm.each("model", lambda: _load(start, plan))
-    engine = comm.each("engine", lambda: _engine(start, model))
+    model = comm.each("model", lambda: _load(start, plan), SLOW_S)
+    engine = comm.each("engine", lambda: _engine(start, model), SLOW_S)
     identity = comm.each("the factors", lambda: factoring.identify_factors(model, plan.identity, resume))
     if task.text:
         check_context(config, model.config, context_length(model))
@@ -248,7 +248,7 @@ def _run(
             with screen.bar("saving", total, unit="bytes", brief=True) as show:
                 return str(save_final(model, whole, start.output, config, add_files, show))
 
-        saved = comm.from_main("adapter", save)
+        saved = comm.from_main("adapter", save, SLOW_S)
         state.write("finished")  # before the report, which shows it
         begun = resume.step if resume is not None else 0
         _report(training, Path(saved), begun, last, time.monotonic() - started)

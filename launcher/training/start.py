@@ -16,7 +16,7 @@ from launcher.engines.engine import engine_class
 from launcher.files import user_path
 from launcher.models.build import settle_base
 from launcher.models.quantize import check_base
-from launcher.processes import Communicator
+from launcher.processes import SLOW_S, Communicator
 from launcher.training.memory import check_memory
 from launcher.training.report import Screen
 from launcher.training.resolve import Resolved, check_context
@@ -45,7 +45,7 @@ def begin(resolved: Resolved, name: str, comm: Communicator, stop: StopRequest, 
     config = resolved.config
     named = config.run.output or f"runs/{name}-{time.strftime('%Y%m%d-%H%M%S')}"
     output = user_path(comm.from_main("run folder", lambda: named))
-    base = Path(comm.together("base model", lambda: str(resolved.task.base_folder(config.model.model)))[0])
+    base = Path(comm.together("base model", lambda: str(resolved.task.base_folder(config.model.model)), SLOW_S)[0])
     trusted = config.model.trust_remote_code
 
     def check() -> tuple[Any, str, str]:

@@ -13,6 +13,7 @@ from small_runs import events, losses, with_run
 import adapters  # noqa: F401 (registers LoLDU)
 from adapters import loldu
 from launcher.exit_codes import STOPPED
+from launcher.processes import SLOW_S, WAIT_S, Communicator
 from launcher.tasks import base as tasks
 from launcher.training import loop
 from launcher.training.run import run
@@ -254,3 +255,22 @@ def test_a_run_does_not_resume_with_other_pivots_than_it_began_with(small, tmp_p
     assert (other, again) == (2, 0)
     assert "gone from the cache, and made again they differ" in said
     assert len(losses(small)) == 4
+
+
+def test_no_rank_gives_up_while_another_reads_or_writes_what_is_as_large_as_the_model(small, monkeypatch):
+    """140 GB take hours over a slow network file system."""
+    waits = {}
+    gather = Communicator.gather
+
+    def recorded(self, what, value, timeout_s=WAIT_S):
+        waits[what] = timeout_s
+        return gather(self, what, value, timeout_s)
+
+    monkeypatch.setattr(Communicator, "gather", recorded)
+    run(small, "test")
+    shutil.rmtree(Path(small.run.output) / "checkpoints" / "step-000006")
+    run(small, "test")
+
+    large = ("model", "engine", "restoring", "checkpoint", "checkpoint rows", "checkpoint index", "adapter")
+    assert {what: waits[what] for what in large} == dict.fromkeys(large, SLOW_S)
+    assert waits["tokenizer"] == WAIT_S
