@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+from itertools import accumulate
 from typing import Any
 
 import torch
+from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.fsdp import CPUOffloadPolicy, FSDPModule, OffloadPolicy, fully_shard
@@ -12,6 +14,7 @@ from torch.distributed.tensor import DTensor
 from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
 
 from launcher.engines.engine import ModelSource
+from launcher.engines.experts import expert_lists, refuse
 from launcher.engines.registry import EngineInfo, give_first
 from launcher.engines.replicated import Replicated
 from launcher.main_memory import map_large_blocks
@@ -49,6 +52,22 @@ class FullyShard(Replicated):
             if isinstance(module, FSDPModule):
                 module.reshard()  # a pass before this one leaves the root unit gathered, with the old values
         super().restore(found)
+
+    def _reached(self) -> list[bool]:
+        """As above; here zeros stand for no gradient. LoRA's A starts with zeros too, so what counts is its layer."""
+        layers: dict[str, bool] = {}
+        for name, parameter in self.parameters.items():
+            assert parameter.grad is None or isinstance(parameter.grad, DTensor)
+            layer = self._layer(name)
+            moved = parameter.grad is not None and bool(parameter.grad.to_local().any())
+            layers[layer] = layers.get(layer, False) or moved
+        return [layers[self._layer(name)] for name in self.parameters]
+
+    def _layer(self, name: str) -> str:
+        """The adapted layer that a parameter belongs to, else its own module."""
+        parents = list(accumulate(name.split(".")[:-1], "{}.{}".format))
+        adapted = (at for at in parents if isinstance(self.model.get_submodule(at), BaseTunerLayer))
+        return next(adapted, name.rpartition(".")[0])
 
     def _piece(self, tensor: Tensor) -> Piece | None:
         assert isinstance(tensor, DTensor)
@@ -98,6 +117,13 @@ def shard(model: nn.Module, mesh: DeviceMesh, *, cpu_offload: bool = False) -> N
             # and free gathered bytes once they are copied (as torch does when it overlaps the next gather).
             unit.set_modules_to_backward_prefetch([unit])
             unit._set_unshard_async_op(True)
+    if hasattr(base, "set_reduce_scatter_unused_params"):
+        # Zeros for a parameter without a gradient. Else processes whose tokens reached other experts exchange gradients
+        # of other parameters, and torch adds them up.
+        base.set_reduce_scatter_unused_params(True)
+    elif mesh.size() > 1:
+        why = f"fully_shard of torch {torch.__version__} mixes their gradients up, torch 2.13 does not"
+        refuse(expert_lists(base, trained=True), why)
 
 
 def decoder_layers(base: Any) -> list[nn.Module]:

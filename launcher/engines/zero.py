@@ -24,6 +24,7 @@ from torch import Tensor, nn
 
 from launcher.config import OptimizerConfig
 from launcher.engines.engine import ModelSource, NonFinite
+from launcher.engines.experts import expert_lists, refuse
 from launcher.engines.registry import EngineInfo, give_first
 from launcher.main_memory import map_large_blocks
 from launcher.models.fill import fill
@@ -85,6 +86,8 @@ class Zero2(Replicated):
                 f"--sharding {info.name} trains float32 parameters, these are {', '.join(sorted(dtypes))}: give "
                 f"--dtype float32, or {give_first(lambda other: other.holds_base == info.holds_base)}"
             )
+        if ranks.world_size > 1:
+            refuse(expert_lists(model, trained=True), "DeepSpeed mixes their gradients up")
         open_alone(next(model.parameters()).device)
         self._watch()
         how = settings(config, ranks, self.stage, cpu_offload=cpu_offload)
@@ -184,6 +187,10 @@ class Zero3(Zero2):
     """The base and the frozen factors are spread too."""
 
     stage = 3
+
+    @classmethod
+    def check_base(cls, base: nn.Module) -> None:
+        refuse(expert_lists(base, trained=False), "DeepSpeed gathers parts of different experts as one weight")
 
     @classmethod
     def load(cls, source: ModelSource, info: EngineInfo) -> nn.Module:
