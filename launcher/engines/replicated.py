@@ -170,6 +170,7 @@ class Replicated:
 
         Called by all ranks.
         """
+        saved = self.model.state_dict().keys()  # by all: fully_shard cuts its root again, which the next pass gathers
         values: dict[str, Tensor] = {}
         for name, parameter in self.parameters.items():
             tensor = self._whole(parameter)
@@ -178,7 +179,6 @@ class Replicated:
         if not self.ranks.is_main:
             return {}
         whole = {name: values[first] for name, first in self.names.items()}
-        saved = self.model.state_dict().keys()
         buffers = self.model.named_buffers(remove_duplicate=False)
         return whole | {name: buffer for name, buffer in buffers if name in saved}
 

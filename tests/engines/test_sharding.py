@@ -41,7 +41,9 @@ def bf16(config):
 
 
 def answers(config):
-    return replace(config, data=replace(config.data, exact_match=True, answer_tokens=6))
+    """Also at the end of a run, once rank 0 has saved it."""
+    data = replace(config.data, exact_match=True, answer_tokens=6)
+    return replace(config, data=data, run=replace(config.run, show_samples=2))
 
 
 def full_rank(config):
