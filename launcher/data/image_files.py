@@ -53,6 +53,11 @@ class Listing:
     def __len__(self) -> int:
         return len(self.labels)
 
+    @property
+    def unlabelled(self) -> np.ndarray:
+        """Places of the images without a label that can be used."""
+        return np.flatnonzero(self.labels < 0 if self.classes else np.isnan(self.labels))
+
     def name(self, place: int) -> str:
         """The path in the folder or archive; of rows, the file's name if they have files beside them."""
         start = int(self.ends[place - 1]) if place else 0
@@ -88,12 +93,15 @@ class Split(NamedTuple):
     split: str = ""
 
 
-def splits_of(source: str, option: str, columns: Columns) -> dict[Split, Listing]:
-    """The splits of a source, listed. Raises ValueError for a source without images, or without their classes."""
+def splits_of(source: str, option: str, columns: Columns, *, skip: bool = False) -> dict[Split, Listing]:
+    """The splits of a source, listed. Raises ValueError for a source without images, or without their classes.
+
+    skip: rows whose label cannot be used are listed as `Listing.unlabelled`, and are no error.
+    """
     kind = _kind(source, option)
     if kind == "rows":
         return {
-            Split(source, kind, name): _list_rows(rows, columns, f"{option} {source}")
+            Split(source, kind, name): _list_rows(rows, columns, f"{option} {source}", skip=skip)
             for name, rows in _rows(source, option).items()
         }
     path = user_path(source)
@@ -312,7 +320,7 @@ def _by_split(files: Sequence[Path], root: Path) -> dict[str, list[str]]:
     return {"train": [str(file) for file in files]} if "" in found else found
 
 
-def _list_rows(rows: Any, columns: Columns, where: str) -> Listing:
+def _list_rows(rows: Any, columns: Columns, where: str, *, skip: bool) -> Listing:
     import pyarrow.compute as compute
 
     missing = [name for name in columns if name not in rows.column_names]
@@ -334,7 +342,7 @@ def _list_rows(rows: Any, columns: Columns, where: str) -> Listing:
         if not sizes[place] and path:  # a file beside the rows
             names[place] = os.path.basename(path).encode("utf-8", "surrogateescape")
             sizes[place] = os.path.getsize(path) if os.path.isfile(path) else 0
-    classes, labels = _row_labels(rows, columns.label, where)
+    classes, labels = _row_labels(rows, columns.label, where, skip=skip)
     return Listing(
         classes=classes,
         labels=labels,
@@ -355,33 +363,48 @@ def _undecoded(rows: Any, column: str, where: str) -> Any:
         raise ValueError(f"{where}: the column {column!r} holds no images, but {rows.features[column]}") from error
 
 
-def _row_labels(rows: Any, column: str, where: str) -> tuple[tuple[str, ...], np.ndarray]:
-    """The classes and the label of each row: places in them, or numbers to predict."""
+def _row_labels(rows: Any, column: str, where: str, *, skip: bool) -> tuple[tuple[str, ...], np.ndarray]:
+    """The classes and the label of each row: places in them, or numbers to predict.
+
+    With skip, -1 or NaN stands for a label that cannot be used, of which the first is an error otherwise.
+    """
     names = getattr(rows.features[column], "names", None)
     values = rows.with_format(None).select_columns([column])[:][column]
-    odd = next((i for i, value in enumerate(values) if not isinstance(value, (int, float, str))), None)
-    if odd is not None:
-        raise ValueError(f"{where}, record {odd}: {column!r} is a class or a number, got {values[odd]!r:.40}")
-    kinds = {type(value) for value in values}
-    if kinds <= {int, float} and float in kinds:
-        return (), np.array(values, dtype=np.float32)
+
+    def usable(wrong: Callable[[Any], bool], message: str) -> None:
+        """Leave wrong values out, as None."""
+        for place, value in enumerate(values):
+            if value is not None and wrong(value):
+                if not skip:
+                    raise ValueError(f"{where}, record {place}{message.format(value=repr(value)[:40])}")
+                values[place] = None
+
+    odd = f": {column!r} is a class or a number, got "
+    if not skip and None in values:
+        raise ValueError(f"{where}, record {values.index(None)}{odd}None")
+    usable(lambda value: not isinstance(value, (int, float, str)) or value in (np.inf, -np.inf), odd + "{value}")
+    usable(lambda value: value != value, odd + "{value}")
+    found = [value for value in values if value is not None]
+    kinds = {type(value) for value in found}
+    if kinds and kinds <= {int, float} and float in kinds:
+        return (), np.array([np.nan if value is None else value for value in values], dtype=np.float32)
     if len(kinds) > 1:
         raise ValueError(f"{where}: {column!r} mixes names and numbers: give one kind of label")
-    if kinds == {int} and min(values) < 0:
-        place = next(i for i, value in enumerate(values) if value < 0)
-        raise ValueError(
-            f"{where}, record {place}, has the label {values[place]}: it is unlabelled, as test splits are; give "
-            "another split"
-        )
-    if names is not None:
-        return tuple(names), np.array(values, dtype=np.int64)
-    known = sorted(set(values))
-    if kinds == {int} and known[-1] >= 10 * len(known) + 100:
-        raise ValueError(f"{where}: {column!r} has numbers up to {known[-1]}: classes are numbered from 0")
     if kinds == {int}:
-        return tuple(map(str, range(known[-1] + 1))), np.array(values, dtype=np.int64)
-    number = {name: place for place, name in enumerate(known)}
-    return tuple(map(str, known)), np.array([number[value] for value in values], dtype=np.int64)
+        unlabelled = " has the label {value}: it is unlabelled, as test splits are; give another split"
+        usable(lambda value: value < 0, "," + unlabelled)
+        found = [value for value in values if value is not None]
+    if not found:
+        raise ValueError(f"{where}: no row has a label in {column!r} that can be used")
+    known: list[Any] = sorted(set(found))
+    if names is not None:
+        known = list(range(len(names)))
+    elif kinds == {int}:
+        if known[-1] >= 10 * len(known) + 100:
+            raise ValueError(f"{where}: {column!r} has numbers up to {known[-1]}: classes are numbered from 0")
+        known = list(range(known[-1] + 1))
+    number = {name: place for place, name in enumerate(known)} | {None: -1}
+    return tuple(names or map(str, known)), np.array([number[value] for value in values], dtype=np.int64)
 
 
 def bytes_of(file: Path) -> bytes:

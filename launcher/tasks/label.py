@@ -1,9 +1,8 @@
 """Sequence classification in the form of GLUE: each row has one or two columns of text, and a label.
 
-A label is a class (a whole number or a name), or a number with a fraction to predict (regression, as in STS-B). A CSV
-file holds text alone: there, labels that can all be read as numbers are numbers. The model's own head and loss are
-used. A checkpoint without a head gets a new one, drawn from the seed, trained whole and saved beside the adapter
-(`modules_to_save`).
+A label is a class, or a number to predict (regression, as in STS-B); label_rows.py reads them. The model's own head and
+loss are used. A checkpoint without a head gets a new one, drawn from the seed, trained whole and saved beside the
+adapter (`modules_to_save`).
 """
 
 from __future__ import annotations
@@ -11,9 +10,6 @@ from __future__ import annotations
 import copy
 import hashlib
 import itertools
-import logging
-import math
-import re
 import shlex
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
@@ -30,16 +26,12 @@ from launcher.config import Config, DataConfig
 from launcher.data import records
 from launcher.data.crew import ALONE, Crew
 from launcher.data.encoded import DataReport, Encoded, Part, Tally, encoded, groups
-from launcher.data.files import holds_csv
-from launcher.data.limits import check_length
 from launcher.data.token_cache import encode_once
 from launcher.tasks import label_images
 from launcher.tasks.base import Batch, Layout, Sampled, Samples, Task, sampled
 from launcher.tasks.classifier import Classifier
+from launcher.tasks.label_rows import label_name, load_splits
 from launcher.tasks.labels import CLASSES, CLASSES_ASSUMED, Labels, head_settings, save_classes
-
-log = logging.getLogger(__name__)
-MOST = 1e300  # of a number to predict
 
 
 @dataclass(frozen=True)
@@ -146,25 +138,6 @@ class Label(Classifier):
 TASK: Task = Label()
 
 
-def load_splits(config: DataConfig) -> tuple[list[records.Record], list[records.Record], Labels]:
-    """Training and held-out rows {texts, label}, and the classes of the training rows.
-
-    Raises ValueError naming the row for a missing column, a text or label of another kind, an unlabelled row and a
-    held-out label that training does not know.
-    """
-    load = partial(_load, columns=config.text_columns, label=config.label_column)
-    train, held_out = records.load_splits(
-        config.data, config.eval_data, config.eval_records, load, fewer=config.fewer_eval_records
-    )
-    labels = _classes(train)
-    _check_labelled(held_out, numbers=not labels)
-    for row in held_out:
-        if (_name(row["label"]) not in labels) if labels else not isinstance(row["label"], (int, float)):
-            known = ", ".join(labels) or "numbers"
-            raise ValueError(f"{row['where']} has the label {row['label']!r}, the training rows have: {known}")
-    return train, held_out, labels
-
-
 class LabelEncoder:
     """Each row as the tokenizer joins one text or two; above max_length, the longer text loses its end."""
 
@@ -227,7 +200,7 @@ def with_labels(tokens: Encoded, segments: Encoded | None, rows: Sequence[record
     """The rows' tokens with their labels."""
     if labels:
         places = {name: place for place, name in enumerate(labels)}
-        answers = torch.tensor([places[_name(row["label"])] for row in rows])
+        answers = torch.tensor([places[label_name(row["label"])] for row in rows])
     else:
         answers = torch.tensor([float(row["label"]) for row in rows])
     assert isinstance(tokens.report, LabelReport)
@@ -251,114 +224,3 @@ def collate(data: Labelled, rows: Sequence[int], pad_id: int) -> dict[str, Tenso
     if data.segments is not None:
         batch["token_type_ids"] = pad([data.segments[span].long() for span in spans])
     return batch
-
-
-def _load(source: str, *, option: str = "--data", columns: Sequence[str], label: str) -> list[records.Record]:
-    rows = records.load_rows(source, option)
-    if not rows:
-        raise ValueError(f"{option} {source} holds no rows")
-    found = []
-    numbers = _numbers_in_text([row.get(label) if isinstance(row, dict) else None for row in rows], source, option)
-    for index, row in enumerate(rows):
-        where = f"record {index} of {source}"
-        if not isinstance(row, dict):
-            raise ValueError(
-                f"{where} is a {type(row).__name__}, expected an object with {', '.join(columns)}, {label}"
-            )
-        texts = [check_length(records.text_of(row, column, where), f"{where}: its {column!r}") for column in columns]
-        value = row.get(label) if numbers is None else numbers[index]
-        if isinstance(value, bool) or not isinstance(value, (int, float, str)):
-            there = f"the {type(value).__name__} {value!r:.40}" if label in row else f"its columns: {', '.join(row)}"
-            raise ValueError(f"{where}: {label!r} is a class (whole number or name) or a number, got {there}")
-        if not isinstance(value, str) and not -MOST < value < MOST:
-            raise ValueError(f"{where} has the label {value!r:.40}, no number to learn: leave the record out")
-        if not any(text.strip() for text in texts):
-            raise ValueError(f"{where} has no text in {' or '.join(map(repr, columns))}: leave the record out")
-        if isinstance(value, str) and not value.strip():
-            raise ValueError(f"{where} has an empty {label!r}: give it a label, or leave the record out")
-        found.append({"texts": texts, "label": value, "where": where})
-    return found
-
-
-def _numbers_in_text(labels: Sequence[Any], source: str, option: str) -> list[float] | None:
-    """The labels of a CSV file as numbers, if all can be read as such; None if labels are used unchanged.
-
-    Raises ValueError if numbers with a fraction are mixed with other text, or in quotes in a file that has types: each
-    would become a separate class.
-    """
-    if not labels or not all(isinstance(label, str) for label in labels):
-        return None
-    read = [_number(label) for label in labels]
-    fractions = [label for label, number in zip(labels, read, strict=True) if isinstance(number, float)]
-    numbers = [number for number in read if number is not None]
-    csv = holds_csv(source)
-    if len(numbers) == len(labels) and csv:
-        return [float(number) for number in numbers] if fractions else numbers
-    if not fractions or 2 * len(numbers) < len(labels):
-        return None
-    if len(numbers) == len(labels):
-        raise ValueError(f"{option} {source} has numbers as text ({fractions[0]!r}) for labels: write them unquoted")
-    odd = read.index(None)
-    raise ValueError(
-        f"{option} {source} has numbers for labels ({fractions[0]}, ...), but record {odd} has {labels[odd]!r}: give "
-        "it a number, or leave the record out"
-    )
-
-
-def _number(text: str) -> int | float | None:
-    """What a text can be read as: a whole number, a number with a fraction, or neither (NaN and infinity too)."""
-    if re.fullmatch(r"\s*[+-]?\d{1,18}\s*", text):
-        return int(text)
-    try:
-        number = float(text)
-    except ValueError:
-        return None
-    return number if math.isfinite(number) else None
-
-
-def _classes(rows: Sequence[records.Record]) -> Labels:
-    kinds = {type(row["label"]) for row in rows}
-    numbers = kinds in ({float}, {float, int})
-    _check_labelled(rows, numbers=numbers)
-    if numbers:
-        if all(float(row["label"]).is_integer() and row["label"] >= 0 for row in rows):
-            log.warning(
-                "all labels are whole numbers written with a fraction (%s, ...), so numbers are predicted: for classes "
-                "write them without (%d, ...)",
-                float(rows[0]["label"]), int(rows[0]["label"]),
-            )  # fmt: skip
-        return ()
-    if len(kinds) > 1:
-        first = type(rows[0]["label"])
-        other = next(row for row in rows if type(row["label"]) is not first)
-        raise ValueError(f"{other['where']} has the label {other['label']!r}, record 0 has {rows[0]['label']!r}")
-    values = sorted({row["label"] for row in rows})
-    blank = [name for name in values if isinstance(name, str) and name.strip() != name and name.strip() in values]
-    if blank:
-        raise ValueError(
-            f"the training rows have the labels {blank[0]!r} and {blank[0].strip()!r}, which would be two classes: "
-            "take the blanks out of them"
-        )
-    if len(values) < 2:
-        raise ValueError(f"all {len(rows)} training rows have the label {values[0]!r}: give data with at least two")
-    if kinds == {int} and values != list(range(len(values))):
-        raise ValueError(
-            f"classes are numbered from 0 without gaps, the training rows have {values[:20]}: number them so, or give "
-            "them names"
-        )
-    return tuple(map(_name, values))
-
-
-def _check_labelled(rows: Sequence[records.Record], *, numbers: bool) -> None:
-    """Raises ValueError for negative classes, and for numbers that are all -1, which marks test splits."""
-    negative = [row for row in rows if isinstance(row["label"], (int, float)) and row["label"] < 0]
-    if negative and (not numbers or all(row["label"] == -1 for row in rows)):
-        row = negative[0]
-        raise ValueError(
-            f"{row['where']} has the label {row['label']}: it is unlabelled, as test splits are; give another split "
-            f"(classes are whole numbers from 0; numbers to predict have a fraction, as {float(row['label'])} has)"
-        )
-
-
-def _name(label: Any) -> str:
-    return str(label)

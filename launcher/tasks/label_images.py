@@ -190,12 +190,13 @@ def _pixels(data: Pictured, step: int, row: int) -> Tensor:
 def _list(data: DataConfig, work: Path) -> None:
     """List the sources of a run into a folder, for `_Found`."""
     columns, plan = Columns(data.image_column or "", data.label_column), []
+    skip = data.on_bad_record == "skip"
     sources = [data.data] if isinstance(data.data, str) else list(data.data)
     chosen: list[tuple[str, float, Split, Listing]] = []
     held: Split | None = None
     for text in sources:
         name, weight = source_of(text)
-        found = splits_of(name, "--data", columns)
+        found = splits_of(name, "--data", columns, skip=skip)
         split = choose_split(found, "--data")
         chosen.append(("train", weight, split, found[split]))
         apart = held_out_split(found)
@@ -203,7 +204,7 @@ def _list(data: DataConfig, work: Path) -> None:
             chosen.append(("held out", 1.0, apart, found[apart]))
             held = apart
     if data.eval_data is not None:
-        found = splits_of(data.eval_data, "--eval-data", columns)
+        found = splits_of(data.eval_data, "--eval-data", columns, skip=skip)
         held = choose_split(found, "--eval-data")
         chosen.append(("held out", 1.0, held, found[held]))
     for number, (part, weight, split, listing) in enumerate(chosen):
@@ -248,7 +249,7 @@ def _samples(found: _Found, config: Config, processor: ImageProcessor, bad: pixe
     labels = _labels(found, classes)
     make = partial(_pictured, images=found.images, classes=classes, processor=processor, source=found.digest)
     trained, tested = places[train], (places if others is None else others)[held_out]
-    dropped = len(bad)
+    dropped = len(labels) - sum(map(len, good))
     augment = pixels.Augment(config.optimizer.seed, data.random_crop, data.random_flip)
     return Samples(
         train=replace(make(labels[trained], torch.from_numpy(trained), dropped=dropped), augment=augment),
@@ -264,9 +265,12 @@ def _good(found: _Found, bad: pixels.Bad, data: DataConfig) -> list[np.ndarray]:
         faults = BadRecords(data.on_bad_record)
         for _, kind, text in here:
             faults.add(BadRecord(kind, text))
+        left_out = np.array([place for place, *_ in here], dtype=np.int64)
+        without = np.setdiff1d(listing.unlabelled + start, left_out)
+        for place in without.tolist():
+            faults.add(BadRecord("no label", f"{found.images.name(place)} has no label that can be used"))
         records.warn(faults.tell(f"the images of {split.source}", len(listing)))
-        every = np.arange(start, start + len(listing))
-        kept.append(np.setdiff1d(every, np.array([place for place, *_ in here], dtype=np.int64)))
+        kept.append(np.setdiff1d(np.arange(start, start + len(listing)), [*left_out, *without]))
     return kept
 
 

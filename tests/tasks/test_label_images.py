@@ -2,12 +2,14 @@
 
 import io
 import json
+import math
 import random
 import shutil
 import warnings
 from dataclasses import replace
 from pathlib import Path
 
+import datasets
 import numpy as np
 import pytest
 import torch
@@ -178,6 +180,28 @@ def test_skipped_bad_files_are_left_out_and_the_check_is_kept(tiny_vit, with_bad
     assert len(found.train) + len(found.held_out) == 30
     assert "2 left out" in str(found.train.report)
     assert again.train.digest() == found.train.digest()
+
+
+@pytest.mark.parametrize("kind", ["names", "numbers", "places"])
+def test_rows_of_images_without_a_label_are_left_out_and_counted_if_asked(kind, tiny_vit, tmp_path, caplog):
+    labels = [{"names": ("a", "b"), "numbers": (0.5, 2.5), "places": (0, 1)}[kind][i % 2] for i in range(12)]
+    labels[3] = labels[8] = None
+    labels[5] = {"names": None, "numbers": math.nan, "places": -1}[kind]
+    images = [{"bytes": file_of(Image.new("RGB", (9, 9), (i, 0, 0))), "path": None} for i in range(12)]
+    images[8]["bytes"] = b"damaged as well"
+    datasets.Dataset.from_dict({"image": images, "label": labels}).to_parquet(tmp_path / "rows.parquet")
+
+    with pytest.raises(ValueError, match=r"record \d"):
+        read(tiny_vit, tmp_path / "rows.parquet", tmp_path, eval_records=2)
+    found = read(tiny_vit, tmp_path / "rows.parquet", tmp_path, eval_records=2, on_bad_record="skip")
+
+    places = torch.cat([found.train.places, found.held_out.places]).sort().values
+    assert places.tolist() == [0, 1, 2, 4, 6, 7, 9, 10, 11]
+    for data in (found.train, found.held_out):
+        expected = [labels[place] if kind == "numbers" else place % 2 for place in data.places.tolist()]
+        assert data.labels.tolist() == expected
+    assert "3 left out" in str(found.train.report)
+    assert "3 of 12 records cannot be used (2 x no label, 1 x no image)" in caplog.text
 
 
 def test_a_file_that_is_damaged_after_the_check_is_named(tiny_vit, image_folder, tmp_path):

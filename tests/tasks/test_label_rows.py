@@ -144,3 +144,62 @@ def test_classes_that_became_fractions_are_a_warning(labels, warned, tmp_path, c
     label.load_splits(DataConfig(data=str(file), text_columns=("sentence",)))
 
     assert ("written with a fraction (0.0, ...), so numbers are predicted" in caplog.text) == warned
+
+
+GOOD = [{"a": f"good {n}", "b": f"film {n}", "label": ("no", "yes")[n % 2]} for n in range(6)]
+BAD = [
+    "text", {"b": "x", "label": "no"}, {"a": 3, "b": "x", "label": "no"}, {"a": "x", "b": "y"},
+    {"a": " ", "b": "", "label": "no"},
+    {"a": "x", "b": "y", "label": None}, {"a": "x", "b": "y", "label": " "}, {"a": "x", "b": "y", "label": 1},
+    {"a": "x", "b": "y", "label": True}, {"a": "x\ud800", "b": "y", "label": "no"},
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("columns", [("a",), ("a", "b")], ids=["texts", "pairs"])
+def test_bad_rows_are_left_out_and_counted_if_asked(columns, tmp_path, caplog):
+    rows = [*BAD[:5], *GOOD, *BAD[5:]]
+    settings = config(write(tmp_path, rows), text_columns=columns, on_bad_record="skip", eval_records=2)
+
+    train, held_out, classes = label.load_splits(settings)
+
+    assert classes == ("no", "yes")
+    assert [row["texts"] for row in (*train, *held_out)] != []
+    assert sorted(row["texts"][0] for row in (*train, *held_out)) == [row["a"] for row in GOOD]
+    [said] = [each.getMessage() for each in caplog.records if "cannot be used" in each.getMessage()]
+    assert f"{len(BAD)} of {len(rows)} records cannot be used" in said
+    assert f"{len(BAD)} left out (--on-bad-record skip)" in said
+
+
+def test_all_bad_rows_are_named_at_once(tmp_path):
+    with pytest.raises(ValueError, match=r"2 of 8 records cannot be used .*no 'a'.*\n.*record 6 of .*\n.*record 7 of"):
+        label.load_splits(config(write(tmp_path, [*GOOD, {"label": "no"}, {"a": "x"}]), text_columns=("a",)))
+
+
+@pytest.mark.parametrize(
+    ("labels", "kept"),
+    [
+        ([0.5, 1.5, "n/a", "", -1], [0.5, 1.5, -1.0]),  # numbers to predict may be negative
+        ([*range(11), "", -1], list(range(11))),  # as text they would be ordered 0, 1, 10, 2
+    ],
+)
+def test_a_csv_file_with_bad_labels_keeps_its_numbers(labels, kept, tmp_path, caplog):
+    train, _, classes = label.load_splits(config(csv_of(tmp_path, *labels), on_bad_record="skip"))
+
+    assert [row["label"] for row in train] == kept
+    assert classes == (() if 0.5 in kept else tuple(map(str, kept)))
+    assert "left out (--on-bad-record skip)" in caplog.text
+
+
+def test_unlabelled_rows_and_held_out_labels_that_are_not_known_are_left_out_if_asked(tmp_path, caplog):
+    train = write(tmp_path, [ROW, {"sentence": "bad", "label": 0}, {"sentence": "so", "label": -1}])
+    held = write(tmp_path, [ROW, {"sentence": "a", "label": 2}, {"sentence": "b", "label": -1}], "held.json")
+
+    rows, held_out, classes = label.load_splits(config(train, eval_data=held, on_bad_record="skip"))
+
+    assert (len(rows), len(held_out), classes) == (2, 1, ("0", "1"))
+    assert caplog.text.count("1 left out (--on-bad-record skip)") == 3
+
+
+def test_a_source_without_a_row_that_can_be_used_is_refused(tmp_path):
+    with pytest.raises(ValueError, match=r"none of the 2 records can be used, all for one reason.* unlabelled"):
+        label.load_splits(config(write(tmp_path, [{"sentence": "a", "label": -1}] * 2), on_bad_record="skip"))
