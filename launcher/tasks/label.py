@@ -27,6 +27,7 @@ from launcher.data import records
 from launcher.data.crew import ALONE, Crew
 from launcher.data.encoded import DataReport, Encoded, Part, Tally, encoded, groups
 from launcher.data.token_cache import encode_once
+from launcher.models.own_head import in_rows_order
 from launcher.tasks import label_images
 from launcher.tasks.base import Batch, Layout, Sampled, Samples, Task, sampled
 from launcher.tasks.classifier import Classifier
@@ -90,6 +91,7 @@ class Label(Classifier):
 
     def read_together(self, config: Config, tokenizer: Any, cache: Path, crew: Crew) -> Samples:
         rows, held_rows, classes = crew.comm.each("data", lambda: load_splits(config.data))
+        classes = in_rows_order(classes, config.model.model)
         if crew.leads:
             records.warn_of_overlap(*(map(records.as_bytes, some) for some in (rows, held_rows)))
         tokens = partial(encode_once, tokenizer=tokenizer, config=config.data, folder=cache, crew=crew)

@@ -43,6 +43,7 @@ from launcher.models.image_processor import (
     load_processor,
     model_type,
 )
+from launcher.models.own_head import in_rows_order
 from launcher.tasks.base import Batch, Layout, Sampled, Samples, Task
 from launcher.tasks.classifier import Classifier
 from launcher.tasks.labels import CLASSES, CLASSES_ASSUMED, Labels, head_settings, save_classes
@@ -235,7 +236,7 @@ class _Found:
 def _samples(found: _Found, config: Config, processor: ImageProcessor, bad: pixels.Bad) -> Samples:
     """Training and held-out images, without those that are bad. Raises ValueError for labels that do not fit."""
     data, good = config.data, _good(found, bad, config.data)
-    classes = _classes(found, good)
+    classes = in_rows_order(_classes(found, good), config.model.model)
     train_parts, held_parts = found.of("train"), found.of("held out")
     places = np.concatenate([good[number] for number in train_parts])
     sources = [

@@ -40,6 +40,7 @@ from launcher.models import joined, varlen
 from launcher.models.build import FLASH, build
 from launcher.models.files import check_ids, context_length
 from launcher.models.head_loss import HeadLoss
+from launcher.models.own_head import check_own_head
 from launcher.models.quantize import base_size, quantised_share, size
 from launcher.models.skeleton import bare_skeleton
 from launcher.models.suitable import leave_out, reach, unmatched
@@ -279,6 +280,7 @@ def _plan(start: Start, train_data: Encoded, tokenizer: Any, steps: int) -> _Pla
     if head is not None:
         plain = replace(config.model, quantize="none")
         labels_model = comm.each("head", lambda: bare_skeleton(plain, base, adapter, **how, head=head))
+        comm.each("head", lambda: check_own_head(labels_model, base, head))
     known = start.bare if labels_model is None else labels_model
     if adapter is not None and hasattr(adapter, "exclude_modules"):
         more = comm.each("targets", lambda: leave_out(known, config.adapter, labels=head is not None))

@@ -7,7 +7,13 @@ import shutil
 import pytest
 import torch
 from PIL import Image
-from transformers import AutoModelForSequenceClassification, AutoTokenizer, BertConfig, BertForSequenceClassification
+from transformers import (
+    AutoModel,
+    AutoModelForSequenceClassification,
+    AutoTokenizer,
+    BertConfig,
+    BertForSequenceClassification,
+)
 
 from launcher.cli import main
 from launcher.config import AdapterConfig, Config, DataConfig, ModelConfig, OptimizerConfig, RunConfig
@@ -24,13 +30,13 @@ def split(folder, rows):
     return files
 
 
-def trained(folder, model, data, adapter=None, held_out=None, **settings):
+def trained(folder, model, data, adapter=None, held_out=None, rate=3e-2, **settings):
     """A finished run and its last evaluation."""
     asked = Config(
         model=ModelConfig(model=str(model), dtype="float32", quantize=settings.pop("quantize", "none")),
         data=DataConfig(data=str(data), eval_data=held_out and str(held_out), max_length=48, **settings),
         adapter=adapter or AdapterConfig(rank=4, targets=("query", "value")),
-        optimizer=OptimizerConfig(batch_size=8, max_steps=8, learning_rate=3e-2),
+        optimizer=OptimizerConfig(batch_size=8, max_steps=8, learning_rate=rate),
         run=RunConfig(output=str(folder / "run"), cache=str(folder / "cache"), report=False),
     )
     assert run(asked, "test") == 0
@@ -172,6 +178,61 @@ def test_images_get_the_classes_that_the_evaluation_counted(tiny_vit, image_fold
     [line] = lines(folder, images=[str(file)])
     assert line["image"] == str(file)
     assert set(line["probabilities"]) == {"blue", "green", "red"}
+
+
+@pytest.fixture(scope="module")
+def headed(tiny_roberta, tmp_path_factory):
+    """A base with a head of its own, whose classes are not in the order of the alphabet."""
+    torch.manual_seed(1)
+    folder, names = tmp_path_factory.mktemp("headed"), {0: "good", 1: "bad"}
+    AutoModelForSequenceClassification.from_pretrained(tiny_roberta, id2label=names).save_pretrained(folder)
+    AutoTokenizer.from_pretrained(tiny_roberta).save_pretrained(folder)
+    return folder
+
+
+def named(folder, rows, names):
+    file = folder / "named.json"
+    file.write_text(json.dumps([{**row, "label": names[row["label"]]} for row in rows]))
+    return file
+
+
+def test_the_rows_of_a_head_keep_their_classes(headed, sst2_rows, tmp_path):
+    """With no step to speak of, the trained model says what its base says."""
+    data = named(tmp_path, sst2_rows, ("bad", "good"))
+    adapter = AdapterConfig(rank=4, targets=("query", "value"))
+    folder, _ = trained(tmp_path, headed, data, adapter, text_columns=("sentence",), eval_records=20, rate=1e-12)
+    texts = ["a film", "good", "no, never"]
+
+    for text in texts:
+        [before], [after] = lines(headed, text=[text]), lines(folder, text=[text])
+        assert list(after["probabilities"]) == ["good", "bad"]
+        assert after["probabilities"] == pytest.approx(before["probabilities"], abs=1e-5)
+    assert json.loads((folder / "adapter" / "classes.json").read_text()) == ["good", "bad"]
+
+
+@pytest.mark.parametrize("names", [("no", "yes"), ("Bad", "Good")])
+def test_a_head_for_other_classes_is_refused_and_a_base_without_it_gets_a_new_one(
+    names, headed, sst2_rows, tmp_path, capsys
+):
+    data = named(tmp_path, sst2_rows, names)
+    settings = {"text_columns": ("sentence",), "eval_records": 20}
+    with pytest.raises(AssertionError):
+        trained(tmp_path, headed, data, **settings)
+    said = capsys.readouterr().err
+    bare = shutil.copytree(headed, tmp_path / "bare", ignore=shutil.ignore_patterns("config.json", "*.safetensors"))
+    AutoModel.from_pretrained(headed).save_pretrained(bare)
+
+    folder, _ = trained(tmp_path / "new", bare, data, **settings)
+
+    assert f"has a head for the classes good, bad, and the labels are {', '.join(names)}, so its rows would" in said
+    [line] = lines(folder, text=["a film"])
+    assert list(line["probabilities"]) == list(names)
+
+
+def test_numbers_are_the_rows_of_a_head_and_a_warning_names_them(headed, sst2_rows, tmp_path, capsys):
+    trained(tmp_path, headed, named(tmp_path, sst2_rows, (0, 1)), text_columns=("sentence",), eval_records=20)
+
+    assert "has rows for good, bad: the labels 0, 1, ... stand for these" in capsys.readouterr().out
 
 
 def test_a_plain_classifier_gives_what_transformers_computes(tiny_roberta, tmp_path):

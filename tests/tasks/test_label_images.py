@@ -396,3 +396,18 @@ def test_missing_pillow_is_named(tiny_vit, image_folder, tmp_path, capfd, monkey
     monkeypatch.setattr(pixels, "find_spec", lambda name: None)
 
     assert "pip install 'loldu-launcher[images]'" in refused(config(tiny_vit, image_folder, tmp_path), capfd)
+
+
+def test_the_rows_of_an_image_models_head_keep_their_classes(tiny_vit, image_folder, tmp_path):
+    names = dict(enumerate(("red", "blue", "green")))
+    torch.manual_seed(0)
+    headed = shutil.copytree(tiny_vit, tmp_path / "headed")
+    AutoModelForImageClassification.from_pretrained(tiny_vit, id2label=names).save_pretrained(headed)
+
+    train, other = (read(base, image_folder, tmp_path).train for base in (headed, tiny_vit))
+
+    assert train.classes == ("red", "blue", "green")
+    assert other.classes == ("blue", "green", "red")
+    assert train.places.tolist() == other.places.tolist()
+    wanted = [train.classes.index(other.classes[label]) for label in other.labels.tolist()]
+    assert train.labels.tolist() == wanted
