@@ -94,6 +94,7 @@ def runs(stories, alpaca_file, tmp_path_factory):
         runs.entry("fsdp2-4", "fsdp2"),
         runs.entry("hsdp-4", "hsdp", shard_size=2, how=counts),
         runs.entry("one>fsdp2-4", "fsdp2", source="one", step=4),
+        runs.entry("hsdp-4-answers", "hsdp", shard_size=2, change=answers),
         runs.entry("fsdp2-4-long", "fsdp2", change=long),
         runs.entry("hsdp-4-long", "hsdp", shard_size=2, change=long),
         runs.entry("zero2-4-long", "zero2", change=long),
@@ -205,7 +206,7 @@ def test_the_same_sharding_resumes_bit_for_bit(runs, sharding):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("sharding", SHARDED)
+@pytest.mark.parametrize("sharding", [*SHARDED, "hsdp-4"])
 def test_all_ranks_generate_answers_together(runs, sharding):
     """In a sharded model, a rank with fewer forward passes than another would make that one wait forever."""
     found = [event["exact_match"] for event in runs.events(f"{sharding}-answers") if "exact_match" in event]
