@@ -256,6 +256,13 @@ def _numbers(line: Line, *names: str) -> bool:
     )
 
 
+def same_records(evaluations: list[Line]) -> list[Line]:
+    """The evaluations on the held-out records of the last one, which alone can be compared with it. Those of earlier
+    versions do not tell their records, and count as such."""
+    last = evaluations[-1].get("held_out") if evaluations else None
+    return [line for line in evaluations if line.get("held_out", last) == last]
+
+
 def flat(values: dict[str, Any], prefix: str = "") -> dict[str, Any]:
     found: dict[str, Any] = {}
     for name, value in values.items():

@@ -48,7 +48,7 @@ def rows(folder: Path, variants: Sequence[Variant]) -> tuple[list[Row], str]:
         runs = [finished[variant.name] for variant in members if variant.name in finished]
         losses = [_loss(run, kind) for run in runs]
         last = [run.evaluations[-1] for run in runs if run.evaluations and not run.diverged]
-        names = [name for name in (last[0] if last else {}) if name not in ("step", "eval_loss")]
+        names = [name for name in (last[0] if last else {}) if name not in ("step", "eval_loss", "held_out")]
         found.append(
             Row(
                 values=dict(values),

@@ -49,7 +49,8 @@ class Callbacks:
 
     on_step(training, event) follows each update, before a checkpoint of that step is written. event is the step's line
     in events.jsonl: step, loss, lr, grad_norm, tokens. on_evaluation(training, event) follows each evaluation, with
-    step, eval_loss and the task's metrics. `training.stop.request(reason)` ends the run, saved, after the next step.
+    step, eval_loss, the task's metrics, and held_out, the digest of the held-out samples.
+    `training.stop.request(reason)` ends the run, saved, after the next step.
     """
 
     on_step: Callable[[Training, Event], None] = lambda training, event: None
@@ -226,7 +227,7 @@ class _Loop:
             state.best_loss, state.best_step, state.worse = result["eval_loss"], state.step, 0
         else:
             state.worse += 1
-        event = {"step": state.step, **result}
+        event = {"step": state.step, **result, "held_out": state.held_out}  # which records: losses on others differ
         self.log(event)
         shown = ", ".join(f"{name.replace('_', ' ')} {value:.4f}" for name, value in result.items())
         training.screen.say(f"step {state.step}: {shown}")
@@ -248,7 +249,8 @@ class _Loop:
             with disk_errors("events", self.training.output, "run the same command with more space"):
                 self.events.write(event)
             for tracker in self.training.trackers:
-                tracker.log({name: value for name, value in event.items() if name != "step"}, step=event["step"])
+                numbers = {name: value for name, value in event.items() if name not in ("step", "held_out")}
+                tracker.log(numbers, step=event["step"])
 
     def save(self) -> None:
         training, state, saver = self.training, self.state, self.saver

@@ -21,6 +21,7 @@ from rich.text import Text
 
 from launcher.files import open_regular, parse_json, replacing, write_atomically
 from launcher.progress import Bars
+from launcher.reports.read import same_records
 from launcher.text import printable
 
 log = logging.getLogger(__name__)
@@ -91,6 +92,17 @@ def read_events(file: Path) -> list[dict[str, Any]]:
             if isinstance(event, dict) and type(event.get("step")) is int:
                 events.append(event)
     return events
+
+
+def before_and_after(evaluations: list[dict[str, Any]]) -> tuple[list[str], list[list[str]]]:
+    """Headings and rows of the last evaluation, beside the first one on the same held-out records if there is one."""
+    alike = same_records(evaluations)
+    both = alike if len(alike) == 1 < len(evaluations) else [alike[0], alike[-1]]
+    names = [name for name in both[-1] if name not in ("step", "held_out")]
+    shared = [name for name in names if name in both[0]]  # a resume may have asked for more
+    headings = ["before" if line["step"] == 0 else f"step {line['step']}" for line in both[:-1]] + ["after"]
+    label = lambda name: "loss" if name == "eval_loss" else name.replace("_", " ")  # noqa: E731
+    return ["", *headings], [[label(name), *(f"{line[name]:.4f}" for line in both)] for name in shared]
 
 
 def _bytes_of(file: Path) -> bytes:

@@ -46,6 +46,7 @@ from launcher.models.skeleton import bare_skeleton
 from launcher.models.suitable import leave_out, reach, unmatched
 from launcher.packages import versions
 from launcher.processes import SLOW_S, Communicator, Ranks, Stopped, connect, print_error, same_everywhere
+from launcher.reports.read import same_records
 from launcher.tasks.base import Layout, Samples, on_device, padding_id
 from launcher.tasks.joining import check_joined
 from launcher.text import expected, padding
@@ -64,7 +65,7 @@ from launcher.training.packing import (
     check_packing,
     needs_padding_mask,
 )
-from launcher.training.report import Screen, open_trackers, read_events
+from launcher.training.report import Screen, before_and_after, open_trackers, read_events
 from launcher.training.resolve import Resolved, check_context, resolve
 from launcher.training.rounding import lost_updates
 from launcher.training.start import Start, begin, watch
@@ -457,12 +458,9 @@ def _report(training: Training, saved: Path, begun: int, ended: int, seconds: fl
     screen, task, config = training.screen, training.task, training.config
     evaluations = [event for event in read_events(training.output / "events.jsonl") if "eval_loss" in event]
     if evaluations:
-        first, last = evaluations[0], evaluations[-1]
-        rows = [["loss", f"{first['eval_loss']:.4f}", f"{last['eval_loss']:.4f}"]]
-        for name in last:
-            if name in first and name not in ("step", "eval_loss"):  # a resume may have asked for more
-                rows.append([name.replace("_", " "), f"{first[name]:.4f}", f"{last[name]:.4f}"])
-        screen.table("Held-out records", ["", "before", "after"], rows)
+        screen.table("Held-out records", *before_and_after(evaluations))
+        if others := len(evaluations) - len(same_records(evaluations)):
+            screen.say(f"{others} earlier evaluations used other held-out records, and cannot be compared with these")
     training.engine.model.eval()
     if (shown := task.show(evaluation_of(training))) is not None:
         screen.table(*shown)

@@ -16,6 +16,7 @@ from launcher.exit_codes import STOPPED
 from launcher.processes import SLOW_S, WAIT_S, Communicator
 from launcher.tasks import base as tasks
 from launcher.training import loop
+from launcher.training.report import before_and_after
 from launcher.training.run import run
 
 
@@ -81,7 +82,14 @@ def test_a_best_loss_on_other_records_is_forgotten(small, tmp_path, capsys):
     file.write_text(json.dumps([{**record, "output": "zyx wvu tsr"} for record in records[:20]]))
     run(replace(begun, optimizer=replace(begun.optimizer, max_steps=4)), "test")
 
-    assert said in " ".join(capsys.readouterr().out.split())
+    shown = " ".join(capsys.readouterr().out.split())
+    assert said in shown
+    assert "3 earlier evaluations used other held-out records" in shown
+    evaluated = [event for event in events(begun) if "eval_loss" in event]
+    assert before_and_after(evaluated) == (
+        ["", "step 3", "after"],
+        [["loss", *(f"{event['eval_loss']:.4f}" for event in evaluated[-2:])]],
+    )
     before, after = (
         json.loads((folder / "checkpoints" / f"step-00000{step}" / "index.json").read_text())["meta"]["progress"]
         for step in (2, 4)
@@ -91,6 +99,20 @@ def test_a_best_loss_on_other_records_is_forgotten(small, tmp_path, capsys):
     assert before["best_loss"] < after["best_loss"]
     run(replace(begun, optimizer=replace(begun.optimizer, max_steps=5)), "test")
     assert "held-out samples are not those" not in " ".join(capsys.readouterr().out.split())
+
+
+def test_only_losses_on_the_same_records_stand_side_by_side():
+    """The digest in each evaluation tells; runs of earlier versions have none, and are compared as before."""
+    old, new = {"held_out": "a"}, {"held_out": "b"}
+
+    def shown(*evaluations):
+        return before_and_after([{"step": i, "eval_loss": i + 1.0, **line} for i, line in enumerate(evaluations)])
+
+    assert shown({}, {}) == shown(old, old) == (["", "before", "after"], [["loss", "1.0000", "2.0000"]])
+    assert shown(old, new) == (["", "after"], [["loss", "2.0000"]])
+    assert shown(old, new, new) == (["", "step 1", "after"], [["loss", "2.0000", "3.0000"]])
+    assert shown(old, new, old) == (["", "before", "after"], [["loss", "1.0000", "3.0000"]])
+    assert shown({}, new) == (["", "before", "after"], [["loss", "1.0000", "2.0000"]])
 
 
 def test_checkpoints_in_the_background_are_the_same(small, tmp_path):
