@@ -37,6 +37,7 @@ MAY_IMPORT = {  # beside itself; in the order in which data flows
     "launcher.gradnormlorp": set(),
     "launcher.config": {"launcher.engines.registry", "launcher.optimizers", "launcher.tasks.registry"},
     "launcher.files": set(),
+    "launcher.owner": {"launcher.files"},
     "launcher.packages": set(),
     "launcher.exit_codes": set(),
     "launcher.config_file": {"launcher.config", "launcher.files"},
@@ -75,7 +76,7 @@ MAY_IMPORT = {  # beside itself; in the order in which data flows
     },
     "launcher.training": {
         "launcher.text", "launcher.reports", "launcher.training.checkpoint", "launcher.training.checkpoint_index",
-        "launcher.main_memory", "launcher.run_folder",
+        "launcher.main_memory", "launcher.owner", "launcher.run_folder",
         *BELOW_TRAINING,
     },
     "launcher.evaluation": {
@@ -90,11 +91,13 @@ MAY_IMPORT = {  # beside itself; in the order in which data flows
         "adapters", "launcher.main_memory", "launcher.options", "launcher.text", "launcher.inference", *SMALL, *ROOMS,
     },
     # reads what runs wrote, without torch
-    "launcher.reports": {"launcher.exit_codes", "launcher.files", "launcher.run_folder", "launcher.text"},
+    "launcher.reports": {
+        "launcher.exit_codes", "launcher.files", "launcher.owner", "launcher.run_folder", "launcher.text",
+    },
     # starts commands, and knows only how they end and which packages they need
     "launcher.cluster": {
         "launcher.exit_codes", "launcher.files", "launcher.packages", "launcher.engines.registry", "launcher.text",
-        "launcher.recipes", "launcher.options", "launcher.run_folder", "launcher.start",
+        "launcher.recipes", "launcher.options", "launcher.owner", "launcher.run_folder", "launcher.start",
     },
     "launcher.sweeps": {  # starts runs, and compares them by their reports
         "launcher.config", "launcher.exit_codes", "launcher.files", "launcher.methods", "launcher.options",

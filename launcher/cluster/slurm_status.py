@@ -13,6 +13,7 @@ from typing import Any
 from launcher.cluster import runs
 from launcher.cluster.slurm_jobs import JobState, Run, ask, job_states, state_of, task_of
 from launcher.files import read_or_empty
+from launcher.owner import INTERRUPTED, present_state
 from launcher.text import one_line
 
 COLUMNS = {  # of the status table: field -> heading
@@ -36,7 +37,7 @@ def status(given: Sequence[str] = (), *, as_json: bool = False, run: Run = subpr
         rows.append(
             {
                 "run": folder.name if folder == top else f"{top.name}/{folder.name}",
-                "state": damaged.get(folder) or read_or_empty(folder / "state") or _before_its_start(state),
+                "state": damaged.get(folder) or present_state(folder) or _before_its_start(state),
                 "step": step.get("step"), "loss": step.get("loss"), "saved_step": runs.checkpoint_step(folder),
                 "job": state.job_id if state else None, "slurm": state.state if state else None,
                 "reason": state.reason if state else "", "nodes": state.nodes if state else "",
@@ -101,10 +102,8 @@ def cancel(given: str, *, run: Run = subprocess.run) -> int:
     folder = runs.find_run(given)
     state = state_of(folder, run)
     if state is None:
-        if read_or_empty(folder / "state") != "running":
-            raise ValueError(
-                f"{folder} is not running: its state is {read_or_empty(folder / 'state') or 'not written'}"
-            )
+        if read_or_empty(folder / "state") != "running" or present_state(folder) == INTERRUPTED:
+            raise ValueError(f"{folder} is not running: its state is {present_state(folder) or 'not written'}")
         runs.write(folder / "control", "stop\n")
         print(
             f"asked {one_line(str(folder))} to save and stop; see when it has stopped with: "

@@ -11,8 +11,9 @@ import numpy as np
 from markupsafe import Markup
 from matplotlib.figure import Figure
 
+from launcher.owner import INTERRUPTED
 from launcher.reports.figures import MAP_COLUMNS, change_map, curves, mark, png, svg
-from launcher.reports.read import NO_REASON, Run, differing_settings, flat, shown
+from launcher.reports.read import KILLED, NO_REASON, Run, differing_settings, flat, shown
 from launcher.text import printable
 
 MOVERS = 10
@@ -63,7 +64,7 @@ def report(runs: Sequence[Run], *, refresh_s: int = 0, first: Mapping[str, Figur
         refresh_s=refresh_s,
         runs=[{"name": run.name, "mark": mark(number), "row": overview(run)} for number, run in enumerate(runs)],
         columns=COLUMNS,
-        failures=[(run.name, run.error or NO_REASON) for run in runs if run.state == "failed"],
+        endings=[(run.name, run.state, why) for run in runs if (why := ending(run))],
         summary=summary(runs[0]) if len(runs) == 1 else "",
         unmapped=[run.name for run in runs if run.state == "finished" and not run.changes],
         first=[(title, Markup(svg(figure))) for title, figure in first.items()],
@@ -80,6 +81,11 @@ def report(runs: Sequence[Run], *, refresh_s: int = 0, first: Mapping[str, Figur
 def waiting(text: str, refresh_s: int) -> str:
     """A page with this sentence alone, which the browser loads again after so many seconds."""
     return _template("waiting.html.jinja").render(text=text, refresh_s=refresh_s)
+
+
+def ending(run: Run) -> str:
+    """Why a run ended before its end; empty if it did not, or was stopped."""
+    return {"failed": run.error or NO_REASON, INTERRUPTED: KILLED}.get(run.state, "")
 
 
 def others(run: Run) -> str:

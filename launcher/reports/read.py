@@ -15,6 +15,7 @@ import numpy as np
 from safetensors import SafetensorError, safe_open
 
 from launcher.files import open_regular, parse_json, read_json, read_or_empty
+from launcher.owner import INTERRUPTED, present_state
 from launcher.run_folder import foreign
 from launcher.text import one_line
 
@@ -23,6 +24,7 @@ LAYER = re.compile(r"(?:^|\.)(\d+)\.")  # the first number in a module's name is
 BLOCK = re.compile(r"(down|mid|up)_blocks?\b(.*?)\.transformer_blocks\.(\d+)\.")  # a UNet's; its layers are nested
 PEFT_PREFIX = "base_model.model."
 NO_REASON = "it left no reason, as when a process is killed or the machine ends"
+KILLED = "its process has ended without leaving a word, as when it is killed; the same command resumes the run"
 CORE, VALUES = ".core", ".values"
 STARTS_AT_ZERO = ".lora_B.weight"  # of LoRA's two matrices; A starts from random values that are not stored
 
@@ -83,7 +85,10 @@ def read_run(folder: Path) -> Run:
             raise ValueError(_no_run(folder, error)) from None
         if state == "failed":
             raise NotBegun(f"{folder} failed before it trained a step: {error_line or NO_REASON}") from None
-        raise NotBegun(f"{folder} does not train yet: a run reads its data and loads its model first") from None
+        if state == INTERRUPTED:
+            raise NotBegun(f"{folder} did not train a step: {KILLED}") from None
+        quiet = f" ({state})" if state not in ("running", "unknown") else ""
+        raise NotBegun(f"{folder} does not train yet{quiet}: a run reads its data and loads its model first") from None
     except OSError as error:
         raise ValueError(_no_run(folder, error)) from None
     except (ValueError, KeyError, TypeError, AttributeError):
@@ -159,9 +164,11 @@ def read_lines(file: Path) -> list[Line]:
 
 
 def read_state(folder: Path) -> str:
-    """running, stopped, finished or failed; unknown if the file is missing or holds something else."""
-    state = read_or_empty(folder / "state")
-    return state if state in ("running", "stopped", "finished", "failed") else "unknown"
+    """stopped, finished, failed, or what is known of a run that has not ended by itself (`present_state`); unknown if
+    the file is missing or holds something else."""
+    if read_or_empty(folder / "state") not in ("running", "stopped", "finished", "failed"):
+        return "unknown"
+    return present_state(folder)
 
 
 def read_changes(folder: Path) -> tuple[list[Change], str]:

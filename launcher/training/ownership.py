@@ -13,40 +13,20 @@ from __future__ import annotations
 
 import json
 import os
-import re
 import socket
 import threading
 import time
 import uuid
 from collections.abc import Mapping
 from contextlib import suppress
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, replace
 from pathlib import Path
 
-from launcher.files import disk_errors, read_json, replacing
+from launcher.files import disk_errors, replacing
+from launcher.owner import NAME, Owner, highest, machine, read_claim, started
 
-NAME = re.compile(r"\.owner-(\d{6,})$")
 HEARTBEAT_S = 10.0
 WATCH_S = 35.0
-MAX_BYTES = 4096
-
-
-@dataclass(frozen=True)
-class Owner:
-    """Who started a run, where and when."""
-
-    host: str
-    machine: str  # this boot of it, and its process numbers: equal for processes that see each other
-    pid: int
-    started: str  # of the process, which reveals a reused process number
-    since: str
-    job: str = ""  # Slurm's
-    restarts: int = 0
-    released: bool = False
-
-    def __str__(self) -> str:
-        job = f", Slurm job {self.job}" if self.job else ""
-        return f"process {self.pid} on {self.host}{job}, since {self.since}"
 
 
 class Ownership:
@@ -62,7 +42,7 @@ class Ownership:
         """Become the owner of the folder. Raises ValueError naming its owner if another start owns it."""
         mine = _this_process(self.environ)
         while True:
-            number, last = _highest(folder)
+            number, last = highest(folder)
             if last is not None and (other := _living_owner(last, mine)):
                 raise ValueError(
                     f"{folder} is in use by another start of this run ({other}): wait until it ends, stop it with "
@@ -72,7 +52,7 @@ class Ownership:
             with disk_errors("the run's owner", folder, "give another --output"):
                 if not _create(wanted, json.dumps(asdict(mine))):
                     continue  # another start was faster: look again
-            if _highest(folder)[0] == number + 1:
+            if highest(folder)[0] == number + 1:
                 break
             wanted.unlink(missing_ok=True)  # this start was slow: look again
         for file in folder.glob(".owner-*"):
@@ -103,7 +83,7 @@ class Ownership:
         if file is None or self.lost:
             return
         with suppress(OSError, ValueError):
-            owner = _read(file)
+            owner = read_claim(file)
             if owner is not None:
                 with replacing(file, durable=False) as temporary:
                     temporary.write_text(json.dumps(asdict(replace(owner, released=True))))
@@ -118,17 +98,11 @@ class Ownership:
         if file is None or self.lost:
             return
         with suppress(OSError):  # a file server that is unavailable for a while
-            if _highest(file.parent)[1] != file:
+            if highest(file.parent)[1] != file:
                 self._seen = -1.0
                 return
             os.utime(file)
             self._seen = time.monotonic()
-
-
-def _highest(folder: Path) -> tuple[int, Path | None]:
-    """The number and file of the last claim on a folder; 0 and None if there is none."""
-    found = [(int(match[1]), file) for file in folder.iterdir() if (match := NAME.match(file.name))]
-    return max(found, default=(0, None))
 
 
 def _create(file: Path, text: str) -> bool:
@@ -150,22 +124,14 @@ def _create(file: Path, text: str) -> bool:
         temporary.unlink(missing_ok=True)
 
 
-def _read(file: Path) -> Owner | None:
-    """The owner in a claim; None if it is damaged, or not written yet."""
-    try:
-        return Owner(**read_json(file, MAX_BYTES))
-    except (OSError, ValueError, TypeError):
-        return None
-
-
 def _living_owner(file: Path, mine: Owner) -> str | None:
     """Who holds this claim, in words; None if nobody does."""
-    owner = _read(file)
+    owner = read_claim(file)
     if owner is not None:
         if owner.released:
             return None
         if owner.machine == mine.machine:
-            dead = owner.pid == mine.pid or _started(owner.pid) != owner.started
+            dead = owner.pid == mine.pid or started(owner.pid) != owner.started
             return None if dead else str(owner)
         if mine.job and owner.job == mine.job and owner.restarts < mine.restarts:
             return None
@@ -190,36 +156,10 @@ def _this_process(environ: Mapping[str, str]) -> Owner:
     restarts = environ.get("SLURM_RESTART_COUNT", "0")
     return Owner(
         host=socket.gethostname(),
-        machine=_machine(),
+        machine=machine(),
         pid=os.getpid(),
-        started=_started(os.getpid()) or "",
+        started=started(os.getpid()) or "",
         since=time.strftime("%Y-%m-%d %H:%M:%S %z"),
         job=environ.get("SLURM_JOB_ID", ""),
         restarts=int(restarts) if restarts.isdecimal() else 0,
     )
-
-
-def _machine() -> str:
-    """What processes share that see each other's process numbers: the host, its boot, the PID namespace."""
-    parts = [socket.gethostname()]
-    with suppress(OSError):
-        parts += [Path("/proc/sys/kernel/random/boot_id").read_text().strip(), os.readlink("/proc/self/ns/pid")]
-    return " ".join(parts)
-
-
-def _started(pid: int) -> str | None:
-    """When a process of this machine was started, in its own units; None if it has ended."""
-    stat = Path(f"/proc/{pid}/stat")
-    if not stat.parent.parent.joinpath("self").exists():  # no /proc: only whether it exists
-        try:
-            os.kill(pid, 0)
-        except ProcessLookupError:
-            return None
-        except PermissionError:
-            pass
-        return ""
-    try:
-        fields = stat.read_text().rpartition(")")[2].split()  # the name before it may contain any character
-    except OSError:
-        return None
-    return None if fields[0] in "ZX" else fields[19]

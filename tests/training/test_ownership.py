@@ -94,11 +94,11 @@ def test_a_suspended_owner_on_this_machine_stays_the_owner(tmp_path):
 def other_machine(tmp_path, monkeypatch):
     """The owner of a folder on another machine, with quick heartbeats."""
     monkeypatch.setattr(ownership, "HEARTBEAT_S", 0.1)
-    here = ownership._machine()
-    monkeypatch.setattr(ownership, "_machine", lambda: "elsewhere")
+    here = ownership.machine()
+    monkeypatch.setattr(ownership, "machine", lambda: "elsewhere")
     there = Ownership({"SLURM_JOB_ID": "7"})
     there.claim(tmp_path)
-    monkeypatch.setattr(ownership, "_machine", lambda: here)
+    monkeypatch.setattr(ownership, "machine", lambda: here)
     return there
 
 
