@@ -12,6 +12,7 @@ import stat
 import uuid
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
+from functools import lru_cache
 from pathlib import Path
 from typing import Any, BinaryIO
 
@@ -148,6 +149,22 @@ def digest(file: Path) -> str:
     """sha256 (hex) of a file."""
     with open(file, "rb") as opened:
         return hashlib.file_digest(opened, "sha256").hexdigest()
+
+
+def weights_digest(folder: Path) -> str | None:
+    """sha256 (hex) of the weights in the folder of an adapter or a model, with their config: equal for a copy of it.
+    None if it has no weights. A file is read once while its size and time stay."""
+    found = sorted(file for pattern in ("*.safetensors", "*.bin") for file in folder.glob(pattern))
+    if not found:
+        return None
+    files = found + [file for name in ("adapter_config.json", "config.json") if (file := folder / name).is_file()]
+    lines = (f"{_known_digest(file, file.stat().st_size, file.stat().st_mtime_ns)}  {file.name}\n" for file in files)
+    return hashlib.sha256("".join(lines).encode()).hexdigest()
+
+
+@lru_cache(maxsize=1024)
+def _known_digest(file: Path, size: int, time_ns: int) -> str:
+    return digest(file)
 
 
 def sync(path: Path) -> None:

@@ -25,8 +25,9 @@ from launcher.data.templates import Template, answer_text, expected_text, prompt
 from launcher.evaluation import harness
 from launcher.evaluation.choices import Choice, read_choices
 from launcher.evaluation.likelihood import Scorer, choice_scores, encoded
+from launcher.evaluation.measured import measured, notes
 from launcher.evaluation.scores import Score, mean, plain, ratio
-from launcher.files import alone, read_json, user_path, write_atomically
+from launcher.files import alone, digest, read_json, user_path, write_atomically
 from launcher.inference.generate import choose_template
 from launcher.inference.options import Quantize
 from launcher.inference.sources import Source, choose_device, find, load
@@ -75,6 +76,7 @@ class Loaded:
     comm: Communicator
     bars: Bars
     said: set[str] = field(default_factory=set)  # notes that were printed already
+    settings: dict[str, Any] = field(default_factory=dict)  # of the task at hand, which change its scores
 
 
 def run(asked: Asked) -> dict[str, Any]:
@@ -114,11 +116,23 @@ def _run(asked: Asked, source: Source, comm: Communicator) -> dict[str, Any]:
         bars=Bars(console),
     )  # fmt: skip
     found: dict[str, dict[str, Any]] = {}
+    other_base = bool(asked.base or asked.adapter)
+    on = comm.from_main(
+        "the weights' digest",
+        lambda: measured(source, model, asked.quantize, other_base=other_base),
+        timeout_s=24 * 3600.0,
+    )
     for task, name in names.items():
-        found[name] = {"task": task, "limit": asked.limit or None, **_task(asked, loaded, task, name)}
+        loaded.settings.clear()
+        result = _task(asked, loaded, task, name)
+        found[name] = {
+            "task": task, "limit": asked.limit or None, "measured": {**on, **loaded.settings}, **result,
+        }  # fmt: skip
         if ranks.is_main and file is not None:  # after each task: a later one may fail
             _write(file, found)
     if ranks.is_main:
+        for note in notes(before, found):
+            _say(loaded, note)
         shown = plain({"model": asked.model, "tasks": found})
         if asked.json:
             print(json.dumps(shown, indent=2))
@@ -179,6 +193,7 @@ def _task(asked: Asked, loaded: Loaded, task: str, shown_as: str) -> dict[str, A
         measure = _harness(asked, loaded, task)
     else:
         rows = loaded.comm.each("tasks", lambda: load_rows(str(path), "--tasks "))
+        loaded.settings["records"] = digest(path)
         questions = loaded.comm.each("tasks", lambda: read_choices(rows, str(path)))
         measure = _choices(asked, loaded, questions) if questions else _records(asked, loaded, path)
     scores: dict[str, Any] = {}
@@ -245,9 +260,11 @@ def _gathered(loaded: Loaded, mine: list[Any]) -> list[Any]:
 def _template(asked: Asked, loaded: Loaded, *, conversations: bool) -> Template:
     """The template; the first process prints it, once for all tasks."""
 
-    return choose_template(
+    template = choose_template(
         asked.prompt_template, loaded.source, loaded.tokenizer, conversations=conversations, say=partial(_say, loaded)
     )
+    loaded.settings["prompt_template"] = template.name
+    return template
 
 
 def _say(loaded: Loaded, text: str) -> None:
@@ -285,6 +302,8 @@ def _records(asked: Asked, loaded: Loaded, file: Path) -> Measure:
     template = _template(asked, loaded, conversations=chat)
     with loaded.bars.bar(f"tokenising {file.name}", len(records), brief=True) as bar:
         data = loaded.comm.each("tasks", lambda: encoded(records, loaded.tokenizer, loaded.model, template, bar))
+    if asked.max_tokens:
+        loaded.settings["max_tokens"] = asked.max_tokens
     asked_for: list[tuple[list[int], str]] = []
     for record in records if asked.max_tokens else ():
         with suppress(BadRecord):

@@ -112,7 +112,12 @@ def score_table(runs: Sequence[Run]) -> dict[str, Any] | None:
     if not rows:
         return None
     names = [model if len(runs) == 1 else f"{run}: {model}" for run, model in columns]
-    return {"names": names, "rows": [(*key, *(cells.get(c, "") for c in columns)) for key, cells in rows.items()]}
+    stale = any(model.startswith("other ") or model.endswith("not recorded which") for _, model in columns)
+    return {
+        "names": names,
+        "stale": stale,
+        "rows": [(*key, *(cells.get(c, "") for c in columns)) for key, cells in rows.items()],
+    }
 
 
 COLUMNS = ("state", "method", "trained", "step", "loss", "held-out loss")

@@ -14,7 +14,7 @@ from typing import Any, NamedTuple
 import numpy as np
 from safetensors import SafetensorError, safe_open
 
-from launcher.files import open_regular, parse_json, read_json, read_or_empty
+from launcher.files import open_regular, parse_json, read_json, read_or_empty, weights_digest
 from launcher.owner import INTERRUPTED, present_state
 from launcher.run_folder import foreign
 from launcher.text import one_line
@@ -108,7 +108,7 @@ def read_run(folder: Path) -> Run:
         metrics=[line for line in read_lines(folder / "metrics.jsonl") if _numbers(line, "step")],
         answers=[line for line in read_lines(folder / "answers.jsonl") if _numbers(line, "step")],
         changes=changes,
-        scores=read_scores(folder / "eval.json"),
+        scores=read_scores(folder),
         unit=unit,
     )
 
@@ -125,14 +125,15 @@ def _no_run(folder: Path, error: OSError) -> str:
     return f"{folder} is not a run folder (config.json: {error.strerror or error}): give runs/NAME"
 
 
-def read_scores(file: Path) -> dict[str, dict[str, Any]]:
+def read_scores(folder: Path) -> dict[str, dict[str, Any]]:
     """What loldu eval has written: task -> base, adapter or model -> metric -> value, stderr, n. Damaged parts are left
-    out."""
+    out. A task is named with the settings of its scores, and weights that the folder does not have now are `other`."""
     try:
-        tasks = read_json(file)["tasks"]
+        tasks = read_json(folder / "eval.json")["tasks"]
     except (OSError, ValueError, KeyError, TypeError):
         return {}
     found: dict[str, dict[str, Any]] = {}
+    now = _weights_now(folder)
     for task, result in tasks.items() if isinstance(tasks, dict) else ():
         scores = result.get("scores") if isinstance(result, dict) else None
         for model, metrics in scores.items() if isinstance(scores, dict) else ():
@@ -141,8 +142,41 @@ def read_scores(file: Path) -> dict[str, dict[str, Any]]:
                 for metric, score in (metrics.items() if isinstance(metrics, dict) else ())
                 if isinstance(score, dict) and _numbers(score, "value")
             }
-            found.setdefault(task, {})[model] = good
+            found.setdefault(_with_settings(task, result), {})[_of_weights(model, result, now)] = good
     return found
+
+
+def _weights_now(folder: Path) -> str | None:
+    """The digest of what the run has trained, as loldu eval records it; None if it has none."""
+    place = folder / "adapter"
+    try:
+        return weights_digest(place if place.is_dir() else folder / "model")
+    except OSError:
+        return None
+
+
+def _measured(result: dict[str, Any]) -> dict[str, Any]:
+    recorded = result.get("measured")
+    return recorded if isinstance(recorded, dict) else {}
+
+
+def _of_weights(model: str, result: dict[str, Any], now: str | None) -> str:
+    """The heading of a score's column: a base does not change with training; other weights are named as such."""
+    if model == "base":
+        return model
+    weights = _measured(result).get("weights")
+    return f"{model}, not recorded which" if weights is None else model if weights == now else f"other {model}"
+
+
+def _with_settings(task: str, result: dict[str, Any]) -> str:
+    """The task with the settings that its scores depend on; scores with others are never in one row."""
+    known = _measured(result)
+    said = [f"first {result['limit']}"] if result.get("limit") else []
+    said += [str(known[name]) for name in ("dtype", "quantize") if known.get(name, "none") != "none"]
+    named = {"base": "base", "prompt_template": "template", "max_tokens": "answer tokens"}
+    said += [f"{word} {known[name]}" for name, word in named.items() if known.get(name) is not None]
+    said += [f"records {str(known['records'])[:8]}"] if known.get("records") else []
+    return f"{task} ({', '.join(said)})" if said else task
 
 
 def read_lines(file: Path) -> list[Line]:

@@ -15,6 +15,7 @@ import torch
 from launching import finish, start
 from peft import LoraConfig, get_peft_model
 from rich.console import Console
+from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from adapters import LoLDUConfig
@@ -25,6 +26,7 @@ from launcher.evaluation import harness, run
 from launcher.evaluation.choices import Choice, accuracy, read_choices
 from launcher.evaluation.likelihood import Scorer, choice_scores, encoded
 from launcher.evaluation.scores import mean, ratio
+from launcher.files import weights_digest
 from launcher.tasks.base import Layout
 from tests.communicators import together
 
@@ -263,6 +265,35 @@ def test_files_of_one_name_have_results_of_their_own(capsys, babyllama, tmp_path
     assert list(together) == [first, second]
     saved = json.loads((tmp_path / "eval.json").read_text())["tasks"]
     assert {name: result["task"] for name, result in saved.items()} == {first: first, second: second, "test": third}
+
+
+def test_results_name_what_they_were_measured_on(capsys, babyllama, adapter, tmp_path):
+    """A changed adapter and another precision are told; scores of other weights are not kept unmarked."""
+    shutil.copytree(adapter, mine := tmp_path / "adapter")
+    out, file = tmp_path / "eval.json", file_of(tmp_path, QUESTIONS[:2])
+    words = [str(babyllama), "--adapter", str(mine), "--prompt-template", "short", "--no-compare", f"--out={out}"]
+
+    def measured(task, *more):
+        assert main(["eval", *words, "--tasks", str(task), *more]) == 0
+        return json.loads(out.read_text())["tasks"], " ".join(capsys.readouterr().err.split())
+
+    first, said = measured(file)
+    assert "replaced" not in said
+    known = first["data"]["measured"]
+    assert known["weights"] == weights_digest(adapter)  # of a copy
+    assert (known["dtype"], known["quantize"], known["prompt_template"]) == ("float32", "none", "short")
+
+    again, said = measured(file, "--dtype", "bfloat16")
+    assert again["data"]["measured"] == {**known, "dtype": "bfloat16"}
+    assert "data: the scores with dtype float32 are replaced" in said
+
+    weights = load_file(mine / "adapter_model.safetensors")
+    cores = {name: tensor * 2 if name.endswith("core") else tensor for name, tensor in weights.items()}
+    save_file(cores, mine / "adapter_model.safetensors", {"format": "pt"})
+    shutil.copy(file, other := tmp_path / "more.json")
+    both, said = measured(other)
+    assert both["more"]["measured"]["weights"] != both["data"]["measured"]["weights"]
+    assert "scores of other weights, or of weights not recorded, stay in the file: data" in said
 
 
 def test_a_text_that_a_question_is_about_is_part_of_it():

@@ -16,9 +16,10 @@ import pytest
 from safetensors.numpy import save_file
 
 from launcher import cli
+from launcher.files import weights_digest
 from launcher.reports.commands import _content, _Page, write_report
 from launcher.reports.figures import binned, curves, moving_mean, png, short_names, svg, thinned
-from launcher.reports.page import largest_movers, report
+from launcher.reports.page import largest_movers, report, score_table
 from launcher.reports.read import NotBegun, layer_of, layer_order, module_of, read_run
 from launcher.text import UNSAFE
 
@@ -369,6 +370,35 @@ def test_scores_of_loldu_eval_are_in_the_report(tmp_path):
 
     assert "<td>arc_easy</td><td>acc</td><td>0.8125 ± 0.0101</td><td>0.9000 ± 0.0101</td>" in page
     assert "damaged" not in page
+
+
+def test_scores_of_other_weights_or_settings_are_shown_as_such(tmp_path):
+    """The adapter is replaced after it was evaluated; a copy of the folder changes nothing."""
+    folder = write_run(tmp_path / "run")
+    score = {"value": 0.8125, "stderr": None, "n": 4}
+    on = {"weights": weights_digest(folder / "adapter"), "dtype": "float32", "quantize": "nf4", "records": "ab" * 32}
+
+    def entry(**other):
+        return {"limit": None, "measured": on | other, "scores": {"base": {"acc": score}, "adapter": {"acc": score}}}
+
+    tasks = {"data": entry(), "old": {"scores": {"adapter": {"acc": score}}}}
+    (folder / "eval.json").write_text(json.dumps({"tasks": tasks}))
+    shutil.copytree(folder, copy := tmp_path / "copy")
+    other = write_run(tmp_path / "other")
+    (other / "eval.json").write_text(json.dumps({"tasks": {"data": entry(dtype="bfloat16")}}))
+
+    present = read_run(copy).scores
+    rows = [row[0] for row in score_table([read_run(folder), read_run(other)])["rows"]]
+    (folder / "adapter" / "adapter_config.json").write_text('{"scale": 2.0}')
+    replaced = report([read_run(folder)]).html
+
+    name = "data (float32, nf4, records abababab)"
+    assert {task: list(models) for task, models in present.items()} == {
+        name: ["base", "adapter"], "old": ["adapter, not recorded which"],
+    }  # fmt: skip
+    assert rows == [name, "old", name.replace("float32", "bfloat16")]  # never side by side in one row
+    assert "<th>base</th><th>other adapter</th><th>adapter, not recorded which</th>" in replaced
+    assert "that the run folder does not hold now" in replaced
 
 
 def test_the_map_of_a_unet_has_a_row_for_each_block_and_of_other_models_for_each_layer():
