@@ -7,6 +7,7 @@ light and dark pages.
 from __future__ import annotations
 
 import io
+import math
 import re
 from collections.abc import Sequence
 from typing import Any
@@ -193,7 +194,17 @@ def thinned(points: Sequence[tuple[float, float]], most: int = POINTS) -> Sequen
 
 
 def _points(lines: Sequence[Line], name: str) -> list[tuple[float, float]]:
-    return [(line["step"], float(line[name])) for line in lines if isinstance(line.get(name), (int, float))]
+    """(step, value) of each line, with a NaN where the held-out records change: a curve breaks there."""
+    points: list[tuple[float, float]] = []
+    records = None
+    for line in lines:
+        if isinstance(line.get(name), (int, float)):
+            now = line.get("held_out")
+            if records is not None and now not in (None, records):
+                points.append((line["step"], math.nan))
+            points.append((line["step"], float(line[name])))
+            records = now or records
+    return points
 
 
 def moving_mean(values: Sequence[float], width: int) -> np.ndarray:

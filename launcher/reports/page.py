@@ -13,7 +13,7 @@ from matplotlib.figure import Figure
 
 from launcher.owner import INTERRUPTED
 from launcher.reports.figures import MAP_COLUMNS, change_map, curves, mark, png, svg
-from launcher.reports.read import KILLED, NO_REASON, Run, differing_settings, flat, shown
+from launcher.reports.read import KILLED, NO_REASON, Run, differing_settings, flat, same_records, shown
 from launcher.text import printable
 
 MOVERS = 10
@@ -68,6 +68,7 @@ def report(runs: Sequence[Run], *, refresh_s: int = 0, first: Mapping[str, Figur
         summary=summary(runs[0]) if len(runs) == 1 else "",
         unmapped=[run.name for run in runs if run.state == "finished" and not run.changes],
         first=[(title, Markup(svg(figure))) for title, figure in first.items()],
+        held_out_notes=held_out_notes(runs),
         curves=[(title, Markup(svg(figure))) for title, figure in drawn.items()],
         maps=maps,
         scores=score_table(runs),
@@ -126,13 +127,12 @@ COLUMNS = ("state", "method", "trained", "step", "loss", "held-out loss")
 def overview(run: Run) -> list[str]:
     """A run's cells under COLUMNS, for a table of several runs."""
     trained, last = run.resolved.get("trained"), run.steps[-1] if run.steps else None
-    losses = (
-        [f"{line['eval_loss']:.4f}" for line in (run.evaluations[0], run.evaluations[-1])] if run.evaluations else []
-    )
+    alike = same_records(run.evaluations)
+    losses = [f"{line['eval_loss']:.4f}" for line in (alike[0], alike[-1])] if alike else []
     return [
         run.state, str(run.config["adapter"].get("method", "?")), f"{trained:,}" if isinstance(trained, int) else "",
         f"{last['step']} of {run.resolved.get('steps', '?')}" if last else "", f"{last['loss']:.4f}" if last else "",
-        " → ".join([*losses[: len(run.evaluations)], *(["not finite"] if run.diverged else [])]),
+        " → ".join([*losses[: len(alike)], *(["not finite"] if run.diverged else [])]),
     ]  # fmt: skip
 
 
@@ -146,10 +146,24 @@ def summary(run: Run) -> str:
     if run.steps:
         said.append(f"step {run.steps[-1]['step']} of {resolved.get('steps', '?')}, loss {run.steps[-1]['loss']:.4f}")
     if run.evaluations:
-        first, last = run.evaluations[0], run.evaluations[-1]
+        first, last = same_records(run.evaluations)[0], run.evaluations[-1]
         losses = [f"{each['eval_loss']:.4f} at step {each['step']}" for each in (first, last)]
         said.append(f"held-out loss {', '.join(dict.fromkeys(losses))}{', then not finite' if run.diverged else ''}")
     return "; ".join(said)
+
+
+def held_out_notes(runs: Sequence[Run]) -> list[str]:
+    """Which held-out values cannot be compared, since they are of different records."""
+    changed = [run.name for run in runs if len(same_records(run.evaluations)) < len(run.evaluations)]
+    told = [
+        f"{name}: the held-out records changed during the run. Curves break there; losses side by side are of the same "
+        "records."
+        for name in changed
+    ]
+    last = {line["held_out"] for run in runs for line in run.evaluations[-1:] if "held_out" in line}
+    if len(last) > 1:
+        told.append("These runs were evaluated on different held-out records: these values cannot be compared.")
+    return told
 
 
 def largest_movers(run: Run) -> list[tuple[str, int, float]]:

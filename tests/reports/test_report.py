@@ -19,7 +19,7 @@ from launcher import cli
 from launcher.files import weights_digest
 from launcher.reports.commands import _content, _Page, write_report
 from launcher.reports.figures import binned, curves, moving_mean, png, short_names, svg, thinned
-from launcher.reports.page import largest_movers, report, score_table
+from launcher.reports.page import largest_movers, overview, report, score_table
 from launcher.reports.read import NotBegun, layer_of, layer_order, module_of, read_run
 from launcher.text import UNSAFE
 
@@ -399,6 +399,28 @@ def test_scores_of_other_weights_or_settings_are_shown_as_such(tmp_path):
     assert rows == [name, "old", name.replace("float32", "bfloat16")]  # never side by side in one row
     assert "<th>base</th><th>other adapter</th><th>adapter, not recorded which</th>" in replaced
     assert "that the run folder does not hold now" in replaced
+
+
+def test_losses_on_other_held_out_records_are_never_compared(tmp_path):
+    runs = []
+    for name, digests in (("one", "abb"), ("two", "aac")):
+        folder = write_run(tmp_path / name)
+        lines = [
+            {"step": step, "eval_loss": 3.0 - step, "held_out": digest * 64} for step, digest in enumerate(digests)
+        ]
+        (folder / "events.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+        runs.append(read_run(folder))
+
+    both, alone = report(runs).html, report(runs[:1]).html
+
+    assert overview(runs[0])[-1] == "2.0000 → 1.0000"  # both of b
+    assert overview(runs[1])[-1] == "1.0000"
+    assert "held-out loss 2.0000 at step 1, 1.0000 at step 2" in alone
+    assert "one: the held-out records changed during the run" in alone
+    assert "evaluated on different held-out records" in both
+    assert "evaluated on different" not in alone
+    [line] = curves(runs[:1])["Held-out loss"].axes[0].lines
+    assert list(np.isnan(line.get_ydata())) == [False, True, False, False]  # drawn apart
 
 
 def test_the_map_of_a_unet_has_a_row_for_each_block_and_of_other_models_for_each_layer():
