@@ -82,7 +82,8 @@ def highest(folder: Path) -> tuple[int, Path | None]:
 def read_claim(file: Path) -> Owner | None:
     """The owner in a claim; None if it is damaged, or not written yet."""
     try:
-        return Owner(**read_json(file, MAX_BYTES))
+        owner = Owner(**read_json(file, MAX_BYTES))
+        return owner if type(owner.pid) is int else None
     except (OSError, ValueError, TypeError):
         return None
 

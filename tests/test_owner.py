@@ -1,5 +1,6 @@
 """A run that was killed is not shown as running, and none is called dead that may live."""
 
+import json
 import os
 import subprocess
 import sys
@@ -65,6 +66,14 @@ def test_a_living_process_that_does_not_touch_its_claim_is_not_called_dead(tmp_p
     assert present_state(tmp_path).startswith("no sign of life since 2")
     mine.release()
     assert present_state(tmp_path) == INTERRUPTED  # it gave the folder up, and could not write its state
+
+
+def test_a_damaged_claim_tells_nothing(tmp_path):
+    (tmp_path / "state").write_text("running\n")
+    claim = {"host": "a", "machine": owner.machine(), "pid": "\0", "started": "1", "since": "2026"}
+    (tmp_path / ".owner-000001").write_text(json.dumps(claim))
+
+    assert present_state(tmp_path) == "running"  # it was written a moment ago
 
 
 def test_other_states_are_as_they_are_written(tmp_path):

@@ -30,7 +30,7 @@ def notes(before: Mapping[str, Any], found: Mapping[str, Any]) -> Iterator[str]:
         differ = [_named(key, was[key]) for key in was if key in now and was[key] not in (now[key], UNKNOWN)]
         if differ:
             yield f"{name}: the scores with {', '.join(differ)} are replaced; --out keeps others in a file of their own"
-    weights = {_settings(entry)["weights"] for entry in found.values()}
+    weights = [_settings(entry)["weights"] for entry in found.values()]  # a damaged file may hold a list
     others = [
         name for name, entry in before.items() if name not in found and _settings(entry)["weights"] not in weights
     ]

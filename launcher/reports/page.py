@@ -160,7 +160,7 @@ def held_out_notes(runs: Sequence[Run]) -> list[str]:
         "records."
         for name in changed
     ]
-    last = {line["held_out"] for run in runs for line in run.evaluations[-1:] if "held_out" in line}
+    last = {line["held_out"] for run in runs for line in run.evaluations[-1:] if isinstance(line.get("held_out"), str)}
     if len(last) > 1:
         told.append("These runs were evaluated on different held-out records: these values cannot be compared.")
     return told

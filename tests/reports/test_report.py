@@ -419,6 +419,8 @@ def test_losses_on_other_held_out_records_are_never_compared(tmp_path):
     assert "one: the held-out records changed during the run" in alone
     assert "evaluated on different held-out records" in both
     assert "evaluated on different" not in alone
+    (tmp_path / "two" / "events.jsonl").write_text('{"step": 0, "eval_loss": 1.0, "held_out": [1]}\n')
+    assert "Held-out loss" in report([runs[0], read_run(tmp_path / "two")]).html  # damaged
     [line] = curves(runs[:1])["Held-out loss"].axes[0].lines
     assert list(np.isnan(line.get_ydata())) == [False, True, False, False]  # drawn apart
 
