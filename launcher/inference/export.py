@@ -66,6 +66,11 @@ def export_lora(
     config = adapter_config(source.adapter)
     if not isinstance(config, (FactorConfig, TrainedConfig)):
         raise ValueError(f"{adapter} is a {config.peft_type.value} adapter: PEFT loads it already, nothing to export")
+    if isinstance(config, TrainedConfig) and not config.low_rank:
+        raise ValueError(
+            f"{adapter} is a {config.peft_type.value} adapter: its update is sparse and has no low rank, so no LoRA "
+            f"equals it: merge it into the base instead (loldu merge {adapter} --out MERGED)"
+        )
     console = Console(stderr=True, highlight=False, markup=False, soft_wrap=True)
     with new_folder(user_path(out), "--out") as partial:
         model = load_model(source, device=device)

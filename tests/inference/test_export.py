@@ -6,15 +6,18 @@ import sys
 
 import pytest
 import torch
-from peft import LoraConfig, PeftConfig, get_peft_model
+from peft import LoraConfig, PeftConfig, PeftModel, get_peft_model
 from safetensors.torch import load_file
 from trained_adapter import save_adapter
 from transformers import AutoModelForCausalLM
 
+from adapters import METHODS
+from adapters.trained import TrainedConfig
 from launcher import cli
 from launcher.inference import export as module
 from launcher.inference.checks import probe_logits
 from launcher.inference.export import export_lora
+from launcher.inference.merge import merge
 from launcher.inference.sources import find, load_model
 
 
@@ -54,6 +57,33 @@ def test_a_wrong_export_is_detected_and_removed(adapter, tmp_path, monkeypatch):
         export_lora(str(adapter), out=str(tmp_path / "lora"))
 
     assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize("method", [name for name, config in METHODS.items() if issubclass(config, TrainedConfig)])
+def test_methods_that_train_the_whole_update_are_exported_exactly_or_refused_and_merge(method, babyllama, tmp_path):
+    """Stock PEFT's logits of the LoRA, and those of the merged model, are the adapter's."""
+    config = METHODS[method](r=4, target_modules=["q_proj", "down_proj"], task_type="CAUSAL_LM")
+    model = get_peft_model(AutoModelForCausalLM.from_pretrained(babyllama), config).eval()
+    generator = torch.Generator().manual_seed(0)
+    for parameter in model.parameters():
+        if parameter.requires_grad:
+            parameter.data += 0.05 * torch.randn(parameter.shape, generator=generator)
+    model.save_pretrained(tmp_path / "a")
+    wanted, start = probe_logits(model), probe_logits(AutoModelForCausalLM.from_pretrained(babyllama))
+
+    merged = merge(str(tmp_path / "a"), out=str(tmp_path / "merged"), check=False)
+    if config.low_rank:
+        lora = export_lora(str(tmp_path / "a"), out=str(tmp_path / "lora"))
+        loaded = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(babyllama), lora)
+        assert type(loaded.peft_config["default"]) is LoraConfig
+        torch.testing.assert_close(probe_logits(loaded.eval()), wanted, rtol=0, atol=1e-4)
+    else:
+        with pytest.raises(ValueError, match=f"a is a {method.upper()} adapter: .*no LoRA equals it.*loldu merge"):
+            export_lora(str(tmp_path / "a"), out=str(tmp_path / "lora"))
+        assert not (tmp_path / "lora").exists()
+
+    torch.testing.assert_close(probe_logits(AutoModelForCausalLM.from_pretrained(merged)), wanted, rtol=0, atol=1e-4)
+    assert float((wanted - start).abs().max()) > 0.1
 
 
 def test_a_lora_is_not_exported_again(babyllama, tmp_path):
