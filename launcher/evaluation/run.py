@@ -338,6 +338,9 @@ def _records(asked: Asked, loaded: Loaded, file: Path) -> Measure:
 def _harness(asked: Asked, loaded: Loaded, task: str) -> Measure:
     """A task of lm-evaluation-harness, which runs on the first process alone; the others get its scores."""
 
+    given = "" if asked.prompt_template is None else f" (--prompt-template {asked.prompt_template} is for files)"
+    _say(loaded, f"{task}: prompts as lm-evaluation-harness writes them, without a prompt or chat template{given}")
+
     def act() -> Scores:
         with redirect_stdout(sys.stderr):
             return harness.evaluate(task, loaded.model, loaded.tokenizer, limit=asked.limit)

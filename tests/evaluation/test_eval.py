@@ -371,6 +371,34 @@ def test_a_task_that_cannot_be_run_is_named(tasks, said, capsys, babyllama, monk
     assert said in capsys.readouterr().err
 
 
+def test_the_prompts_of_a_task_of_the_harness_have_no_template_and_that_is_said(capsys, babyllama, monkeypatch):
+    """What the harness is asked for and what the screen says of it belong together."""
+    asked = {}
+    results = {"results": {"arc": {"acc,none": 0.5, "acc_stderr,none": 0.1}}, "n-samples": {"arc": {"effective": 4}}}
+
+    def simple_evaluate(**settings):
+        asked.update(settings)
+        return results
+
+    parts = {
+        "lm_eval": {"simple_evaluate": simple_evaluate},
+        "lm_eval.models": {},
+        "lm_eval.models.huggingface": {"HFLM": lambda **settings: settings},
+        "lm_eval.tasks": {"TaskManager": lambda **settings: SimpleNamespace(match_tasks=lambda names: names)},
+    }
+    for name, content in parts.items():
+        monkeypatch.setitem(sys.modules, name, SimpleNamespace(**content))
+    monkeypatch.setattr(harness, "check", lambda name: None)
+
+    assert main(["eval", str(babyllama), "--tasks", "arc", "--prompt-template", "alpaca"]) == 0
+
+    shown = capsys.readouterr()
+    assert set(asked) == {"model", "tasks", "limit", "task_manager", "log_samples"}  # no apply_chat_template
+    said = "arc: prompts as lm-evaluation-harness writes them, without a prompt or chat template"
+    assert f"{said} (--prompt-template alpaca is for files)" in shown.err
+    assert "0.5000 ± 0.1000" in shown.out
+
+
 def test_a_task_of_the_harness_gives_the_accuracy_that_we_find(capsys, babyllama, tmp_path):
     pytest.importorskip("lm_eval", reason="pip install 'loldu-launcher[eval]'")
     rows = [
