@@ -68,7 +68,7 @@ def export_lora(
         raise ValueError(f"{adapter} is a {config.peft_type.value} adapter: PEFT loads it already, nothing to export")
     if isinstance(config, TrainedConfig) and not config.low_rank:
         raise ValueError(
-            f"{adapter} is a {config.peft_type.value} adapter: its update is sparse and has no low rank, so no LoRA "
+            f"{adapter} is a {config.method.upper()} adapter: its update is sparse and has no low rank, so no LoRA "
             f"equals it: merge it into the base instead (loldu merge {adapter} --out MERGED)"
         )
     console = Console(stderr=True, highlight=False, markup=False, soft_wrap=True)
