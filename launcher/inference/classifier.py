@@ -14,8 +14,8 @@ from launcher.data.bad_records import BadRecord
 from launcher.inference.items import Item
 from launcher.inference.options import Classifying
 from launcher.inference.predictions import Prediction
-from launcher.inference.sources import Source, adapter_config, attach, chosen_precision, filled
-from launcher.models.files import context_length, load_tokenizer
+from launcher.inference.sources import Source, adapter_config, attach, chosen_precision, filled, tokenizer_of
+from launcher.models.files import context_length
 from launcher.models.image_processor import ImageProcessor, load_processor
 from launcher.models.quantize import check_base
 from launcher.tasks.labels import Labels, head_settings, read_classes
@@ -46,7 +46,7 @@ def load_classifier(source: Source, how: Classifying, *, pictures: bool) -> Clas
         processor = load_processor(source.base, trust_remote_code=trusted)
         tokenizer, length = None, 0
     else:
-        processor, tokenizer = None, load_tokenizer(source.tokenizer, trust_remote_code=trusted)
+        processor, tokenizer = None, tokenizer_of(source)
         if tokenizer.pad_token_id is None and how.batch_size > 1:
             raise ValueError(f"the tokenizer of {source.tokenizer} has no padding token: give --batch-size 1")
         length = how.max_length or (source.data or {}).get("max_length") or 0

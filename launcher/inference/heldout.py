@@ -9,8 +9,7 @@ from rich.console import Console
 
 from launcher.config import Config, DataConfig, from_dict
 from launcher.data.encoded import Encoded
-from launcher.inference.sources import Source
-from launcher.models.files import load_tokenizer
+from launcher.inference.sources import Source, tokenizer_of
 from launcher.models.head_loss import HeadLoss
 from launcher.progress import Bars
 from launcher.tasks.base import Samples
@@ -42,7 +41,7 @@ def held_out(source: Source, file: str | None) -> tuple[Encoded, Any]:
     else:
         known = "the run has no held-out records" if source.data else f"{source.adapter} is not in a run folder"
         raise ValueError(f"there are no records to measure the loss on ({known}): give --data FILE")
-    tokenizer = load_tokenizer(source.tokenizer, trust_remote_code=source.trust_remote_code)
+    tokenizer = tokenizer_of(source)
     return task.encode(held, tokenizer, config, source.saved_template), tokenizer
 
 

@@ -35,9 +35,10 @@ from launcher.data.templates import Template
 from launcher.files import user_path
 from launcher.inference.options import Kind, Quantize
 from launcher.inference.patterns import check_patterns
-from launcher.models.files import base_folder, check_json_files, first_line, has_tokenizer, load_tokenizer, recorded_run
+from launcher.models.files import base_folder, check_json_files, first_line, has_tokenizer, recorded_run
 from launcher.models.image_processor import is_image_model, model_type
 from launcher.models.quantize import check_base, check_quantize, keep_packing
+from launcher.models.same_tokenizer import own_tokenizer
 from launcher.models.skeleton import keep_scale, restore_padding_rows
 from launcher.processes import Ranks
 from launcher.progress import Bars
@@ -172,13 +173,18 @@ def adapter_config(folder: Path, *, classifies: bool = False) -> Any:
     return config
 
 
+def tokenizer_of(source: Source) -> Any:
+    """The tokenizer beside the adapter, else the base's. Raises ValueError if neither loads."""
+    return own_tokenizer(source.tokenizer, source.base, trust_remote_code=source.trust_remote_code)
+
+
 def load(source: Source, *, dtype: str = "auto", device: str = "auto", quantize: Quantize = "auto") -> tuple[Any, Any]:
     """The model with its adapter, in evaluation mode, and the tokenizer.
 
     dtype auto: the run's, else the files'. quantize auto: as in training; none: full precision. Raises ValueError if
     the model's logits are not finite.
     """
-    tokenizer = load_tokenizer(source.tokenizer, trust_remote_code=source.trust_remote_code)
+    tokenizer = tokenizer_of(source)
     quantize = chosen_precision(source, quantize)
     if quantize == "none":
         model = load_model(source, dtype=dtype, device=device)

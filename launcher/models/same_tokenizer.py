@@ -35,8 +35,18 @@ class BaseTokenizer:
             return None
         digest = _digest(folder)
         if digest not in self._known:
-            self._known[digest] = difference(load_tokenizer(folder), self.tokenizer)
+            own = own_tokenizer(folder, Path(self.tokenizer.name_or_path))
+            self._known[digest] = difference(own, self.tokenizer)
         return self._known[digest]
+
+
+def own_tokenizer(folder: Path, base: Path, *, trust_remote_code: bool = False) -> Any:
+    """The tokenizer in an adapter's folder. transformers 5 does not save `legacy` (Llama 2): then it is the base's."""
+    own = load_tokenizer(folder, trust_remote_code=trust_remote_code)
+    saved, known = (found if isinstance(found := _json(at / SETTINGS), dict) else {} for at in (folder, base))
+    if known.get("legacy") is None or "legacy" in saved:
+        return own
+    return type(own).from_pretrained(folder, legacy=known["legacy"], local_files_only=True)
 
 
 def difference(own: Any, base: Any) -> str | None:

@@ -2,12 +2,13 @@
 
 import json
 import re
+import shutil
 
 import pytest
 from tokenizers import AddedToken
 
 from launcher.models.files import load_tokenizer
-from launcher.models.same_tokenizer import BaseTokenizer
+from launcher.models.same_tokenizer import BaseTokenizer, difference, own_tokenizer
 
 
 def saved(base, folder, change):
@@ -79,3 +80,25 @@ def test_a_tokenizer_that_does_not_load_is_refused(babyllama, tmp_path):
 
     with pytest.raises(ValueError, match="no tokenizer that loads"):
         BaseTokenizer(load_tokenizer(babyllama)).difference(tmp_path)
+
+
+def test_a_llama_tokenizer_that_transformers_5_saved_is_the_bases(babyllama, tmp_path):
+    """It leaves `legacy` out of the settings; a new value there makes another tokenizer."""
+    base = tmp_path / "base"
+    shutil.copytree(babyllama, base)
+    write_settings(base, tokenizer_class="LlamaTokenizer", legacy=True)
+    tokenizer = load_tokenizer(base)
+    tokenizer.save_pretrained(tmp_path / "saved")
+    tokenizer.save_pretrained(tmp_path / "other")
+    write_settings(tmp_path / "other", legacy=False)
+
+    assert json.loads((tmp_path / "saved" / "tokenizer_config.json").read_text()).get("legacy") is None
+    assert difference(load_tokenizer(tmp_path / "saved"), tokenizer) == "its pre_tokenizer is another"
+    assert BaseTokenizer(tokenizer).difference(tmp_path / "saved") is None
+    assert difference(own_tokenizer(tmp_path / "saved", base), tokenizer) is None
+    assert BaseTokenizer(tokenizer).difference(tmp_path / "other") == "its pre_tokenizer is another"
+
+
+def write_settings(folder, **settings):
+    file = folder / "tokenizer_config.json"
+    file.write_text(json.dumps(json.loads(file.read_text()) | settings))
