@@ -49,8 +49,7 @@ class Crew:
         return self.comm.ranks.local_rank == 0
 
     def in_turn(self, what: str, do: Callable[[], T]) -> T:
-        """What do returns: first on one process of each machine, then on the others, which find in a cache what it
-        made."""
+        """What do returns. One process of each machine calls it first, so that the others find its work in a cache."""
         found: list[T] = []
         take: Callable[[], None] = lambda: found.append(do())  # noqa: E731
         for mine in (self.leads, not self.leads):

@@ -54,7 +54,7 @@ class FullyShard(Replicated):
         super().restore(found)
 
     def _reached(self) -> list[bool]:
-        """As above; here zeros stand for no gradient. LoRA's A starts with zeros too, so what counts is its layer."""
+        """As in Replicated, but zeros stand for no gradient. LoRA's A gets zeros at first, so its layer counts."""
         layers: dict[str, bool] = {}
         for name, parameter in self.parameters.items():
             assert parameter.grad is None or isinstance(parameter.grad, DTensor)
