@@ -37,8 +37,8 @@ from launcher.data import batches, encode, records  # noqa: E402
 from launcher.inference.export import export_lora  # noqa: E402
 from launcher.inference.heldout import mean_loss  # noqa: E402
 from launcher.inference.merge import merge  # noqa: E402
-from launcher.inference.sources import load_tokenizer  # noqa: E402
 from launcher.models.build import build  # noqa: E402
+from launcher.models.files import load_tokenizer  # noqa: E402
 from launcher.models.quantize import Quantised, keep_packing, linear_layers  # noqa: E402
 from launcher.packages import versions  # noqa: E402
 from launcher.training.run import run  # noqa: E402

@@ -1,6 +1,7 @@
 """Imports go down only: a room knows those below it, and none above."""
 
 import ast
+import pkgutil
 import re
 import subprocess
 import sys
@@ -157,6 +158,17 @@ def test_every_import_goes_down():
 
 
 ENGINE_NAMES = re.compile(rf"\b({'|'.join(ENGINES.keys() - {'none'})})\b|sharding none")
+
+
+def test_the_benchmarks_import_names_that_exist():
+    """Inside their functions too; a script is run too seldom to show that a name has moved."""
+    scripts = [*(PROJECT / "benchmarks").rglob("*.py"), *(PROJECT / "recipes").rglob("*.py")]
+
+    names = {name for script in scripts for name in imported(script) if name.startswith(("launcher.", "adapters."))}
+
+    assert len(names) > 50
+    for name in sorted(names):
+        pkgutil.resolve_name(name)
 
 
 def engine_names(file: Path) -> Iterator[str]:
