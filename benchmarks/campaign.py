@@ -4,7 +4,8 @@ A run in the results file is not repeated; the values of its row that `Study.wha
 is searched with seed 0 on the validation split, on a grid of half decades: three values around a first guess, and more
 while the best is at an edge. Then other seeds are trained with it and evaluated on the test split.
 
-Several processes may run the same campaign: each takes a run that is not in the file and that no other is at.
+Several processes may run the same campaign: each takes a run that is not in the file and that no other is at. Each run
+is made in a process of its own, which gives its memory back when it ends.
 """
 
 from __future__ import annotations
@@ -18,6 +19,7 @@ import tempfile
 import time
 import zlib
 from collections.abc import Callable, Collection, Iterable, Mapping
+from concurrent.futures import ProcessPoolExecutor
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -122,11 +124,15 @@ class Campaign:
 
     def run_all(self, only: Collection[str] = ()) -> None:
         """Make the runs that are left (of these methods only, if any are given) and that no other process is at."""
-        with tempfile.TemporaryDirectory() as temporary, self.study.results.with_suffix(".lock").open("w") as held:
+        with (
+            tempfile.TemporaryDirectory() as temporary,
+            self.study.results.with_suffix(".lock").open("w") as held,
+            ProcessPoolExecutor(1, max_tasks_per_child=1) as one_run,
+        ):
             work = Path(temporary)
             self.study.prepare(self.shared, work)
             while (row := self.take(only, held.fileno())) is not None:
-                done = self.study.measure(row, work)
+                done = one_run.submit(self.study.measure, row, work).result()
                 self.save(done)
                 print(*(done[key] for key in ("model", "task", "method", "rate", "seed", "loss", "cpu_s")), flush=True)
 

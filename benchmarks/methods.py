@@ -191,6 +191,7 @@ def outcome(config: Config) -> dict[str, Any]:
     """Train in a folder that is emptied first: losses before and after, trained numbers, frozen bytes, time, memory."""
     folder = Path(str(config.run.output))
     shutil.rmtree(folder, ignore_errors=True)
+    torch.set_num_threads(1)
     said, started = io.StringIO(), time.process_time()
     with watched() as (seen, on_step), redirect_stdout(said), redirect_stderr(said):
         failed = run(config, "benchmark", on_step=on_step)
@@ -309,7 +310,6 @@ def main() -> None:
     parser.add_argument("--left", action="store_true", help="print what is left to run")
     parser.add_argument("--table", action="store_true", help="print the tables and draw the plot from the results")
     chosen = parser.parse_args()
-    torch.set_num_threads(1)
     if chosen.model == "smollm2":
         import methods_smollm2 as chosen_study
     else:

@@ -1,6 +1,7 @@
 """Processes that share a campaign: a run is made once, and one that is in progress is left to its process."""
 
 import json
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -20,15 +21,16 @@ with open(sys.argv[4] + "/runs.lock", "w") as held:
 """
 
 
+def what(model, task, method, rate, seed, split):
+    return {"model": model, "task": task, "method": method, "rate": rate, "seed": seed, "split": split}
+
+
+def measure(row, work):
+    return {**row, "loss": abs(row["rate"] - 3e-3), "cpu_s": 1.0, "process": os.getpid()}
+
+
 def campaign_in(folder):
     """Of one method whose best learning rate is 3e-3 of 1e-3, 3e-3 and 1e-2."""
-
-    def what(model, task, method, rate, seed, split):
-        return {"model": model, "task": task, "method": method, "rate": rate, "seed": seed, "split": split}
-
-    def measure(row, work):
-        return {**row, "loss": abs(row["rate"] - 3e-3), "cpu_s": 1.0}
-
     results = Path(folder) / "runs.json"
     study = Study(results, {"a": {"rate": 3e-3}}, (("a", "m", "t"),), what, measure, lambda *_: None, seeds=(1, 2))
     return Campaign(study, Path(folder))
@@ -43,6 +45,13 @@ def test_a_campaign_searches_then_tests_and_makes_no_run_twice(tmp_path, capsys)
     campaign_in(tmp_path).run_all()
 
     assert runs_in(tmp_path) == [(1e-3, 0), (3e-3, 0), (1e-2, 0), (3e-3, 1), (3e-3, 2)]
+
+
+def test_each_run_has_a_process_of_its_own(tmp_path):
+    campaign_in(tmp_path).run_all()
+
+    processes = [run["process"] for run in json.loads((tmp_path / "runs.json").read_text())["runs"]]
+    assert len({*processes, os.getpid()}) == len(processes) + 1
 
 
 def test_a_run_that_another_process_is_at_is_left_to_it_until_it_ends(tmp_path):
