@@ -23,7 +23,7 @@ from peft.mapping import PEFT_TYPE_TO_PREFIX_MAPPING
 from peft.utils.transformers_weight_conversion import convert_peft_adapter_state_dict_for_transformers
 from rich.console import Console
 from safetensors import SafetensorError, safe_open
-from torch import Tensor
+from torch import Tensor, nn
 from transformers import AutoConfig
 
 import adapters  # registers our methods with PEFT as well
@@ -367,6 +367,7 @@ def attach(
     """
     config = adapter_config(folder, classifies=classifies)
     check_patterns(config, [name for name, _ in model.named_modules()], folder)
+    _check_added_tokens(model, folder)
     with safe_open(folder / ADAPTER_WEIGHTS, framework="pt") as opened:
         stored = {name for name in opened.keys() if not _copies_base(model, name, opened.get_tensor(name), base)}  # noqa: SIM118
     # PEFT nests the adapters of one module's experts: those names too have `base_layer`, before the method's own.
@@ -400,6 +401,27 @@ def attach(
             raise ValueError(
                 f"{folder / 'adapter_config.json'} does not describe a valid adapter ({_short(error)}): copy it again"
             ) from None
+
+
+def _check_added_tokens(model: Any, folder: Path) -> None:
+    """Raises ValueError if the adapter was trained on a base with more tokens: PEFT then saves the whole embedding."""
+    try:
+        embedding = model.get_input_embeddings()
+    except NotImplementedError:  # a model of images
+        return
+    name = next((name for name, module in model.named_modules() if module is embedding), None)
+    if name is None or not isinstance(embedding, nn.Embedding):
+        return
+    with safe_open(folder / ADAPTER_WEIGHTS, framework="pt") as opened:
+        stored = [key for key in opened.keys() if f".{name}." in key and key.endswith(".weight")]  # noqa: SIM118
+        rows = max((opened.get_slice(key).get_shape()[0] for key in stored), default=0)
+    if rows > embedding.num_embeddings:
+        raise ValueError(
+            f"adapter {folder} was trained with {rows:,} tokens and this base has {embedding.num_embeddings:,}: merge "
+            f"them in PEFT (load the base, call model.resize_token_embeddings({rows}), then "
+            f"PeftModel.from_pretrained(model, {str(folder)!r}).merge_and_unload().save_pretrained(FOLDER)), save the "
+            "adapter's tokenizer there too, and give FOLDER as the model"
+        )
 
 
 def _may_be_path(name: str) -> bool:

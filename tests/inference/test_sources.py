@@ -7,8 +7,8 @@ from contextlib import contextmanager
 
 import pytest
 import torch
-from peft import LoraConfig, get_peft_model
-from transformers import AutoConfig, AutoModelForCausalLM
+from peft import LoraConfig, PeftModel, get_peft_model
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
 from launcher.inference.sources import find, load
 from launcher.models.quantize import Quantised
@@ -143,6 +143,35 @@ def test_a_lora_of_another_shape_is_refused_in_one_line(babyllama, stories, tmp_
         load(find(str(tmp_path), base=str(babyllama)))
 
     assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize("how", ["trained whole", "as drawn", "two rows trained", "adapted"])
+@pytest.mark.filterwarnings("ignore:Setting `save_embedding_layers`")
+def test_an_adapter_with_added_tokens_is_refused_with_a_way_that_works(how, stories, tmp_path):
+    rows = AutoConfig.from_pretrained(stories).vocab_size + 2
+    options = {
+        "trained whole": {"modules_to_save": ["embed_tokens", "lm_head"]},
+        "as drawn": {},
+        "two rows trained": {"trainable_token_indices": [rows - 2, rows - 1]},
+        "adapted": {"target_modules": ["embed_tokens", "q_proj"]},
+    }[how]
+    trained = AutoModelForCausalLM.from_pretrained(stories)
+    trained.resize_token_embeddings(rows)
+    lora = LoraConfig(**{"r": 4, "target_modules": ["q_proj"], "task_type": "CAUSAL_LM", **options})
+    get_peft_model(trained, lora).save_pretrained(tmp_path / "adapter")
+
+    with pytest.raises(ValueError, match=rf"with {rows} tokens .*resize_token_embeddings\({rows}\)") as caught:
+        load(find(str(tmp_path / "adapter"), base=str(stories)))
+    assert "\n" not in str(caught.value)
+
+    wide = AutoModelForCausalLM.from_pretrained(stories)
+    wide.resize_token_embeddings(rows)
+    PeftModel.from_pretrained(wide, str(tmp_path / "adapter")).merge_and_unload().save_pretrained(tmp_path / "whole")
+    AutoTokenizer.from_pretrained(stories).save_pretrained(tmp_path / "whole")
+    merged, _ = load(find(str(tmp_path / "whole")))
+    ids = torch.tensor([[1, 5, rows - 2, rows - 1]])
+    with torch.no_grad():
+        torch.testing.assert_close(merged(ids).logits, trained.eval()(ids).logits)
 
 
 def test_an_adapter_file_that_lacks_a_tensor_is_refused(adapter, tmp_path):
