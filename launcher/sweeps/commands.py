@@ -120,14 +120,14 @@ def _report(plan: Sweep, console: Console) -> None:
     from launcher.reports.commands import write_report
     from launcher.sweeps.picture import picture
 
-    figure = picture(found, plan.vary, kind)
+    figure = None if results.differ(found) else picture(found, plan.vary, kind)
     page = write_report(runs, plan.folder / "report.html", {"Sweep": figure} if figure is not None else {})
     console.print(printable(f"report {page}"))
+    for remark in results.remarks(found):
+        console.print(printable(f"note: {remark}"))
     chosen = results.best(found)
     if chosen is None:
         return
-    for remark in results.remarks(found):
-        console.print(printable(f"note: {remark}"))
     options = [*plan.recipe_options, *grid.as_options(chosen.values)]
     so_far = " so far" if plan.unfinished() else ""
     best = printable(f"best{so_far}: {grid.shown(chosen.values)}, {kind} {chosen.loss:.4f}")

@@ -30,7 +30,7 @@ class Row(NamedTuple):
 
 
 def rows(folder: Path, variants: Sequence[Variant]) -> tuple[list[Row], str]:
-    """A row for each combination, lowest loss first, and which loss it is.
+    """A row for each combination, lowest loss first if the losses are of the same samples, and which loss it is.
 
     The held-out loss is that of the last evaluation. If a finished run has none, rows have the mean training loss of
     the last tenth of the steps.
@@ -61,7 +61,18 @@ def rows(folder: Path, variants: Sequence[Variant]) -> tuple[list[Row], str]:
                 seconds=mean(sum(line.get("seconds", 0.0) for line in run.metrics) for run in runs) if runs else 0.0,
             )
         )
-    return sorted(found, key=lambda row: (math.isnan(row.loss), row.loss)), kind
+    return (found if differ(found) else sorted(found, key=lambda row: (math.isnan(row.loss), row.loss))), kind
+
+
+def differ(found: Sequence[Row]) -> bool:
+    """Whether rows have held-out losses of different samples (or of another loss), so that none is the lowest.
+
+    A seed may draw samples of its own: rows of the same seeds then have the same sets of samples.
+    """
+    last = [[run.evaluations[-1] for run in row.runs if run.evaluations] for row in found]
+    samples = [{line["held_out"] for line in lines if "held_out" in line} for lines in last]
+    all_seeds = max(samples, key=len, default=set())
+    return any(not some <= all_seeds for some in samples)
 
 
 def is_finished(folder: Path) -> bool:
@@ -72,11 +83,18 @@ def is_finished(folder: Path) -> bool:
 
 def best(found: Sequence[Row]) -> Row | None:
     """The combination with the lowest loss of those with all of their runs; None if there is none."""
+    if differ(found):
+        return None
     return next((row for row in found if len(row.runs) == row.planned and math.isfinite(row.loss)), None)
 
 
 def remarks(found: Sequence[Row]) -> list[str]:
-    """What a reader should know before taking the best row: a value at an edge, or a rival within the deviation."""
+    """What a reader should know before taking a row: losses of other samples, a value at an edge, a close rival."""
+    if differ(found):
+        return [
+            "there is no best one: the held-out losses are not of the same samples, tokens and loss. To compare them, "
+            "measure each run with `loldu eval` on one file"
+        ]
     chosen = best(found)
     if chosen is None:
         return []

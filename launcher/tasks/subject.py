@@ -186,7 +186,7 @@ class Subject(Task):
             parts=pipelines.digest_of_parts(folder),
         )  # fmt: skip
 
-        def made(own: Shown, beside: Shown | None) -> Pictures:
+        def made(own: Shown, beside: Shown | None, how: How) -> Pictures:
             shown = [each and _encoded(each, how, vae) for each in (own, beside)]
             pictures = max(len(own.pixels), len(beside.pixels) if beside else 0)
             count = math.lcm(pictures, config.optimizer.batch_size)  # so that no batch holds a sample twice
@@ -202,8 +202,9 @@ class Subject(Task):
                 vae=vae if how.crop == "random" else None, dtype=dtype,
             )  # fmt: skip
 
-        held_out = made(Shown(data.instance_prompt, words, tested), None) if tested else None
-        return Samples(train=made(Shown(data.instance_prompt, words, subject), prior), held_out=held_out)
+        alone = replace(how, prior_weight=0.0)  # held-out losses are the same ones for every weight of the prior
+        held_out = made(Shown(data.instance_prompt, words, tested), None, alone) if tested else None
+        return Samples(train=made(Shown(data.instance_prompt, words, subject), prior, how), held_out=held_out)
 
     def read_together(self, config: Config, tokenizer: Any, cache: Path, crew: Crew) -> Samples:
         """Pictures of the class are made by the first process of each machine, once the others were read."""

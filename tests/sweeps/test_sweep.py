@@ -100,8 +100,8 @@ def test_a_long_name_is_cut_and_stays_different():
 class Trainings:
     """Stands in for the processes of a sweep: writes the folder of a finished run, with a loss for each run."""
 
-    def __init__(self, losses, codes=None):
-        self.losses, self.codes, self.started = losses, codes or {}, []
+    def __init__(self, losses, codes=None, held_out=lambda name: "of all"):
+        self.losses, self.codes, self.started, self.held_out = losses, codes or {}, [], held_out
 
     def __call__(self, words, log, lock, stop, watch):
         options = words[words.index("train") + 2 :]
@@ -116,7 +116,7 @@ class Trainings:
         resolved = {"steps": 2, "trained": 10}
         (folder / "config.json").write_text(json.dumps({"config": as_dict(settings.config), "resolved": resolved}))
         events = [{"step": 0, "eval_loss": 3.0}, {"step": 1, "loss": 2.5}, {"step": 2, "loss": 2.0}]
-        events.append({"step": 2, "eval_loss": self.losses[folder.name]})
+        events.append({"step": 2, "eval_loss": self.losses[folder.name], "held_out": self.held_out(folder.name)})
         (folder / "events.jsonl").write_text("".join(json.dumps(event) + "\n" for event in events))
         (folder / "state").write_text("finished\n")
         return DONE
@@ -303,6 +303,29 @@ def test_a_run_whose_last_held_out_loss_is_not_finite_is_never_the_best(tmp_path
     assert [line[2] for line in results.table(found, kind)[1]] == ["2.1000 ± 0.1414", "not finite"]
     assert results.as_json(found, kind)["rows"][1]["loss"] is None
     assert not [remark for remark in results.remarks(found) if "within the deviation" in remark]
+
+
+def test_losses_on_other_samples_have_no_best(trainings, tmp_path, capfd):
+    trainings({"max-length=64": 2.0, "max-length=128": 1.9}, held_out=lambda name: name)
+
+    code = sweep(RECIPE, "--vary", "max-length=128,64", "--tiny", "--output", "sweep")
+
+    out, error = capfd.readouterr()
+    assert code == DONE
+    assert [line.partition("\t")[0] for line in out.splitlines()[1:]] == ["128", "64"]  # as given: not by loss
+    assert "note: there is no best one: the held-out losses are not of the same samples" in error
+    assert "best:" not in error
+    assert "value tried" not in error
+    assert json.loads((tmp_path / "sweep" / "results.json").read_text())["best"] is None
+
+
+def test_samples_that_each_seed_draws_are_compared_seed_by_seed(trainings, capfd):
+    losses = {"rank=4,seed=42": 2.0, "rank=4,seed=43": 2.4, "rank=8,seed=42": 2.2, "rank=8,seed=43": 2.9}
+    trainings(losses, held_out=lambda name: name.partition("seed=")[2])
+
+    sweep(RECIPE, "--vary", "rank=4,8", "--seeds", "2", "--tiny", "--output", "sweep")
+
+    assert "best: rank=4" in capfd.readouterr().err
 
 
 def test_without_held_out_records_rows_have_the_training_loss(trainings, tmp_path):
