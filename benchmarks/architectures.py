@@ -41,8 +41,9 @@ sys.path.insert(0, str(REPO))
 
 from launcher.config import AdapterConfig, Config, DataConfig, ModelConfig, OptimizerConfig, RunConfig  # noqa: E402
 from launcher.inference.export import export_lora  # noqa: E402
+from launcher.inference.load import load  # noqa: E402
 from launcher.inference.merge import merge  # noqa: E402
-from launcher.inference.sources import find, load  # noqa: E402
+from launcher.inference.sources import find  # noqa: E402
 from launcher.models.generation import answer  # noqa: E402
 from launcher.training.run import run  # noqa: E402
 

@@ -146,7 +146,7 @@ def compare(
     from transformers import AutoModelForCausalLM
 
     from launcher.data.templates import load_template, prompt_ids
-    from launcher.inference.sources import attach
+    from launcher.inference.adapter_folder import attach
     from launcher.models.files import load_tokenizer
     from launcher.models.generation import answer
     from launcher.serving.answers import TokenTexts

@@ -30,7 +30,8 @@ from llama2_alpaca_loldu import TINY, tiny  # noqa: E402
 
 from launcher.config import Config  # noqa: E402
 from launcher.data import records, templates  # noqa: E402
-from launcher.inference.sources import find, load  # noqa: E402
+from launcher.inference.load import load  # noqa: E402
+from launcher.inference.sources import find  # noqa: E402
 from launcher.models.generation import answer  # noqa: E402
 from launcher.training.run import run  # noqa: E402
 

@@ -62,6 +62,17 @@ def padding(token_share: float) -> str:
     return f"{'less than 1%' if share < 0.005 else f'{share:.0%}'} of computed positions are padding"
 
 
+def first_line(error: BaseException) -> str:
+    """The first line of a library's error, or its class if the message is empty."""
+    return next((line.strip() for line in str(error).splitlines() if line.strip()), type(error).__name__)
+
+
+def brief(error: BaseException) -> str:
+    """`first_line`, with the error's class unless the message is meant for users; 300 characters at most."""
+    kind = "" if isinstance(error, (ValueError, OSError, RuntimeError)) else f"{type(error).__name__}: "
+    return f"{kind}{first_line(error)}"[:300]
+
+
 def needs_code(error: BaseException) -> str | None:
     """Why a folder did not load, if the reason is that it would run its own Python code and that was not allowed."""
     if "trust_remote_code" not in str(error):

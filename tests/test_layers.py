@@ -58,6 +58,7 @@ MAY_IMPORT = {  # beside itself; in the order in which data flows
     },
     "launcher.data": {
         "launcher.config", "launcher.factorization", "launcher.files", "launcher.processes", "launcher.progress",
+        "launcher.text",
     },
     "launcher.models": {
         "adapters", "launcher.config", "launcher.engines.registry", "launcher.files", "launcher.methods",

@@ -22,6 +22,7 @@ from typing import Any, BinaryIO, NamedTuple
 from launcher.data.csv_files import csv_rows
 from launcher.data.limits import LimitExceeded, limits
 from launcher.files import user_path
+from launcher.text import first_line
 
 CSV = (".csv", ".tsv")
 TEXT = (".json", ".jsonl", ".ndjson", ".txt", *CSV)
@@ -149,7 +150,7 @@ def _read_folder(path: Path, option: str) -> Iterator[Any]:
         try:
             found = datasets.load_from_disk(str(path))
         except Exception as error:  # damaged Arrow files raise many classes
-            raise ValueError(f"{option} {path} is not a folder that `datasets` saved: {_first_line(error)}") from error
+            raise ValueError(f"{option} {path} is not a folder that `datasets` saved: {first_line(error)}") from error
         if not isinstance(found, datasets.DatasetDict):
             return _in_parts(found)
         return _in_parts(found[_split(list(found), f"{option} {path}", option)])
@@ -373,7 +374,7 @@ def _unpack(path: Path, option: str) -> Iterator[bytes]:
                     before, packed = size, raw.tell()
                 yield piece
         except (OSError, EOFError, zlib.error) as error:  # gzip.BadGzipFile and pyarrow's errors are OSErrors
-            raise ValueError(f"{option} {path} cannot be read: {_first_line(error)}") from error
+            raise ValueError(f"{option} {path} cannot be read: {first_line(error)}") from error
 
 
 def _opened(raw: BinaryIO, magic: bytes) -> Any:
@@ -417,7 +418,7 @@ def _parquet_rows(path: Path, option: str) -> Iterator[Any]:
     except LimitExceeded:
         raise
     except (OSError, ValueError, NotImplementedError) as error:  # pyarrow's ArrowInvalid is a ValueError
-        raise ValueError(f"{option} {path} is not a parquet file: {_first_line(error)}") from error
+        raise ValueError(f"{option} {path} is not a parquet file: {first_line(error)}") from error
 
 
 def _rows(data: Any, path: Path, option: str) -> list[Any]:
@@ -433,7 +434,3 @@ def _rows(data: Any, path: Path, option: str) -> list[Any]:
             )
         data = data[key]
     return data if isinstance(data, list) else [data]
-
-
-def _first_line(error: BaseException) -> str:
-    return next((line.strip() for line in str(error).splitlines() if line.strip()), type(error).__name__)

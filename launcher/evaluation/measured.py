@@ -6,7 +6,8 @@ from collections.abc import Iterator, Mapping
 from typing import Any
 
 from launcher.files import weights_digest
-from launcher.inference.sources import Source, chosen_precision
+from launcher.inference.load import chosen_precision
+from launcher.inference.sources import Source
 
 UNKNOWN = "not recorded"  # by an earlier version
 

@@ -29,8 +29,9 @@ from launcher.evaluation.measured import measured, notes
 from launcher.evaluation.scores import Score, mean, plain, ratio
 from launcher.files import alone, digest, read_json, user_path, write_atomically
 from launcher.inference.generate import choose_template
+from launcher.inference.load import choose_device, load
 from launcher.inference.options import Quantize
-from launcher.inference.sources import Source, choose_device, find, load
+from launcher.inference.sources import Source, find
 from launcher.models.files import has_tokenizer, load_tokenizer, recorded_run
 from launcher.models.generation import answer, room
 from launcher.models.same_tokenizer import BaseTokenizer

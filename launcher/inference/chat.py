@@ -10,8 +10,9 @@ import torch
 from launcher.data.templates import Template, conversation_ids, prompt_ids
 from launcher.inference.conversation import Messages, converse, note
 from launcher.inference.generate import choose_template
+from launcher.inference.load import load
 from launcher.inference.options import Answering
-from launcher.inference.sources import find, load
+from launcher.inference.sources import find
 from launcher.models.files import context_length
 from launcher.models.generation import Sampling, stream
 from launcher.text import printable

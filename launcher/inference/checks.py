@@ -15,7 +15,9 @@ from torch import Tensor
 
 from launcher.exit_codes import Failed
 from launcher.inference.heldout import mean_loss
-from launcher.inference.sources import Kind, Source, load_model, load_quantised
+from launcher.inference.load import load_model, load_quantised
+from launcher.inference.options import Kind
+from launcher.inference.sources import Source
 from launcher.models.files import context_length
 from launcher.models.quantize import check_quantize
 

@@ -11,10 +11,12 @@ from torch import Tensor
 
 from launcher.data import pixels
 from launcher.data.bad_records import BadRecord
+from launcher.inference.adapter_folder import adapter_config, attach
 from launcher.inference.items import Item
+from launcher.inference.load import chosen_precision, filled
 from launcher.inference.options import Classifying
 from launcher.inference.predictions import Prediction
-from launcher.inference.sources import Source, adapter_config, attach, chosen_precision, filled, tokenizer_of
+from launcher.inference.sources import Source, tokenizer_of
 from launcher.models.files import context_length
 from launcher.models.image_processor import ImageProcessor, load_processor
 from launcher.models.quantize import check_base

@@ -25,11 +25,13 @@ from adapters.trained import TrainedConfig
 from launcher.data.saved_template import CHAT_TEMPLATE, PROMPT_TEMPLATE, drop_older
 from launcher.exit_codes import Failed
 from launcher.files import user_path
+from launcher.inference.adapter_folder import adapter_config
 from launcher.inference.checks import probe_logits, quantised_gap
+from launcher.inference.load import choose_device, load_model
 from launcher.inference.merge import new_folder
 from launcher.inference.pictures import export_lora as export_pictures
 from launcher.inference.pictures import find_drawn
-from launcher.inference.sources import Source, adapter_config, choose_device, find, load_model
+from launcher.inference.sources import Source, find
 from launcher.models.files import copy_tokenizer
 from launcher.progress import Bars
 from launcher.text import printable

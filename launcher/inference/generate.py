@@ -21,9 +21,10 @@ from launcher.data.templates import (
     render_prompt,
 )
 from launcher.files import user_path
+from launcher.inference.load import load
 from launcher.inference.options import Answering, Drawing
 from launcher.inference.pictures import Drawn, draw, find_drawn
-from launcher.inference.sources import Source, find, load
+from launcher.inference.sources import Source, find
 from launcher.models.files import context_length
 from launcher.models.generation import Answer, Sampling, answer, room, stream
 from launcher.progress import Bars, Show, silent

@@ -40,13 +40,16 @@ from adapters.layer import FactorLayer
 from launcher.data.saved_template import CHAT_TEMPLATE, PROMPT_TEMPLATE, drop_older
 from launcher.factorization.targets import skeleton
 from launcher.files import allow_by_umask, disk_errors, user_path
+from launcher.inference.adapter_folder import adapter_config, attach
 from launcher.inference.checks import compare, loss_change, plain
 from launcher.inference.heldout import held_out
-from launcher.inference.sources import DTYPES, Kind, Source, adapter_config, attach, choose_device, find, load_model
-from launcher.models.files import TOKENIZER_PATTERNS, first_line
+from launcher.inference.load import DTYPES, choose_device, load_model
+from launcher.inference.options import Kind
+from launcher.inference.sources import Source, find
+from launcher.models.files import TOKENIZER_PATTERNS
 from launcher.models.quantize import check_quantize, linear_layers, transformers_config
 from launcher.progress import Bars, growth
-from launcher.text import printable
+from launcher.text import first_line, printable
 
 NAMES = {torch.float64: "F64", torch.float32: "F32", torch.bfloat16: "BF16", torch.float16: "F16"}
 FLOATS = {name: dtype for dtype, name in NAMES.items()}  # as safetensors writes them

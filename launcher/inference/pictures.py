@@ -19,9 +19,10 @@ from adapters.lora_export import as_lora
 from launcher.data.pictures import save_picture
 from launcher.exit_codes import Failed
 from launcher.files import read_json, user_path
+from launcher.inference.adapter_folder import attach
+from launcher.inference.load import DTYPES, choose_device
 from launcher.inference.merge import new_folder
 from launcher.inference.options import Drawing
-from launcher.inference.sources import DTYPES, attach, choose_device
 from launcher.models import pipelines
 from launcher.models.build import choose_dtype
 from launcher.models.files import JSON_BYTES, recorded_run

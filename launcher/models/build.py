@@ -21,7 +21,6 @@ from adapters.checkpoint_files import is_pipeline
 from adapters.checkpoint_names import language_model_class
 from launcher.config import ModelConfig
 from launcher.models import pipelines, varlen
-from launcher.models.files import first_line
 from launcher.models.fill import OnFill, Whole, fill
 from launcher.models.quantize import check_share
 from launcher.models.skeleton import (
@@ -37,6 +36,7 @@ from launcher.models.skeleton import (
     save_drawn,
     settings_of,
 )
+from launcher.text import first_line
 
 FLASH = "flash_attention_2"  # transformers' name
 

@@ -16,7 +16,7 @@ from transformers import AutoTokenizer
 from adapters.checkpoint_files import is_pipeline, list_tensors, local_folder
 from launcher.files import read_json, user_path
 from launcher.models.tokenizer_limits import TooMuch, check_largest_id, check_normalizer
-from launcher.text import expected, needs_code
+from launcher.text import expected, first_line, needs_code
 
 JSON_FILES = (
     "config.json", "generation_config.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json",
@@ -197,8 +197,3 @@ def context_length(model: Any) -> int:
     tables = (module for name, module in model.named_modules() if name.endswith("position_embeddings"))
     unused = [module.padding_idx + 1 for module in tables if getattr(module, "padding_idx", None) is not None]
     return positions - max(unused, default=0)
-
-
-def first_line(error: BaseException) -> str:
-    """The first line of a library's error, or its class if the message is empty."""
-    return next((line.strip() for line in str(error).splitlines() if line.strip()), type(error).__name__)

@@ -18,7 +18,8 @@ from transformers import GenerationConfig
 from transformers.generation.streamers import BaseStreamer
 
 from launcher.methods import prompt_tokens
-from launcher.models.files import check_ids, context_length, first_line
+from launcher.models.files import check_ids, context_length
+from launcher.text import first_line
 
 log = logging.getLogger(__name__)
 # Relative difference of logits from those of whole forward passes that rounding explains; a state that is lost, or

@@ -15,8 +15,8 @@ from transformers.models.auto.modeling_auto import MODEL_FOR_IMAGE_CLASSIFICATIO
 from transformers.models.auto.modeling_auto import MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING_NAMES as TEXTS
 
 from launcher.files import read_json
-from launcher.models.files import JSON_BYTES, first_line
-from launcher.text import needs_code
+from launcher.models.files import JSON_BYTES
+from launcher.text import first_line, needs_code
 
 FILE = "preprocessor_config.json"
 KEPT = {"do_resize": False, "do_center_crop": False}  # the image has its size already

@@ -20,11 +20,11 @@ from launcher.engines.layout import PROCESS_BYTES
 from launcher.engines.registry import ENGINES, EngineInfo
 from launcher.files import user_path
 from launcher.main_memory import resident_bytes
-from launcher.models.files import first_line
 from launcher.models.skeleton import prepare_base
 from launcher.planning.machines import DISK, Machines
 from launcher.processes import Ranks
 from launcher.tasks.base import Sampled
+from launcher.text import first_line
 from launcher.training.footprint import (
     STORED_BYTES,
     Footprint,

@@ -17,7 +17,9 @@ from threading import Lock
 from typing import Any
 
 from adapters.many import Adapter, ManyAdapters
-from launcher.inference.sources import adapter_config, find, load
+from launcher.inference.adapter_folder import adapter_config
+from launcher.inference.load import load
+from launcher.inference.sources import find
 from launcher.models.files import context_length
 from launcher.models.generation import stop_tokens
 from launcher.models.same_tokenizer import BaseTokenizer
@@ -317,7 +319,7 @@ def load_engine(
 ) -> tuple[BatchedEngine, Path]:
     """The engine for a base model (folder, or hub name in the local cache), and the base's folder; not started.
 
-    settings are `BatchedEngine`'s. Raises ValueError for an adapter, and as `launcher.inference.sources` does.
+    settings are `BatchedEngine`'s. Raises ValueError for an adapter, and as `find` and `load` do.
     """
     source = find(model, trust_remote_code=trust_remote_code)
     if source.adapter is not None:

@@ -293,7 +293,7 @@ def read_adapter_config(data: bytes, folder: Path) -> Any:
     import numpy
     from safetensors.numpy import save_file
 
-    from launcher.inference.sources import adapter_config
+    from launcher.inference.adapter_folder import adapter_config
 
     save_file({"a": numpy.ones(2, "f4")}, folder / "adapter_model.safetensors")
     (folder / "adapter_config.json").write_bytes(data)

@@ -17,8 +17,9 @@ from launcher import cli
 from launcher.inference import export as module
 from launcher.inference.checks import probe_logits
 from launcher.inference.export import export_lora
+from launcher.inference.load import load_model
 from launcher.inference.merge import merge
-from launcher.inference.sources import find, load_model
+from launcher.inference.sources import find
 
 
 def test_stock_peft_without_our_packages_gives_the_adapters_logits(adapter, babyllama, tmp_path):

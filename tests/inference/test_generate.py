@@ -14,7 +14,8 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, GPT2Config, GPT2LM
 
 from launcher.cli import main
 from launcher.data.templates import load_template, prompt_ids
-from launcher.inference.sources import find, load
+from launcher.inference.load import load
+from launcher.inference.sources import find
 from launcher.models import generation
 from launcher.models.generation import Sampling, answer, stop_tokens, stream
 

@@ -18,8 +18,9 @@ from adapters.checkpoint_files import list_tensors, open_tensor
 from launcher.inference import merge as module
 from launcher.inference.export import export_lora
 from launcher.inference.heldout import held_out
+from launcher.inference.load import load, load_model, load_quantised
 from launcher.inference.merge import merge
-from launcher.inference.sources import find, load, load_model, load_quantised
+from launcher.inference.sources import find
 from launcher.models.quantize import keep_packing
 
 

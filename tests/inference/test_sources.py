@@ -10,7 +10,8 @@ import torch
 from peft import LoraConfig, PeftModel, get_peft_model
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
-from launcher.inference.sources import find, load
+from launcher.inference.load import load
+from launcher.inference.sources import find
 from launcher.models.quantize import Quantised
 
 
@@ -328,7 +329,7 @@ def test_loading_an_adapter_reports_each_layer_whose_factors_are_rebuilt(adapter
         def bar(self, what, total=0, **how):
             yield lambda done, of=None: shown.append((what, done, of or total))
 
-    monkeypatch.setattr("launcher.inference.sources.Bars", Shown)
+    monkeypatch.setattr("launcher.inference.adapter_folder.Bars", Shown)
     load(find(str(adapter)))
 
     rebuilt = [(done, total) for what, done, total in shown if what == "rebuilding factors"]

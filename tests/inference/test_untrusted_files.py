@@ -17,7 +17,9 @@ from trained_adapter import save_adapter
 from transformers import AutoModelForCausalLM
 
 from launcher import cli
-from launcher.inference.sources import attach, find, load, load_model
+from launcher.inference.adapter_folder import attach
+from launcher.inference.load import load, load_model
+from launcher.inference.sources import find
 
 REPO = Path(__file__).resolve().parents[2]
 CODE = """

@@ -25,7 +25,8 @@ from adapters.checkpoint_files import list_tensors, open_tensor, read_tensor
 from adapters.checkpoint_names import model_tensors, skeleton_of
 from launcher.config import AdapterConfig, Config, DataConfig, ModelConfig, OptimizerConfig, RunConfig
 from launcher.engines.fsdp2 import Rows, open_alone, shard, shard_mesh
-from launcher.inference.sources import Source, load_model
+from launcher.inference.load import load_model
+from launcher.inference.sources import Source
 from launcher.models.build import build, settle_base
 from launcher.models.files import check_ids
 from launcher.models.fill import fill

@@ -16,7 +16,8 @@ from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, MambaConfig
 
 from adapters import LoLDUConfig, LoRAXSConfig, SVFitConfig
-from launcher.inference.sources import find, load
+from launcher.inference.load import load
+from launcher.inference.sources import find
 from launcher.models.files import load_tokenizer
 from launcher.serving import engine as engine_module
 from launcher.serving.cache_size import bytes_per_token, cache_size
