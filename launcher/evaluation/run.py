@@ -41,9 +41,8 @@ from launcher.text import printable
 
 Scores = dict[str, Score]
 ANSWERS = 64  # generated between two moves of the bar
-
-
 MOST_BYTES = 64 << 20  # of a file of results
+WHOLE_TASK_S = 24 * 3600.0  # thousands of questions or long answers take hours; the other processes wait
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -121,7 +120,7 @@ def _run(asked: Asked, source: Source, comm: Communicator) -> dict[str, Any]:
     on = comm.from_main(
         "the weights' digest",
         lambda: measured(source, model, asked.quantize, other_base=other_base),
-        timeout_s=24 * 3600.0,
+        SLOW_S,
     )
     for task, name in names.items():
         loaded.settings.clear()
@@ -254,7 +253,7 @@ def _progress(loaded: Loaded, what: str, of: int) -> Iterator[Callable[[int], No
 
 def _gathered(loaded: Loaded, mine: list[Any]) -> list[Any]:
     """What each process found, in the order of the samples that `_shared` dealt out."""
-    parts = loaded.comm.gather("scores", mine, timeout_s=24 * 3600.0)
+    parts = loaded.comm.gather("scores", mine, WHOLE_TASK_S)
     return [parts[place % len(parts)][place // len(parts)] for place in range(sum(map(len, parts)))]
 
 
@@ -347,7 +346,7 @@ def _harness(asked: Asked, loaded: Loaded, task: str) -> Measure:
             return harness.evaluate(task, loaded.model, loaded.tokenizer, limit=asked.limit)
 
     def measure(what: str) -> Scores:
-        return loaded.comm.from_main("task", act, timeout_s=24 * 3600.0)
+        return loaded.comm.from_main("task", act, WHOLE_TASK_S)
 
     return measure
 
