@@ -76,13 +76,16 @@ def record(name: str, config: Config, folder: Path) -> dict:
         key: sorted(value) if isinstance(value, dict) and key != "identity" else value
         for key, value in index["meta"].items()
     }
+    if config.adapter.method == "lorasb":
+        for identity in (saved["identity"], index["meta"]["identity"]):
+            identity |= {"factors": None, "pivots": None}  # see `tensors`
     final = output / ("model" if config.adapter.method == "full" else "adapter")
     return {
         "cache_keys": sorted(file.stem for file in (cache / "factors").glob("*")) if cache.exists() else [],
         "config": saved,
         "folder": sorted(path.name for path in output.iterdir() if not path.name.startswith(".")),
         "checkpoint": {"files": sorted(path.name for path in checkpoint.iterdir()), "index": index},
-        "adapter": {"files": sorted(path.name for path in final.iterdir()), "tensors": tensors(final)},
+        "adapter": {"files": sorted(path.name for path in final.iterdir()), "tensors": tensors(final, config.adapter.method)},
         "adapter_config": adapter_config(final),
         "losses": [event["loss"] for event in events if "loss" in event],
         "events": [sorted(event) for event in events[:2]],
@@ -90,17 +93,19 @@ def record(name: str, config: Config, folder: Path) -> dict:
     }
 
 
-def tensors(final: Path) -> dict:
-    """dtype and shape of each tensor; the bytes of what is no float, and the norm of what is."""
+def tensors(final: Path, method: str) -> dict:
+    """dtype and shape of each tensor; the bytes of what is no float, and the norm of what is.
+
+    LoRA-SB's pivots are not recorded: they follow from a gradient, which other processors round otherwise.
+    """
     found = {}
     with safe_open(next(final.glob("*.safetensors")), framework="pt") as opened:
         for name in sorted(opened.keys()):
             tensor = opened.get_tensor(name)
-            content = (
-                float(tensor.double().norm())
-                if tensor.is_floating_point()
-                else hashlib.sha256(tensor.numpy().tobytes()).hexdigest()
-            )
+            if tensor.is_floating_point():
+                content = float(tensor.double().norm())
+            else:
+                content = None if method == "lorasb" else hashlib.sha256(tensor.numpy().tobytes()).hexdigest()
             found[name] = [str(tensor.dtype), list(tensor.shape), content]
     return found
 
