@@ -138,7 +138,7 @@ def _check_added_tokens(model: Any, folder: Path) -> None:
     """Raises ValueError if the adapter was trained on a base with more tokens: PEFT then saves the whole embedding."""
     try:
         embedding = model.get_input_embeddings()
-    except NotImplementedError:  # a model of images
+    except (AttributeError, NotImplementedError):  # a UNet, a model of images
         return
     name = next((name for name, module in model.named_modules() if module is embedding), None)
     if name is None or not isinstance(embedding, nn.Embedding):
