@@ -28,10 +28,10 @@ from launcher.files import user_path
 from launcher.inference.adapter_folder import adapter_config
 from launcher.inference.checks import probe_logits, quantised_gap
 from launcher.inference.load import choose_device, load_model
-from launcher.inference.merge import new_folder
 from launcher.inference.pictures import export_lora as export_pictures
 from launcher.inference.pictures import find_drawn
 from launcher.inference.sources import Source, find
+from launcher.inference.write_model import new_folder
 from launcher.models.files import copy_tokenizer
 from launcher.progress import Bars
 from launcher.text import printable

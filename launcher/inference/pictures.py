@@ -21,8 +21,8 @@ from launcher.exit_codes import Failed
 from launcher.files import read_json, user_path
 from launcher.inference.adapter_folder import attach
 from launcher.inference.load import DTYPES, choose_device
-from launcher.inference.merge import new_folder
 from launcher.inference.options import Drawing
+from launcher.inference.write_model import new_folder
 from launcher.models import pipelines
 from launcher.models.build import choose_dtype
 from launcher.models.files import JSON_BYTES, recorded_run

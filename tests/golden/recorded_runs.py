@@ -85,7 +85,10 @@ def record(name: str, config: Config, folder: Path) -> dict:
         "config": saved,
         "folder": sorted(path.name for path in output.iterdir() if not path.name.startswith(".")),
         "checkpoint": {"files": sorted(path.name for path in checkpoint.iterdir()), "index": index},
-        "adapter": {"files": sorted(path.name for path in final.iterdir()), "tensors": tensors(final, config.adapter.method)},
+        "adapter": {
+            "files": sorted(path.name for path in final.iterdir()),
+            "tensors": tensors(final, config.adapter.method),
+        },
         "adapter_config": adapter_config(final),
         "losses": [event["loss"] for event in events if "loss" in event],
         "events": [sorted(event) for event in events[:2]],

@@ -5,6 +5,7 @@ import re
 import shutil
 import subprocess
 import sys
+from pathlib import Path
 
 import bitsandbytes as bnb
 import pytest
@@ -16,6 +17,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, BitsAndBytesConfig
 
 from adapters.checkpoint_files import list_tensors, open_tensor
 from launcher.inference import merge as module
+from launcher.inference import merge_plan, write_model
 from launcher.inference.export import export_lora
 from launcher.inference.heldout import held_out
 from launcher.inference.load import load, load_model, load_quantised
@@ -207,7 +209,7 @@ def test_a_method_that_has_no_weights_to_merge_is_refused(babyllama, tmp_path):
 
 
 def test_a_wrong_merge_is_detected_and_removed(adapter, tmp_path, monkeypatch):
-    monkeypatch.setattr(module, "merged_weight", lambda layer, weight: weight)  # the update is forgotten
+    monkeypatch.setattr(merge_plan, "merged_weight", lambda layer, weight: weight)  # the update is forgotten
 
     with pytest.raises(RuntimeError, match="logits differ from base and adapter"):
         merge(str(adapter), out=str(tmp_path / "out"))
@@ -219,7 +221,7 @@ def test_a_full_disk_is_reported_and_no_file_is_left(adapter, tmp_path, monkeypa
     def full(*_):
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr(module, "write_safetensors", full)
+    monkeypatch.setattr(write_model, "write_safetensors", full)
 
     with pytest.raises(ValueError, match=r"cannot write the result to .*: no space is left; .* --out"):
         merge(str(adapter), out=str(tmp_path / "out"))
@@ -228,7 +230,7 @@ def test_a_full_disk_is_reported_and_no_file_is_left(adapter, tmp_path, monkeypa
 
 
 def test_too_large_a_model_is_refused_before_anything_is_written(adapter, tmp_path, monkeypatch):
-    monkeypatch.setattr(module.shutil, "disk_usage", lambda _: shutil._ntuple_diskusage(10, 10, 0))
+    monkeypatch.setattr(write_model.shutil, "disk_usage", lambda _: shutil._ntuple_diskusage(10, 10, 0))
 
     with pytest.raises(ValueError, match=r"takes 0\.0 GB and .* has 0\.0 GB free"):
         merge(str(adapter), out=str(tmp_path / "out"))
@@ -236,7 +238,7 @@ def test_too_large_a_model_is_refused_before_anything_is_written(adapter, tmp_pa
 
 def test_of_two_starts_on_one_folder_the_first_that_ends_has_it_whole_and_the_other_is_refused(tmp_path):
     out = tmp_path / "out"
-    slow, fast = (module.new_folder(out, "--out") for _ in range(2))
+    slow, fast = (write_model.new_folder(out, "--out") for _ in range(2))
     for each, name in ((slow, "slow"), (fast, "fast")):
         (each.__enter__() / name).touch()
 
@@ -470,7 +472,7 @@ else:
     module.merge(str(folder / "adapter"), out=str(folder / kind), quantize=kind, check=kind != "none")
     print(peak() - before)
 """
-    here = str(module.Path(__file__).parent)
+    here = str(Path(__file__).parent)
 
     def step(name):
         command = [sys.executable, "-c", script, str(tmp_path), here, name]
