@@ -63,7 +63,7 @@ def chosen_precision(source: Source, quantize: Quantize) -> Kind:
 
 def load_model(source: Source, *, dtype: str = "auto", device: str = "auto") -> Any:
     """The base with its adapter, if it has one."""
-    as_trained = source.dtype is not None and dtype in ("auto", source.dtype)
+    as_trained = source.dtype in DTYPES and dtype in ("auto", source.dtype)
     dtype, device = _dtype(source, dtype), choose_device(device)
     from launcher.models.build import heard
 

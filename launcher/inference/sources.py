@@ -66,6 +66,7 @@ def find(
 def _find(model: str, base: str | None, classifies: bool) -> Source:
     place = user_path(model)
     if (place / "adapter_config.json").is_file():
+        place = place if place.name == "adapter" else place.resolve()  # `.` in a run's folder of its adapter
         return _from_adapter(place, base, recorded_run(place.parent) if place.name == "adapter" else None, classifies)
     run = recorded_run(place)
     if run is not None:
@@ -118,5 +119,10 @@ def _recorded(run: dict[str, Any] | None) -> dict[str, Any]:
     if run is None:
         return {}
     model, data = run["config"]["model"], run["config"].get("data", {})
-    setting = run.get("resolved", {}).get("prompt_template") or data.get("prompt_template")
-    return {"template": setting, "dtype": model.get("dtype"), "quantize": model.get("quantize", "none"), "data": data}
+    resolved = run.get("resolved", {})  # what auto became on the machine that trained
+    return {
+        "template": resolved.get("prompt_template") or data.get("prompt_template"),
+        "dtype": resolved.get("dtype") or model.get("dtype"),
+        "quantize": model.get("quantize", "none"),
+        "data": data,
+    }

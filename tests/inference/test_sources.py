@@ -210,6 +210,28 @@ def test_a_runs_dtype_is_the_default_and_another_may_be_asked_for(run_folder):
     assert (as_recorded, asked) == (torch.float32, torch.bfloat16)
 
 
+def test_a_run_that_chose_its_dtype_by_the_machine_is_loaded_in_it_on_another(run_folder):
+    recorded = json.loads((run_folder / "config.json").read_text())
+    recorded["config"]["model"]["dtype"] = "auto"
+    (run_folder / "config.json").write_text(json.dumps(recorded | {"resolved": {"dtype": "bfloat16"}}))
+
+    assert load(find(str(run_folder)))[0].dtype == torch.bfloat16  # the files have float32
+
+
+@pytest.mark.parametrize("name", [".", "link"])
+def test_a_runs_adapter_folder_by_another_name_keeps_the_runs_settings(name, run_folder, monkeypatch):
+    monkeypatch.chdir(run_folder / "adapter")
+    (run_folder / "link").symlink_to(run_folder / "adapter")
+    by_run = find(str(run_folder))
+
+    found = find(str(run_folder / "link") if name == "link" else ".")
+
+    assert by_run.dtype is not None
+    assert (found.dtype, found.quantize, found.template, found.data) == (
+        by_run.dtype, by_run.quantize, by_run.template, by_run.data,
+    )  # fmt: skip
+
+
 @pytest.mark.parametrize("quantize", ["none", "nf4"])
 @pytest.mark.parametrize(
     ("asked", "message"),
