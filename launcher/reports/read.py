@@ -47,6 +47,7 @@ class Run:
     error: str = ""  # why it failed, on one line; empty if it did not, or wrote no reason
     config: dict[str, Any]  # its settings, nested
     resolved: dict[str, Any]  # what followed from them
+    identity: dict[str, Any] = field(default_factory=dict)  # what a resume must have in common: digests, settings
     steps: list[Line]  # events with a loss
     evaluations: list[Line]  # events with an eval_loss, where that is a finite number
     diverged: bool = False  # the eval_loss of the last evaluation is NaN or infinite
@@ -102,6 +103,7 @@ def read_run(folder: Path) -> Run:
         error=error_line,
         config=config,
         resolved=resolved,
+        identity=identity if isinstance(identity := recorded.get("identity"), dict) else {},
         steps=[event for event in events if _numbers(event, "step", "loss")],
         evaluations=[event for event in events if _numbers(event, "step", "eval_loss")],
         diverged=bool(evaluated) and not math.isfinite(evaluated[-1]["eval_loss"]),

@@ -24,6 +24,7 @@ class Row(NamedTuple):
     planned: int  # how many runs are planned
     loss: float  # mean over the runs; NaN if none has finished, infinite if that of a run is not finite
     deviation: float  # of the loss over seeds; 0 for one run
+    samples: set[str]  # digests of what the losses were measured on
     metrics: dict[str, float]  # other held-out metrics, means
     trained: int | None
     seconds: float  # mean time of the steps of a run
@@ -56,6 +57,7 @@ def rows(folder: Path, variants: Sequence[Variant]) -> tuple[list[Row], str]:
                 planned=len(members),
                 loss=mean(losses) if losses else math.nan,
                 deviation=stdev(losses) if len(losses) > 1 and all(map(math.isfinite, losses)) else 0.0,
+                samples={digest for run in runs if (digest := _samples(run, kind))},
                 metrics={name: mean(line[name] for line in last) for name in names if all(name in at for at in last)},
                 trained=next((run.resolved.get("trained") for run in runs), None),
                 seconds=mean(sum(line.get("seconds", 0.0) for line in run.metrics) for run in runs) if runs else 0.0,
@@ -65,14 +67,12 @@ def rows(folder: Path, variants: Sequence[Variant]) -> tuple[list[Row], str]:
 
 
 def differ(found: Sequence[Row]) -> bool:
-    """Whether rows have held-out losses of different samples (or of another loss), so that none is the lowest.
+    """Whether rows have losses of different samples (or other losses of them), so that none is the lowest.
 
     A seed may draw samples of its own: rows of the same seeds then have the same sets of samples.
     """
-    last = [[run.evaluations[-1] for run in row.runs if run.evaluations] for row in found]
-    samples = [{line["held_out"] for line in lines if "held_out" in line} for lines in last]
-    all_seeds = max(samples, key=len, default=set())
-    return any(not some <= all_seeds for some in samples)
+    of_all_seeds = max((row.samples for row in found), key=len, default=set())
+    return any(not row.samples <= of_all_seeds for row in found)
 
 
 def is_finished(folder: Path) -> bool:
@@ -92,7 +92,7 @@ def remarks(found: Sequence[Row]) -> list[str]:
     """What a reader should know before taking a row: losses of other samples, a value at an edge, a close rival."""
     if differ(found):
         return [
-            "there is no best one: the held-out losses are not of the same samples, tokens and loss. To compare them, "
+            "there is no best one: the losses are not of the same samples, tokens and kind. To compare them, "
             "measure each run with `loldu eval` on one file"
         ]
     chosen = best(found)
@@ -160,6 +160,13 @@ def as_json(found: Sequence[Row], kind: str) -> dict[str, Any]:
             for row in found
         ],
     }
+
+
+def _samples(run: Run, kind: str) -> str | None:
+    """The digest of what a run's loss was measured on; None if it has none (yet)."""
+    if kind == HELD_OUT:
+        return run.evaluations[-1].get("held_out") if run.evaluations else None
+    return run.identity.get("data")
 
 
 def _loss(run: Run, kind: str) -> float:

@@ -313,7 +313,7 @@ def test_losses_on_other_samples_have_no_best(trainings, tmp_path, capfd):
     out, error = capfd.readouterr()
     assert code == DONE
     assert [line.partition("\t")[0] for line in out.splitlines()[1:]] == ["128", "64"]  # as given: not by loss
-    assert "note: there is no best one: the held-out losses are not of the same samples" in error
+    assert "note: there is no best one: the losses are not of the same samples" in error
     assert "best:" not in error
     assert "value tried" not in error
     assert json.loads((tmp_path / "sweep" / "results.json").read_text())["best"] is None
@@ -339,6 +339,14 @@ def test_without_held_out_records_rows_have_the_training_loss(trainings, tmp_pat
 
     assert kind == "training loss"
     assert {row.loss for row in rows} == {2.0}
+    assert results.best(rows) is not None
+
+    for number, name in enumerate(LOSSES):
+        config = tmp_path / "sweep" / name / "config.json"
+        config.write_text(json.dumps(json.loads(config.read_text()) | {"identity": {"data": str(number % 2)}}))
+    rows, _ = results.rows(tmp_path / "sweep", grid.variants(grid.read_vary(GRID[1:3])))
+
+    assert results.best(rows) is None  # other samples, or another loss of them
 
 
 def test_control_characters_of_a_folders_name_do_not_reach_the_terminal(trainings, tmp_path, capfd):
