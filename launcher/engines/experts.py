@@ -1,6 +1,7 @@
 """Experts that are modules in a list, as in code of the hub: a process calls those that its tokens reach.
 
-Only these get gradients there. Engines that exchange gradients in the order of arrival mix them up.
+The others get no gradients in this process. Engines that exchange gradients in the order of their arrival then add up
+those of different experts.
 """
 
 from __future__ import annotations

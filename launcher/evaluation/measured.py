@@ -10,6 +10,7 @@ from launcher.inference.load import chosen_precision
 from launcher.inference.sources import Source
 
 UNKNOWN = "not recorded"  # by an earlier version
+ABSENT = "none"  # a setting that the scores do not depend on; of a base, the run's own
 
 
 def measured(source: Source, model: Any, quantize: Any, *, other_base: bool) -> dict[str, Any]:
@@ -28,7 +29,9 @@ def notes(before: Mapping[str, Any], found: Mapping[str, Any]) -> Iterator[str]:
     other weights."""
     for name, entry in found.items():
         was, now = _settings(before.get(name)), _settings(entry)
-        differ = [_named(key, was[key]) for key in was if key in now and was[key] not in (now[key], UNKNOWN)]
+        if was["weights"] != UNKNOWN:
+            was = {**dict.fromkeys(now, ABSENT), **was}
+        differ = [_named(key, was[key]) for key in was if was[key] not in (now.get(key, ABSENT), UNKNOWN)]
         if differ:
             yield f"{name}: the scores with {', '.join(differ)} are replaced; --out keeps others in a file of their own"
     weights = [_settings(entry)["weights"] for entry in found.values()]  # a damaged file may hold a list
@@ -40,7 +43,9 @@ def notes(before: Mapping[str, Any], found: Mapping[str, Any]) -> Iterator[str]:
 
 
 def _named(key: str, value: Any) -> str:
-    return f"other {key}" if key in ("weights", "records") else f"{key} {'all' if value is None else value}"
+    if key in ("weights", "records") and value != ABSENT:
+        return f"other {key}"
+    return f"{key} {'all' if value is None else value}"
 
 
 def _settings(entry: Any) -> dict[str, Any]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 import sys
+import tempfile
 import uuid
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext, redirect_stdout, suppress
@@ -27,7 +28,7 @@ from launcher.evaluation.choices import Choice, read_choices
 from launcher.evaluation.likelihood import Scorer, choice_scores, encoded
 from launcher.evaluation.measured import measured, notes
 from launcher.evaluation.scores import Score, mean, plain, ratio
-from launcher.files import alone, digest, read_json, user_path, write_atomically
+from launcher.files import alone, digest, disk_errors, read_json, user_path, write_atomically
 from launcher.inference.generate import choose_template
 from launcher.inference.load import choose_device, load
 from launcher.inference.options import Quantize
@@ -102,7 +103,7 @@ def run(asked: Asked) -> dict[str, Any]:
 def _run(asked: Asked, source: Source, comm: Communicator) -> dict[str, Any]:
     ranks = comm.ranks
     file = user_path(asked.out) if asked.out else _run_file(source)
-    before = {} if file is None else comm.from_main("the results", lambda: _before(file))
+    before = {} if file is None else comm.from_main("the results", lambda: _ready(file))
     names = _names(asked.tasks, before)
     device = choose_device(asked.device)
     if device == "cuda" and ranks.world_size > 1:
@@ -128,8 +129,8 @@ def _run(asked: Asked, source: Source, comm: Communicator) -> dict[str, Any]:
         found[name] = {
             "task": task, "limit": asked.limit or None, "measured": {**on, **loaded.settings}, **result,
         }  # fmt: skip
-        if ranks.is_main and file is not None:  # after each task: a later one may fail
-            _write(file, found)
+        if file is not None:  # after each task: a later one may fail
+            comm.from_main("the results", partial(_write, file, found))
     if ranks.is_main:
         for note in notes(before, found):
             _say(loaded, note)
@@ -150,7 +151,8 @@ def _names(tasks: Sequence[str], before: dict[str, Any]) -> dict[str, str]:
         earlier = before.get(stem)
         known = str(earlier["task"]) if isinstance(earlier, dict) and "task" in earlier else task
         others = {user_path(known).resolve(), *(each for each in places.values() if each and each.stem == stem)}
-        names[task] = stem if place is None or others == {place} else task
+        asked_too = any(other == stem and at is None for other, at in places.items())  # a task of the harness
+        names[task] = stem if place is None or (others == {place} and not asked_too) else task
     return names
 
 
@@ -160,14 +162,23 @@ def _run_file(source: Source) -> Path | None:
     return place / "eval.json" if recorded_run(place) is not None else None
 
 
+def _ready(file: Path) -> dict[str, Any]:
+    """What `_before` returns, once the file is known to be one that can be written: the tasks may take hours."""
+    before = _before(file)
+    with disk_errors("the results", file, "give another file with --out"):
+        file.parent.mkdir(parents=True, exist_ok=True)
+        tempfile.TemporaryFile(dir=file.parent).close()
+    return before
+
+
 def _before(file: Path) -> dict[str, Any]:
-    """The results that the file has of other tasks. Raises ValueError if it is damaged, rather than lose them."""
+    """The results that the file has, by task. Raises ValueError if it is damaged, rather than lose them."""
     try:
         found = read_json(file, MOST_BYTES)
         if not isinstance(found, dict) or not isinstance(tasks := found.get("tasks", {}), dict):
             raise ValueError("it holds no results")
         return tasks
-    except FileNotFoundError:
+    except (FileNotFoundError, NotADirectoryError):
         return {}
     except (OSError, ValueError) as error:
         reason = getattr(error, "strerror", None) or error
@@ -178,12 +189,9 @@ def _before(file: Path) -> dict[str, Any]:
 
 def _write(file: Path, found: dict[str, Any]) -> None:
     """Add the results to those that the file has of other tasks, one process after another."""
-    try:
-        with alone(file.parent):
-            whole = {"tasks": {**_before(file), **found}}
-            write_atomically(file, json.dumps(plain(whole), indent=2) + "\n")
-    except OSError as error:
-        raise ValueError(f"cannot write {file}: {error.strerror}; give another file with --out") from error
+    with disk_errors("the results", file, "give another file with --out"), alone(file.parent):
+        whole = {"tasks": {**_before(file), **found}}
+        write_atomically(file, json.dumps(plain(whole), indent=2) + "\n")
 
 
 def _task(asked: Asked, loaded: Loaded, task: str, shown_as: str) -> dict[str, Any]:

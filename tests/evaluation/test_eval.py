@@ -7,6 +7,7 @@ import shutil
 import statistics
 import sys
 import time
+from pathlib import Path
 from threading import Event, Thread
 from types import SimpleNamespace
 
@@ -25,6 +26,7 @@ from launcher.data.templates import load_template
 from launcher.evaluation import harness, run
 from launcher.evaluation.choices import Choice, accuracy, read_choices
 from launcher.evaluation.likelihood import Scorer, choice_scores, encoded
+from launcher.evaluation.measured import notes
 from launcher.evaluation.scores import mean, ratio
 from launcher.files import weights_digest
 from launcher.tasks.base import Layout
@@ -296,6 +298,42 @@ def test_results_name_what_they_were_measured_on(capsys, babyllama, adapter, tmp
     assert "scores of other weights, or of weights not recorded, stay in the file: data" in said
 
 
+@pytest.mark.parametrize(
+    ("was", "now", "named"),
+    [
+        ({"base": "/models/other"}, {}, "base /models/other"),
+        ({}, {"base": "/models/other"}, "base none"),
+        ({"max_tokens": 64}, {}, "max_tokens 64"),
+        ({"records": "a", "prompt_template": "alpaca"}, {}, "other records, prompt_template alpaca"),
+        ({"records": "a"}, {"records": "a"}, None),
+    ],
+)
+def test_a_setting_that_only_one_of_two_results_has_is_named(was, now, named):
+    def entry(measured):
+        return {"data": {"limit": None, "measured": {"weights": "w", "dtype": "float32", **measured}}}
+
+    found = list(notes(entry(was), entry(now)))
+
+    assert found == (
+        [f"data: the scores with {named} are replaced; --out keeps others in a file of their own"] if named else []
+    )
+    unmarked = {"data": {"limit": None}}  # by an earlier version: nothing is known of its settings
+    assert list(notes(unmarked, entry(now))) == []
+
+
+def test_the_file_of_results_is_made_or_refused_before_the_model_loads(capsys, babyllama, tmp_path, monkeypatch):
+    file = file_of(tmp_path, QUESTIONS[:1])
+    words = ["eval", str(babyllama), "--prompt-template", "short", "--tasks", file, "--out"]
+
+    assert main([*words, str(tmp_path / "new" / "folder" / "eval.json")]) == 0
+    assert json.loads((tmp_path / "new" / "folder" / "eval.json").read_text())["tasks"]
+
+    monkeypatch.setattr(run, "load", lambda *_, **__: pytest.fail("the model was loaded"))
+    capsys.readouterr()
+    assert main([*words, str(Path(file) / "eval.json")]) == 2
+    assert "cannot write the results to" in capsys.readouterr().err
+
+
 def test_a_text_that_a_question_is_about_is_part_of_it():
     row = {"question": "Who barks?", "choices": ["The cat", "The dog"], "answer": 1}
 
@@ -371,7 +409,9 @@ def test_a_task_that_cannot_be_run_is_named(tasks, said, capsys, babyllama, monk
     assert said in capsys.readouterr().err
 
 
-def test_the_prompts_of_a_task_of_the_harness_have_no_template_and_that_is_said(capsys, babyllama, monkeypatch):
+def test_the_prompts_of_a_task_of_the_harness_have_no_template_and_that_is_said(
+    capsys, babyllama, monkeypatch, tmp_path
+):
     """What the harness is asked for and what the screen says of it belong together."""
     asked = {}
     results = {"results": {"arc": {"acc,none": 0.5, "acc_stderr,none": 0.1}}, "n-samples": {"arc": {"effective": 4}}}
@@ -397,6 +437,10 @@ def test_the_prompts_of_a_task_of_the_harness_have_no_template_and_that_is_said(
     said = "arc: prompts as lm-evaluation-harness writes them, without a prompt or chat template"
     assert f"{said} (--prompt-template alpaca is for files)" in shown.err
     assert "0.5000 ± 0.1000" in shown.out
+
+    (file := tmp_path / "arc.json").write_text(json.dumps(QUESTIONS[:1]))
+    words = [str(babyllama), "--prompt-template", "short", "--tasks", str(file), "arc"]
+    assert list(evaluated(capsys, *words)) == [str(file), "arc"]  # two tasks of one name
 
 
 def test_a_task_of_the_harness_gives_the_accuracy_that_we_find(capsys, babyllama, tmp_path):
