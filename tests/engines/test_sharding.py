@@ -229,14 +229,14 @@ def test_a_bf16_base_trains_float32_cores_to_the_curve_of_ddp(runs, sharding):
 @pytest.mark.slow
 @pytest.mark.parametrize("name", ["fsdp2-4", "hsdp-4", *SHARDED])
 def test_the_adapter_of_every_sharding_loads_in_plain_peft_with_the_same_logits(runs, name, stories):
-    """Cores differ by 4e-8 (measured), the logits of this model by less than 1e-5 then."""
+    """Cores differ by 4e-8 (measured), the logits of this model, up to 13, by 1e-5 and the rounding of some CPUs."""
     tokens = torch.arange(3, 40)[None]
 
     def logits(adapter):
         return PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(stories), adapter)(tokens).logits
 
     torch.testing.assert_close(
-        logits(runs.folder / name / "adapter"), logits(runs.folder / "one" / "adapter"), atol=1e-5, rtol=0
+        logits(runs.folder / name / "adapter"), logits(runs.folder / "one" / "adapter"), atol=1e-5, rtol=1e-6
     )
 
 
