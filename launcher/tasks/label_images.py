@@ -8,7 +8,7 @@ from __future__ import annotations
 import hashlib
 import json
 import shlex
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -71,15 +71,16 @@ class Pictured(Encoded):
     classes: Labels
     labels: Tensor  # (S,) int64 indices into classes, or float32 for regression
     places: Tensor  # (S,) int64 places in images
+    numbers: Tensor  # (S,) int64 places among the images of its own part, which other held-out images do not move
     images: Images | None  # None: blank ones, for a plan
     processor: ImageProcessor
     augment: pixels.Augment | None  # None: each image as it is, for evaluation
-    source: str  # digest of the files
+    source: str  # digest of its part's files
 
     def digest(self) -> str:
         about = [self.source, self.classes, self.processor.identity]
         sha = hashlib.sha256(json.dumps(about).encode())
-        for tensor in (self.labels, self.places):
+        for tensor in (self.labels, self.numbers):
             sha.update(tensor.numpy().tobytes())
         return sha.hexdigest()
 
@@ -138,7 +139,8 @@ class LabelImages(Classifier):
     def assumed(self, config: Config, base: Path, count: int) -> Encoded:
         labels = torch.arange(count) % CLASSES_ASSUMED
         classes = tuple(map(str, range(CLASSES_ASSUMED)))
-        return _pictured(labels, torch.arange(count), None, classes, assumed_processor(base), "")
+        places = torch.arange(count)
+        return _pictured(labels, places, places, None, classes, assumed_processor(base), "")
 
     def head(self, train: Encoded, tokenizer: Any) -> dict[str, Any]:
         assert isinstance(train, Pictured)
@@ -225,12 +227,24 @@ class _Found:
         self.listings = [load_listing(work / f"listing-{number}") for number in range(len(plan))]
         columns = Columns(data.image_column or "", data.label_column)
         self.images = Images(list(zip(self.splits, self.listings, strict=True)), columns)
-        digests = [listing.digest() for listing in self.listings]
-        self.digest = hashlib.sha256(json.dumps(digests).encode()).hexdigest()
+        self.digest = self.digest_of(range(len(self.listings)))
 
     def of(self, part: str) -> list[int]:
         """The numbers of the splits that train, or are held out."""
         return [number for number, found in enumerate(self.parts) if found == part]
+
+    def digest_of(self, numbers: Iterable[int]) -> str:
+        """sha256 of the files of some splits."""
+        digests = [self.listings[number].digest() for number in numbers]
+        return hashlib.sha256(json.dumps(digests).encode()).hexdigest()
+
+    def within(self, numbers: Sequence[int], places: np.ndarray) -> np.ndarray:
+        """Places in all images as places in those of some splits alone."""
+        sizes = [len(self.listings[number]) for number in numbers]
+        starts = np.array([self.images.starts[number] for number in numbers])
+        before = np.cumsum([0, *sizes[:-1]])
+        split = np.searchsorted(starts, places, side="right") - 1
+        return places - starts[split] + before[split]
 
 
 def _samples(found: _Found, config: Config, processor: ImageProcessor, bad: pixels.Bad) -> Samples:
@@ -248,13 +262,19 @@ def _samples(found: _Found, config: Config, processor: ImageProcessor, bad: pixe
         sources, data.eval_records, None if others is None else len(others), fewer=data.fewer_eval_records
     )
     labels = _labels(found, classes)
-    make = partial(_pictured, images=found.images, classes=classes, processor=processor, source=found.digest)
     trained, tested = places[train], (places if others is None else others)[held_out]
+
+    def make(places: np.ndarray, part: list[int], dropped: int = 0) -> Pictured:
+        return _pictured(
+            labels[places], torch.from_numpy(places), torch.from_numpy(found.within(part, places)), found.images,
+            classes, processor, found.digest_of(part), dropped,
+        )  # fmt: skip
+
     dropped = len(labels) - sum(map(len, good))
     augment = pixels.Augment(config.optimizer.seed, data.random_crop, data.random_flip)
     return Samples(
-        train=replace(make(labels[trained], torch.from_numpy(trained), dropped=dropped), augment=augment),
-        held_out=make(labels[tested], torch.from_numpy(tested)) if len(tested) else None,
+        train=replace(make(trained, train_parts, dropped), augment=augment),
+        held_out=make(tested, held_parts or train_parts) if len(tested) else None,
     )
 
 
@@ -329,8 +349,8 @@ def _labels(found: _Found, classes: Labels) -> Tensor:
 
 
 def _pictured(
-    labels: Tensor, places: Tensor, images: Images | None, classes: Labels, processor: ImageProcessor, source: str,
-    dropped: int = 0,
+    labels: Tensor, places: Tensor, numbers: Tensor, images: Images | None, classes: Labels, processor: ImageProcessor,
+    source: str, dropped: int = 0,
 ) -> Pictured:  # fmt: skip
     count, patches = len(labels), processor.patches
     return Pictured(
@@ -341,5 +361,6 @@ def _pictured(
         report=ImageReport(
             count + dropped, count, 0, dropped, count * patches, count, 0, classes=len(classes), size=processor.size
         ),
-        classes=classes, labels=labels, places=places, images=images, processor=processor, augment=None, source=source,
+        classes=classes, labels=labels, places=places, numbers=numbers, images=images, processor=processor,
+        augment=None, source=source,
     )  # fmt: skip

@@ -38,7 +38,9 @@ def config(base, data, folder, **values):
     """Some steps on images."""
     return Config(
         model=ModelConfig(model=str(base)),
-        data=DataConfig(data=str(data), image_column="image", **{"eval_records": 7, **values}),
+        data=DataConfig(
+            data=data if isinstance(data, tuple) else str(data), image_column="image", **{"eval_records": 7, **values}
+        ),
         adapter=AdapterConfig(rank=7, targets=("all-linear",), modules_to_save=("classifier",)),
         optimizer=OptimizerConfig(batch_size=6, max_steps=6, learning_rate=1e-2),
         run=RunConfig(output=str(folder / "run"), cache=str(folder / "cache"), save_every=2, report=False),
@@ -223,6 +225,31 @@ def test_the_digest_depends_on_the_files_the_split_and_the_processor(tiny_vit, i
     assert read(tiny_vit, shutil.copytree(image_folder, tmp_path / "copy"), tmp_path).train.digest() == digest
     assert read(tiny_vit, image_folder, tmp_path, eval_records=8).train.digest() != digest
     assert read(other, image_folder, tmp_path).train.digest() != digest
+
+
+def test_training_and_held_out_images_have_digests_of_their_own(tiny_vit, image_folder, tmp_path):
+    """Other held-out images make no other run, and other training images no other held-out loss."""
+    for name in ("train", "more", "held", "held2"):
+        shutil.copytree(image_folder, tmp_path / name)
+    shutil.copy(tmp_path / "more" / "red" / "0.jpg", tmp_path / "more" / "blue" / "new.jpg")
+    (tmp_path / "held2" / "red" / "0.jpg").unlink()
+
+    def digests(*train, held):
+        found = read(tiny_vit, tuple(str(tmp_path / name) for name in train), tmp_path, eval_data=str(tmp_path / held))
+        return found.train.digest(), found.held_out.digest()
+
+    train, held = digests("train", held="held")
+
+    assert digests("train", held="held2")[0] == train
+    assert digests("train", held="held2")[1] != held
+    assert digests("more", held="held")[0] != train
+    assert digests("more", held="held")[1] == digests("train", "more", held="held")[1] == held
+    (tmp_path / "two" / "train").parent.mkdir()
+    shutil.copytree(image_folder, tmp_path / "two" / "train")
+    shutil.copytree(tmp_path / "held2", tmp_path / "two" / "validation")  # a source with a held-out split in between
+    both = read(tiny_vit, (str(tmp_path / "two"), str(tmp_path / "more")), tmp_path).train
+    assert both.numbers.tolist() == list(range(61))
+    assert both.places.tolist() == [*range(30), *range(59, 90)]
 
 
 def events(folder):
