@@ -10,7 +10,7 @@ from launcher.inference.load import chosen_precision
 from launcher.inference.sources import Source
 
 UNKNOWN = "not recorded"  # by an earlier version
-ABSENT = "none"  # a setting that the scores do not depend on; of a base, the run's own
+ABSENT = "absent"  # a setting that only the other scores have
 
 
 def measured(source: Source, model: Any, quantize: Any, *, other_base: bool) -> dict[str, Any]:
@@ -43,7 +43,9 @@ def notes(before: Mapping[str, Any], found: Mapping[str, Any]) -> Iterator[str]:
 
 
 def _named(key: str, value: Any) -> str:
-    if key in ("weights", "records") and value != ABSENT:
+    if value == ABSENT:
+        return "the run's own base" if key == "base" else f"no {key}"
+    if key in ("weights", "records"):
         return f"other {key}"
     return f"{key} {'all' if value is None else value}"
 

@@ -92,8 +92,8 @@ def remarks(found: Sequence[Row]) -> list[str]:
     """What a reader should know before taking a row: losses of other samples, a value at an edge, a close rival."""
     if differ(found):
         return [
-            "there is no best one: the losses are not of the same samples, tokens and kind. To compare them, "
-            "measure each run with `loldu eval` on one file"
+            "there is no best combination: a varied option changes what the loss is measured on (samples, tokens or "
+            "the loss itself). To compare the runs, measure each with `loldu eval` on one file"
         ]
     chosen = best(found)
     if chosen is None:

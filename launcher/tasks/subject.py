@@ -202,8 +202,10 @@ class Subject(Task):
                 vae=vae if how.crop == "random" else None, dtype=dtype,
             )  # fmt: skip
 
-        alone = replace(how, prior_weight=0.0)  # held-out losses are the same ones for every weight of the prior
-        held_out = made(Shown(data.instance_prompt, words, tested), None, alone) if tested else None
+        without_prior = replace(
+            how, prior_weight=0.0
+        )  # held-out losses are the same ones for every weight of the prior
+        held_out = made(Shown(data.instance_prompt, words, tested), None, without_prior) if tested else None
         return Samples(train=made(Shown(data.instance_prompt, words, subject), prior, how), held_out=held_out)
 
     def read_together(self, config: Config, tokenizer: Any, cache: Path, crew: Crew) -> Samples:

@@ -302,7 +302,8 @@ def test_results_name_what_they_were_measured_on(capsys, babyllama, adapter, tmp
     ("was", "now", "named"),
     [
         ({"base": "/models/other"}, {}, "base /models/other"),
-        ({}, {"base": "/models/other"}, "base none"),
+        ({}, {"base": "/models/other"}, "the run's own base"),
+        ({}, {"max_tokens": 64}, "no max_tokens"),
         ({"max_tokens": 64}, {}, "max_tokens 64"),
         ({"records": "a", "prompt_template": "alpaca"}, {}, "other records, prompt_template alpaca"),
         ({"records": "a"}, {"records": "a"}, None),

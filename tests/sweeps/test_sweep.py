@@ -313,7 +313,7 @@ def test_losses_on_other_samples_have_no_best(trainings, tmp_path, capfd):
     out, error = capfd.readouterr()
     assert code == DONE
     assert [line.partition("\t")[0] for line in out.splitlines()[1:]] == ["128", "64"]  # as given: not by loss
-    assert "note: there is no best one: the losses are not of the same samples" in error
+    assert "note: there is no best combination: a varied option changes what the loss is measured on" in error
     assert "best:" not in error
     assert "value tried" not in error
     assert json.loads((tmp_path / "sweep" / "results.json").read_text())["best"] is None
