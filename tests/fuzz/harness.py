@@ -31,7 +31,7 @@ class Ended:
     out: str
     error: str
     seconds: float
-    extra_bytes: int  # of peak memory, beyond this process's
+    extra_bytes: int  # of peak memory, beyond what this process held at the start
     queued_s: float = 0.0  # of these seconds, what it and its children waited for a processor: the machine may be busy
 
 
@@ -46,7 +46,7 @@ def command(words: Sequence[str]) -> int:
 def run(act: Callable[[], int], cwd: Path, limit_s: float = 2 * LIMIT_S) -> Ended:
     """Call act in a child process; its standard input is closed, so that nothing can ask and wait."""
     with tempfile.TemporaryFile() as out, tempfile.TemporaryFile() as error:
-        began, before = time.monotonic(), _peak_bytes(os.getpid())
+        began, before = time.monotonic(), _bytes(os.getpid(), "VmRSS")
         child = os.fork()
         if child == 0:
             code = 1
@@ -76,7 +76,7 @@ def run(act: Callable[[], int], cwd: Path, limit_s: float = 2 * LIMIT_S) -> Ende
                 status = found
                 break
             waited |= {process: _queued_s(process) for process in _family(child)}
-            peak, queued_s = max(peak, _peak_bytes(child)), sum(waited.values())
+            peak, queued_s = max(peak, _bytes(child, "VmHWM")), sum(waited.values())
             if time.monotonic() > deadline + queued_s or peak - before > 8 * LIMIT_BYTES:
                 with contextlib.suppress(OSError):
                     os.killpg(child, signal.SIGKILL)
@@ -93,10 +93,11 @@ def run(act: Callable[[], int], cwd: Path, limit_s: float = 2 * LIMIT_S) -> Ende
     return Ended(code, texts[0], texts[1], seconds, max(0, peak - before), queued_s)
 
 
-def _peak_bytes(process: int) -> int:
+def _bytes(process: int, kind: str) -> int:
+    """Memory of a process: VmRSS what it holds now, VmHWM the most that it has held."""
     with contextlib.suppress(OSError, ValueError, IndexError):
         for line in Path(f"/proc/{process}/status").read_text().splitlines():
-            if line.startswith("VmHWM:"):
+            if line.startswith(f"{kind}:"):
                 return int(line.split()[1]) * 1024
     return 0
 
