@@ -64,3 +64,17 @@ def unusable_gpus(driver: Path = DRIVER) -> str | None:
         f"this machine has {count} NVIDIA GPU{'s' * (count > 1)} that torch cannot use, so this run takes the CPU: "
         f"torch {torch.__version__} {built}; install one that fits the driver (pytorch.org/get-started)"
     )
+
+
+def emulated_bfloat16() -> str | None:
+    """Why bfloat16 is slow on this machine's CPU; None if it has instructions for it, or torch does not say."""
+    import torch
+
+    can = getattr(torch.cpu, "get_capabilities", dict)()  # torch 2.8 lacks it
+    known = [can[name] for name in ("avx512_bf16", "amx_bf16", "avx_ne_convert", "bf16") if name in can]
+    if not known or any(known):
+        return None
+    return (
+        "this CPU has no instructions for bfloat16, so a step takes longer than in float32: where the memory suffices, "
+        "give --dtype float32"
+    )

@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from launcher import devices
-from launcher.devices import check_distinct, own_device, unusable_gpus
+from launcher.devices import check_distinct, emulated_bfloat16, own_device, unusable_gpus
 from launcher.models.build import choose_dtype
 from tests.conftest import asks_for_gpu
 
@@ -60,6 +60,28 @@ def test_a_driver_whose_gpus_torch_cannot_use_is_told(gpus, tmp_path, monkeypatc
     gpus(0)
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")  # hidden on purpose
     assert unusable_gpus(tmp_path) is None
+
+
+@pytest.mark.parametrize(
+    ("can", "slow"),
+    [
+        ({"avx512_bf16": False, "amx_bf16": False}, True),
+        ({"avx512_bf16": True, "amx_bf16": False}, False),
+        ({"bf16": True}, False),
+        ({"bf16": False}, True),
+        ({"architecture": "unknown"}, False),
+    ],
+)
+def test_a_cpu_without_instructions_for_bfloat16_is_told(monkeypatch, can, slow):
+    monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: can, raising=False)
+
+    assert bool(emulated_bfloat16()) == slow
+
+
+def test_a_torch_that_does_not_say_what_the_cpu_can_is_not_guessed_about(monkeypatch):
+    monkeypatch.delattr(torch.cpu, "get_capabilities", raising=False)
+
+    assert emulated_bfloat16() is None
 
 
 def test_a_gpu_that_only_emulates_bfloat16_computes_in_float32(gpus, monkeypatch):

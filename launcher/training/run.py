@@ -29,7 +29,7 @@ from launcher.data import batches
 from launcher.data.crew import Crew
 from launcher.data.encoded import Encoded
 from launcher.data.microbatches import global_batches
-from launcher.devices import unusable_gpus
+from launcher.devices import emulated_bfloat16, unusable_gpus
 from launcher.engines.engine import Engine, ModelSource, engine_class
 from launcher.engines.registry import ENGINES
 from launcher.exit_codes import DONE, FAILED, MISTAKE, STOPPED
@@ -438,8 +438,10 @@ def _introduce(
             log.warning("--targets %s: this model has no such module", " ".join(without))
     say(f"data: {data_name(config.data.data)}, {samples.train.report}")
     say(f"device: {chosen.device.type}, {processes}, attention {chosen.attention} ({chosen.attention_reason})")
-    if chosen.device.type == "cpu" and ranks.is_main and (reason := unusable_gpus()):
-        log.warning("%s", reason)
+    if chosen.device.type == "cpu" and ranks.is_main:
+        slow = emulated_bfloat16() if chosen.dtype == "bfloat16" else None
+        for reason in filter(None, (unusable_gpus(), slow)):
+            log.warning("%s", reason)
     rows = " packed rows" if config.data.packing else ""
     padded = f", {padding(token_share)}" if chosen.task.text else ""
     say(f"training: {steps} steps, batch size {size_of_batch}{rows}{padded}")
