@@ -16,7 +16,8 @@ def cluster(tmp_path_factory):
     """Slurm with node1 and node2."""
     if reason := why_not():
         pytest.skip(reason)
-    with Cluster(tmp_path_factory.mktemp("slurm")) as cluster:
+    # A slow machine asks for the end of a job later than the five minutes for which Slurm remembers it by default.
+    with Cluster(tmp_path_factory.mktemp("slurm"), settings=("MinJobAge=3600",)) as cluster:
         if "mode=ns" not in (cluster.folder / "etc" / "cluster").read_text():
             pytest.skip("needs namespaces: without them both nodes share one host name and one loopback")
         yield cluster
