@@ -70,7 +70,7 @@ def emulated_bfloat16() -> str | None:
     """Why bfloat16 is slow on this machine's CPU; None if it has instructions for it, or torch does not say."""
     import torch
 
-    can = getattr(torch.cpu, "get_capabilities", dict)()  # torch 2.8 lacks it
+    can: dict[str, Any] = getattr(torch.cpu, "get_capabilities", dict)()  # torch 2.8 lacks it
     known = [can[name] for name in ("avx512_bf16", "amx_bf16", "avx_ne_convert", "bf16") if name in can]
     if not known or any(known):
         return None
