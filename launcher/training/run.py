@@ -491,6 +491,6 @@ def quiet_libraries() -> None:
 
 def _disconnect(comm: Communicator) -> None:
     """Leave together: gloo sometimes aborts a process whose peers are still talking."""
-    gc.collect()
     if dist.is_initialized():
+        gc.collect()
         dist.destroy_process_group()

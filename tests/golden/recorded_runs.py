@@ -56,13 +56,16 @@ def configs() -> dict[str, Config]:
     return found
 
 
-def record(name: str, config: Config, folder: Path) -> dict:
-    """Run it, and describe its folder and its part of the cache."""
+def record(name: str, config: Config, folder: Path, tokens: Path) -> dict:
+    """Run it, and describe its folder and its part of the cache. tokens: where the runs share their tokenised data."""
     if config.data.text_columns:
         rows = [row | {"label": len(row["output"]) % 2} for row in json.loads(Path(config.data.data).read_text())]
         (folder / "labelled.json").write_text(json.dumps(rows))
         config = replace(config, data=replace(config.data, data=str(folder / "labelled.json")))
     output, cache = folder / name, folder / f"cache-{name}"
+    cache.mkdir()
+    tokens.mkdir(exist_ok=True)
+    (cache / "tokenised").symlink_to(tokens)
     assert run(replace(config, run=replace(config.run, output=str(output), cache=str(cache))), name) == 0
     events = [json.loads(line) for line in (output / "events.jsonl").read_text().splitlines()]
     saved = json.loads((output / "config.json").read_text())
@@ -81,7 +84,7 @@ def record(name: str, config: Config, folder: Path) -> dict:
             identity |= {"factors": None, "pivots": None}  # see `tensors`
     final = output / ("model" if config.adapter.method == "full" else "adapter")
     return {
-        "cache_keys": sorted(file.stem for file in (cache / "factors").glob("*")) if cache.exists() else [],
+        "cache_keys": sorted(file.stem for file in (cache / "factors").glob("*")),
         "config": saved,
         "folder": sorted(path.name for path in output.iterdir() if not path.name.startswith(".")),
         "checkpoint": {"files": sorted(path.name for path in checkpoint.iterdir()), "index": index},
@@ -126,7 +129,8 @@ def adapter_config(final: Path) -> dict | None:
 
 def main(into: Path) -> None:
     with tempfile.TemporaryDirectory() as folder:
-        found = {name: record(name, config, Path(folder)) for name, config in configs().items()}
+        tokens = Path(folder) / "tokens"
+        found = {name: record(name, config, Path(folder), tokens) for name, config in configs().items()}
     lines = (f"{json.dumps(name)}: {json.dumps(case, sort_keys=True)}" for name, case in found.items())
     into.write_text("{" + ",\n".join(lines) + "}\n")
 

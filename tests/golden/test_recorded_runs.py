@@ -25,6 +25,11 @@ def same(found, recorded, where=""):
         assert found == recorded, where
 
 
+@pytest.fixture(scope="module")
+def tokens(tmp_path_factory):
+    return tmp_path_factory.mktemp("tokens")
+
+
 @pytest.mark.parametrize("name", list(configs()))
-def test_a_run_writes_the_recorded_bytes_and_losses(name, tmp_path):
-    same(record(name, configs()[name], tmp_path), RECORD[name], name)
+def test_a_run_writes_the_recorded_bytes_and_losses(name, tokens, tmp_path):
+    same(record(name, configs()[name], tmp_path, tokens), RECORD[name], name)

@@ -57,8 +57,13 @@ def tolists(monkeypatch):
     return found
 
 
+@pytest.fixture(scope="module")
+def cache(tmp_path_factory):
+    return tmp_path_factory.mktemp("cache")
+
+
 @pytest.fixture(params=["padded"])
-def training(request, stories, alpaca_file, tmp_path, monkeypatch):
+def training(request, stories, alpaca_file, cache, tmp_path, monkeypatch):
     """A run that is ready for its first step: 24 samples a step, at most 4 in a micro-batch."""
     found = []
     if request.param == "padded":
@@ -69,7 +74,7 @@ def training(request, stories, alpaca_file, tmp_path, monkeypatch):
         data=DataConfig(data=str(alpaca_file), eval_records=8, prompt_template="short", max_length=200),
         adapter=AdapterConfig(rank=8, targets=("all-linear",)),
         optimizer=OptimizerConfig(batch_size=24, micro_batch_size=4, max_steps=3),
-        run=RunConfig(output=str(tmp_path / "run"), cache=str(tmp_path / "cache"), report=False),
+        run=RunConfig(output=str(tmp_path / "run"), cache=str(cache), report=False),
     )
     run_module.run(config, "test")
     return found[0]
