@@ -7,14 +7,15 @@ steps too, at the same learning rate. They are also tuned on the train files of 
 with its own search by held-out loss, and evaluated by `loldu eval`: accuracy by likelihood on the first 300 questions
 of the test file, the base beside.
 
-One run takes two to five minutes of one core that multiplies bfloat16 (AMX), and ten times as long on one that does
-not. The model comes from FOLDER/models/get-smollm2, once, into ~/.cache/loldu-tests; frozen factors stay in LoLDU's
-usual cache.
+One run takes two to five minutes of one core that multiplies bfloat16 (AMX), and about four times as long on one that
+does not (float32_products.py). The model comes from FOLDER/models/get-smollm2, once, into ~/.cache/loldu-tests; frozen
+factors stay in LoLDU's usual cache.
 """
 
 from __future__ import annotations
 
 import contextlib
+import io
 import json
 import random
 import subprocess
@@ -26,8 +27,10 @@ from statistics import mean, median
 from typing import Any
 
 from campaign import Campaign, Study, spread
-from methods import ALL, FULL, REPO, RESULTS, outcome
+from float32_products import products
+from methods import ALL, FULL, RESULTS, outcome
 
+from launcher import cli
 from launcher.config import AdapterConfig, Config, DataConfig, ModelConfig, OptimizerConfig, RunConfig
 
 FILE = RESULTS.with_name("methods_smollm2.json")
@@ -115,7 +118,7 @@ def write(work: Path, task: str, train: list[Any], validation: list[Any], test: 
 
 
 def measure(row: dict[str, Any], work: Path) -> dict[str, Any]:
-    """One run, and the accuracy of its model if it was a test on questions."""
+    """One run, in this process."""
     task = row["task"].partition(",")[0]
     test = work / f"{task}-{row['split']}.json"
     config = Config(
@@ -129,24 +132,30 @@ def measure(row: dict[str, Any], work: Path) -> dict[str, Any]:
         ),
         run=RunConfig(output=str(work / "run"), resume="never", report=False),
     )
-    found = outcome(config)
+    with products():
+        return {**row, **trained(config, row, test), "ended": time.strftime("%Y-%m-%d %H:%M")}
+
+
+def trained(config: Config, row: dict[str, Any], test: Path) -> dict[str, Any]:
+    """What a run gave, and the accuracy of its model if it was a test on questions."""
+    found, folder = outcome(config), Path(str(config.run.output))
     del found["peak_mb"]  # the heap of a process that has trained before has holes, which the peak would count
-    folder = work / "run" / ("model" if config.adapter.method == "full" else "adapter")
-    found["saved_bytes"] = sum(file.stat().st_size for file in folder.glob("*.safetensors"))
-    if task in CHOICE_TASKS and row["split"] == "test" and found["loss"] is not None:
+    saved = folder / ("model" if config.adapter.method == "full" else "adapter")
+    found["saved_bytes"] = sum(file.stat().st_size for file in saved.glob("*.safetensors"))
+    if row["task"] in CHOICE_TASKS and row["split"] == "test" and found["loss"] is not None:
         once = (row["method"], row["seed"]) == (FEW[0], SEEDS[0])  # the base is the same in every run
-        scores = accuracy(work / "run", test, () if once else ("--no-compare",))
+        scores = accuracy(folder, test, () if once else ("--no-compare",))
         found |= {"accuracy_before": scores.get("base"), "accuracy": scores.get("adapter", scores.get("model"))}
-    return {**row, **found, "cpu_s": found["cpu_s"], "ended": time.strftime("%Y-%m-%d %H:%M")}
+    return found
 
 
 def accuracy(run: Path, questions: Path, more: Sequence[str]) -> dict[str, float]:
     """The accuracies that `loldu eval` prints: "adapter" and "base", or "model" after full fine-tuning."""
-    words = [sys.executable, "-m", "launcher", "eval", run, "--tasks", questions, "--json", *more]
-    done = subprocess.run([str(word) for word in words], cwd=REPO, capture_output=True, text=True)
-    if done.returncode:
-        raise SystemExit(f"loldu eval failed: {done.stderr}")
-    [scores] = (task["scores"] for task in json.loads(done.stdout)["tasks"].values())
+    out = io.StringIO()
+    with contextlib.redirect_stdout(out):
+        if cli.main(["eval", str(run), "--tasks", str(questions), "--json", *more]):
+            raise SystemExit("loldu eval failed")
+    [scores] = (task["scores"] for task in json.loads(out.getvalue())["tasks"].values())
     return {name: each["acc"]["value"] for name, each in scores.items()}
 
 
