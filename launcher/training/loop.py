@@ -213,7 +213,7 @@ class _Loop:
                     "and after it cannot be compared, and the best loss and --patience start anew",
                     state.step,
                 )
-            state.best_loss, state.best_step, state.worse = math.inf, 0, 0
+            state.best_loss, state.best_step, state.worse, state.evaluated = math.inf, 0, 0, -1
         state.held_out = digest
 
     def evaluate(self) -> bool:
@@ -292,11 +292,14 @@ def restore(training: Training, found: Checkpoint) -> None:
 
 
 def evaluation_due(training: Training, state: TrainingState) -> bool:
-    """At the start, at the end, and every so many steps; never twice at one step, even after a resume."""
+    """At the start, at the end, and every so many steps; never twice at one step, even after a resume.
+
+    A resume with other held-out samples is a start too.
+    """
     if training.samples.held_out is None or state.evaluated == state.step:
         return False
     every = training.config.run.eval_every
-    return state.step in (0, training.steps) or bool(every and state.step % every == 0)
+    return state.evaluated < 0 or state.step == training.steps or bool(every and state.step % every == 0)
 
 
 def gradients(training: Training, step: int) -> tuple[Tensor, Tensor, GlobalBatch]:

@@ -86,16 +86,17 @@ def test_a_best_loss_on_other_records_is_forgotten(small, tmp_path, capsys):
     assert said in shown
     assert "3 earlier evaluations used other held-out records" in shown
     evaluated = [event for event in events(begun) if "eval_loss" in event]
+    assert [event["step"] for event in evaluated] == [0, 1, 2, 2, 3, 4]  # the resume evaluates on the new ones first
     assert before_and_after(evaluated) == (
-        ["", "step 3", "after"],
-        [["loss", *(f"{event['eval_loss']:.4f}" for event in evaluated[-2:])]],
+        ["", "step 2", "after"],
+        [["loss", *(f"{evaluated[place]['eval_loss']:.4f}" for place in (3, -1))]],
     )
     before, after = (
         json.loads((folder / "checkpoints" / f"step-00000{step}" / "index.json").read_text())["meta"]["progress"]
         for step in (2, 4)
     )
     assert after["held_out"] != before["held_out"]
-    assert after["best_step"] > 2  # on the old records step 2 was better than any on these
+    assert after["best_loss"] == min(event["eval_loss"] for event in evaluated[3:])
     assert before["best_loss"] < after["best_loss"]
     run(replace(begun, optimizer=replace(begun.optimizer, max_steps=5)), "test")
     assert "held-out samples are not those" not in " ".join(capsys.readouterr().out.split())
