@@ -2,6 +2,7 @@
 
 import json
 import os
+import runpy
 import shutil
 import signal
 import subprocess
@@ -20,8 +21,8 @@ HELD = REPO / "tests" / "held_recipe.py"
 
 
 def flags(config):
-    """The recipe's options for this config: every setting that differs from the default."""
-    found, default = [], as_dict(Config())
+    """The recipe's options for this config: every setting that differs from the recipe's own."""
+    found, default = [], as_dict(runpy.run_path(str(RECIPE))["llama2_alpaca"]())
     for part, values in as_dict(config).items():
         for name, value in values.items():
             if value != default[part][name]:
