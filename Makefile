@@ -1,4 +1,4 @@
-# Everything a reviewer runs: format, lint, types, tests (about seven minutes on two cores).
+# Everything a reviewer runs: format, lint, types, tests (7 minutes on two recent cores).
 check:
 	ruff format --check .
 	ruff check .

@@ -1,4 +1,4 @@
-"""Which GPU a process uses, and why there may be none. Imports torch if it is needed."""
+"""Which GPU a process uses, why there may be none, and what the CPU lacks. Imports torch if it is needed."""
 
 from __future__ import annotations
 

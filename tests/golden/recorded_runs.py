@@ -64,7 +64,6 @@ def record(name: str, config: Config, folder: Path, tokens: Path) -> dict:
         config = replace(config, data=replace(config.data, data=str(folder / "labelled.json")))
     output, cache = folder / name, folder / f"cache-{name}"
     cache.mkdir()
-    tokens.mkdir(exist_ok=True)
     (cache / "tokenised").symlink_to(tokens)
     assert run(replace(config, run=replace(config.run, output=str(output), cache=str(cache))), name) == 0
     events = [json.loads(line) for line in (output / "events.jsonl").read_text().splitlines()]
@@ -130,6 +129,7 @@ def adapter_config(final: Path) -> dict | None:
 def main(into: Path) -> None:
     with tempfile.TemporaryDirectory() as folder:
         tokens = Path(folder) / "tokens"
+        tokens.mkdir()
         found = {name: record(name, config, Path(folder), tokens) for name, config in configs().items()}
     lines = (f"{json.dumps(name)}: {json.dumps(case, sort_keys=True)}" for name, case in found.items())
     into.write_text("{" + ",\n".join(lines) + "}\n")

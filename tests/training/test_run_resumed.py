@@ -102,6 +102,20 @@ def test_a_best_loss_on_other_records_is_forgotten(small, tmp_path, capsys):
     assert "held-out samples are not those" not in " ".join(capsys.readouterr().out.split())
 
 
+def test_the_first_held_out_records_are_evaluated_on_where_the_resume_begins(small, tmp_path):
+    file = tmp_path / "held_out.json"
+    file.write_text(json.dumps(json.loads(Path(small.data.data).read_text())[:20]))
+    without = replace(small, data=replace(small.data, eval_records=0))
+    without = replace(without, optimizer=replace(small.optimizer, schedule="constant", max_steps=2))
+    run(without, "test")
+    assert not any("eval_loss" in event for event in events(without))
+
+    longer = replace(without, optimizer=replace(without.optimizer, max_steps=4))
+    run(replace(longer, data=replace(longer.data, eval_data=str(file))), "test")
+
+    assert [event["step"] for event in events(without) if "eval_loss" in event] == [2, 4]
+
+
 def test_only_losses_on_the_same_records_stand_side_by_side():
     """The digest in each evaluation tells; runs of earlier versions have none, and are compared as before."""
     old, new = {"held_out": "a"}, {"held_out": "b"}
